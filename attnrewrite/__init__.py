@@ -1,0 +1,51 @@
+"""attnrewrite: finds attention in a model's graph and rewrites it into a fused kernel, by ``torch.compile``.
+
+``torch.compile(model, backend="attnrewrite")`` needs no import of this package. The names here are for the rest:
+
+- :func:`accelerate_attention`: the backend for one module class, module or function.
+- :func:`explain`: a :class:`RewriteReport` of what is rewritten in a model, into what, and why the rest is not.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attnrewrite.decorator import accelerate_attention
+    from attnrewrite.errors import AttnRewriteError, OptionError
+    from attnrewrite.explanation import explain
+    from attnrewrite.report import GraphReport, RewriteReport, SiteReport
+
+__all__ = [
+    "AttnRewriteError",
+    "GraphReport",
+    "OptionError",
+    "RewriteReport",
+    "SiteReport",
+    "accelerate_attention",
+    "explain",
+]
+
+_HOMES = {
+    "AttnRewriteError": "errors",
+    "GraphReport": "report",
+    "OptionError": "errors",
+    "RewriteReport": "report",
+    "SiteReport": "report",
+    "accelerate_attention": "decorator",
+    "explain": "explanation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are loaded when they are first used: importing the package imports nothing heavy."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

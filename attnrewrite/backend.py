@@ -1,0 +1,142 @@
+"""The ``torch.compile`` backend: one graph in, one compiled callable out, and a report on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import CompileContext
+from torch._logging import trace_structured
+
+from attnrewrite.analysis.scores import leads_to_product
+from attnrewrite.capture import CaptureError, capture
+from attnrewrite.dump import dump_graph, graph_source
+from attnrewrite.inner import CompiledFn, InnerCompiler
+from attnrewrite.policy import Policy, debug_directory
+from attnrewrite.report import GraphReport, RewriteReport
+from attnrewrite.rewrite import Rewritten, rewrite
+
+__all__ = ["attnrewrite", "collect_reports"]
+
+log = logging.getLogger("attnrewrite")
+
+aten = torch.ops.aten
+
+_collector: ContextVar[list[GraphReport] | None] = ContextVar("attnrewrite_collector", default=None)
+_unnamed = itertools.count()
+
+
+@contextlib.contextmanager
+def collect_reports() -> Iterator[list[GraphReport]]:
+    """Gathers the report of every graph that is compiled inside, source code included."""
+    reports: list[GraphReport] = []
+    token = _collector.set(reports)
+    try:
+        yield reports
+    finally:
+        _collector.reset(token)
+
+
+def attnrewrite(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> CompiledFn:
+    """What ``torch.compile(model, backend="attnrewrite", mode=mode, options=options)`` calls for each graph.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its inputs.
+        mode: Inductor's mode; default None.
+        options: ``inner_backend`` (default ``"inductor"``), ``assume_attended_rows`` (default False), and whatever the
+            inner backend takes; see docs/options.md.
+
+    Raises:
+        OptionError: an option is unknown or has a wrong value.
+    """
+    policy = Policy.from_options(options, mode)
+    inner = InnerCompiler(policy)
+    report = GraphReport(_graph_name(), inner_backend=inner.name, node_count=len(gm.graph.nodes))
+    wanted = _collector.get() is not None or debug_directory() is not None
+    before: fx.GraphModule | None = None
+    rewritten = Rewritten()
+    result = gm
+    try:
+        captured = capture(gm, example_inputs)
+    except CaptureError as reason:
+        report.captured, report.reason = False, str(reason)
+        keep_attention = False
+    else:
+        report.seconds["capture"] = captured.seconds
+        if wanted:
+            before = fx.GraphModule(captured.gm, copy.deepcopy(captured.gm.graph))
+        rewritten = rewrite(captured.gm, policy)
+        report.sites = rewritten.sites
+        report.seconds.update(rewritten.seconds)
+        keep_attention = _holds_softmax_of_product(captured.gm)
+        # Where nothing was rewritten the inner compiler gets what it would get without us.
+        result = captured.gm if rewritten.changed else gm
+        if wanted:
+            assert before is not None
+            report.before_code, report.after_code = graph_source(before), graph_source(captured.gm)
+    if keep_attention and inner.name == "inductor":
+        report.notes.append("Inductor's own attention patterns are kept from this graph")
+    if rewritten.round_like_eager and inner.name == "inductor":
+        report.notes.append("Inductor rounds half-precision results as eager does (emulate_precision_casts)")
+    _publish(report)
+    directory = debug_directory()
+    if directory is not None and before is not None:
+        dump_graph(report, before, captured.gm, example_inputs, directory)
+    start = time.perf_counter()
+    compiled = inner.compile(
+        result, example_inputs, keep_attention=keep_attention, round_like_eager=rewritten.round_like_eager
+    )
+    report.seconds["inner"] = time.perf_counter() - start
+    return compiled
+
+
+def _graph_name() -> str:
+    """Dynamo's own number for the graph ("graph_0_1": frame 0, its second compilation), where there is one."""
+    compile_id = CompileContext.current_compile_id()
+    if compile_id is None:
+        return f"graph_x{next(_unnamed)}"
+    return "graph_" + str(compile_id).replace("/", "_")
+
+
+def _holds_softmax_of_product(gm: fx.GraphModule) -> bool:
+    memo: dict[fx.Node, bool] = {}
+    return any(
+        node.target in (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.exp.default)
+        and leads_to_product(node.args[0], memo)
+        for module in gm.modules()
+        if isinstance(module, fx.GraphModule)
+        for node in module.graph.nodes
+    )
+
+
+def _publish(report: GraphReport) -> None:
+    """The collector, the log (``TORCH_LOGS=+attnrewrite``) and the structured trace (``TORCH_TRACE``)."""
+    collector = _collector.get()
+    if collector is not None:
+        collector.append(report)
+    if not report.captured:
+        log.warning("%s: not captured, passed on to %s as it is: %s", report.name, report.inner_backend, report.reason)
+    else:
+        log.info("%s: %d of %d attention sites rewritten", report.name, len(report.rewritten), len(report.sites))
+    for site in report.sites:
+        log.debug("%s %s at %s: %s %s", site.name, site.pattern, site.location, site.status, site.kernel or site.reason)
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "attnrewrite_report", "encoding": "json"},
+        payload_fn=lambda: RewriteReport(model=report.name, graphs=[report]).to_json(),
+    )

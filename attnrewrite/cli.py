@@ -1,0 +1,211 @@
+"""The command line: ``attnrewrite doctor`` and ``attnrewrite explain``.
+
+torch is imported by the commands, not here: ``attnrewrite --help`` answers at once. Mistakes of the caller end in one
+line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+import click
+
+__all__ = ["main"]
+
+_RETURNS = "return model, (model, args), (model, args, kwargs), or a dict with the keys model, args, kwargs"
+
+
+class _BadInput(click.ClickException):
+    """A mistake of the caller: one line, and exit code 2. ``traceback`` asks for the whole story of its cause."""
+
+    exit_code = 2
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"Error: {' '.join(self.format_message().split())}", file=file, err=file is None)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="attnrewrite", prog_name="attnrewrite")
+def main() -> None:
+    """Finds attention in a model's graph and rewrites it into fused kernels."""
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def doctor(as_json: bool) -> None:
+    """Show what can run on this machine, and why the rest cannot."""
+    from attnrewrite.doctor import diagnose, print_diagnosis
+
+    diagnosis = diagnose()
+    if as_json:
+        click.echo(diagnosis.to_json())
+    else:
+        print_diagnosis(diagnosis)
+
+
+@main.command()
+@click.argument("factory", metavar="MODULE:FACTORY")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write an HTML page to this file.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--dynamic", is_flag=True, help="Compile with symbolic shapes, as torch.compile(dynamic=True) does.")
+@click.option("--train", is_flag=True, help="Explain the model in training mode, with gradients.")
+@click.option("--inner-backend", metavar="NAME", help="What compiles the rewritten graph (default: inductor).")
+@click.option("--traceback", is_flag=True, help="Show the whole traceback when the model's own code fails.")
+def explain(
+    factory: str,
+    html: Path | None,
+    as_json: bool,
+    dynamic: bool,
+    train: bool,
+    inner_backend: str | None,
+    traceback: bool,
+) -> None:
+    """Show which attentions of a model become fused, and why the others do not.
+
+    MODULE:FACTORY names a function without arguments, such as "my_project.models:tiny_bert". It returns the model, or
+    (model, args), or (model, args, kwargs), or a dict with the keys model, args and kwargs; the model is called with
+    these arguments. Modules in the current directory are found.
+    """
+    # As `python -m` has it, so that modules of the current directory are found.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    function = _load(factory, traceback)
+    with _users_code(f"{factory}()", traceback):
+        made = function()
+    model, args, kwargs = _model_and_inputs(made, factory)
+
+    import torch
+
+    from attnrewrite.errors import AttnRewriteError
+    from attnrewrite import explain as explain_model
+    from attnrewrite.render import print_report
+
+    if isinstance(model, torch.nn.Module):
+        model.train(train)
+    options = {"inner_backend": inner_backend} if inner_backend else None
+    with _users_code("the model", traceback), torch.set_grad_enabled(train):
+        try:
+            report = explain_model(model, *args, options=options, dynamic=dynamic or None, **kwargs)
+        except AttnRewriteError as error:
+            raise _BadInput(str(error)) from error
+    if as_json:
+        click.echo(report.to_json())
+    else:
+        print_report(report)
+    if html is not None:
+        try:
+            report.save_html(html)
+        except OSError as error:
+            raise _BadInput(f"the HTML page could not be written to {html}: {error.strerror or error}") from error
+        click.echo(f"Wrote {html}", err=True)
+
+
+def _load(target: str, traceback: bool) -> Callable[[], Any]:
+    """The callable that "package.module:factory" names."""
+    module_name, colon, path = target.partition(":")
+    if not module_name or not colon or not path:
+        raise _BadInput(f"{target!r} does not name a factory; write it as package.module:factory")
+    with _users_code(f"import {module_name}", traceback):
+        try:
+            found: Any = importlib.import_module(module_name)
+        except ImportError as error:
+            if traceback:
+                raise
+            hint = ""
+            if isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name):
+                hint = f" (looked in {Path.cwd()} and on the Python path)"
+            raise _BadInput(f"{module_name} could not be imported: {error}{hint}") from error
+    where = module_name
+    for name in path.split("."):
+        if not hasattr(found, name):
+            raise _BadInput(f"{where} has no attribute {name!r}{_near_matches(name, found)}")
+        found, where = getattr(found, name), f"{where}.{name}"
+    if not callable(found):
+        kind = type(found).__name__
+        raise _BadInput(f"{target} is of type {kind}, not a function; name a function that takes no arguments")
+    if not _accepts(found):
+        raise _BadInput(f"{target} must be callable without arguments; it takes {_signature(found)}")
+    return found  # type: ignore[no-any-return]
+
+
+def _near_matches(name: str, owner: object) -> str:
+    names = [candidate for candidate in dir(owner) if not candidate.startswith("_")]
+    # Case is what people get wrong most; compare without it.
+    lowered = {candidate.lower(): candidate for candidate in names}
+    near = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered)]
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _signature(function: Callable[..., Any]) -> str:
+    try:
+        return str(inspect.signature(function))
+    except (ValueError, TypeError):
+        return "(...)"
+
+
+def _accepts(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """Whether the function can be called with these arguments, as far as its signature says."""
+    try:
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):  # a builtin without a signature
+        return True
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _model_and_inputs(made: Any, factory: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """What the factory returned, as a model and what to call it with."""
+    model, args, kwargs = made, (), {}
+    if isinstance(made, Mapping):
+        unknown = sorted(str(key) for key in made if key not in ("model", "args", "kwargs"))
+        if "model" not in made or unknown:
+            wrong = f"the unknown key {unknown[0]!r}" if unknown else "no key 'model'"
+            _bad_return(factory, f"a dict with {wrong}")
+        model, args, kwargs = made["model"], made.get("args", ()), made.get("kwargs", {})
+    elif isinstance(made, tuple):
+        if not 1 <= len(made) <= 3:
+            _bad_return(factory, f"a tuple of {len(made)}")
+        model, args, kwargs = (*made, (), {})[:3] if len(made) == 1 else (*made, {})[:3]
+    if not callable(model):
+        _bad_return(factory, f"an object of type {type(model).__name__} as the model")
+    if not isinstance(args, (tuple, list)):
+        _bad_return(factory, f"args of type {type(args).__name__}; args is a tuple such as (input_ids,)")
+    if not isinstance(kwargs, Mapping) or not all(isinstance(key, str) for key in kwargs):
+        _bad_return(factory, f"kwargs of type {type(kwargs).__name__}; kwargs is a dict from names to inputs")
+    forward = getattr(model, "forward", model)
+    if not args and not kwargs and not _accepts(forward):
+        raise _BadInput(
+            f"{factory} returned a model without inputs, but the model takes {_signature(forward)}; "
+            "return (model, args) or (model, args, kwargs)"
+        )
+    return model, tuple(args), dict(kwargs)
+
+
+def _bad_return(factory: str, what: str) -> NoReturn:
+    raise _BadInput(f"{factory} returned {what}; {_RETURNS}")
+
+
+@contextlib.contextmanager
+def _users_code(what: str, traceback: bool) -> Iterator[None]:
+    """Puts whatever the user's own code raises into one line; with --traceback it goes through as it is."""
+    try:
+        yield
+    except click.ClickException:
+        raise
+    except Exception as error:
+        if traceback:
+            raise
+        # Dynamo appends paragraphs on how to debug it; the first line says what happened.
+        first = next(iter(str(error).strip().splitlines()), "")
+        message = f"{type(error).__name__}: {first}" if first else type(error).__name__
+        raise _BadInput(f"{what} raised {message} (run with --traceback to see it all)") from error

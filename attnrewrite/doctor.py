@@ -1,0 +1,239 @@
+"""What can run on this machine, and why the rest cannot: the data behind ``attnrewrite doctor``.
+
+Each answer is tried, not looked up: a back end of ``scaled_dot_product_attention`` is called once on a small input, a
+package is imported, the compiler is looked for by Inductor's own search.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import io
+import json
+import platform
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+__all__ = ["Check", "Diagnosis", "diagnose", "print_diagnosis"]
+
+_OLDEST_TORCH = (2, 11)
+
+# The distribution's name, and the module that it installs.
+_KERNEL_PACKAGES = {
+    "flash-attn": "flash_attn",
+    "flash-attn-4": "flash_attn.cute",
+    "sageattention": "sageattention",
+    "xformers": "xformers.ops",
+    "torch-npu": "torch_npu",
+}
+_SDPA_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+_CUDA_ONLY = ("cudnn", "efficient")
+
+PACKAGES_NOTE = (
+    "This version of attnrewrite calls PyTorch's own scaled_dot_product_attention only; "
+    "the packages below are looked for, but not used yet."
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at: whether it can be used, and what was found or what is missing."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All that ``attnrewrite doctor`` found."""
+
+    system: tuple[Check, ...]
+    devices: tuple[Check, ...]
+    compilers: tuple[Check, ...]
+    kernels: tuple[Check, ...]
+    sdpa_backends: tuple[Check, ...]
+    packages: tuple[Check, ...]
+    packages_note: str = PACKAGES_NOTE
+
+    @property
+    def healthy(self) -> bool:
+        """Whether a model can be compiled here with the default settings."""
+        return all(check.ok for check in (*self.system, *self.compilers)) and any(k.ok for k in self.kernels)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole diagnosis as JSON-ready data."""
+        return {"healthy": self.healthy, **dataclasses.asdict(self)}
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def to_text(self, width: int = 120) -> str:
+        """What a terminal shows, without colours."""
+        out = io.StringIO()
+        print_diagnosis(self, Console(file=out, width=width, color_system=None, force_terminal=False))
+        return "\n".join(line.rstrip() for line in out.getvalue().rstrip().split("\n")) + "\n"
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+
+def diagnose() -> Diagnosis:
+    """Looks at this machine. Takes a few seconds where optional kernel packages are installed: they are imported."""
+    return Diagnosis(
+        system=tuple(_system()),
+        devices=tuple(_devices()),
+        compilers=tuple(_compilers()),
+        kernels=tuple(_kernels()),
+        sdpa_backends=tuple(_sdpa_backends()),
+        packages=tuple(_package(name, module) for name, module in _KERNEL_PACKAGES.items()),
+    )
+
+
+def print_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> None:
+    """Prints the diagnosis to a terminal, in colour where the terminal has any."""
+    sections = [
+        ("Python and PyTorch", diagnosis.system, ""),
+        ("Devices", diagnosis.devices, ""),
+        ("Inner compiler", diagnosis.compilers, ""),
+        ("Kernels of attnrewrite", diagnosis.kernels, ""),
+        ("Back ends of PyTorch's scaled_dot_product_attention", diagnosis.sdpa_backends, ""),
+        ("Optional kernel packages", diagnosis.packages, diagnosis.packages_note),
+    ]
+    (console or Console()).print(Group(*(_section(title, checks, note) for title, checks, note in sections)))
+
+
+def _section(title: str, checks: tuple[Check, ...], note: str) -> RenderableType:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(min_width=3)
+    grid.add_column(overflow="fold", min_width=16)
+    grid.add_column(overflow="fold")
+    for check in checks:
+        # Text objects: a loader's message may hold what rich would take for markup.
+        mark = Text("yes", style="green") if check.ok else Text("no", style="yellow")
+        grid.add_row(mark, Text(check.name), Text(check.detail))
+    parts: list[RenderableType] = [Text(title, style="bold")]
+    if note:
+        parts.append(Text(note, style="dim"))
+    return Group(*parts, grid, Text())
+
+
+def _system() -> Iterator[Check]:
+    version = platform.python_version()
+    yield Check("Python", tuple(map(int, platform.python_version_tuple()[:2])) >= (3, 10), version)
+    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    oldest = ".".join(map(str, _OLDEST_TORCH))
+    supported = release >= _OLDEST_TORCH
+    says = "supported" if supported else f"too old: attnrewrite needs torch {oldest} or later; pip install -U torch"
+    yield Check("torch", supported, f"{torch.__version__}, {says}")
+
+
+def _devices() -> Iterator[Check]:
+    yield Check("cpu", True, f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+            detail = f"{torch.cuda.get_device_name(index)}, capability {major}.{minor}, {memory:.0f} GiB"
+            yield Check(f"cuda:{index}", True, detail)
+        return
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        yield Check(accelerator.type, True, f"{torch.accelerator.device_count()} found")
+    elif torch.version.cuda or torch.version.hip:
+        yield Check("cuda", False, "this build of torch has CUDA or ROCm, but found no driver or no device")
+    else:
+        yield Check("cuda", False, "this build of torch is for the CPU only")
+
+
+def _compilers() -> Iterator[Check]:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch.utils._triton import has_triton, has_triton_package
+
+    try:
+        yield Check("inductor on cpu", True, f"C++ compiler {get_cpp_compiler()}")
+    except (InvalidCxxCompiler, RuntimeError, OSError) as error:
+        advice = 'install g++ or clang++, name one in CXX, or use options={"inner_backend": "aot_eager"}'
+        yield Check("inductor on cpu", False, f"no C++ compiler: {advice} ({_first_line(error)})")
+    if not torch.cuda.is_available():
+        return
+    if has_triton():
+        yield Check("inductor on cuda", True, f"triton {importlib.metadata.version('triton')}")
+    elif has_triton_package():
+        yield Check("inductor on cuda", False, "triton is installed, but does not support this device")
+    else:
+        yield Check("inductor on cuda", False, "triton is not installed: pip install triton")
+
+
+def _kernels() -> Iterator[Check]:
+    from attnrewrite.kernels import registered_kernels
+
+    for kernel in registered_kernels():
+        found = kernel.availability()
+        yield Check(kernel.name, found.available, found.detail)
+
+
+def _sdpa_backends() -> Iterator[Check]:
+    devices = ["cpu"]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        devices.append(accelerator.type)
+    for device in devices:
+        # Half precision is what the fused kernels of a GPU are for; a CPU's take float32.
+        dtype = torch.float32 if device == "cpu" else torch.float16
+        for name, backend in _SDPA_BACKENDS.items():
+            yield _try_sdpa(name, backend, device, dtype)
+
+
+def _try_sdpa(name: str, backend: SDPBackend, device: str, dtype: torch.dtype) -> Check:
+    """Calls one back end alone; when it refuses, torch says why in warnings."""
+    kind = f"{name} on {device}"
+    if device == "cpu" and name in _CUDA_ONLY:
+        return Check(kind, False, "exists for CUDA devices only")
+    query = torch.zeros(1, 2, 16, 64, device=device, dtype=dtype)
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad(), sdpa_kernel(backend):
+        warnings.simplefilter("always")
+        try:
+            scaled_dot_product_attention(query, query, query)
+        except (RuntimeError, NotImplementedError) as error:
+            # The first lines of a warning name its place in torch's source; "because" comes with the last ones.
+            reasons = [_first_line(str(w.message).split("(Triggered internally")[0]) for w in caught]
+            return Check(kind, False, "; ".join(dict.fromkeys(reasons)) or _first_line(error))
+    return Check(kind, True, f"ran in {str(dtype).removeprefix('torch.')}")
+
+
+def _package(distribution: str, module: str) -> Check:
+    """Whether a kernel package is there, and loads."""
+    try:
+        version = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return Check(distribution, False, "not installed")
+    try:
+        importlib.import_module(module)
+    # A package built for another torch or CUDA fails in many ways when it loads: a missing symbol is an ImportError, a
+    # missing library an OSError, a driver that is not there a RuntimeError, and so on.
+    except (ImportError, OSError, RuntimeError, AttributeError, AssertionError, TypeError, ValueError) as error:
+        return Check(distribution, False, f"{version} is installed but does not load: {_first_line(error)}")
+    return Check(distribution, True, f"{version} is installed")
+
+
+def _first_line(error: object) -> str:
+    lines = str(error).strip().splitlines()
+    text = lines[0].strip() if lines else ""
+    return text or type(error).__name__

@@ -1,0 +1,23 @@
+"""The errors a user may see. Each message is one line that says what to do."""
+
+from __future__ import annotations
+
+from torch._dynamo.exc import ShortenTraceback
+
+__all__ = ["AttnRewriteError", "OptionError"]
+
+
+class AttnRewriteError(Exception):
+    """Base of the errors that attnrewrite raises for its callers' mistakes."""
+
+
+class OptionError(AttnRewriteError, ShortenTraceback, ValueError):
+    """An option, an environment variable or a backend's name that is not valid.
+
+    It derives from Dynamo's ``ShortenTraceback`` so that Dynamo hands it on as it is, without the frames of the
+    compiler and without wrapping it into ``BackendCompilerFailed``
+    (https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_dynamo/output_graph.py, ``_call_user_compiler``).
+    """
+
+    def __init__(self, message: str) -> None:
+        ShortenTraceback.__init__(self, message, first_useful_frame=None)

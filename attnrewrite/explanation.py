@@ -1,0 +1,58 @@
+"""``explain``: what attnrewrite does to a model, without keeping the compiled result."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from attnrewrite.backend import attnrewrite, collect_reports
+from attnrewrite.report import RewriteReport
+
+__all__ = ["explain"]
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = None,
+    **kwargs: Any,
+) -> RewriteReport:
+    """Runs ``model(*args, **kwargs)`` once through the backend and reports on every graph that it made.
+
+    The model runs once, in the grad mode and the training mode that it is called in; its parameters' gradients are not
+    touched. Nothing stays compiled for later calls of ``torch.compile``.
+
+    Args:
+        model: an ``nn.Module`` or a function.
+        options: as for ``torch.compile(model, backend="attnrewrite", options=...)``; the inner backend is "eager" unless
+            it is named here, since only the rewriting is of interest.
+        dynamic: as for ``torch.compile``; default None.
+    """
+    chosen = {"inner_backend": "eager", **(options or {})}
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        return attnrewrite(gm, example_inputs, options=chosen)
+
+    breaks_before = Counter(torch._dynamo.utils.counters["graph_break"])
+    # A new backend means a new entry in Dynamo's cache for the model's code, next to those that are there: the limit on
+    # their number is meant for recompilations.
+    limits = {"recompile_limit": 2**31, "accumulated_recompile_limit": 2**31}
+    with collect_reports() as graphs, torch._dynamo.config.patch(limits):
+        torch.compile(model, backend=backend, dynamic=dynamic)(*args, **kwargs)
+    breaks = Counter(torch._dynamo.utils.counters["graph_break"]) - breaks_before
+    return RewriteReport(
+        model=getattr(model, "__qualname__", type(model).__qualname__),
+        graphs=graphs,
+        graph_breaks=[" ".join(reason.split()) for reason in breaks],
+        versions={
+            "attnrewrite": metadata.version("attnrewrite"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    )

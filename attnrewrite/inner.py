@@ -1,0 +1,129 @@
+"""The inner compiler: what the graph goes to when attnrewrite is done with it."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.registry import list_backends, lookup_backend
+
+from attnrewrite.errors import OptionError
+from attnrewrite.policy import OWN_OPTIONS, Policy
+
+__all__ = ["CompiledFn", "InnerCompiler"]
+
+CompiledFn = Callable[..., Any]
+
+_OWN_NAME = "attnrewrite"
+
+
+class InnerCompiler:
+    """The compiler that a policy names, checked before any work is done."""
+
+    def __init__(self, policy: Policy) -> None:
+        """Raises:
+        OptionError: the backend does not exist, or does not take the options.
+        """
+        self._policy = policy
+        backend = policy.inner_backend
+        self.name = backend if isinstance(backend, str) else getattr(backend, "__name__", type(backend).__name__)
+        if backend == "inductor":
+            self._compile = self._inductor
+            self._inductor_wrapper({})  # Checks the options.
+            return
+        if policy.mode is not None:
+            raise OptionError(
+                f"mode={policy.mode!r} belongs to Inductor; leave it out or use options={{'inner_backend': 'inductor'}}"
+            )
+        if isinstance(backend, str):
+            self._function = self._registered(backend)
+        elif callable(backend):
+            self._function = backend
+        else:
+            raise OptionError(
+                "options['inner_backend'] takes a backend's name or a callable (gm, example_inputs) -> callable; "
+                f"got {backend!r}"
+            )
+        self._keywords = self._accepted_options()
+        self._compile = self._other
+
+    def compile(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, keep_attention: bool, round_like_eager: bool
+    ) -> CompiledFn:
+        """The compiled ``gm``.
+
+        Args:
+            keep_attention: the graph holds attention that was left as it is on purpose, so Inductor's own attention
+                patterns may not touch it: some of them ignore the axis of softmax, or what a masked row gives.
+            round_like_eager: the graph holds half-precision scores whose rounding decides the result.
+        """
+        return self._compile(gm, example_inputs, keep_attention, round_like_eager)
+
+    def _other(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *_: bool) -> CompiledFn:
+        compiled: CompiledFn = self._function(gm, example_inputs, **self._keywords)
+        return compiled
+
+    def _inductor(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], keep_attention: bool, round_like_eager: bool
+    ) -> CompiledFn:
+        own: dict[str, Any] = {}
+        if keep_attention:
+            # The pass that holds Inductor's attention patterns, by its name in the joint graph's list of passes:
+            # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_inductor/fx_passes/joint_graph.py
+            given = self._policy.inner_options.get("disabled_passes", torch._inductor.config.disabled_passes)
+            own["disabled_passes"] = ",".join(filter(None, (given, "pass_pattern_0")))
+        if round_like_eager:
+            own["emulate_precision_casts"] = True
+        compiled: CompiledFn = self._inductor_wrapper(own)(gm, example_inputs)
+        return compiled
+
+    def _inductor_wrapper(self, own: dict[str, Any]) -> Any:
+        import torch._inductor  # Not loaded by `import torch`, and read below.
+
+        options = {**own, **self._policy.inner_options}
+        if "disabled_passes" in own:
+            options["disabled_passes"] = own["disabled_passes"]
+        known = torch._inductor.config.get_config_copy()
+        unknown = [key for key in options if key.replace("-", "_") not in known]
+        if unknown:
+            raise _unknown_options(unknown, OWN_OPTIONS, "Inductor takes", sorted(known))
+        try:
+            return torch._TorchCompileInductorWrapper(self._policy.mode, options, None)
+        except RuntimeError as error:
+            raise OptionError(" ".join(str(error).split())) from None
+
+    @staticmethod
+    def _registered(name: str) -> CompiledFn:
+        known = [backend for backend in list_backends(exclude_tags=()) if backend != _OWN_NAME]
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise OptionError(
+                f"unknown inner backend {name!r}{hint}; give a callable (gm, example_inputs) -> callable, or one of: "
+                + ", ".join(known)
+            )
+        function: CompiledFn = lookup_backend(name)
+        return function
+
+    def _accepted_options(self) -> dict[str, Any]:
+        options = dict(self._policy.inner_options)
+        if not options:
+            return {}
+        parameters: Iterable[str] = ()
+        if isinstance(self._policy.inner_backend, str):
+            parameters = inspect.signature(self._function).parameters
+        if "options" in parameters:
+            return {"options": options}
+        raise _unknown_options(list(options), OWN_OPTIONS, f"the inner backend {self.name!r} takes none", [])
+
+
+def _unknown_options(unknown: list[str], own: Iterable[str], what: str, known: list[str]) -> OptionError:
+    near = difflib.get_close_matches(unknown[0], [*own, *known], n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    names = ", ".join(repr(key) for key in unknown)
+    tail = f"{what}: {', '.join(known)}" if known else what
+    return OptionError(f"unknown option {names}{hint}; attnrewrite takes: {', '.join(own)}; {tail}")

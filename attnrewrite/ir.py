@@ -1,0 +1,282 @@
+"""The IR's vocabulary: reading nodes, comparing symbolic sizes without a guard, and building new nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+from attnrewrite.report import SourceLocation
+
+__all__ = [
+    "CAST_OPS",
+    "VIEW_OPS",
+    "Builder",
+    "Size",
+    "is_cast",
+    "is_view",
+    "regions",
+    "same",
+    "same_shape",
+    "source_location",
+    "tensor",
+]
+
+aten = torch.ops.aten
+
+Size = int | torch.SymInt
+"""A size: a number, or a symbol of the graph's shape environment."""
+
+VIEW_OPS = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.view_as.default,
+        aten.reshape_as.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.transpose.int,
+        aten.t.default,
+        aten.mT.default,
+        aten.mH.default,
+        aten.numpy_T.default,
+        aten.permute.default,
+        aten.swapaxes.default,
+        aten.swapdims.default,
+        aten.movedim.int,
+        aten.movedim.intlist,
+        aten.unsqueeze.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.expand.default,
+        aten.expand_as.default,
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.narrow.default,
+        aten.alias.default,
+        aten.diagonal.default,
+        aten.detach.default,
+    }
+)
+"""Operators whose result shares memory with their first argument, or may."""
+
+CAST_OPS = frozenset(
+    {
+        aten.to.dtype,
+        aten.to.device,
+        aten.to.other,
+        aten.to.dtype_layout,
+        aten._to_copy.default,
+        aten.type_as.default,
+    }
+)
+
+
+def is_view(node: fx.Node) -> bool:
+    return node.target in VIEW_OPS
+
+
+def tensor(node: Any) -> torch.Tensor:
+    """The fake tensor that stands for ``node``'s value."""
+    value = node.meta["val"]
+    assert isinstance(value, torch.Tensor), f"{node} is {type(value).__name__}, not a tensor"
+    return value
+
+
+def is_tensor(node: Any) -> bool:
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def is_cast(node: fx.Node) -> bool:
+    """A change of dtype and of nothing else."""
+    return (
+        node.target in CAST_OPS and is_tensor(node.args[0]) and tensor(node).device == tensor(node.args[0]).device
+    )
+
+
+def same(a: Size, b: Size) -> bool:
+    """Whether two sizes are known to be equal, whatever the inputs. Adds no guard."""
+    return statically_known_true(a == b)
+
+
+def same_shape(a: Sequence[Size], b: Sequence[Size]) -> bool:
+    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+
+
+def product(sizes: Sequence[Size]) -> Size:
+    result: Size = 1
+    for size in sizes:
+        result = result * size
+    return result
+
+
+def regions(graph: fx.Graph) -> dict[fx.Node, tuple[int, int]]:
+    """For each node the grad-mode region and the autocast region it is in, each as a running number.
+
+    Pre-dispatch graphs carry these switches as nodes. A rewrite may not move work from one region into another.
+    """
+    grad = 0
+    autocast = [0]
+    opened = 0
+    result = {}
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            grad = 1 if node.args[0] else 2
+        elif node.target is torch.amp.autocast_mode._enter_autocast:
+            opened += 1
+            autocast.append(opened)
+        elif node.target is torch.amp.autocast_mode._exit_autocast:
+            autocast.pop()
+        result[node] = (grad, autocast[-1])
+    return result
+
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.*)\n\s*(?P<code>.*)')
+
+
+def source_location(node: fx.Node) -> SourceLocation | None:
+    """The innermost line of the user's source that made ``node``, and the module it ran in."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    if not frames:
+        return None
+    file, line, function, code = frames[-1]
+    stack = node.meta.get("nn_module_stack") or {}
+    path = ""
+    for entry in stack.values():
+        path = entry[0] if isinstance(entry, tuple) else str(entry)
+    return SourceLocation(file, int(line), function.strip(), code.strip(), _module_path(path))
+
+
+def _module_path(path: str) -> str:
+    """Dynamo writes ``L['self'].encoder.layer.0`` or ``L['self']._modules['encoder']``: the dotted path is wanted."""
+    path = re.sub(r"\.?_modules\[['\"]([^'\"]+)['\"]\]", r".\1", path)
+    path = re.sub(r"^[LG]\[['\"][^'\"]+['\"]\]", "", path)
+    path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
+    return path.strip(".")
+
+
+class Builder:
+    """Writes nodes at one place of a graph, with their fake values, and symbolic sizes as the nodes that carry them.
+
+    Nodes are evaluated under the graph's fake mode. Sizes are never turned into constants: an expression of symbols is
+    written out over the graph's own size inputs, or over ``sym_size`` of an input that has it.
+    """
+
+    def __init__(self, gm: fx.GraphModule, before: fx.Node, like: fx.Node) -> None:
+        """``before``: new nodes go in front of it. ``like``: whose source location and tags they inherit."""
+        self.graph = gm.graph
+        self.created: list[fx.Node] = []
+        self._before = before
+        self._meta = {
+            key: value
+            for key, value in like.meta.items()
+            if key in ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id", "custom", "seq_nr")
+        }
+        self._fake_mode = _fake_mode_of(gm.graph)
+        self._symbols: dict[Any, fx.Node | tuple[fx.Node, int]] | None = None
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A new call of an operator; sizes among the arguments may be SymInts."""
+        args, kwargs = fx.node.map_aggregate((args, kwargs), self._as_argument)  # type: ignore[assignment]
+        fakes = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
+        with self._evaluating():
+            value = target(*fakes[0], **fakes[1])
+        return self.insert(target, args, kwargs, value)
+
+    def insert(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> fx.Node:
+        """A new call whose fake value the caller knows already."""
+        args, kwargs = fx.node.map_aggregate((args, kwargs), self._as_argument)  # type: ignore[assignment]
+        with self.graph.inserting_before(self._before):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta = {**self._meta, "val": value}
+        self.created.append(node)
+        return node
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self._fake_mode is not None:
+                stack.enter_context(self._fake_mode)
+            stack.enter_context(torch.no_grad())
+            yield
+
+    def _as_argument(self, value: Any) -> Any:
+        if isinstance(value, torch.SymInt):
+            return self._size(value)
+        return value
+
+    def _size(self, size: torch.SymInt) -> Any:
+        expression = size.node.expr
+        if expression.is_number:
+            return int(expression)
+        if self._symbols is None:
+            self._symbols = _symbol_sources(self.graph)
+        missing = [symbol for symbol in expression.free_symbols if symbol not in self._symbols]
+        if missing:
+            raise LookupError(f"no input of the graph has the size {missing[0]}")
+        values = {}
+        for symbol in expression.free_symbols:
+            source = self._symbols[symbol]
+            if isinstance(source, tuple):
+                node, dim = source
+                source = self.insert(aten.sym_size.int, (node, dim), {}, tensor(node).shape[dim])
+            values[symbol] = fx.Proxy(source, _Tracer(self))
+        result = sympy_interp(PythonReferenceAnalysis, values, expression)
+        if not isinstance(result, fx.Proxy):
+            return result
+        result.node.meta.setdefault("val", size)
+        return result.node
+
+
+class _Tracer(fx.proxy.GraphAppendingTracer):
+    """Lets arithmetic on proxies write nodes through a builder, with the values of the result."""
+
+    def __init__(self, builder: Builder) -> None:
+        super().__init__(builder.graph)
+        self._builder = builder
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Node:
+        fakes = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
+        return self._builder.insert(target, args, kwargs, target(*fakes[0], **fakes[1]))
+
+
+def _symbol_sources(graph: fx.Graph) -> dict[Any, fx.Node | tuple[fx.Node, int]]:
+    sources: dict[Any, fx.Node | tuple[fx.Node, int]] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and value.node.expr.is_symbol:
+            sources[value.node.expr] = node
+        elif isinstance(value, torch.Tensor):
+            for dim, size in enumerate(value.shape):
+                if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                    sources.setdefault(size.node.expr, (node, dim))
+    return sources
+
+
+def _fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
+    for node in graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None:
+            return mode  # type: ignore[no-any-return]
+    return None
+
+
+def users_of(node: fx.Node) -> list[fx.Node]:
+    return list(node.users)
+
+
+def scalar(value: Any) -> bool:
+    """A Python number, or a symbolic one."""
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+
+

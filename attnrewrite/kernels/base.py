@@ -1,0 +1,54 @@
+"""What a kernel is: a name, an answer for a site, and the calls that it puts in the site's place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from attnrewrite.ir import Builder
+    from attnrewrite.site import AttentionSite
+
+__all__ = ["Availability", "Kernel", "Verdict"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Yes, or no with a sentence that a user can act on."""
+
+    willing: bool
+    reason: str = ""
+
+    @staticmethod
+    def yes(reason: str = "") -> Verdict:
+        return Verdict(True, reason)
+
+    @staticmethod
+    def no(reason: str) -> Verdict:
+        return Verdict(False, reason)
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a kernel can run on this machine at all; ``detail`` says what was found or what is missing."""
+
+    available: bool
+    detail: str
+
+
+class Kernel(Protocol):
+    """A fused attention kernel.
+
+    ``supports`` decides from the site alone and touches no data. ``emit`` writes the call at the builder's insertion
+    point and returns the output in the kernel's own order of dimensions, (batch, heads, query length, value features).
+    """
+
+    name: str
+
+    def availability(self) -> Availability: ...
+
+    def supports(self, site: AttentionSite) -> Verdict: ...
+
+    def emit(self, site: AttentionSite, builder: Builder) -> fx.Node: ...

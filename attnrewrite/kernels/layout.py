@@ -1,0 +1,71 @@
+"""Bringing an operand into the order of dimensions that a kernel takes, by views wherever views can do it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from attnrewrite.analysis.views import Axis, Dim, Layout, resolve, size_of
+from attnrewrite.ir import Builder, Size, same, same_shape, tensor
+
+__all__ = ["lay_out"]
+
+aten = torch.ops.aten
+
+
+def lay_out(builder: Builder, node: fx.Node, layout: Layout, wanted: Sequence[Dim], expand: bool = False) -> fx.Node:
+    """``node`` as a tensor of ``len(wanted)`` dimensions.
+
+    Args:
+        layout: the axes that ``node``'s dimensions are.
+        wanted: the axes that the result's dimensions shall be, major to minor. Axes that ``node`` lacks give size one,
+            or with ``expand`` their full size; where a dimension mixes axes that it has and lacks, they are expanded.
+    """
+    layout = resolve(layout)
+    wanted = resolve(wanted)
+    have = {axis for dim in layout for axis in dim}
+    order = [axis for dim in wanted for axis in dim if axis in have]
+    assert set(order) == have, f"{node} has axes that are not wanted"
+
+    atoms = [axis for dim in layout for axis in dim]
+    node = _reshaped(builder, node, [axis.size for axis in atoms])
+    if order != atoms:
+        node = builder.call(aten.permute.default, node, [atoms.index(axis) for axis in order])
+
+    needs_expansion = [expand or any(axis in have for axis in dim) for dim in wanted]
+    singles: list[Size] = []
+    full: list[Size] = []
+    merged: list[Size] = []
+    for dim, expanded in zip(wanted, needs_expansion, strict=True):
+        missing = [axis for axis in dim if axis not in have]
+        if missing and not expanded:
+            singles.append(1)
+            full.append(1)
+            merged.append(1)
+            continue
+        parts: Sequence[Axis | None] = dim or (None,)
+        singles.extend(axis.size if axis in have else 1 for axis in parts if axis is not None)
+        full.extend(axis.size for axis in parts if axis is not None)
+        if not dim:
+            singles.append(1)
+            full.append(1)
+        merged.append(size_of(dim))
+    node = _reshaped(builder, node, singles)
+    if not same_shape(full, singles):
+        node = builder.call(aten.expand.default, node, full)
+    return _reshaped(builder, node, merged)
+
+
+def _reshaped(builder: Builder, node: fx.Node, shape: Sequence[Size]) -> fx.Node:
+    if same_shape(tensor(node).shape, shape):
+        return node
+    return builder.call(aten.reshape.default, node, list(shape))
+
+
+def with_unit_stride(builder: Builder, node: fx.Node) -> fx.Node:
+    """Fused kernels want the features of one position side by side."""
+    if same(tensor(node).stride()[-1], 1) or same(tensor(node).shape[-1], 1):
+        return node
+    return builder.call(aten.clone.default, node, memory_format=torch.contiguous_format)

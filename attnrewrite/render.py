@@ -1,0 +1,323 @@
+"""The renderings of a :class:`~attnrewrite.report.RewriteReport`: text, a coloured table, and an HTML page.
+
+Nothing here decides anything: what a rendering says is in the report's data, and all of it is shown in full.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from attnrewrite.report import GraphReport, RewriteReport, SiteReport, SourceLocation
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+__all__ = ["print_report", "report_to_html", "report_to_text", "short_path"]
+
+ASSIGNMENT = re.compile(r"^ {4}(?:\w+ [^\w\s=]{1,3}= [^;]+;  )?(?P<name>\w+)(?: ?: [^=]+)? = ")
+"""A line of a graph's code that gives a node its value. In-place operators read ``x += y;  iadd = x``."""
+
+_TABLE_MIN_WIDTH = 110
+"""Below this many columns a table of five columns is a row of splinters; the sites are listed one by one."""
+
+
+def report_to_text(report: RewriteReport, width: int | None = None) -> str:
+    """The report as plain text. ``width`` in columns; by default as wide as the table needs."""
+    out = io.StringIO()
+    # Cells hold their columns to a maximum, so a table in an endless line is as wide as it needs and no wider.
+    console = Console(file=out, width=width or 240, color_system=None, force_terminal=False, legacy_windows=False)
+    console.print(_report(report, width or 240))
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().split("\n")) + "\n"
+
+
+def print_report(report: RewriteReport, console: Console | None = None) -> None:
+    """Prints the report to a terminal, in colour where the terminal has any."""
+    console = console or Console()
+    console.print(_report(report, console.width))
+
+
+def short_path(file: str) -> str:
+    """A path as one reads it: from the working directory, or from the package that it is installed in."""
+    path = Path(file)
+    for root in ("site-packages", "dist-packages"):
+        if root in path.parts:
+            return Path(*path.parts[len(path.parts) - path.parts[::-1].index(root) :]).as_posix()
+    try:
+        return path.relative_to(os.getcwd()).as_posix()
+    except (ValueError, OSError):  # elsewhere; or the working directory is gone
+        return file
+
+
+# -- what a site says, in lines, the same for every rendering ---------------------------------------------------------
+
+
+def _shape(shape: Sequence[str]) -> str:
+    return f"({', '.join(shape)}{',' if len(shape) == 1 else ''})"
+
+
+def _meaning(site: SiteReport) -> list[str]:
+    """What the attention is: shapes, dtype, scale, mask and so on, each of them only if the report has it."""
+    shapes = {"q": site.query_shape, "k": site.key_shape, "v": site.value_shape}
+    lines: list[str] = []
+    for name, shape in shapes.items():
+        if not shape:
+            continue
+        if lines and lines[-1].endswith(f" {_shape(shape)}"):
+            # "q, k, v (2, 12, 128, 64)" rather than three times the same
+            names = lines[-1].removesuffix(f" {_shape(shape)}")
+            lines[-1] = f"{names}, {name} {_shape(shape)}"
+        else:
+            lines.append(f"{name} {_shape(shape)}")
+    kind = " on ".join(part for part in (site.dtype, site.device) if part)
+    pairs = [("scale", site.scale), ("mask", site.mask), ("heads", site.grouping), ("dropout", site.dropout)]
+    lines += [kind] if kind else []
+    lines += [f"{name}: {text}" for name, text in pairs if text]
+    return lines + [f"score: {mod}" for mod in site.score_mods]
+
+
+def _why(site: SiteReport) -> list[str]:
+    """The reason, the proof, and what the other kernels answered."""
+    lines = [site.reason] if site.reason else []
+    lines += [f"proved: {step}" for step in site.proof]
+    for verdict in site.verdicts:
+        if not verdict.willing and verdict.reason and verdict.reason not in site.reason:
+            lines.append(f"not {verdict.kernel}: {verdict.reason}")
+    return lines
+
+
+def _where(location: SourceLocation | None) -> list[str]:
+    if location is None:
+        return ["not known"]
+    lines = [f"{short_path(location.file)}:{location.line}"]
+    if location.module:
+        lines.append(location.module)
+    elif location.function:
+        lines.append(f"in {location.function}")
+    return lines
+
+
+def _became(site: SiteReport) -> str:
+    return (site.kernel or "rewritten") if site.status == "rewritten" else "kept"
+
+
+def _graph_summary(graph: GraphReport) -> str:
+    """One line: "2 of 3 attention sites rewritten · 412 nodes · inner compiler inductor · find 0.01 s"."""
+    if not graph.captured:
+        found = "passed on uncaptured"
+    elif graph.sites:
+        count = len(graph.sites)
+        found = f"{len(graph.rewritten)} of {count} attention site{'s' * (count != 1)} rewritten"
+    else:
+        found = "no attention found"
+    parts = [found]
+    if graph.node_count:
+        parts.append(f"{graph.node_count} nodes")
+    if graph.inner_backend:
+        parts.append(f"inner compiler {graph.inner_backend}")
+    parts += [f"{step} {seconds:.2f} s" for step, seconds in graph.seconds.items()]
+    return " · ".join(parts)
+
+
+def _versions(report: RewriteReport) -> str:
+    return " · ".join(f"{name} {version}" for name, version in report.versions.items())
+
+
+# -- terminal ---------------------------------------------------------------------------------------------------------
+
+
+def _report(report: RewriteReport, width: int) -> RenderableType:
+    # Everything is put into Text objects: a "[" in a module's path is no markup of rich's.
+    parts: list[RenderableType] = []
+    if report.model:
+        parts.append(Text(report.model, style="bold"))
+    parts.append(Text(report.summary, style="bold green" if report.rewritten else "bold"))
+    for graph in report.graphs:
+        parts += [Text(), *_graph(graph, width)]
+    if report.graph_breaks:
+        count = len(report.graph_breaks)
+        parts += [Text(), Text(f"{count} graph break{'s' * (count != 1)}:", style="bold yellow")]
+        parts += [_item(text) for text in report.graph_breaks]
+    if report.versions:
+        parts += [Text(), Text(_versions(report), style="dim")]
+    return Group(*parts)
+
+
+def _graph(graph: GraphReport, width: int) -> Iterator[RenderableType]:
+    yield Text.assemble((graph.name, "bold"), ": ", _graph_summary(graph))
+    if not graph.captured:
+        yield _item(f"not captured: {graph.reason or 'no reason was given'}", "yellow")
+    if graph.sites:
+        yield _table(graph.sites) if width >= _TABLE_MIN_WIDTH else Group(*map(_block, graph.sites))
+    for note in graph.notes:
+        yield _item(f"note: {note}", "dim")
+
+
+def _item(text: str, style: str = "") -> RenderableType:
+    return Padding(Text(text, style=style, overflow="fold"), (0, 0, 0, 2))
+
+
+def _table(sites: Sequence[SiteReport]) -> Table:
+    table = Table(box=box.ROUNDED, show_lines=True, header_style="bold")
+    # "fold" breaks a word that is longer than its column; nothing is ever cut off.
+    for title, most in (("site", 24), ("where", 56), ("what it means", 36), ("became", 20), ("why", 64)):
+        table.add_column(title, overflow="fold", max_width=most)
+    for site in sites:
+        colour = "green" if site.status == "rewritten" else "yellow"
+        name = Text(site.name, style=colour)
+        if site.pattern:
+            name.append(f"\n{site.pattern}", style="dim")
+        became = Text(_became(site), style=f"bold {colour}")
+        table.add_row(name, _lines(_where(site.location)), _lines(_meaning(site)), became, _lines(_why(site)))
+    return table
+
+
+def _lines(lines: Sequence[str]) -> Text:
+    return Text("\n".join(lines), overflow="fold")
+
+
+def _block(site: SiteReport) -> RenderableType:
+    """One site on a narrow terminal: labelled lines in place of a row."""
+    colour = "green" if site.status == "rewritten" else "yellow"
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    grid.add_column(overflow="fold", style="dim", min_width=6)
+    grid.add_column(overflow="fold")
+    for label, lines in (("where", _where(site.location)), ("means", _meaning(site)), ("why", _why(site))):
+        if lines:
+            grid.add_row(label, _lines(lines))
+    heading = Text.assemble((site.name, colour), " -> ", (_became(site), f"bold {colour}"), overflow="fold")
+    if site.pattern:
+        heading.append(f"  ({site.pattern})", style="dim")
+    return Group(Text(), heading, Padding(grid, (0, 0, 0, 2)))
+
+
+# -- HTML -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Line:
+    """One line of highlighted code.
+
+    ``anchors``: the sites whose first line on this side it is. ``first``: the line before it is of another site, or
+    of none.
+    """
+
+    number: int
+    html: Markup
+    site: _Row | None = None
+    anchors: list[str] = field(default_factory=list)
+    first: bool = False
+
+
+@dataclass
+class _Row:
+    """One site as the template shows it."""
+
+    site: SiteReport
+    id: str
+    hue: int
+    where: list[str]
+    meaning: list[str]
+    why: list[str]
+    became: str
+    before: str = ""
+    after: str = ""
+
+    @property
+    def status(self) -> str:
+        return self.site.status
+
+
+@dataclass
+class _GraphView:
+    """One graph as the template shows it."""
+
+    graph: GraphReport
+    id: str
+    summary: str
+    rows: list[_Row]
+    before: list[_Line]
+    after: list[_Line]
+
+
+# Hues of rewritten sites: greens, blues and purples, neighbours far apart. Kept sites are all of one orange.
+_REWRITTEN_HUES = (150, 215, 280, 180, 250, 320, 120, 200)
+_KEPT_HUE = 35
+
+
+def report_to_html(report: RewriteReport) -> str:
+    """The report as one HTML page that needs nothing beside itself."""
+    # Only this rendering needs a template engine, and the text is rendered far more often.
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    graphs = [_graph_view(graph, f"g{index}") for index, graph in enumerate(report.graphs)]
+    page = environment.get_template("report.html.j2")
+    return page.render(report=report, graphs=graphs, versions=_versions(report))
+
+
+def _graph_view(graph: GraphReport, id: str) -> _GraphView:
+    rows = []
+    for index, site in enumerate(graph.sites):
+        hue = _REWRITTEN_HUES[index % len(_REWRITTEN_HUES)] if site.status == "rewritten" else _KEPT_HUE
+        rows.append(_Row(site, f"{id}-s{index}", hue, _where(site.location), _meaning(site), _why(site), _became(site)))
+    before = _code(graph.before_code, "before", rows)
+    unchanged = not graph.after_code or graph.after_code == graph.before_code
+    # What was kept stands on the right as well, under the names that it had.
+    after = [] if unchanged else _code(graph.after_code, "after", rows)
+    return _GraphView(graph, id, _graph_summary(graph), rows, before, after)
+
+
+def _code(source: str, side: str, rows: Sequence[_Row]) -> list[_Line]:
+    """The source in lines, each with the site it belongs to; sets the anchors that the rows link to."""
+    from markupsafe import Markup
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
+
+    source = source.strip("\n")
+    if not source:
+        return []
+    owners: dict[str, list[_Row]] = {}
+    for row in rows:
+        for name in row.site.nodes_before if side == "before" else row.site.nodes_after:
+            owners.setdefault(name, []).append(row)
+    html = highlight(source, PythonLexer(stripnl=False, ensurenl=False), HtmlFormatter(nowrap=True))
+    lines: list[_Line] = []
+    functions = 0
+    previous: _Row | None = None
+    for number, (text, markup) in enumerate(zip(source.split("\n"), html.split("\n"), strict=False), start=1):
+        line = _Line(number, Markup(markup))
+        functions += text.startswith("def ")
+        assigned = ASSIGNMENT.match(text)
+        # Names are of the first function; those of nested graphs, which follow, are a world of their own.
+        found = owners.get(assigned["name"], []) if assigned and functions == 1 else []
+        if found:
+            line.site = found[0]
+            line.first = previous is not line.site
+        if not text.lstrip().startswith("#"):  # the place in the user's source, between two lines of code
+            previous = line.site
+        for row in found:
+            if not getattr(row, side):
+                anchor = f"{row.id}-{side}"
+                setattr(row, side, anchor)
+                line.anchors.append(anchor)
+        lines.append(line)
+    return lines

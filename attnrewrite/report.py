@@ -1,0 +1,162 @@
+"""What the rewriting did and why: plain data first, every rendering made from it.
+
+The data model is filled by :mod:`attnrewrite.rewrite` and :mod:`attnrewrite.backend` and read by the renderings
+(:mod:`attnrewrite.render`), by the dump (:mod:`attnrewrite.dump`) and by users. Nothing in this file renders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+__all__ = ["GraphReport", "KernelVerdict", "RewriteReport", "SiteReport", "SourceLocation"]
+
+
+@dataclass(frozen=True)
+class SourceLocation:
+    """Where a node comes from in the user's source.
+
+    ``module`` is the dotted path of the ``nn.Module`` that ran it ("encoder.layer.0.attention"), empty for a function.
+    """
+
+    file: str
+    line: int
+    function: str
+    code: str
+    module: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True)
+class KernelVerdict:
+    """One kernel's answer for one site: willing, or the reason why not."""
+
+    kernel: str
+    willing: bool
+    reason: str = ""
+
+
+@dataclass
+class SiteReport:
+    """One attention, or one near miss.
+
+    Shapes are tuples of strings, since a size may be symbolic ("s37"); they read (batch..., heads, length, features).
+    ``nodes_before`` and ``nodes_after`` are the names of graph nodes: the left-hand sides of the lines in
+    ``GraphReport.before_code`` and ``GraphReport.after_code`` that belong to this site.
+    """
+
+    name: str
+    pattern: str
+    status: Literal["rewritten", "kept"]
+    location: SourceLocation | None = None
+    kernel: str | None = None
+    reason: str = ""
+    query_shape: tuple[str, ...] = ()
+    key_shape: tuple[str, ...] = ()
+    value_shape: tuple[str, ...] = ()
+    dtype: str = ""
+    device: str = ""
+    scale: str = ""
+    mask: str = "none"
+    score_mods: tuple[str, ...] = ()
+    dropout: str = ""
+    grouping: str = ""
+    proof: tuple[str, ...] = ()
+    verdicts: tuple[KernelVerdict, ...] = ()
+    nodes_before: tuple[str, ...] = ()
+    nodes_after: tuple[str, ...] = ()
+
+
+@dataclass
+class GraphReport:
+    """One graph that Dynamo handed over.
+
+    ``captured`` is False when the graph went to the inner compiler untouched; ``reason`` then says why.
+    ``before_code`` and ``after_code`` are Python source of the graph's module. ``seconds`` maps the name of a step
+    ("capture", "find", "choose", "splice", "inner") to the time that it took.
+    """
+
+    name: str
+    captured: bool = True
+    reason: str = ""
+    sites: list[SiteReport] = field(default_factory=list)
+    before_code: str = ""
+    after_code: str = ""
+    node_count: int = 0
+    inner_backend: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def rewritten(self) -> list[SiteReport]:
+        return [site for site in self.sites if site.status == "rewritten"]
+
+    @property
+    def kept(self) -> list[SiteReport]:
+        return [site for site in self.sites if site.status == "kept"]
+
+
+@dataclass
+class RewriteReport:
+    """All graphs of one model: what was found, what it became, and why the rest was left as it is."""
+
+    model: str = ""
+    graphs: list[GraphReport] = field(default_factory=list)
+    graph_breaks: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> list[SiteReport]:
+        """Every row of every graph, rewritten or kept."""
+        return [site for graph in self.graphs for site in graph.sites]
+
+    @property
+    def rewritten(self) -> list[SiteReport]:
+        return [site for site in self.sites if site.status == "rewritten"]
+
+    @property
+    def kept(self) -> list[SiteReport]:
+        return [site for site in self.sites if site.status == "kept"]
+
+    @property
+    def summary(self) -> str:
+        """One line: "12 of 12 attention sites rewritten in 1 graph"."""
+        graphs = len(self.graphs)
+        text = f"{len(self.rewritten)} of {len(self.sites)} attention sites rewritten in {graphs} graph" + "s" * (
+            graphs != 1
+        )
+        uncaptured = sum(not graph.captured for graph in self.graphs)
+        return text + (f"; {uncaptured} passed on uncaptured" if uncaptured else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report as JSON-ready data."""
+        return dataclasses.asdict(self)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def to_text(self, width: int | None = None) -> str:
+        """The table that a terminal shows, without colours. ``width`` in columns; default: as wide as it needs."""
+        from attnrewrite.render import report_to_text
+
+        return report_to_text(self, width=width)
+
+    def to_html(self) -> str:
+        """One self-contained HTML page: the table, and the code of each graph before and after, side by side."""
+        from attnrewrite.render import report_to_html
+
+        return report_to_html(self)
+
+    def save_html(self, path: str | Path) -> Path:
+        """Writes :meth:`to_html` to ``path`` and returns it."""
+        path = Path(path)
+        path.write_text(self.to_html(), encoding="utf-8")
+        return path
+
+    def __str__(self) -> str:
+        return self.to_text()

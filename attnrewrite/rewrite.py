@@ -1,0 +1,274 @@
+"""find, simplify, choose, splice: from the IR to the IR with its attentions replaced."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnrewrite.analysis.views import Operand, is_layout_op, shape_of
+from attnrewrite.ir import Builder, is_cast, is_tensor, source_location, tensor
+from attnrewrite.kernels import Kernel, registered_kernels
+from attnrewrite.patterns import GraphView, NearMiss, catalogue
+from attnrewrite.policy import Policy
+from attnrewrite.report import KernelVerdict, SiteReport
+from attnrewrite.simplify import canonical_scores
+from attnrewrite.site import AttentionSite, Bias, Fill, NotAttention, RoundingDecides, Scale
+
+__all__ = ["Rewritten", "rewrite"]
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Rewritten:
+    """What became of a graph: a row for each site, in graph order, and the seconds that each step took.
+
+    ``round_like_eager``: a site was kept because the rounding of its scores decides its result.
+    """
+
+    sites: list[SiteReport] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    round_like_eager: bool = False
+
+    @property
+    def changed(self) -> bool:
+        return any(site.status == "rewritten" for site in self.sites)
+
+    def add_time(self, step: str, start: float) -> None:
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
+
+
+def rewrite(gm: fx.GraphModule, policy: Policy) -> Rewritten:
+    """Replaces, in place, each attention of the IR graph that a kernel is willing to take."""
+    result = Rewritten()
+    start = time.perf_counter()
+    findings = list(_find(gm))
+    result.add_time("find", start)
+    replaced: dict[fx.Node, fx.Node] = {}
+    for index, finding in enumerate(findings):
+        name = f"site{index}"
+        if isinstance(finding, NearMiss):
+            result.sites.append(_row_of_near_miss(name, finding))
+            continue
+        start = time.perf_counter()
+        _redirect(finding, replaced)
+        row = _row(name, finding)
+        result.sites.append(row)
+        try:
+            finding.scores = canonical_scores(finding, policy)
+        except NotAttention as reason:
+            row.reason = str(reason)
+            result.round_like_eager |= isinstance(reason, RoundingDecides)
+            result.add_time("simplify", start)
+            continue
+        row.proof = _proof(finding)
+        result.add_time("simplify", start)
+        start = time.perf_counter()
+        kernel, row.verdicts = _choose(finding)
+        result.add_time("choose", start)
+        if kernel is None:
+            row.reason = "; ".join(f"{verdict.kernel}: {verdict.reason}" for verdict in row.verdicts)
+            continue
+        start = time.perf_counter()
+        row.status, row.kernel = "rewritten", kernel.name
+        row.nodes_after = _splice(gm, finding, kernel, replaced)
+        result.add_time("splice", start)
+    if result.changed:
+        gm.graph.lint()
+        gm.recompile()
+    return result
+
+
+def _find(gm: fx.GraphModule) -> Iterator[AttentionSite | NearMiss]:
+    view = GraphView(gm)
+    findings = [finding for pattern in catalogue() for finding in pattern.find(view)]
+    order = {node: position for position, node in enumerate(gm.graph.nodes)}
+    claimed: set[fx.Node] = set()
+    for finding in sorted(findings, key=lambda finding: order[finding.anchor]):
+        nodes = set(finding.interior if isinstance(finding, AttentionSite) else finding.nodes)
+        if not nodes & claimed:
+            claimed |= nodes
+            yield finding
+
+
+def _redirect(site: AttentionSite, replaced: dict[fx.Node, fx.Node]) -> None:
+    """An operand that was the result of an earlier site is now that site's replacement."""
+
+    def current(operand: Operand) -> Operand:
+        return Operand(replaced.get(operand.node, operand.node), operand.layout).resolved()
+
+    site.query, site.key, site.value = current(site.query), current(site.key), current(site.value)
+    mods: list[Any] = []
+    for mod in site.mods:
+        if isinstance(mod, Bias):
+            mod = Bias(current(mod.operand), mod.dtype, mod.factor)
+        elif isinstance(mod, Fill):
+            mod = Fill(current(mod.condition), mod.value, mod.dtype, mod.invert)
+        elif isinstance(mod, Scale) and isinstance(mod.factor, Operand):
+            mod = Scale(current(mod.factor), mod.divide)
+        mods.append(mod)
+    site.mods = tuple(mods)
+
+
+def _choose(site: AttentionSite) -> tuple[Kernel | None, tuple[KernelVerdict, ...]]:
+    """The first willing kernel, and every answer given on the way."""
+    verdicts = []
+    for kernel in registered_kernels():
+        verdict = kernel.supports(site)
+        verdicts.append(KernelVerdict(kernel.name, verdict.willing, verdict.reason))
+        if verdict.willing:
+            return kernel, tuple(verdicts)
+    return None, tuple(verdicts)
+
+
+# Splicing.
+
+
+def _splice(
+    gm: fx.GraphModule, site: AttentionSite, kernel: Kernel, replaced: dict[fx.Node, fx.Node]
+) -> tuple[str, ...]:
+    """Puts the kernel's nodes in the site's place and removes what served only the site."""
+    builder = Builder(gm, before=site.result, like=site.anchor)
+    autocast = None
+    if site.in_autocast:
+        # The kernel's operands and mask have the dtypes that they should have; autocast would round the mask.
+        autocast = builder.insert(
+            torch.amp.autocast_mode._enter_autocast, (site.device.type, None, False, None), {}, None
+        )
+    output = kernel.emit(site, builder)
+    if autocast is not None:
+        builder.insert(torch.amp.autocast_mode._exit_autocast, (autocast,), {}, None)
+    if not _strides_are_free(site.result):
+        output = builder.call(aten.clone.default, output, memory_format=torch.contiguous_format)
+    site.result.replace_all_uses_with(output)
+    replaced[site.result] = output
+    _remove(gm.graph, site.result)
+    return tuple(node.name for node in builder.created)
+
+
+_STRIDE_BLIND = frozenset(
+    {
+        aten.linear.default,
+        aten.matmul.default,
+        aten.bmm.default,
+        aten.mm.default,
+        aten.addmm.default,
+        aten.baddbmm.default,
+        aten.einsum.default,
+        aten.contiguous.default,
+    }
+)
+"""Operators whose result is laid out in memory in the same way, however their operands are."""
+
+
+def _strides_are_free(node: fx.Node) -> bool:
+    """Whether nothing can tell how ``node`` lies in memory. Views on the way become reshapes, which always work."""
+    free = True
+    for user in node.users:
+        if user.target in _STRIDE_BLIND:
+            continue
+        if user.target is aten.view.default:
+            user.target = aten.reshape.default
+        free = free and (is_layout_op(user) or is_cast(user)) and _strides_are_free(user)
+    return free
+
+
+def _remove(graph: fx.Graph, node: fx.Node) -> None:
+    """Removes a node and, one after another, what only it has read."""
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node.users or node.op != "call_function" or node._erased or _has_effect(node):
+            continue
+        pending.extend(node.all_input_nodes)
+        graph.erase_node(node)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    # Not `is_impure`: that counts dropout, which the removed attention took with it.
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or schema.is_mutable
+
+
+# Rows of the report.
+
+
+def _row_of_near_miss(name: str, miss: NearMiss) -> SiteReport:
+    return SiteReport(
+        name,
+        miss.pattern,
+        "kept",
+        source_location(miss.anchor),
+        reason=miss.reason,
+        dtype=_dtype_name(miss.anchor),
+        device=tensor(miss.anchor).device.type if is_tensor(miss.anchor) else "",
+        nodes_before=tuple(node.name for node in miss.nodes),
+    )
+
+
+def _row(name: str, site: AttentionSite) -> SiteReport:
+    heads = (*site.shared_axes, *site.group_axes)
+
+    def shape(*dims: Any) -> tuple[str, ...]:
+        return tuple(str(size) for size in shape_of(tuple((axis,) for axis in heads if axis in dims[0]) + dims[1:]))
+
+    grouped = "x".join(str(axis.size) for axis in site.group_axes)
+    return SiteReport(
+        name,
+        site.pattern,
+        "kept",
+        source_location(site.anchor),
+        query_shape=shape(site.query.axes, site.query_axes, site.feature_axes),
+        key_shape=shape(site.key.axes, site.key_axes, site.feature_axes),
+        value_shape=shape(site.value.axes, site.key_axes, site.value_axes),
+        dtype=str(site.compute_dtype).removeprefix("torch."),
+        device=site.device.type,
+        scale=site.describe_scale(),
+        mask=_mask_in_words(site),
+        score_mods=tuple(_mod_in_words(mod) for mod in site.mods),
+        dropout=f"{site.dropout:g}" if site.dropout else "",
+        grouping=f"{grouped} query heads share a key" if grouped else "",
+        nodes_before=tuple(node.name for node in site.interior),
+    )
+
+
+def _dtype_name(node: fx.Node) -> str:
+    return str(tensor(node).dtype).removeprefix("torch.") if is_tensor(node) else ""
+
+
+def _mask_in_words(site: AttentionSite) -> str:
+    if site.is_causal:
+        return "causal"
+    kinds = [
+        "bias" if isinstance(mod, Bias) else f"fill {mod.value:g}" for mod in site.mods if isinstance(mod, (Bias, Fill))
+    ]
+    return " + ".join(kinds) or "none"
+
+
+def _mod_in_words(mod: Any) -> str:
+    if isinstance(mod, Scale):
+        amount = f"{mod.factor:.6g}" if isinstance(mod.factor, (int, float)) else "a tensor"
+        return f"{'divide' if mod.divide else 'multiply'} by {amount}"
+    if isinstance(mod, Bias):
+        return f"add {'x'.join(str(size) for size in tensor(mod.operand.node).shape)} {mod.dtype}".replace("torch.", "")
+    if isinstance(mod, Fill):
+        return f"fill {mod.value:g} where {'not ' * mod.invert}{mod.condition.node.name}"
+    return str(getattr(mod.node.target, "_opname", mod.node.target))
+
+
+def _proof(site: AttentionSite) -> tuple[str, ...]:
+    assert site.scores is not None
+    if not site.scores.terms:
+        return ()
+    if site.scores.attended is not None:
+        return (f"every row keeps a key: {site.scores.attended}",)
+    if site.fused:
+        return ("rows without a key: as in the call that was there",)
+    return (f"rows without a key cannot be ruled out and keep the source's value ({site.scores.masked_rows})",)
+
+

@@ -1,0 +1,135 @@
+"""What a pattern is, and what a specimen is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from attnrewrite.analysis.views import Operand, peel
+from attnrewrite.ir import is_cast, is_tensor, regions, source_location, tensor
+from attnrewrite.site import AttentionSite, NotAttention
+
+__all__ = ["Finding", "GraphView", "NearMiss", "Pattern", "Specimen"]
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """Something that looks like attention and is not taken; ``nodes`` are those that it consists of."""
+
+    pattern: str
+    anchor: fx.Node
+    reason: str
+    nodes: tuple[fx.Node, ...] = ()
+
+
+Finding = AttentionSite | NearMiss
+
+
+class GraphView:
+    """A graph as patterns read it: nothing here writes to it."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.graph = gm.graph
+        self._regions = regions(gm.graph)
+        self._order = {node: position for position, node in enumerate(gm.graph.nodes)}
+        self.leads_to_product: dict[fx.Node, bool] = {}
+
+    def ordered(self, nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+        return tuple(sorted(set(nodes), key=self._order.__getitem__))
+
+    def same_region(self, a: fx.Node, b: fx.Node) -> bool:
+        """Whether no switch of grad mode or autocast lies between what the two nodes compute."""
+        return self._regions[a] == self._regions[b]
+
+    def grad_region(self, node: fx.Node) -> int:
+        return self._regions[node][0]
+
+    def in_autocast(self, node: fx.Node) -> bool:
+        return self._regions[node][1] != 0 or _ambient_autocast(node)
+
+    def origin(self, operand: Operand, consumer: fx.Node, narrow_to: torch.dtype | None = None) -> Operand:
+        """The operand behind its views, copies and repetitions, as far as ``consumer``'s grad region reaches.
+
+        ``narrow_to``: widening casts from this dtype are looked behind as well.
+        """
+        region = self.grad_region(consumer)
+
+        def may_enter(node: fx.Node) -> bool:
+            return self.grad_region(node) == region
+
+        while True:
+            operand = peel(operand, may_enter)[-1]
+            node = operand.node
+            if not (is_cast(node) and may_enter(node) and _widens(node, narrow_to)):
+                return operand
+            operand = Operand(node.all_input_nodes[0], operand.layout)
+
+    def require_single_reader(self, nodes: Sequence[fx.Node], what: str) -> None:
+        """Raises unless each node is read by nothing but the next of the chain."""
+        for node in nodes:
+            if len(node.users) > 1:
+                readers = ", ".join(sorted({_reader(user) for user in node.users}))
+                raise NotAttention(f"{what} are read more than once ({readers}), so they must exist in memory")
+
+
+def _reader(node: fx.Node) -> str:
+    if node.op == "output":
+        return "returned from the graph"
+    where = source_location(node)
+    name = getattr(node.target, "_opname", None) or str(node.target)
+    return f"{name} at {where}" if where else name
+
+
+def _widens(cast: fx.Node, dtype: torch.dtype | None) -> bool:
+    source = tensor(cast.args[0]).dtype
+    return source is dtype and source is not tensor(cast).dtype and torch.promote_types(source, tensor(cast).dtype) is tensor(cast).dtype
+
+
+def _ambient_autocast(node: fx.Node) -> bool:
+    return is_tensor(node) and torch.is_autocast_enabled(tensor(node).device.type)
+
+
+class Pattern(Protocol):
+    """A family of attention.
+
+    ``precedence`` orders patterns (lower looks first); ``find`` reads a graph and yields what it recognises.
+    """
+
+    name: str
+    precedence: int
+    specimens: Sequence[Specimen]
+
+    def find(self, view: GraphView) -> Iterator[Finding]: ...
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A spelling that people really write, runnable.
+
+    Attributes:
+        name: unique within the catalogue.
+        function: takes the tensors of ``inputs`` and returns tensors.
+        inputs: makes fresh random inputs for a seed, of any floating dtype; ``length`` is a sequence length, by which
+            the dynamic-shape tests vary the shapes.
+        sites: how many attentions must be found and rewritten; 0 for one that must be left alone.
+        reason: for one that must be left alone: a piece of the reason that the report must give; empty when it must
+            not appear in the report at all.
+        dynamic: whether ``length`` may vary under ``dynamic=True``.
+        gradients: whether it is differentiable in its floating inputs.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    inputs: Callable[[int, int], tuple[Any, ...]]
+    sites: int = 1
+    reason: str = ""
+    dynamic: bool = True
+    gradients: bool = True
+    notes: str = field(default="", compare=False)
+
+

@@ -1,0 +1,135 @@
+r"""Calls of ``scaled_dot_product_attention`` that are in the graph already.
+
+    result = softmax(scale * query @ key^T + mask) @ value
+
+The mathematics is the call's own, and so are its rules for fully masked rows; the call is read so that repeated keys
+and values, more than two batch dimensions and copies made only for layout can be undone, and so that another kernel
+can be chosen for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from attnrewrite.analysis.views import Axis, Operand, broadcast, fresh_layout
+from attnrewrite.ir import is_tensor, same, tensor
+from attnrewrite.patterns.base import Finding, GraphView, NearMiss, Specimen
+from attnrewrite.site import AttentionSite, Bias, Fill, NotAttention, Scale, ScoreMod
+
+__all__ = ["PATTERN"]
+
+aten = torch.ops.aten
+
+
+class FusedCall:
+    name = "sdpa"
+    precedence = 10
+
+    @property
+    def specimens(self) -> tuple[Specimen, ...]:
+        return SPECIMENS
+
+    def find(self, view: GraphView) -> Iterator[Finding]:
+        for node in view.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+            try:
+                yield self._read(node, view)
+            except NotAttention as reason:
+                yield NearMiss(self.name, node, str(reason), (node,))
+
+    def _read(self, call: fx.Node, view: GraphView) -> AttentionSite:
+        arguments = _arguments(call)
+        query, key, value = arguments["query"], arguments["key"], arguments["value"]
+        q, k, v = tensor(query).shape, tensor(key).shape, tensor(value).shape
+        if min(len(q), len(k), len(v)) < 2:
+            raise NotAttention("an operand has fewer than two dimensions")
+        batch = fresh_layout(tensor(call).shape[:-2], "batch")
+        shape = tensor(call).shape[:-2]
+        length, keys = _fresh(q[-2], "query"), _fresh(k[-2], "key")
+        feature, value_feature = _fresh(q[-1], "feature"), _fresh(v[-1], "value feature")
+        if arguments["enable_gqa"] and batch[-1:] and not same(q[-3], k[-3]):
+            (heads,) = batch[-1]
+            divided = heads.divide(q[-3] // k[-3])
+            if divided is None or not same(k[-3], v[-3]):
+                raise NotAttention("the query's heads are not known to be a multiple of the key's heads")
+            key_batch = (*batch[:-1], (divided[0],))
+            own = [broadcast(key_batch, (*shape[:-1], k[-3]), part[:-2]) for part in (k, v)]
+        else:
+            own = [broadcast(batch, shape, part[:-2]) for part in (k, v)]
+        query_batch = broadcast(batch, shape, q[:-2])
+        if query_batch is None or own[0] is None or own[1] is None:
+            raise NotAttention("the batch dimensions of query, key and value do not broadcast for every size")
+        mods = _mods(arguments, call, (*batch, length, keys), q[-1])
+        operands = (
+            Operand(query, (*query_batch, length, feature)),
+            Operand(key, (*own[0], keys, feature)),
+            Operand(value, (*own[1], keys, value_feature)),
+        )
+        operands = tuple(view.origin(operand, call) for operand in operands)
+        dtype = tensor(call).dtype
+        return AttentionSite(
+            pattern=self.name,
+            anchor=call,
+            result=call,
+            result_layout=(*batch, length, value_feature),
+            query=operands[0].resolved(),
+            key=operands[1].resolved(),
+            value=operands[2].resolved(),
+            query_axes=length,
+            key_axes=keys,
+            feature_axes=feature,
+            mods=mods,
+            softmax_dtype=torch.promote_types(dtype, torch.float32),
+            compute_dtype=dtype,
+            dropout=arguments["dropout_p"],
+            is_causal=arguments["is_causal"],
+            default_scale=arguments["scale"] is None and not isinstance(q[-1], int),
+            fused=True,
+            in_autocast=view.in_autocast(call),
+            interior=(call,),
+        )
+
+
+def _fresh(size: Any, name: str) -> tuple[Axis, ...]:
+    return () if same(size, 1) else (Axis(size, name),)
+
+
+_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+
+
+def _arguments(call: fx.Node) -> dict[str, Any]:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    arguments: dict[str, Any] = {**_DEFAULTS, **dict(zip(names, call.args, strict=False)), **call.kwargs}
+    if not isinstance(arguments["dropout_p"], (int, float)):
+        raise NotAttention("dropout_p is not a number that the graph knows")
+    return arguments
+
+
+def _mods(arguments: dict[str, Any], call: fx.Node, scores: Any, width: Any) -> tuple[ScoreMod, ...]:
+    scale = arguments["scale"]
+    if scale is None:
+        scale = 1 / math.sqrt(width) if isinstance(width, int) and width else 1.0
+    mods: list[ScoreMod] = [Scale(scale)]
+    mask = arguments["attn_mask"]
+    if is_tensor(mask):
+        shape = tuple(tensor(part).shape[-2] for part in (arguments["query"], arguments["key"]))
+        own = broadcast(scores, (*tensor(call).shape[:-2], *shape), tensor(mask).shape)
+        if own is None:
+            raise NotAttention("the mask does not broadcast to the scores for every size")
+        operand = Operand(mask, own)
+        if tensor(mask).dtype is torch.bool:
+            mods.append(Fill(operand, -math.inf, tensor(call).dtype, invert=True))
+        else:
+            mods.append(Bias(operand, torch.promote_types(tensor(mask).dtype, torch.float32)))
+    return tuple(mods)
+
+
+PATTERN = FusedCall()
+
+SPECIMENS: tuple[Specimen, ...] = ()
+_ = F
