@@ -56,7 +56,7 @@ def doctor(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("--dynamic", is_flag=True, help="Compile with symbolic shapes, as torch.compile(dynamic=True) does.")
 @click.option("--train", is_flag=True, help="Explain the model in training mode, with gradients.")
-@click.option("--inner-backend", metavar="NAME", help="What compiles the rewritten graph (default: inductor).")
+@click.option("--inner-backend", metavar="NAME", help="What runs the rewritten graph (default: eager).")
 @click.option("--traceback", is_flag=True, help="Show the whole traceback when the model's own code fails.")
 def explain(
     factory: str,
@@ -83,8 +83,8 @@ def explain(
 
     import torch
 
-    from attnrewrite.errors import AttnRewriteError
     from attnrewrite import explain as explain_model
+    from attnrewrite.errors import AttnRewriteError
     from attnrewrite.render import print_report
 
     if isinstance(model, torch.nn.Module):
@@ -97,8 +97,10 @@ def explain(
             raise _BadInput(str(error)) from error
     if as_json:
         click.echo(report.to_json())
-    else:
+    elif sys.stdout.isatty():
         print_report(report)
+    else:  # a file or a pipe has no width to keep to
+        click.echo(report.to_text())
     if html is not None:
         try:
             report.save_html(html)

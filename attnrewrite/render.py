@@ -90,7 +90,7 @@ def _meaning(site: SiteReport) -> list[str]:
 def _why(site: SiteReport) -> list[str]:
     """The reason, the proof, and what the other kernels answered."""
     lines = [site.reason] if site.reason else []
-    lines += [f"proved: {step}" for step in site.proof]
+    lines += site.proof
     for verdict in site.verdicts:
         if not verdict.willing and verdict.reason and verdict.reason not in site.reason:
             lines.append(f"not {verdict.kernel}: {verdict.reason}")
@@ -165,7 +165,7 @@ def _graph(graph: GraphReport, width: int) -> Iterator[RenderableType]:
 
 
 def _item(text: str, style: str = "") -> RenderableType:
-    return Padding(Text(text, style=style, overflow="fold"), (0, 0, 0, 2))
+    return Padding(Text(text, style=style, overflow="fold"), (0, 0, 0, 2), expand=False)
 
 
 def _table(sites: Sequence[SiteReport]) -> Table:
@@ -199,7 +199,7 @@ def _block(site: SiteReport) -> RenderableType:
     heading = Text.assemble((site.name, colour), " -> ", (_became(site), f"bold {colour}"), overflow="fold")
     if site.pattern:
         heading.append(f"  ({site.pattern})", style="dim")
-    return Group(Text(), heading, Padding(grid, (0, 0, 0, 2)))
+    return Group(Text(), heading, Padding(grid, (0, 0, 0, 2), expand=False))
 
 
 # -- HTML -------------------------------------------------------------------------------------------------------------

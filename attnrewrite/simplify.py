@@ -106,7 +106,7 @@ def _check_fills(terms: list[Bias | Fill], attended: str | None) -> None:
     for position, term in enumerate(terms):
         if not isinstance(term, Fill):
             continue
-        if term.value > FAR_BELOW:
+        if term.value > FAR_BELOW and term.value > torch.finfo(term.dtype).min:
             raise NotAttention(
                 f"{term.value:g} is filled in for masked scores: scores may be as low, so it is a value and no mask "
                 "(fill with -inf or torch.finfo(dtype).min)"

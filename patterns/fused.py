@@ -132,4 +132,3 @@ def _mods(arguments: dict[str, Any], call: fx.Node, scores: Any, width: Any) -> 
 PATTERN = FusedCall()
 
 SPECIMENS: tuple[Specimen, ...] = ()
-_ = F

@@ -206,4 +206,3 @@ def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
 PATTERN = SoftmaxAttention()
 
 SPECIMENS: tuple[Specimen, ...] = ()
-_ = (F, math, is_tensor)

@@ -85,7 +85,7 @@ def _values_of_call(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> fro
     constant = constant_value(node)
     if constant is not None:
         return frozenset({constant})
-    if target in _MOVES or is_cast(node):
+    if target in _MOVES or is_cast(node) or target is aten.embedding.default:
         return _values(args[0], memo)
     if target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar):
         return _values(args[1], memo) | _values(args[2], memo)
@@ -203,7 +203,6 @@ _MOVES = frozenset(
 _ORDINARY = frozenset(
     {
         *_MOVES,
-        aten.embedding.default,
         aten.linear.default,
         aten.sigmoid.default,
         aten.tanh.default,
