@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._guards import CompileContext
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 
 from attnrewrite.analysis.scores import leads_to_product
 from attnrewrite.capture import CaptureError, capture

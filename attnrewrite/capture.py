@@ -19,15 +19,16 @@ from typing import Any
 import torch
 from torch import fx
 from torch._functorch.aot_autograd import aot_export_module
-from torch._higher_order_ops.wrap import uid as checkpoint_ids
 from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._higher_order_ops.wrap import uid as checkpoint_ids
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy
 
 from attnrewrite.ir import is_view
 
-__all__ = ["Captured", "CaptureError", "capture"]
+__all__ = ["CaptureError", "Captured", "capture"]
 
 
 class CaptureError(Exception):
@@ -68,7 +69,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
             regions.closed_at_exit(),
         ):
             exported, signature = aot_export_module(prepared, fakes, trace_joint=False, pre_dispatch=True)
-    except Exception as error:  # noqa: BLE001 - whatever tracing cannot express must not break the user's model
+    except Exception as error:
         raise CaptureError(f"{type(error).__name__}: {_first_line(error)}") from error
     finally:
         opaque.forget()
@@ -109,7 +110,7 @@ class _AutocastRegions:
 
     def enter(self, *args: Any) -> Any:
         context = torch.amp.autocast_mode.autocast(*args)
-        context.__enter__()
+        context.__enter__()  # type: ignore[no-untyped-call]
         self._open.append(context)
         return context
 
@@ -146,7 +147,9 @@ class _OpaqueCalls:
     def __init__(self) -> None:
         self._calls: dict[int, tuple[fx.Node, dict[fx.Node, torch.nn.Module]]] = {}
 
-    def stand_in(self, node: fx.Node, gm: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, Any]) -> fx.Node | tuple[Any, ...]:
+    def stand_in(
+        self, node: fx.Node, gm: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, Any]
+    ) -> fx.Node | tuple[Any, ...]:
         modules = {
             arg: _attribute(gm, str(arg.target))
             for arg in node.all_input_nodes
@@ -162,7 +165,9 @@ class _OpaqueCalls:
             raise CaptureError(f"a call of the higher-order operator {node.target} whose values are not all tensors")
         storages = {_storage(value) for value in values if isinstance(value, torch.Tensor)}
         if any(_storage(value) in storages for value in flat):
-            raise CaptureError(f"a call of the higher-order operator {node.target} whose output shares memory with its input")
+            raise CaptureError(
+                f"a call of the higher-order operator {node.target} whose output shares memory with its input"
+            )
         tensors = [env[arg] for arg, value in zip(inputs, values, strict=True) if isinstance(value, torch.Tensor)]
         sizes = [env[arg] for arg, value in zip(inputs, values, strict=True) if not isinstance(value, torch.Tensor)]
         index = next(_opaque_ids)
@@ -207,16 +212,17 @@ class _OpaqueCalls:
 
 _opaque_ids = itertools.count()
 _opaque_outputs: dict[int, Sequence[torch.Tensor]] = {}
-_library = torch.library.Library("attnrewrite", "FRAGMENT")
-_library.define("opaque(Tensor[] tensors, SymInt[] sizes, int index) -> Tensor[]")
+torch.library.define("attnrewrite::opaque", "(Tensor[] tensors, SymInt[] sizes, int index) -> Tensor[]")
 
 
-@torch.library.register_fake("attnrewrite::opaque", lib=_library)
-def _(tensors: Sequence[torch.Tensor], sizes: Sequence[int], index: int) -> list[torch.Tensor]:
+def _opaque_fake(tensors: Sequence[torch.Tensor], sizes: Sequence[int], index: int) -> list[torch.Tensor]:
     return [
         torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
         for value in _opaque_outputs[index]
     ]
+
+
+torch.library.register_fake("attnrewrite::opaque", _opaque_fake)
 
 
 def _refuse_mutation(call: fx.Node, module: torch.nn.Module) -> None:
@@ -333,7 +339,7 @@ def _restore_calling_convention(
     if len(user_inputs) != len(placeholders):
         raise CaptureError(f"tracing returned {len(user_inputs)} inputs for {len(placeholders)}")
     for source, traced in zip(placeholders, user_inputs, strict=True):
-        node = graph.placeholder(source.target)
+        node = graph.placeholder(str(source.target))
         _copy_attributes(source, node)
         node.meta = {**source.meta, "val": traced.meta["val"]}
         env[traced] = node
@@ -397,7 +403,7 @@ def _attribute(root: torch.nn.Module, path: str) -> Any:
 
 
 def _copy_attributes(source: Any, target: Any) -> None:
-    """What Dynamo attaches for the inner compiler (``_dynamo_source`` on placeholders tells which inputs are static)."""
+    """What Dynamo attaches for the inner compiler: ``_dynamo_source`` on placeholders tells which inputs are static."""
     for name, value in vars(source).items():
         if name.startswith(("_dynamo", "_param_name", "_backend")) or name == "compile_subgraph_reason":
             setattr(target, name, value)
@@ -431,4 +437,4 @@ def _alias_updated_inputs(
 
 
 def _storage(value: Any) -> Any:
-    return torch.multiprocessing.reductions.StorageWeakRef(value.untyped_storage())
+    return StorageWeakRef(value.untyped_storage())  # type: ignore[no-untyped-call]

@@ -33,9 +33,9 @@ def accelerate_attention(
 ) -> Any:
     """Compiles a module class, a module or a function with ``backend="attnrewrite"``.
 
-    On a class, every instance is compiled on its first call: subclasses, ``deepcopy``, ``pickle`` and ``state_dict`` work
-    as before, and copies are compiled anew. On an instance, that instance is compiled in place and returned; copies of
-    it are plain modules. On a function, a compiled function is returned.
+    On a class, every instance is compiled on its first call: subclasses, ``deepcopy``, ``pickle`` and ``state_dict``
+    work as before, and copies are compiled anew. On an instance, that instance is compiled in place and returned;
+    copies of it are plain modules. On a function, a compiled function is returned.
 
     Args:
         target: an ``nn.Module`` class, an ``nn.Module`` or a function. Left out, a decorator is returned.
@@ -54,7 +54,7 @@ def _accelerate(target: Any, arguments: dict[str, Any]) -> Any:
     if isinstance(target, type) and issubclass(target, nn.Module):
         # nn.Module.__call__ looks here first; a descriptor makes the compiled call for each instance when it is needed.
         # Instances keep it under the same name, which nn.Module.__getstate__ leaves out of copies and pickles.
-        target._compiled_call_impl = _CompiledCall(arguments)
+        target._compiled_call_impl = _CompiledCall(arguments)  # type: ignore[assignment]
         return target
     if isinstance(target, nn.Module):
         target._compiled_call_impl = _compiled(target._call_impl, arguments)

@@ -17,6 +17,7 @@ import math
 import pickle
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,29 +162,38 @@ def _one_line(value: object) -> str:
 
 
 def _python_code(gm: fx.GraphModule) -> Any:
-    """fx's own code for the graph, with flat inputs and outputs, and without type annotations.
+    """fx's own code for the graph, in the plainest spelling; the graph is as it was afterwards.
 
-    An exported module's signature is a pytree, which a script has no need for. Annotations may name anything, even
-    what cannot be imported, and say little: every input is a tensor or a number.
+    Inputs and outputs are flat: an exported module's signature is a pytree, which a script has no need for. Inputs
+    have their node's name from the start: Dynamo's graphs begin with a hundred lines ``l_x_ = L_x_``. There are no
+    annotations: they may name what cannot be imported, and say little, since every input is a tensor or a number.
     """
-    codegen, types = gm.graph._codegen, {node: node.type for node in gm.graph.nodes}
+    codegen = gm.graph._codegen
+    saved = {node: (node.target, node.type) for node in gm.graph.nodes}
     gm.graph.set_codegen(CodeGen())
     try:
-        for node in types:
+        for node in saved:
             node.type = None
+            if node.op == "placeholder" and not str(node.target).startswith("*"):
+                node.target = node.name
         return gm.graph.python_code("self")
     finally:
         gm.graph.set_codegen(codegen)
-        for node, annotation in types.items():
-            node.type = annotation
+        for node, (target, annotation) in saved.items():
+            node.target, node.type = target, annotation
 
 
 def _commented(gm: fx.GraphModule, source: str) -> str:
     """The source with a comment line wherever the place in the user's code changes."""
     nodes = {node.name: node for node in gm.graph.nodes}
-    lines: list[str] = []
+    signature, *body = source.strip("\n").split("\n")
+    if len(signature) > 110:
+        names = signature.removeprefix("def forward(").removesuffix("):")
+        wrapped = textwrap.wrap(names, 100, break_long_words=False, break_on_hyphens=False)
+        signature = "\n        ".join(["def forward(", *wrapped]) + "\n):"
+    lines = [signature]
     previous = ""
-    for line in source.strip("\n").split("\n"):
+    for line in body:
         assigned = ASSIGNMENT.match(line)
         node = nodes.get(assigned["name"]) if assigned else None
         place = _place(node.meta.get("stack_trace")) if node is not None and node.op != "placeholder" else ""
@@ -449,7 +459,7 @@ class _Script:
         self.constants: list[_Entry] = []
         self.imports: dict[str, str] = {}
         self.problems: list[str] = []
-        self.names = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
+        self.names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
         if len(self.names) != len(inputs):
             self.problems.append(f"the graph takes {len(self.names)} inputs, but {len(inputs)} were given")
         self.classes: list[str] = []

@@ -30,8 +30,8 @@ def explain(
 
     Args:
         model: an ``nn.Module`` or a function.
-        options: as for ``torch.compile(model, backend="attnrewrite", options=...)``; the inner backend is "eager" unless
-            it is named here, since only the rewriting is of interest.
+        options: as for ``torch.compile(model, backend="attnrewrite", options=...)``; the inner backend is "eager"
+            unless it is named here, since only the rewriting is of interest.
         dynamic: as for ``torch.compile``; default None.
     """
     chosen = {"inner_backend": "eager", **(options or {})}

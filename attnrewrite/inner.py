@@ -31,6 +31,7 @@ class InnerCompiler:
         self._policy = policy
         backend = policy.inner_backend
         self.name = backend if isinstance(backend, str) else getattr(backend, "__name__", type(backend).__name__)
+        self._compile: Callable[[fx.GraphModule, Sequence[Any], bool, bool], CompiledFn] = self._other
         if backend == "inductor":
             self._compile = self._inductor
             self._inductor_wrapper({})  # Checks the options.
@@ -49,7 +50,6 @@ class InnerCompiler:
                 f"got {backend!r}"
             )
         self._keywords = self._accepted_options()
-        self._compile = self._other
 
     def compile(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, keep_attention: bool, round_like_eager: bool
@@ -92,7 +92,9 @@ class InnerCompiler:
         if unknown:
             raise _unknown_options(unknown, OWN_OPTIONS, "Inductor takes", sorted(known))
         try:
-            return torch._TorchCompileInductorWrapper(self._policy.mode, options, None)
+            return torch._TorchCompileInductorWrapper(  # type: ignore[no-untyped-call]
+                self._policy.mode, options, None
+            )
         except RuntimeError as error:
             raise OptionError(" ".join(str(error).split())) from None
 

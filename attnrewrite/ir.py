@@ -99,9 +99,7 @@ def is_tensor(node: Any) -> bool:
 
 def is_cast(node: fx.Node) -> bool:
     """A change of dtype and of nothing else."""
-    return (
-        node.target in CAST_OPS and is_tensor(node.args[0]) and tensor(node).device == tensor(node.args[0]).device
-    )
+    return node.target in CAST_OPS and is_tensor(node.args[0]) and tensor(node).device == tensor(node.args[0]).device
 
 
 def same(a: Size, b: Size) -> bool:
@@ -187,7 +185,7 @@ class Builder:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A new call of an operator; sizes among the arguments may be SymInts."""
-        args, kwargs = fx.node.map_aggregate((args, kwargs), self._as_argument)  # type: ignore[assignment]
+        args, kwargs = fx.node.map_aggregate((args, kwargs), self._as_argument)
         fakes = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
         with self._evaluating():
             value = target(*fakes[0], **fakes[1])
@@ -195,7 +193,7 @@ class Builder:
 
     def insert(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> fx.Node:
         """A new call whose fake value the caller knows already."""
-        args, kwargs = fx.node.map_aggregate((args, kwargs), self._as_argument)  # type: ignore[assignment]
+        args, kwargs = fx.node.map_aggregate((args, kwargs), self._as_argument)
         with self.graph.inserting_before(self._before):
             node = self.graph.call_function(target, args, kwargs)
         node.meta = {**self._meta, "val": value}
@@ -278,5 +276,3 @@ def users_of(node: fx.Node) -> list[fx.Node]:
 def scalar(value: Any) -> bool:
     """A Python number, or a symbolic one."""
     return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
-
-

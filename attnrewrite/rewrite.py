@@ -270,5 +270,3 @@ def _proof(site: AttentionSite) -> tuple[str, ...]:
     if site.fused:
         return ("rows without a key: as in the call that was there",)
     return (f"rows without a key cannot be ruled out and keep the source's value ({site.scores.masked_rows})",)
-
-

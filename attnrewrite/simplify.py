@@ -8,13 +8,23 @@ what the source gives; otherwise the reason is said.
 from __future__ import annotations
 
 import math
+
 import torch
 from torch import fx
 
 from attnrewrite.analysis.masks import ABSORBING, Kind, attended_everywhere, possible_values
 from attnrewrite.analysis.views import Operand
 from attnrewrite.policy import Policy
-from attnrewrite.site import AttentionSite, Bias, CanonicalScores, Elementwise, Fill, NotAttention, RoundingDecides, Scale
+from attnrewrite.site import (
+    AttentionSite,
+    Bias,
+    CanonicalScores,
+    Elementwise,
+    Fill,
+    NotAttention,
+    RoundingDecides,
+    Scale,
+)
 
 __all__ = ["canonical_scores"]
 
@@ -35,7 +45,9 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     terms: list[Bias | Fill] = []
     for mod in site.mods:
         if isinstance(mod, Elementwise):
-            raise NotAttention(f"{getattr(mod.node.target, '_opname', mod.node.target)} of the scores needs a kernel with a score_mod")
+            raise NotAttention(
+                f"{getattr(mod.node.target, '_opname', mod.node.target)} of the scores needs a kernel with a score_mod"
+            )
         if isinstance(mod, (Bias, Fill)):
             terms.append(mod)
         elif isinstance(mod.factor, (int, float)):
@@ -111,8 +123,10 @@ def _check_fills(terms: list[Bias | Fill], attended: str | None) -> None:
                 f"{term.value:g} is filled in for masked scores: scores may be as low, so it is a value and no mask "
                 "(fill with -inf or torch.finfo(dtype).min)"
             )
-        if term.value > ABSORBING and attended is None and (
-            sum(value < -1.0 for value in low) > 1 or any(isinstance(later, Bias) for later in terms[position:])
+        if (
+            term.value > ABSORBING
+            and attended is None
+            and (sum(value < -1.0 for value in low) > 1 or any(isinstance(later, Bias) for later in terms[position:]))
         ):
             raise NotAttention(
                 f"{term.value:g} is filled in beside another mask or bias, and a row may have no key: which key such a "
@@ -135,7 +149,7 @@ def _check_rounding(terms: list[Bias | Fill], dtype: torch.dtype, attended: str 
             if value is Kind.ANY or (isinstance(value, float) and ABSORBING < value < -(2.0**8)):
                 what = "whatever the caller hands over" if value is Kind.ANY else f"{value:g}"
                 raise RoundingDecides(
-                    f"{what} is added to scores in {str(dtype).removeprefix('torch.')}, which rounds them away in a row "
-                    "whose keys are all masked, and no such row could be ruled out (if none occurs, say so: "
+                    f"{what} is added to scores in {str(dtype).removeprefix('torch.')}, which rounds them away in a "
+                    "row whose keys are all masked, and no such row could be ruled out (if none occurs, say so: "
                     "options={'assume_attended_rows': True})"
                 )

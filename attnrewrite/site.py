@@ -16,7 +16,17 @@ from torch import fx
 from attnrewrite.analysis.views import Axis, Layout, Operand
 from attnrewrite.ir import tensor
 
-__all__ = ["AttentionSite", "Bias", "CanonicalScores", "Elementwise", "Fill", "NotAttention", "RoundingDecides", "Scale", "ScoreMod"]
+__all__ = [
+    "AttentionSite",
+    "Bias",
+    "CanonicalScores",
+    "Elementwise",
+    "Fill",
+    "NotAttention",
+    "RoundingDecides",
+    "Scale",
+    "ScoreMod",
+]
 
 
 class NotAttention(Exception):
@@ -167,6 +177,8 @@ class AttentionSite:
         for mod in self.mods:
             if isinstance(mod, Scale):
                 factor: Any = mod.factor
-                text = f"{factor:.6g}" if isinstance(factor, (int, float)) else f"tensor {getattr(factor, 'node', factor)}"
+                text = (
+                    f"{factor:.6g}" if isinstance(factor, (int, float)) else f"tensor {getattr(factor, 'node', factor)}"
+                )
                 parts.append(f"1/{text}" if mod.divide else text)
         return " * ".join(parts)

@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from functools import cache
 
-from attnrewrite.patterns.base import Finding, GraphView, NearMiss, Pattern, Specimen
+from .base import Finding, GraphView, NearMiss, Pattern, Specimen
 
 __all__ = ["Finding", "GraphView", "NearMiss", "Pattern", "Specimen", "catalogue", "specimens"]
 

@@ -87,7 +87,11 @@ def _reader(node: fx.Node) -> str:
 
 def _widens(cast: fx.Node, dtype: torch.dtype | None) -> bool:
     source = tensor(cast.args[0]).dtype
-    return source is dtype and source is not tensor(cast).dtype and torch.promote_types(source, tensor(cast).dtype) is tensor(cast).dtype
+    return (
+        source is dtype
+        and source is not tensor(cast).dtype
+        and torch.promote_types(source, tensor(cast).dtype) is tensor(cast).dtype
+    )
 
 
 def _ambient_autocast(node: fx.Node) -> bool:
@@ -131,5 +135,3 @@ class Specimen:
     dynamic: bool = True
     gradients: bool = True
     notes: str = field(default="", compare=False)
-
-

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from attnrewrite.analysis.views import Axis, Operand, broadcast, fresh_layout
 from attnrewrite.ir import is_tensor, same, tensor
-from attnrewrite.patterns.base import Finding, GraphView, NearMiss, Specimen
 from attnrewrite.site import AttentionSite, Bias, Fill, NotAttention, Scale, ScoreMod
+
+from .base import Finding, GraphView, NearMiss, Specimen
 
 __all__ = ["PATTERN"]
 
@@ -70,16 +70,16 @@ class FusedCall:
             Operand(key, (*own[0], keys, feature)),
             Operand(value, (*own[1], keys, value_feature)),
         )
-        operands = tuple(view.origin(operand, call) for operand in operands)
+        origins = [view.origin(operand, call).resolved() for operand in operands]
         dtype = tensor(call).dtype
         return AttentionSite(
             pattern=self.name,
             anchor=call,
             result=call,
             result_layout=(*batch, length, value_feature),
-            query=operands[0].resolved(),
-            key=operands[1].resolved(),
-            value=operands[2].resolved(),
+            query=origins[0],
+            key=origins[1],
+            value=origins[2],
             query_axes=length,
             key_axes=keys,
             feature_axes=feature,

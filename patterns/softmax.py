@@ -16,12 +16,10 @@ Where something else reads the weights or the scores they must exist in memory, 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from attnrewrite.analysis.scores import ScoreWalk, leads_to_product, read_scores
@@ -37,9 +35,10 @@ from attnrewrite.analysis.views import (
     product_from_operand,
     push,
 )
-from attnrewrite.ir import is_cast, is_tensor, tensor
-from attnrewrite.patterns.base import Finding, GraphView, NearMiss, Specimen
+from attnrewrite.ir import is_cast, tensor
 from attnrewrite.site import AttentionSite, NotAttention
+
+from .base import Finding, GraphView, NearMiss, Specimen
 
 __all__ = ["PATTERN"]
 
@@ -76,7 +75,7 @@ class SoftmaxAttention:
         dim = softmax.args[1]
         assert isinstance(dim, int)
         key_dim = layout[dim]
-        weights, weights_layout, product, dropout, after = _weights_product(softmax, layout)
+        weights, product, dropout, after = _weights_product(softmax, layout)
         walk = read_scores(source, layout, view.leads_to_product)
         view.require_single_reader([softmax, *after], "the attention weights")
         view.require_single_reader(walk.nodes, "the scores")
@@ -85,7 +84,9 @@ class SoftmaxAttention:
             if view.grad_region(node) != view.grad_region(product.node):
                 raise NotAttention("grad mode is switched between the scores and the product with the value")
         if not view.same_region(walk.product.node, product.node):
-            raise NotAttention("autocast is switched between the product of query and key and the product with the value")
+            raise NotAttention(
+                "autocast is switched between the product of query and key and the product with the value"
+            )
 
         key_axes = axes_of((key_dim,))
         query, key = _query_and_key(walk.product, key_axes)
@@ -133,10 +134,8 @@ def _feeds_product(node: fx.Node) -> bool:
     return False
 
 
-def _weights_product(
-    softmax: fx.Node, layout: Layout
-) -> tuple[fx.Node, Layout, Product, float, list[fx.Node]]:
-    """Follows the weights to the product with the value: (weights, their layout, product, dropout, nodes between)."""
+def _weights_product(softmax: fx.Node, layout: Layout) -> tuple[fx.Node, Product, float, list[fx.Node]]:
+    """Follows the weights to the product with the value: (weights, product, dropout, nodes between)."""
     node = softmax
     dropout = 0.0
     between: list[fx.Node] = []
@@ -149,7 +148,7 @@ def _weights_product(
             product = product_from_operand(products[0], node, layout)
             if product is None:
                 raise NotAttention("the product of weights and value cannot be laid out along the weights' axes")
-            return node, layout, product, dropout, between
+            return node, product, dropout, between
         user = next((user for user in users if is_cast(user) or is_layout_op(user) or user.target in _DROPOUT), None)
         if user is None:
             name = getattr(users[0].target, "_opname", users[0].target)
@@ -180,7 +179,8 @@ def _query_and_key(product: Product, key_axes: tuple[Axis, ...]) -> tuple[Operan
         query, key = product.rhs, product.lhs
     else:
         raise NotAttention(
-            "softmax runs over an axis that query and key share (a batch or a head) and not over the keys, so this is no attention"
+            "softmax runs over an axis that query and key share (a batch or a head) and not over the keys, so this is "
+            "no attention"
         )
     contracted = set(axes_of((product.contracted,)))
     if not contracted <= set(query.axes) or not contracted <= set(key.axes):

@@ -51,7 +51,7 @@ def possible_values(node: fx.Node) -> frozenset[Value]:
 
 
 def _values(node: Any, memo: dict[fx.Node, frozenset[Value]]) -> frozenset[Value]:
-    if isinstance(node, bool) or isinstance(node, (int, float)):
+    if isinstance(node, (bool, int, float)):
         return frozenset({float(node)})
     if not isinstance(node, fx.Node) or not is_tensor(node):
         return frozenset({Kind.INTEGER})
@@ -119,7 +119,11 @@ def _kind_of_input(node: fx.Node) -> Kind:
     if not value.dtype.is_floating_point:
         return Kind.INTEGER
     example = node.meta.get("example_value", value)
-    return Kind.LEARNED if isinstance(example, torch.nn.Parameter) or example.requires_grad and example.is_leaf else Kind.ANY
+    return (
+        Kind.LEARNED
+        if isinstance(example, torch.nn.Parameter) or (example.requires_grad and example.is_leaf)
+        else Kind.ANY
+    )
 
 
 def _ordinary(value: Value) -> bool:
@@ -243,9 +247,7 @@ def constant_value(node: Any) -> float | None:
 # Does every row keep a key?
 
 
-def attended_everywhere(
-    mods: Sequence[ScoreMod], query_axes: Sequence[Axis], key_axes: Sequence[Axis]
-) -> str | None:
+def attended_everywhere(mods: Sequence[ScoreMod], query_axes: Sequence[Axis], key_axes: Sequence[Axis]) -> str | None:
     """A proof that every query row has a key whose score no mod lowers by a large amount; None if none was found.
 
     The proof is a witness in words, such as "key position = query position". Tried: the query's own position, the
@@ -254,12 +256,18 @@ def attended_everywhere(
     masking = [mod for mod in mods if isinstance(mod, (Bias, Fill))]
     if not masking:
         return "there is no mask"
-    positions = {axis: sympy.Symbol(f"x{i}", integer=True, nonnegative=True) for i, axis in enumerate(_all_axes(masking))}
+    positions = {
+        axis: sympy.Symbol(f"x{i}", integer=True, nonnegative=True) for i, axis in enumerate(_all_axes(masking))
+    }
     if len(query_axes) > 1 or len(key_axes) > 1:
         return None
     keys = sympy.sympify(_expression(key_axes[0].size)) if key_axes else sympy.Integer(1)
     queries = sympy.sympify(_expression(query_axes[0].size)) if query_axes else sympy.Integer(1)
-    query = positions.get(query_axes[0], sympy.Symbol("q", integer=True, nonnegative=True)) if query_axes else sympy.Integer(0)
+    query = (
+        positions.get(query_axes[0], sympy.Symbol("q", integer=True, nonnegative=True))
+        if query_axes
+        else sympy.Integer(0)
+    )
     witnesses = [("the first key", sympy.Integer(0))]
     if (keys - queries).is_nonnegative or _at_least(keys, queries):
         witnesses += [
@@ -292,7 +300,10 @@ def _is_open(mod: Bias | Fill, at: dict[Axis, Any]) -> bool:
     if isinstance(mod, Fill):
         condition = _evaluate(mod.condition.node, _index(mod.condition, at))
         return condition is not None and bool(condition) == mod.invert
-    if all(value is Kind.LEARNED or (isinstance(value, float) and _ordinary(value)) for value in possible_values(mod.operand.node)):
+    if all(
+        value is Kind.LEARNED or (isinstance(value, float) and _ordinary(value))
+        for value in possible_values(mod.operand.node)
+    ):
         return True
     value = _evaluate(mod.operand.node, _index(mod.operand, at))
     return isinstance(value, (int, float, sympy.Number)) and _ordinary(float(value) * mod.factor)
@@ -305,7 +316,9 @@ def _index(operand: Operand, at: dict[Axis, Any]) -> list[Any]:
 def _position(dim: Dim, at: dict[Axis, Any]) -> Any:
     position: Any = sympy.Integer(0)
     for axis in dim:
-        position = position * _expression(axis.size) + at.get(axis, sympy.Symbol(f"y{id(axis)}", integer=True, nonnegative=True))
+        position = position * _expression(axis.size) + at.get(
+            axis, sympy.Symbol(f"y{id(axis)}", integer=True, nonnegative=True)
+        )
     return position
 
 
@@ -343,7 +356,10 @@ def _evaluate(node: Any, index: list[Any]) -> Any:
     if target in (aten.logical_and.default, aten.bitwise_and.Tensor) and tensor(node).dtype is torch.bool:
         return _both(_operand(args[0], node, index), _operand(args[1], node, index))
     if target in (aten.logical_or.default, aten.bitwise_or.Tensor) and tensor(node).dtype is torch.bool:
-        negated = [None if value is None else not value for value in (_operand(args[0], node, index), _operand(args[1], node, index))]
+        negated = [
+            None if value is None else not value
+            for value in (_operand(args[0], node, index), _operand(args[1], node, index))
+        ]
         both = _both(*negated)
         return None if both is None else not both
     if target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar):
@@ -366,7 +382,11 @@ def _evaluate(node: Any, index: list[Any]) -> Any:
         if isinstance(a, bool) or isinstance(b, bool):
             a, b = int(a), int(b)
         result = a + b if target is aten.add.Tensor else a - b if target is aten.sub.Tensor else a * b
-        return sympy.expand(b - a if target is aten.rsub.Scalar else result) if isinstance(result, sympy.Basic) else (b - a if target is aten.rsub.Scalar else result)
+        return (
+            sympy.expand(b - a if target is aten.rsub.Scalar else result)
+            if isinstance(result, sympy.Basic)
+            else (b - a if target is aten.rsub.Scalar else result)
+        )
     return None
 
 
@@ -391,7 +411,13 @@ def _moved_index(node: fx.Node, index: list[Any]) -> list[Any] | None:
     """Where in the first argument the entry at ``index`` comes from, for operators that only move entries."""
     target: Any = node.target
     args: Any = node.args
-    if target in (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default):
+    if target in (
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.alias.default,
+        aten.detach.default,
+        aten.lift_fresh_copy.default,
+    ):
         return index
     if target is aten.unsqueeze.default:
         dim = args[1] % len(index)
@@ -414,24 +440,24 @@ def _moved_index(node: fx.Node, index: list[Any]) -> list[Any] | None:
         dim = (args[1] if len(args) > 1 else 0) % len(index)
         start = _scalar(args[2] if len(args) > 2 and args[2] is not None else 0)
         step = _scalar(args[4] if len(args) > 4 else 1)
-        if start is None or step is None or (isinstance(start, int) and start < 0):
+        if start is None or step is None or not sympy.sympify(start).is_nonnegative:
             return None
         return [*index[:dim], start + step * index[dim], *index[dim + 1 :]]
     if target is aten.select.int:
         dim = args[1] % (len(index) + 1)
         position = _scalar(args[2])
-        if position is None or (isinstance(position, int) and position < 0):
+        if position is None or not sympy.sympify(position).is_nonnegative:
             return None
         return [*index[:dim], sympy.sympify(position), *index[dim:]]
     if target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
-        source, shape = list(tensor(args[0]).shape), list(tensor(node).shape)
-        kept = [i for i, size in zip(index, shape, strict=True) if not same(size, 1)]
-        wanted = [size for size in source if not same(size, 1)]
-        sizes = [size for size in shape if not same(size, 1)]
+        before, after = tensor(args[0]).shape, tensor(node).shape
+        kept = [i for i, size in zip(index, after, strict=True) if not same(size, 1)]
+        wanted = [size for size in before if not same(size, 1)]
+        sizes = [size for size in after if not same(size, 1)]
         if len(wanted) != len(sizes) or not all(same(a, b) for a, b in zip(wanted, sizes, strict=True)):
             return None
         remaining = iter(kept)
-        return [sympy.Integer(0) if same(size, 1) else next(remaining) for size in source]
+        return [sympy.Integer(0) if same(size, 1) else next(remaining) for size in before]
     return None
 
 

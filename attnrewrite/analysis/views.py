@@ -21,7 +21,19 @@ from torch import fx
 
 from attnrewrite.ir import Size, is_tensor, product, same, same_shape, tensor
 
-__all__ = ["Axis", "Layout", "Operand", "Product", "axes_of", "broadcast", "fresh_layout", "peel", "pull", "push", "size_of"]
+__all__ = [
+    "Axis",
+    "Layout",
+    "Operand",
+    "Product",
+    "axes_of",
+    "broadcast",
+    "fresh_layout",
+    "peel",
+    "pull",
+    "push",
+    "size_of",
+]
 
 aten = torch.ops.aten
 
@@ -177,9 +189,17 @@ _SHAPE_ONLY = frozenset(
         aten.squeeze.dims,
     }
 )
-_SAME_LAYOUT = frozenset({aten.clone.default, aten.contiguous.default, aten.alias.default, aten.lift_fresh_copy.default})
+_SAME_LAYOUT = frozenset(
+    {aten.clone.default, aten.contiguous.default, aten.alias.default, aten.lift_fresh_copy.default}
+)
 _REPEATS = frozenset(
-    {aten.expand.default, aten.expand_as.default, aten.repeat.default, aten.repeat_interleave.self_int, aten.tile.default}
+    {
+        aten.expand.default,
+        aten.expand_as.default,
+        aten.repeat.default,
+        aten.repeat_interleave.self_int,
+        aten.tile.default,
+    }
 )
 
 
@@ -188,23 +208,21 @@ def _permutation(node: fx.Node) -> list[int] | None:
     rank = tensor(node.args[0]).dim()
     order = list(range(rank))
     target: Any = node.target
-    if target in (aten.permute.default,):
-        return [int(dim) % rank for dim in node.args[1]]  # type: ignore[union-attr]
+    args: Any = node.args
+    if target is aten.permute.default:
+        return [int(dim) % rank for dim in args[1]]
     if target in (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default):
-        a, b = int(node.args[1]) % rank, int(node.args[2]) % rank  # type: ignore[arg-type]
+        a, b = int(args[1]) % rank, int(args[2]) % rank
         order[a], order[b] = order[b], order[a]
         return order
     if target in (aten.t.default, aten.numpy_T.default):
         return order[::-1]
-    if target in (aten.mT.default,):
+    if target is aten.mT.default:
         return [*order[:-2], order[-1], order[-2]]
     if target in (aten.movedim.int, aten.movedim.intlist):
-        source, destination = node.args[1], node.args[2]
-        sources = [int(dim) % rank for dim in (source if isinstance(source, (list, tuple)) else [source])]  # type: ignore[arg-type]
-        destinations = [
-            int(dim) % rank
-            for dim in (destination if isinstance(destination, (list, tuple)) else [destination])  # type: ignore[arg-type]
-        ]
+        source, destination = (arg if isinstance(arg, (list, tuple)) else [arg] for arg in args[1:3])
+        sources = [int(dim) % rank for dim in source]
+        destinations = [int(dim) % rank for dim in destination]
         remaining = iter(dim for dim in order if dim not in sources)
         placed = dict(zip(destinations, sources, strict=True))
         return [placed[dim] if dim in placed else next(remaining) for dim in order]
@@ -291,10 +309,10 @@ def push(node: fx.Node, layout: Layout) -> Layout | None:
         source, shape = tensor(node.args[0]).shape, tensor(node).shape
         offset = len(shape) - len(source)
         padded: Layout = ((),) * offset + layout
-        own: list[Size] = [1] * offset + list(source)
+        own: list[Size] = [1] * offset
+        own.extend(source)
         return tuple(
-            dim if same(size, before) else _fresh(size)
-            for dim, size, before in zip(padded, shape, own, strict=True)
+            dim if same(size, before) else _fresh(size) for dim, size, before in zip(padded, shape, own, strict=True)
         )
     return None
 
@@ -379,7 +397,7 @@ def product_from_operand(node: fx.Node, operand: fx.Node, layout: Layout) -> Pro
         return _einsum(node, operand=(operand, layout))
     if node.target not in _PRODUCTS:
         return None
-    lhs_node, rhs_node, factor, addend, addend_factor = _matrices(node)
+    lhs_node, rhs_node, factor, addend, _ = _matrices(node)
     if addend is not None or (lhs_node is operand) == (rhs_node is operand):
         return None
     lhs_shape, rhs_shape, shape = tensor(lhs_node).shape, tensor(rhs_node).shape, tensor(node).shape
@@ -397,7 +415,9 @@ def product_from_operand(node: fx.Node, operand: fx.Node, layout: Layout) -> Pro
     kept = layout[-2] if is_lhs else layout[-1]
     new = _fresh(other_shape[-1] if is_lhs else other_shape[-2], "value feature")
     own = Operand(operand, layout)
-    other = Operand(rhs_node if is_lhs else lhs_node, (*other_batch, *((contracted, new) if is_lhs else (new, contracted))))
+    other = Operand(
+        rhs_node if is_lhs else lhs_node, (*other_batch, *((contracted, new) if is_lhs else (new, contracted)))
+    )
     lhs, rhs = (own, other) if is_lhs else (other, own)
     result = (*batch, *((kept, new) if is_lhs else (new, kept)))
     return Product(node, lhs, rhs, result, contracted, factor)
@@ -470,8 +490,8 @@ def _einsum(
                 sizes[letter] = size
             elif not same(size, 1) and not same(size, sizes[letter]):
                 return None
-    for letter, size in sizes.items():
-        known.setdefault(letter, _fresh(size, "feature"))
+    for letter, extent in sizes.items():
+        known.setdefault(letter, _fresh(extent, "feature"))
 
     def layout_of(letters: str, shape: Sequence[Size]) -> Layout:
         return tuple(() if same(size, 1) else known[letter] for letter, size in zip(letters, shape, strict=True))

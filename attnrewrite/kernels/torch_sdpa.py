@@ -69,8 +69,9 @@ class TorchSDPA:
                 and site.scores.masked_rows != "none"
             ):
                 return Verdict.no(
-                    "float16 holds no number that masks a score and keeps the mean of the values in a row whose keys are "
-                    "all masked, and no such row could be ruled out (if none occurs: options={'assume_attended_rows': True})"
+                    "float16 holds no number that masks a score and keeps the mean of the values in a row whose keys "
+                    "are all masked, and no such row could be ruled out (if none occurs, say so: "
+                    "options={'assume_attended_rows': True})"
                 )
         return Verdict.yes()
 
