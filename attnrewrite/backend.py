@@ -68,9 +68,8 @@ def attnrewrite(
     inner = InnerCompiler(policy)
     report = GraphReport(_graph_name(), inner_backend=inner.name, node_count=len(gm.graph.nodes))
     wanted = _collector.get() is not None or debug_directory() is not None
-    before: fx.GraphModule | None = None
+    before = after = result = gm
     rewritten = Rewritten()
-    result = gm
     try:
         captured = capture(gm, example_inputs)
     except CaptureError as reason:
@@ -86,17 +85,17 @@ def attnrewrite(
         keep_attention = _holds_softmax_of_product(captured.gm)
         # Where nothing was rewritten the inner compiler gets what it would get without us.
         result = captured.gm if rewritten.changed else gm
-        if wanted:
-            assert before is not None
-            report.before_code, report.after_code = graph_source(before), graph_source(captured.gm)
+        after = captured.gm
     if keep_attention and inner.name == "inductor":
         report.notes.append("Inductor's own attention patterns are kept from this graph")
     if rewritten.round_like_eager and inner.name == "inductor":
         report.notes.append("Inductor rounds half-precision results as eager does (emulate_precision_casts)")
+    if wanted:
+        report.before_code, report.after_code = graph_source(before), graph_source(after)
     _publish(report)
     directory = debug_directory()
-    if directory is not None and before is not None:
-        dump_graph(report, before, captured.gm, example_inputs, directory)
+    if directory is not None:
+        dump_graph(report, before, after, example_inputs, directory)
     start = time.perf_counter()
     compiled = inner.compile(
         result, example_inputs, keep_attention=keep_attention, round_like_eager=rewritten.round_like_eager

@@ -55,20 +55,17 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     """
     start = time.perf_counter()
     placeholders = gm.graph.find_nodes(op="placeholder")
-    fake_mode = _fake_mode(placeholders, example_inputs)
-    fakes = [_fake_input(node, value, fake_mode) for node, value in zip(placeholders, example_inputs, strict=True)]
+    context, inputs = _tracing_inputs(placeholders, example_inputs)
     regions = _AutocastRegions()
     opaque = _OpaqueCalls()
     prepared = _prepared(gm, regions, opaque)
     try:
-        # A tracing context of our own: what capture records there (metadata of the traced function) must not reach the
-        # inner compiler, which records its own. Guards on sizes live in the shape environment, which is shared.
         with (
-            tracing(TracingContext(fake_mode)),
+            tracing(context),
             torch.fx.traceback.preserve_node_meta(),
             regions.closed_at_exit(),
         ):
-            exported, signature = aot_export_module(prepared, fakes, trace_joint=False, pre_dispatch=True)
+            exported, signature = aot_export_module(prepared, inputs, trace_joint=False, pre_dispatch=True)
     except Exception as error:
         raise CaptureError(f"{type(error).__name__}: {_first_line(error)}") from error
     finally:
@@ -82,19 +79,30 @@ def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
 
 
-def _fake_mode(placeholders: Sequence[fx.Node], example_inputs: Sequence[Any]) -> FakeTensorMode:
-    context = TracingContext.try_get()
-    if context is not None and context.fake_mode is not None:
-        return context.fake_mode
-    values = [node.meta.get("example_value") for node in placeholders]
-    return detect_fake_mode([*values, *example_inputs]) or FakeTensorMode(shape_env=ShapeEnv())
+def _tracing_inputs(
+    placeholders: Sequence[fx.Node], example_inputs: Sequence[Any]
+) -> tuple[TracingContext, Sequence[Any]]:
+    """A tracing context of capture's own, and the inputs to trace with.
 
-
-def _fake_input(node: fx.Node, value: Any, fake_mode: FakeTensorMode) -> Any:
-    fake = node.meta.get("example_value", value)
-    if isinstance(fake, torch.Tensor) and not isinstance(fake, FakeTensor):
-        return fake_mode.from_tensor(fake, static_shapes=True)
-    return fake
+    What capture records in the context (metadata of the traced function) must not reach the inner compiler, which
+    records its own. Dynamo's fake mode and its record of how each input is symbolic are shared, so that the IR has
+    Dynamo's own symbols, and so are guards on sizes, which live in the shape environment.
+    """
+    outer = TracingContext.try_get()
+    if outer is not None and outer.fake_mode is not None:
+        context = TracingContext(outer.fake_mode)
+        context.tensor_to_context = outer.tensor_to_context
+        if not any(isinstance(value, FakeTensor) and value.fake_mode is not outer.fake_mode for value in example_inputs):
+            return context, example_inputs
+    values = [node.meta.get("example_value", value) for node, value in zip(placeholders, example_inputs, strict=True)]
+    fake_mode = detect_fake_mode(values) or FakeTensorMode(shape_env=ShapeEnv())
+    fakes = [
+        fake_mode.from_tensor(value, static_shapes=True)
+        if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+        else value
+        for value in values
+    ]
+    return TracingContext(fake_mode), fakes
 
 
 class _AutocastRegions:
@@ -332,6 +340,7 @@ def _restore_calling_convention(
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     attributes: dict[str, Any] = {}
+    constants: list[str] = []
     lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
 
     exported_inputs = exported.graph.find_nodes(op="placeholder")
@@ -353,9 +362,16 @@ def _restore_calling_convention(
     for node in exported.graph.nodes:
         if node.op in ("placeholder", "output") or _is_metadata_assertion(node):
             continue
+        number = _lifted_number(node, exported)
+        if number is not None:
+            env[node] = graph.call_function(*number)
+            env[node].meta = dict(node.meta)
+            continue
         env[node] = graph.node_copy(node, env.__getitem__)
         if node.op == "get_attr":
-            attributes[node.target] = _attribute(exported, node.target)
+            attributes[node.target] = constant = _attribute(exported, node.target)
+            if isinstance(constant, torch.Tensor):
+                constants.append(node.target)
 
     (results,) = exported.graph.output_node().args
     assert isinstance(results, (tuple, list))
@@ -384,10 +400,37 @@ def _restore_calling_convention(
         outputs = _alias_updated_inputs(graph, outputs, original_results, targets, written)
     graph.output(tuple(outputs))
     opaque.put_back(graph, attributes)
+    for name in list(constants):
+        readers = [node for node in graph.find_nodes(op="get_attr", target=name) if node.users]
+        if not readers:
+            constants.remove(name)
+            for node in graph.find_nodes(op="get_attr", target=name):
+                graph.erase_node(node)
     ir = fx.GraphModule(attributes, graph, original.__class__.__name__)
+    for name in constants:
+        # A tensor that the graph itself makes (`torch.tensor([1, 2])`) is no buffer: the inner compiler would look for
+        # the place in the user's module that it comes from.
+        constant = ir._buffers.pop(name)
+        ir.__dict__[name] = constant
     _copy_attributes(original, ir)
     ir.meta = original.meta
     return ir
+
+
+def _lifted_number(node: fx.Node, exported: fx.GraphModule) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    """``torch.tensor(0.5)`` is traced as a copy of a constant: the call that says its value, for those who read it."""
+    if node.target is not torch.ops.aten.lift_fresh_copy.default:
+        return None
+    (source,) = node.args
+    if not isinstance(source, fx.Node) or source.op != "get_attr":
+        return None
+    constant = _attribute(exported, str(source.target))
+    if not isinstance(constant, torch.Tensor) or isinstance(constant, FakeTensor) or constant.numel() != 1:
+        return None
+    if constant.dtype.is_complex or constant.layout is not torch.strided:
+        return None
+    options = {"dtype": constant.dtype, "device": constant.device, "pin_memory": False}
+    return torch.ops.aten.full.default, (list(constant.shape), constant.item()), options
 
 
 def _is_metadata_assertion(node: fx.Node) -> bool:

@@ -841,6 +841,7 @@ def compare():
     if not path.exists():
         print(f"--compare needs {path.name} next to this script", file=sys.stderr)
         return 2
+    sys.dont_write_bytecode = True  # the dump's folder holds what was dumped, and nothing else
     spec = importlib.util.spec_from_file_location("graph_before", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

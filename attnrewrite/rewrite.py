@@ -230,7 +230,7 @@ def _row(name: str, site: AttentionSite) -> SiteReport:
         device=site.device.type,
         scale=site.describe_scale(),
         mask=_mask_in_words(site),
-        score_mods=tuple(_mod_in_words(mod) for mod in site.mods),
+        score_mods=tuple(_mod_in_words(mod) for mod in site.mods if not isinstance(mod, Scale)),
         dropout=f"{site.dropout:g}" if site.dropout else "",
         grouping=f"{grouped} query heads share a key" if grouped else "",
         nodes_before=tuple(node.name for node in site.interior),
@@ -251,9 +251,6 @@ def _mask_in_words(site: AttentionSite) -> str:
 
 
 def _mod_in_words(mod: Any) -> str:
-    if isinstance(mod, Scale):
-        amount = f"{mod.factor:.6g}" if isinstance(mod.factor, (int, float)) else "a tensor"
-        return f"{'divide' if mod.divide else 'multiply'} by {amount}"
     if isinstance(mod, Bias):
         return f"add {'x'.join(str(size) for size in tensor(mod.operand.node).shape)} {mod.dtype}".replace("torch.", "")
     if isinstance(mod, Fill):

@@ -12,7 +12,7 @@ from functools import cache
 
 from .base import Finding, GraphView, NearMiss, Pattern, Specimen
 
-__all__ = ["Finding", "GraphView", "NearMiss", "Pattern", "Specimen", "catalogue", "specimens"]
+__all__ = ["Finding", "GraphView", "NearMiss", "Pattern", "Specimen", "catalogue", "lookalikes", "specimens"]
 
 
 @cache
@@ -25,5 +25,12 @@ def catalogue() -> tuple[Pattern, ...]:
 
 @cache
 def specimens() -> tuple[Specimen, ...]:
-    """Every specimen of every pattern, those that must be found and those that must be left alone."""
+    """Every specimen of every pattern: the spellings that must be found."""
     return tuple(specimen for pattern in catalogue() for specimen in pattern.specimens)
+
+
+def lookalikes() -> tuple[Specimen, ...]:
+    """What must be left alone."""
+    from .lookalikes import LOOKALIKES
+
+    return LOOKALIKES

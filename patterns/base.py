@@ -118,13 +118,15 @@ class Specimen:
     Attributes:
         name: unique within the catalogue.
         function: takes the tensors of ``inputs`` and returns tensors.
-        inputs: makes fresh random inputs for a seed, of any floating dtype; ``length`` is a sequence length, by which
-            the dynamic-shape tests vary the shapes.
+        inputs: makes fresh random inputs for (seed, length), float32 where they are floating; ``length`` is a sequence
+            length, by which the dynamic-shape tests vary the shapes.
         sites: how many attentions must be found and rewritten; 0 for one that must be left alone.
         reason: for one that must be left alone: a piece of the reason that the report must give; empty when it must
             not appear in the report at all.
         dynamic: whether ``length`` may vary under ``dynamic=True``.
         gradients: whether it is differentiable in its floating inputs.
+        masked_rows: for one that takes masks: given its inputs, the same with rows that have no key.
+        notes: where it is met.
     """
 
     name: str
@@ -134,4 +136,5 @@ class Specimen:
     reason: str = ""
     dynamic: bool = True
     gradients: bool = True
+    masked_rows: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None
     notes: str = field(default="", compare=False)

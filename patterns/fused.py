@@ -14,13 +14,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx
+import torch.nn.functional as F
+from torch import Tensor, fx
 
 from attnrewrite.analysis.views import Axis, Operand, broadcast, fresh_layout
 from attnrewrite.ir import is_tensor, same, tensor
 from attnrewrite.site import AttentionSite, Bias, Fill, NotAttention, Scale, ScoreMod
 
 from .base import Finding, GraphView, NearMiss, Specimen
+from .samples import Specimens, additive, keep, learned, normal, padding
 
 __all__ = ["PATTERN"]
 
@@ -131,4 +133,122 @@ def _mods(arguments: dict[str, Any], call: fx.Node, scores: Any, width: Any) -> 
 
 PATTERN = FusedCall()
 
-SPECIMENS: tuple[Specimen, ...] = ()
+
+# Specimens. Without a word on the shape, operands are (batch, heads, length, features).
+
+_call = Specimens()
+_Q = normal(2, 4, "L", 8)
+_K = _V = normal(2, 4, "S", 8)
+
+
+@_call.add(_Q, _K, _V)
+def plain_call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@_call.add(_Q, _K, _V)
+def call_with_scale(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """T5 and Gemma set their own."""
+    return F.scaled_dot_product_attention(q, k, v, scale=0.5)
+
+
+@_call.add(_Q, _Q, _Q)
+def causal_call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=0.0, is_causal=True)
+
+
+@_call.add(_Q, _K, _V)
+def causal_call_of_two_lengths(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal masking is aligned at the first query and the first key."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@_call.add(_Q, _K, _V, keep(2, 1, "L", "S"))
+def call_with_boolean_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@_call.add(_Q, _K, _V, padding(2, "S"))
+def call_with_key_padding(q: Tensor, k: Tensor, v: Tensor, ignored: Tensor) -> Tensor:
+    mask = ~ignored[:, None, None, :].expand(-1, -1, q.shape[2], -1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@_call.add(_Q, _K, _V, additive(2, 1, "L", "S"))
+def call_with_additive_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+@_call.add(_Q, _K, _V, learned("L", "S"))
+def call_with_bias_of_rank_2(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+
+
+@_call.add(normal(2, "L", 32), learned(96, 32), learned(96), learned(32, 32))
+def call_between_projections(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+    """nanoGPT: views on the way in and on the way out."""
+    b, n, c = x.shape
+    q, k, v = (t.view(b, n, 4, c // 4).transpose(1, 2) for t in F.linear(x, weight, bias).split(c, dim=2))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return y.transpose(1, 2).contiguous().view(b, n, c) @ out
+
+
+@_call.add(normal("L", 2, 32), learned(96, 32), learned(96), learned(32, 32), learned(32), padding(2, "L"))
+def multi_head_attention_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, out_bias: Tensor, ignored: Tensor
+) -> Tensor:
+    """nn.MultiheadAttention where the weights are not asked for."""
+    output, _ = F.multi_head_attention_forward(
+        x, x, x, 32, 4, weight, bias, None, None, False, 0.0, out, out_bias, True, ignored, need_weights=False
+    )
+    return output
+
+
+@_call.add(normal(2, 6, "L", 8), normal(2, 2, "S", 8), normal(2, 2, "S", 8))
+def grouped_call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+@_call.add(normal(2, 6, "L", 8), normal(2, 2, "S", 8), normal(2, 2, "S", 8), additive(2, 1, 1, "S"))
+def call_with_repeated_keys(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Llama in transformers: repeat_kv, then the fused call."""
+    b, heads, length, width = k.shape
+    k = k[:, :, None, :, :].expand(b, heads, 3, length, width).reshape(b, heads * 3, length, width)
+    v = v[:, :, None, :, :].expand(b, heads, 3, length, width).reshape(b, heads * 3, length, width)
+    return F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous(), attn_mask=mask)
+
+
+@_call.add(normal(2, 6, "L", 8), normal(2, 2, "S", 8), normal(2, 2, "S", 8))
+def call_with_interleaved_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = k.repeat_interleave(3, 1), v.repeat_interleave(3, 1)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@_call.add(_Q, normal(2, 1, "S", 8), normal(2, 1, "S", 8))
+def call_with_one_key_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Multi-query attention by broadcasting."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@_call.add(normal(8, "L", 8), normal(8, "S", 8), normal(8, "S", 8))
+def call_of_three_dimensions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@_call.add(normal("L", 8), normal("S", 8), normal("S", 8))
+def call_of_two_dimensions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@_call.add(normal(2, 3, 4, "L", 8), normal(2, 3, 4, "S", 8), normal(2, 3, 4, "S", 8), keep(3, 1, "L", "S"))
+def call_of_five_dimensions(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """SAM 2, video models: (batch, windows, heads, length, features)."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@_call.add(_Q, _K, normal(2, 4, "S", 24))
+def call_with_wider_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+SPECIMENS = tuple(_call)

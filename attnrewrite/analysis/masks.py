@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.views import Axis, Dim, Operand
-from attnrewrite.ir import is_cast, is_tensor, same, tensor
+from attnrewrite.ir import CAST_OPS, is_cast, is_tensor, same, tensor
 from attnrewrite.site import Bias, Fill, Scale, ScoreMod
 
 __all__ = ["ABSORBING", "Kind", "attended_everywhere", "constant_value", "possible_values"]
@@ -40,6 +40,9 @@ class Kind(enum.Enum):
 
 Value = float | Kind
 _MANY = 16
+
+ORDINARY = 64.0
+"""Constants up to this size are taken for scores like any other; beyond it they may be there to mask."""
 
 
 # Which values?
@@ -85,7 +88,7 @@ def _values_of_call(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> fro
     constant = constant_value(node)
     if constant is not None:
         return frozenset({constant})
-    if target in _MOVES or is_cast(node) or target is aten.embedding.default:
+    if target in _MOVES or target in CAST_OPS or target is aten.embedding.default:
         return _values(args[0], memo)
     if target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar):
         return _values(args[1], memo) | _values(args[2], memo)
@@ -127,7 +130,7 @@ def _kind_of_input(node: fx.Node) -> Kind:
 
 
 def _ordinary(value: Value) -> bool:
-    return abs(value) < 2.0**24 if isinstance(value, float) else value is not Kind.ANY
+    return abs(value) <= ORDINARY if isinstance(value, float) else value is not Kind.ANY
 
 
 def _plus(a: Value, b: Value) -> Value:
@@ -237,7 +240,7 @@ def constant_value(node: Any) -> float | None:
         value = 0.0
     elif target in (aten.ones.default, aten.ones_like.default, aten.new_ones.default):
         value = 1.0
-    elif target in _MOVES or is_cast(node):
+    elif target in _MOVES or target in CAST_OPS:
         return constant_value(args[0])
     else:
         return None

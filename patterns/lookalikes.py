@@ -1,0 +1,308 @@
+"""What looks like attention and is none, or is one that must stay as it is: the corpus of near misses.
+
+Each has the reason that the report must give for it, or none where nothing is reported: a softmax that no matrix
+product leads to, or that leads to none, is no near miss. The corpus grows with every false match.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .samples import Specimens, keep, learned, normal
+
+__all__ = ["LOOKALIKES"]
+
+_lookalikes = Specimens()
+_lookalike = partial(_lookalikes.add, sites=0)
+_Q = normal(2, 4, "L", 8)
+_K = _V = normal(2, 4, "S", 8)
+
+_OTHER_AXIS = "does not contract the axis that softmax runs over"
+_SHARED_AXIS = "an axis that query and key share"
+_READ_TWICE = "read more than once"
+_BETWEEN = "stands between softmax and the product with the value"
+_VALUE = "the value"
+
+
+# Softmax over another axis than the one that is summed over.
+
+
+@_lookalike(_Q, _Q, _Q, reason=_OTHER_AXIS)
+def softmax_over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1) / 8**0.5).softmax(-2) @ v
+
+
+@_lookalike(_Q, _K, _V, reason=_SHARED_AXIS)
+def softmax_over_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1) / 8**0.5).softmax(1) @ v
+
+
+@_lookalike(_Q, _K, _V, reason=_SHARED_AXIS)
+def softmax_over_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1) / 8**0.5).softmax(0) @ v
+
+
+@_lookalike(_Q, _K, _V, reason="not over the keys")
+def softmax_over_all_pairs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(-2, -1) / 8**0.5
+    return scores.flatten(-2).softmax(-1).view(scores.shape) @ v
+
+
+@_lookalike(_Q, _Q, _Q, reason=_OTHER_AXIS)
+def product_with_transposed_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1).transpose(-2, -1) @ v
+
+
+@_lookalike(_Q, _K, _V, reason=_OTHER_AXIS)
+def product_sums_over_batch_too(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1)
+    return torch.einsum("bhls,bhsd->hld", weights, v)
+
+
+@_lookalike(normal(2, 5, 16), normal(2, "L", 16), normal(2, "L", 16), reason=_BETWEEN)
+def slot_attention(slots: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Slots compete for inputs: softmax over the queries, then a mean over the keys."""
+    attn = F.softmax(k @ slots.transpose(1, 2) * 16**-0.5, dim=-1) + 1e-8
+    attn = attn / attn.sum(dim=1, keepdim=True)
+    return attn.transpose(1, 2) @ v
+
+
+# Softmax of something else than scores.
+
+
+@_lookalike(_Q, _K, _V)
+def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    context = k.softmax(dim=-2).transpose(-2, -1) @ v
+    return (q.softmax(dim=-1) * 8**-0.5) @ context
+
+
+@_lookalike(_Q, _K, _V, reason=_OTHER_AXIS)
+def softmax_of_context(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q @ (k.transpose(-2, -1) @ v).softmax(-1)
+
+
+@_lookalike(normal(2, "L", 16), learned(16, 5), normal(2, 5, "L", 16), reason=_VALUE)
+def mixture_of_experts(x: Tensor, router: Tensor, experts: Tensor) -> Tensor:
+    """Every token has values of its own: its experts' outputs."""
+    gates = (x @ router).softmax(-1)
+    return torch.einsum("bte,betd->btd", gates, experts)
+
+
+@_lookalike(normal(2, "L", 16), learned(16, 5), normal(5, 16, 16), reason=_VALUE)
+def expert_matrices(x: Tensor, router: Tensor, experts: Tensor) -> Tensor:
+    """The gates weigh matrices, which are then applied to the token that asked."""
+    gates = (x @ router).softmax(-1)
+    return torch.einsum("bte,bted->btd", gates, torch.einsum("btc,ecd->bted", x, experts))
+
+
+@_lookalike(normal(12, 16), learned(16, 5), normal(5, 16), dynamic=False)
+def top_k_router(x: Tensor, router: Tensor, experts: Tensor) -> Tensor:
+    weights, chosen = torch.topk((x @ router).softmax(-1), 2, dim=-1)
+    return (weights / weights.sum(-1, keepdim=True))[..., None].mul(experts[chosen]).sum(-2)
+
+
+@_lookalike(normal(2, "L", 16), learned(16, 1))
+def pooling(x: Tensor, weight: Tensor) -> Tensor:
+    return (x * (x @ weight).softmax(dim=1)).sum(dim=1)
+
+
+@_lookalike(normal("L", 16), normal(10, 16))
+def cosine_classifier(x: Tensor, prototypes: Tensor) -> Tensor:
+    scores = F.normalize(x, dim=-1) @ F.normalize(prototypes, dim=-1).T
+    return (scores / 0.07).softmax(-1)
+
+
+@_lookalike(normal(2, "L", 16), learned(16, 16), learned(16, 3))
+def gate_of_heads(x: Tensor, up: Tensor, gate: Tensor) -> Tensor:
+    return (x @ up)[..., None] * (x @ gate).softmax(-1)[..., None, :]
+
+
+# Something stands between softmax and the value.
+
+
+@_lookalike(_Q, _K, _V, learned(4, 4), reason=_OTHER_AXIS)
+def talking_heads_after_softmax(q: Tensor, k: Tensor, v: Tensor, mix: Tensor) -> Tensor:
+    weights = (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1)
+    return torch.einsum("bhls,hg->bgls", weights, mix) @ v
+
+
+@_lookalike(_Q, _K, _V, reason=_BETWEEN)
+def double_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1).softmax(-1) @ v
+
+
+@_lookalike(_Q, _K, _V, normal(2, 4, "L", "S"), reason=_BETWEEN)
+def gated_weights(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    return ((q @ k.transpose(-2, -1) / 8**0.5).softmax(-1) * gate.sigmoid()) @ v
+
+
+@_lookalike(_Q, _K, _V, reason=_BETWEEN)
+def mixture_of_softmaxes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(-2, -1) / 8**0.5
+    return (0.5 * scores.softmax(-1) + 0.5 * (2 * scores).softmax(-1)) @ v
+
+
+@_lookalike(_Q, _K, _V, reason=_BETWEEN)
+def differential_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q1, q2 = q.chunk(2, -1)
+    k1, k2 = k.chunk(2, -1)
+    return ((q1 @ k1.mT).softmax(-1) - 0.8 * (q2 @ k2.mT).softmax(-1)) @ v
+
+
+@_lookalike(_Q, _K, _V, keep(2, 1, "L", "S"), reason=_BETWEEN)
+def masked_after_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return ((q @ k.transpose(-2, -1) / 8**0.5).softmax(-1) * mask) @ v
+
+
+@_lookalike(_Q, _K, _V, keep(2, 1, "L", "S"), reason=_BETWEEN)
+def filled_after_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1).masked_fill(~mask, 0.0) @ v
+
+
+@_lookalike(_Q, _K, _V, reason=_BETWEEN)
+def sharpened_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1).pow(2) @ v
+
+
+@_lookalike(_Q, _K, _V, gradients=False, reason=_BETWEEN)
+def straight_through(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    soft = (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1)
+    hard = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
+    return (hard - soft.detach() + soft) @ v
+
+
+@_lookalike(_Q, _K, _V, reason=_BETWEEN)
+def weights_cut_short(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Keys that take weight and give no value."""
+    return (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1)[..., 1:] @ v[..., 1:, :]
+
+
+@_lookalike(_Q, _K, _V, learned(4, 1, 1), reason=_BETWEEN)
+def attention_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    """gpt-oss: a score more that no value goes with."""
+    scores = q @ k.transpose(-2, -1) / 8**0.5
+    scores = torch.cat([scores, sinks.expand(scores.shape[0], -1, scores.shape[2], 1)], dim=-1)
+    return scores.softmax(-1)[..., :-1] @ v
+
+
+# Something else reads the weights or the scores.
+
+
+@_lookalike(_Q, _K, _V, reason=_READ_TWICE)
+def weights_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    weights = (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1)
+    return weights @ v, weights
+
+
+@_lookalike(_Q, _K, _V, reason=_READ_TWICE)
+def scores_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """RealFormer: the next layer adds them to its own."""
+    scores = q @ k.transpose(-2, -1) / 8**0.5
+    return scores.softmax(-1) @ v, scores
+
+
+@_lookalike(_Q, _K, _V, reason=_READ_TWICE)
+def entropy_of_weights(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    weights = (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1)
+    return weights @ v, -(weights * weights.clamp_min(1e-9).log()).sum(-1).mean()
+
+
+@_lookalike(_Q, _K, _V, normal("L", "S", 8), reason=_READ_TWICE)
+def relative_values(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    """Shaw et al.: the weights also weigh vectors of relative positions."""
+    weights = (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1)
+    return weights @ v + torch.einsum("bhls,lsd->bhld", weights, positions)
+
+
+@_lookalike(_Q, _K, _V, reason=_READ_TWICE, dynamic=False)
+def keys_chosen_by_score(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(-2, -1) / 8**0.5
+    threshold = scores.topk(3, dim=-1).values[..., -1:]
+    return scores.masked_fill(scores < threshold, float("-inf")).softmax(-1) @ v
+
+
+# Something is done to the scores that no fused kernel here does.
+
+
+@_lookalike(_Q, _K, _V, reason="themselves")
+def squared_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(-2, -1) / 8**0.5
+    return (scores * scores).softmax(-1) @ v
+
+
+@_lookalike(_Q, _K, _V, reason="score_mod")
+def capped_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Gemma 2."""
+    scores = q @ k.transpose(-2, -1) / 8**0.5
+    return (torch.tanh(scores / 5.0) * 5.0).softmax(-1) @ v
+
+
+@_lookalike(_Q, _K, _V, learned(4, 4), reason=_VALUE)
+def talking_heads_before_softmax(q: Tensor, k: Tensor, v: Tensor, mix: Tensor) -> Tensor:
+    scores = torch.einsum("bhls,hg->bgls", q @ k.transpose(-2, -1) / 8**0.5, mix)
+    return scores.softmax(-1) @ v
+
+
+@_lookalike(_Q, _K, _V, normal(2, 4, "L", "S"), reason="no scale")
+def scores_times_matrix(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1) * gate).softmax(-1) @ v
+
+
+@_lookalike(_Q, _K, _V, keep(2, 1, "L", "S"), reason="no scale")
+def multiplied_by_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """A masked score is 0 here, and takes part."""
+    return (q @ k.transpose(-2, -1) * mask).softmax(-1) @ v
+
+
+@_lookalike(_Q, _K, _V, keep(2, 1, "L", "S"), reason="value and no mask")
+def filled_with_minus_ten_thousand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1) / 8**0.5).masked_fill(~mask, -1e4).softmax(-1) @ v
+
+
+@_lookalike(_Q, _K, _V, keep(2, 1, "L", "S"), reason="value and no mask")
+def filled_with_minus_one_hundred(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, q @ k.transpose(-2, -1) / 8**0.5, -100.0).softmax(-1) @ v
+
+
+@_lookalike(_Q, _K, _V, keep(2, 1, "L", "S"), reason="value and no mask")
+def filled_with_zero(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1) / 8**0.5).masked_fill(~mask, 0.0).softmax(-1) @ v
+
+
+# No softmax, or another one.
+
+
+@_lookalike(_Q, _K, _V)
+def sigmoid_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(q @ k.transpose(-2, -1) / 8**0.5 - math.log(17)) @ v
+
+
+@_lookalike(_Q, _K, _V)
+def squared_relu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.relu(q @ k.transpose(-2, -1) / 8**0.5).square() @ v
+
+
+@_lookalike(_Q, _K, _V)
+def softmax_plus_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention that may attend to nothing."""
+    weights = (q @ k.transpose(-2, -1) / 8**0.5).exp()
+    return weights / (1 + weights.sum(-1, keepdim=True)) @ v
+
+
+@_lookalike(_Q, _K, _V)
+def log_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.log_softmax(q @ k.transpose(-2, -1) / 8**0.5, dim=-1) @ v
+
+
+@_lookalike(_Q, _K, _V)
+def smallest_scores_win(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmin is a softmax, of scores with their sign turned: attention, but none that anybody is known to mean."""
+    return F.softmin(torch.cdist(q, k), dim=-1) @ v
+
+
+LOOKALIKES = tuple(_lookalikes)
