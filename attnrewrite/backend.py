@@ -79,13 +79,19 @@ def attnrewrite(
         report.seconds["capture"] = captured.seconds
         if wanted:
             before = fx.GraphModule(captured.gm, copy.deepcopy(captured.gm.graph))
-        rewritten = rewrite(captured.gm, policy)
-        report.sites = rewritten.sites
-        report.seconds.update(rewritten.seconds)
-        keep_attention = _holds_softmax_of_product(captured.gm)
-        # Where nothing was rewritten the inner compiler gets what it would get without us.
-        result = captured.gm if rewritten.changed else gm
-        after = captured.gm
+        try:
+            rewritten = rewrite(captured.gm, policy)
+        except Exception as error:  # A defect of ours must not break the user's model; it is reported.
+            log.warning("%s: rewriting failed, please report this", report.name, exc_info=True)
+            report.reason = f"rewriting failed, so the graph is as it was: {type(error).__name__}: {error}"
+            keep_attention = True
+        else:
+            report.sites = rewritten.sites
+            report.seconds.update(rewritten.seconds)
+            keep_attention = _holds_softmax_of_product(captured.gm)
+            # Where nothing was rewritten the inner compiler gets what it would get without us.
+            result = captured.gm if rewritten.changed else gm
+            after = captured.gm
     if keep_attention and inner.name == "inductor":
         report.notes.append("Inductor's own attention patterns are kept from this graph")
     if rewritten.round_like_eager and inner.name == "inductor":

@@ -54,6 +54,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
         CaptureError: the graph is not one that functional tracing can express. Nothing has been changed then.
     """
     start = time.perf_counter()
+    _refuse_function_transforms(gm)
     placeholders = gm.graph.find_nodes(op="placeholder")
     context, inputs = _tracing_inputs(placeholders, example_inputs)
     regions = _AutocastRegions()
@@ -75,6 +76,16 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     return Captured(ir, time.perf_counter() - start)
 
 
+def _refuse_function_transforms(gm: fx.GraphModule) -> None:
+    """``torch.func``'s levels are switched by the graph itself: tracing it again would leave them where they are."""
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and "functorch" in (getattr(node.target, "__module__", None) or ""):
+            name = getattr(node.target, "__name__", node.target)
+            raise CaptureError(f"the graph uses a torch.func transform ({name}), which cannot be traced functionally")
+        if getattr(node.target, "__name__", "") in ("_enter_dual_level", "_exit_dual_level", "_make_dual"):
+            raise CaptureError("the graph uses forward-mode differentiation")
+
+
 def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
 
@@ -92,7 +103,8 @@ def _tracing_inputs(
     if outer is not None and outer.fake_mode is not None:
         context = TracingContext(outer.fake_mode)
         context.tensor_to_context = outer.tensor_to_context
-        if not any(isinstance(value, FakeTensor) and value.fake_mode is not outer.fake_mode for value in example_inputs):
+        foreign = [v for v in example_inputs if isinstance(v, FakeTensor) and v.fake_mode is not outer.fake_mode]
+        if not foreign:
             return context, example_inputs
     values = [node.meta.get("example_value", value) for node, value in zip(placeholders, example_inputs, strict=True)]
     fake_mode = detect_fake_mode(values) or FakeTensorMode(shape_env=ShapeEnv())
@@ -467,9 +479,8 @@ def _alias_updated_inputs(
             return written[node]
         if not is_view(node) or not isinstance(node.args[0], fx.Node):
             raise CaptureError(f"an output shares memory with an input that the graph updates, by way of {node.target}")
-        view = graph.node_copy(node, lambda arg: arg)
-        view.args = (rebase(node.args[0]), *node.args[1:])
-        return view
+        source = rebase(node.args[0])
+        return graph.node_copy(node, lambda arg: source if arg is node.args[0] else arg)
 
     result: list[Any] = []
     for output, source in zip(outputs, original_outputs, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
@@ -77,9 +78,17 @@ class _CompiledCall:
     def __get__(self, instance: nn.Module | None, owner: type) -> Callable[..., Any] | None:
         if instance is None:
             return None
-        compiled = _compiled(instance._call_impl, self._arguments)
-        instance.__dict__["_compiled_call_impl"] = compiled
+        kept = instance.__dict__.get("_compiled_call_impl")
+        # A replica of DataParallel takes over the whole __dict__: what is in it must have been made for this instance.
+        if kept is None or kept[0]() is not instance:
+            kept = (weakref.ref(instance), _compiled(instance._call_impl, self._arguments))
+            instance.__dict__["_compiled_call_impl"] = kept
+        compiled: Callable[..., Any] | None = kept[1]
         return compiled
+
+    def __set__(self, instance: nn.Module, value: Callable[..., Any] | None) -> None:
+        """``module.compile(...)`` puts its own compiled call here, and so does the decorator on an instance."""
+        instance.__dict__["_compiled_call_impl"] = (weakref.ref(instance), value)
 
 
 def _compiled(function: Callable[..., Any], arguments: dict[str, Any]) -> Callable[..., Any]:

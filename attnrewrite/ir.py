@@ -167,7 +167,7 @@ class Builder:
     """Writes nodes at one place of a graph, with their fake values, and symbolic sizes as the nodes that carry them.
 
     Nodes are evaluated under the graph's fake mode. Sizes are never turned into constants: an expression of symbols is
-    written out over the graph's own size inputs, or over ``sym_size`` of an input that has it.
+    written out over nodes that carry the symbols.
     """
 
     def __init__(self, gm: fx.GraphModule, before: fx.Node, like: fx.Node) -> None:
@@ -218,10 +218,7 @@ class Builder:
         if expression.is_number:
             return int(expression)
         if self._symbols is None:
-            self._symbols = _symbol_sources(self.graph)
-        missing = [symbol for symbol in expression.free_symbols if symbol not in self._symbols]
-        if missing:
-            raise LookupError(f"no input of the graph has the size {missing[0]}")
+            self._symbols = _symbol_sources(self.graph, self._before)
         values = {}
         for symbol in expression.free_symbols:
             source = self._symbols[symbol]
@@ -248,12 +245,15 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
         return self._builder.insert(target, args, kwargs, target(*fakes[0], **fakes[1]))
 
 
-def _symbol_sources(graph: fx.Graph) -> dict[Any, fx.Node | tuple[fx.Node, int]]:
+def _symbol_sources(graph: fx.Graph, before: fx.Node) -> dict[Any, fx.Node | tuple[fx.Node, int]]:
+    """For each symbol a node that carries it: a size of its own, or a dimension of a tensor."""
     sources: dict[Any, fx.Node | tuple[fx.Node, int]] = {}
-    for node in graph.find_nodes(op="placeholder"):
+    for node in graph.nodes:
+        if node is before:
+            break
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt) and value.node.expr.is_symbol:
-            sources[value.node.expr] = node
+            sources.setdefault(value.node.expr, node)
         elif isinstance(value, torch.Tensor):
             for dim, size in enumerate(value.shape):
                 if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
@@ -267,10 +267,6 @@ def _fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
         if mode is not None:
             return mode  # type: ignore[no-any-return]
     return None
-
-
-def users_of(node: fx.Node) -> list[fx.Node]:
-    return list(node.users)
 
 
 def scalar(value: Any) -> bool:

@@ -135,7 +135,7 @@ def _splice(
     """Puts the kernel's nodes in the site's place and removes what served only the site."""
     builder = Builder(gm, before=site.result, like=site.anchor)
     autocast = None
-    if site.in_autocast:
+    if site.in_autocast and not site.fused:
         # The kernel's operands and mask have the dtypes that they should have; autocast would round the mask.
         autocast = builder.insert(
             torch.amp.autocast_mode._enter_autocast, (site.device.type, None, False, None), {}, None
@@ -144,7 +144,7 @@ def _splice(
     if autocast is not None:
         builder.insert(torch.amp.autocast_mode._exit_autocast, (autocast,), {}, None)
     if not _strides_are_free(site.result):
-        output = builder.call(aten.clone.default, output, memory_format=torch.contiguous_format)
+        output = _in_memory_order_of(tensor(site.result), output, builder)
     site.result.replace_all_uses_with(output)
     replaced[site.result] = output
     _remove(gm.graph, site.result)
@@ -176,6 +176,19 @@ def _strides_are_free(node: fx.Node) -> bool:
             user.target = aten.reshape.default
         free = free and (is_layout_op(user) or is_cast(user)) and _strides_are_free(user)
     return free
+
+
+def _in_memory_order_of(original: torch.Tensor, node: fx.Node, builder: Builder) -> fx.Node:
+    """``node`` copied so that its dimensions lie in memory as the original's did (an einsum's result is permuted)."""
+    strides = original.stride()
+    if not all(isinstance(stride, int) for stride in strides):
+        return builder.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+    order = sorted(range(original.dim()), key=lambda dim: -strides[dim])
+    if order == list(range(original.dim())):
+        return builder.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+    permuted = builder.call(aten.permute.default, node, order)
+    copied = builder.call(aten.clone.default, permuted, memory_format=torch.contiguous_format)
+    return builder.call(aten.permute.default, copied, [order.index(dim) for dim in range(original.dim())])
 
 
 def _remove(graph: fx.Graph, node: fx.Node) -> None:

@@ -12,7 +12,14 @@ import math
 import torch
 from torch import fx
 
-from attnrewrite.analysis.masks import ABSORBING, Kind, attended_everywhere, possible_values
+from attnrewrite.analysis.masks import (
+    ABSORBING,
+    ORDINARY,
+    Kind,
+    as_stored,
+    attended_everywhere,
+    possible_values,
+)
 from attnrewrite.analysis.views import Operand
 from attnrewrite.policy import Policy
 from attnrewrite.site import (
@@ -51,6 +58,8 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
         if isinstance(mod, (Bias, Fill)):
             terms.append(mod)
         elif isinstance(mod.factor, (int, float)):
+            if mod.divide and mod.factor == 0:
+                raise NotAttention("the scores are divided by zero")
             number = 1.0 / mod.factor if mod.divide else float(mod.factor)
             scale *= number
             terms = [_scaled(term, number) for term in terms]
@@ -65,17 +74,25 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     attended = attended_everywhere(terms, site.query_axes, site.key_axes) or attended
     values = [value for term in terms for value in _values(term)]
     dtype = min((term.dtype for term in terms), key=lambda dtype: dtype.itemsize, default=site.softmax_dtype)
+    fills_decide = False
     if not site.fused:
         _check_fills(terms, attended)
         _check_rounding(terms, dtype, attended)
+        fills_decide = attended is None and _only_fills_mask(terms)
+        if site.differentiable and attended is None and not fills_decide and _mixes_fills_and_biases(terms):
+            raise NotAttention(
+                "a fill lets no gradient through and a bias does, and a row that both mask may have no key (if no such "
+                "row occurs, say so: options={'assume_attended_rows': True})"
+            )
     return CanonicalScores(
         None if site.default_scale else scale,
         tuple(query_factors),
         tuple(key_factors),
         tuple(terms),
         dtype,
-        any(value is Kind.ANY or value == -math.inf for value in values) or _sum_may_overflow(terms),
+        any(value in (Kind.ANY, Kind.LEARNED, -math.inf) for value in values) or _sum_may_overflow(terms),
         attended,
+        fills_decide,
     )
 
 
@@ -84,7 +101,7 @@ def _scaled(term: Bias | Fill, number: float) -> Bias | Fill:
         return Bias(term.operand, term.dtype, term.factor * number)
     if number <= 0:
         raise NotAttention("a filled mask is multiplied by a number that is not positive")
-    return Fill(term.condition, term.value * number, term.dtype, term.invert)
+    return Fill(term.condition, as_stored(term.value * number, term.dtype), term.dtype, term.invert)
 
 
 def _place_factor(mod: Scale, site: AttentionSite, query: list[Scale], key: list[Scale]) -> None:
@@ -104,7 +121,24 @@ def _place_factor(mod: Scale, site: AttentionSite, query: list[Scale], key: list
 def _values(term: Bias | Fill) -> list[object]:
     if isinstance(term, Fill):
         return [term.value]
-    return [value * term.factor if isinstance(value, float) else value for value in possible_values(term.operand.node)]
+    return [
+        as_stored(value * term.factor, term.dtype) if isinstance(value, float) else value
+        for value in possible_values(term.operand.node)
+    ]
+
+
+def _only_fills_mask(terms: list[Bias | Fill]) -> bool:
+    """Whether a row can lose its keys to fills alone, and to fills of one value."""
+    fills = {term.value for term in terms if isinstance(term, Fill)}
+    return len(fills) == 1 and not any(isinstance(term, Bias) and _may_mask(term) for term in terms)
+
+
+def _mixes_fills_and_biases(terms: list[Bias | Fill]) -> bool:
+    return any(isinstance(term, Fill) for term in terms)
+
+
+def _may_mask(term: Bias) -> bool:
+    return any(value is Kind.ANY or (isinstance(value, float) and value < -ORDINARY) for value in _values(term))
 
 
 def _sum_may_overflow(terms: list[Bias | Fill]) -> bool:

@@ -85,6 +85,9 @@ class CanonicalScores:
         dtype: the dtype in which the source adds the terms.
         may_be_minus_infinity: whether a term may be minus infinity, so that a row without a key is NaN in the source.
         attended: how it was proved that every row keeps a key, or None.
+        fills_decide: rows without a key can come from fills alone, and all fill in the same value: the kernel is
+            given such rows as rows that attend every key with a score of zero, and what the source gives them (the
+            mean of the values, or NaN) is made from that.
     """
 
     scale: float | None
@@ -94,6 +97,7 @@ class CanonicalScores:
     dtype: torch.dtype
     may_be_minus_infinity: bool
     attended: str | None
+    fills_decide: bool = False
 
     @property
     def masked_rows(self) -> str:
@@ -120,6 +124,7 @@ class AttentionSite:
         dropout: the probability of dropping a weight; 0 when not training.
         is_causal: top-left aligned causal masking asked of an existing fused call.
         default_scale: an existing fused call leaves the scale to its default, and the head size is symbolic.
+        differentiable: a backward pass may follow.
         fused: the site is a fused call already; its own rules for fully masked rows hold.
         compute_dtype: the lowest dtype in which the products may be computed without losing what the source kept.
         interior: the nodes that go when the site is replaced, in graph order.
@@ -143,6 +148,7 @@ class AttentionSite:
     dropout: float = 0.0
     is_causal: bool = False
     default_scale: bool = False
+    differentiable: bool = False
     fused: bool = False
     in_autocast: bool = False
     interior: tuple[fx.Node, ...] = ()

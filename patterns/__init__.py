@@ -12,7 +12,7 @@ from functools import cache
 
 from .base import Finding, GraphView, NearMiss, Pattern, Specimen
 
-__all__ = ["Finding", "GraphView", "NearMiss", "Pattern", "Specimen", "catalogue", "lookalikes", "specimens"]
+__all__ = ["Finding", "GraphView", "NearMiss", "Pattern", "Specimen", "catalogue", "must_not_match", "specimens"]
 
 
 @cache
@@ -29,7 +29,7 @@ def specimens() -> tuple[Specimen, ...]:
     return tuple(specimen for pattern in catalogue() for specimen in pattern.specimens)
 
 
-def lookalikes() -> tuple[Specimen, ...]:
+def must_not_match() -> tuple[Specimen, ...]:
     """What must be left alone."""
     from .lookalikes import LOOKALIKES
 

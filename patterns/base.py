@@ -38,6 +38,12 @@ class GraphView:
         self._regions = regions(gm.graph)
         self._order = {node: position for position, node in enumerate(gm.graph.nodes)}
         self.leads_to_product: dict[fx.Node, bool] = {}
+        inputs = [node for node in gm.graph.nodes if node.op in ("placeholder", "get_attr") and is_tensor(node)]
+        self._has_gradients = any(
+            value.requires_grad
+            for node in inputs
+            for value in (tensor(node), node.meta.get("example_value", tensor(node)))
+        )
 
     def ordered(self, nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
         return tuple(sorted(set(nodes), key=self._order.__getitem__))
@@ -51,6 +57,12 @@ class GraphView:
 
     def in_autocast(self, node: fx.Node) -> bool:
         return self._regions[node][1] != 0 or _ambient_autocast(node)
+
+    def differentiable(self, node: fx.Node) -> bool:
+        """Whether a backward pass may go through ``node``."""
+        mode = self.grad_region(node)
+        enabled = mode == 1 or (mode == 0 and torch.is_grad_enabled())
+        return enabled and self._has_gradients
 
     def origin(self, operand: Operand, consumer: fx.Node, narrow_to: torch.dtype | None = None) -> Operand:
         """The operand behind its views, copies and repetitions, as far as ``consumer``'s grad region reaches.

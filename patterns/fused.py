@@ -91,6 +91,7 @@ class FusedCall:
             dropout=arguments["dropout_p"],
             is_causal=arguments["is_causal"],
             default_scale=arguments["scale"] is None and not isinstance(q[-1], int),
+            differentiable=view.differentiable(call),
             fused=True,
             in_autocast=view.in_autocast(call),
             interior=(call,),
@@ -188,7 +189,7 @@ def call_with_bias_of_rank_2(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> T
 def call_between_projections(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
     """nanoGPT: views on the way in and on the way out."""
     b, n, c = x.shape
-    q, k, v = (t.view(b, n, 4, c // 4).transpose(1, 2) for t in F.linear(x, weight, bias).split(c, dim=2))
+    q, k, v = (t.view(b, n, 4, c // 4).transpose(1, 2) for t in F.linear(x, weight, bias).chunk(3, dim=2))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return y.transpose(1, 2).contiguous().view(b, n, c) @ out
 
@@ -204,8 +205,9 @@ def multi_head_attention_forward(
     return output
 
 
-@_call.add(normal(2, 6, "L", 8), normal(2, 2, "S", 8), normal(2, 2, "S", 8))
+@_call.add(normal(2, "L", 48), normal(2, "S", 16), normal(2, "S", 16))
 def grouped_call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.view(2, -1, heads, 8).transpose(1, 2) for t, heads in ((q, 6), (k, 2), (v, 2)))
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 

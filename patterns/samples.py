@@ -70,11 +70,10 @@ class Specimens(list[Specimen]):
 
     def add(self, *parts: Part, **fields: Any) -> Callable[[F], F]:
         """Makes a specimen of the decorated function, which takes one tensor for each part."""
-        masks = [index for index, part in enumerate(parts) if part.empty is not None]
-        if masks:
+        if any(part.empty is not None for part in parts):
             fields["masked_rows"] = lambda inputs: tuple(
-                _with_empty_row(value, parts[index].empty) if index in masks else value
-                for index, value in enumerate(inputs)
+                value if part.empty is None else _with_empty_row(value, part.empty)
+                for part, value in zip(parts, inputs, strict=True)
             )
 
         def collect(function: F) -> F:
@@ -95,7 +94,7 @@ def _sizes(shape: tuple[Size, ...], length: int) -> list[int]:
     return [named[size] if isinstance(size, str) else size for size in shape]
 
 
-def _with_empty_row(mask: torch.Tensor, value: float | None) -> torch.Tensor:
+def _with_empty_row(mask: torch.Tensor, value: float) -> torch.Tensor:
     mask = mask.clone()
     mask.view(-1, mask.shape[-1])[-1] = value
     return mask

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from attnrewrite.analysis.scores import ScoreWalk, leads_to_product, read_scores
+from attnrewrite.analysis.scores import FLOATING, ScoreWalk, read_scores
 from attnrewrite.analysis.views import (
     Axis,
     Layout,
@@ -62,7 +62,7 @@ class SoftmaxAttention:
     def find(self, view: GraphView) -> Iterator[Finding]:
         for target in _SOFTMAX:
             for node in view.graph.find_nodes(op="call_function", target=target):
-                if not (leads_to_product(node.args[0], view.leads_to_product) and _feeds_product(node)):
+                if not _between_products(node):
                     continue
                 try:
                     yield self._read(node, view)
@@ -94,6 +94,8 @@ class SoftmaxAttention:
         key_axes = axes_of((key_dim,))
         query, key = _query_and_key(walk.product, key_axes)
         value = product.rhs if product.lhs.node is weights else product.lhs
+        if not (isinstance(product.factor, (int, float)) and product.factor == 1):
+            raise NotAttention("the product of weights and value is scaled")
         if set(axes_of((product.contracted,))) != set(key_axes):
             raise NotAttention(
                 "the product after softmax does not contract the axis that softmax runs over, so this is no attention"
@@ -107,6 +109,11 @@ class SoftmaxAttention:
             dtype = _widest([dtype, tensor(walk.product.node).dtype])
         else:
             dtype = _widest([dtype, query.dtype, key.dtype])
+        query_axes = _query_axes(walk, key_axes, key)
+        if set(axes_of((query_axes,))) & set(value.axes):
+            raise NotAttention("the value differs from one query position to the next, so this is no attention")
+        if torch.float64 in (tensor(softmax).dtype, tensor(source).dtype):
+            dtype = torch.float64
         return AttentionSite(
             pattern=self.name,
             anchor=softmax,
@@ -115,25 +122,54 @@ class SoftmaxAttention:
             query=query.resolved(),
             key=key.resolved(),
             value=value.resolved(),
-            query_axes=_query_axes(walk, key_axes, key),
+            query_axes=query_axes,
             key_axes=axes_of((key_dim,)),
             feature_axes=axes_of((walk.product.contracted,)),
             mods=walk.mods,
             softmax_dtype=tensor(softmax).dtype,
             compute_dtype=dtype,
             dropout=dropout,
+            differentiable=view.differentiable(product.node),
             in_autocast=view.in_autocast(product.node),
             interior=interior,
         )
 
 
-def _feeds_product(node: fx.Node) -> bool:
-    """Whether a reader of the weights, past casts, dropout and views, is a matrix product."""
-    for user in node.users:
-        if is_product(user):
-            return True
-        if (is_cast(user) or is_layout_op(user) or user.target in _DROPOUT) and _feeds_product(user):
-            return True
+_FAR = 24
+_BARRIERS = frozenset(
+    {
+        aten.linear.default,
+        aten.addmm.default,
+        aten.conv1d.default,
+        aten.conv2d.default,
+        aten.conv3d.default,
+        aten.layer_norm.default,
+        aten.group_norm.default,
+        aten.rms_norm.default,
+        aten.embedding.default,
+    }
+)
+"""Operators behind which a product has nothing to do with this softmax any more."""
+
+
+def _between_products(softmax: fx.Node) -> bool:
+    """Whether matrix products lie a few steps before and after: an attention, or a near miss that the report names."""
+    return _product_near(softmax, lambda node: node.all_input_nodes) and _product_near(
+        softmax, lambda node: list(node.users)
+    )
+
+
+def _product_near(start: fx.Node, neighbours: Callable[[fx.Node], list[fx.Node]]) -> bool:
+    pending, seen = [start], {start}
+    for node in pending:
+        for other in neighbours(node):
+            if is_product(other):
+                return True
+            if other not in seen and other.op == "call_function" and other.target not in _BARRIERS:
+                if len(seen) > _FAR:
+                    return False
+                seen.add(other)
+                pending.append(other)
     return False
 
 
@@ -162,6 +198,8 @@ def _weights_product(softmax: fx.Node, layout: Layout) -> tuple[fx.Node, Product
                 if dropout:
                     raise NotAttention("dropout is applied to the weights twice")
                 dropout = float(args[1])
+        elif is_cast(user) and tensor(user).dtype not in FLOATING:
+            raise NotAttention(f"the attention weights are cast to {tensor(user).dtype}".replace("torch.", ""))
         elif is_layout_op(user):
             pushed = push(user, layout)
             if pushed is None or set(axes_of(pushed)) != set(axes_of(layout)):
@@ -226,7 +264,8 @@ def divided_by_root(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @_spelling.add(_Q, _K, _V)
 def multiplied_by_scale(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """timm, lucidrains."""
-    return ((q @ k.mT) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
+    scale: float = q.shape[-1] ** -0.5
+    return ((q @ k.mT) * scale).softmax(dim=-1) @ v
 
 
 @_spelling.add(_Q, _K, _V, learned(2, 4, "L", "S"))
@@ -348,11 +387,12 @@ def multi_head_attention(x: Tensor, weight: Tensor, bias: Tensor, key_padding_ma
     return torch.bmm(weights, v).transpose(0, 1).contiguous().view(length * batch, width)
 
 
-@_spelling.add(normal(6, "L", 32), learned(96, 32), learned(4, "L", "L"), additive(3, "L", "L"))
+@_spelling.add(normal(2, 3, "L", 32), learned(96, 32), learned(4, "L", "L"), additive(3, "L", "L"))
 def shifted_windows(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
-    """Swin: (windows * batch, length, features); the mask is one a window, by way of five dimensions."""
+    """Swin: windows are folded into the batch; each has a mask of its own, which is added in five dimensions."""
+    x = x.flatten(0, 1)
     b, n, c = x.shape
-    q, k, v = F.linear(x, weight).reshape(b, n, 3, 4, c // 4).permute(2, 0, 3, 1, 4)
+    q, k, v = F.linear(x, weight).reshape(b, n, 3, 4, c // 4).permute(2, 0, 3, 1, 4).unbind(0)
     attn = (q * 8**-0.5) @ k.transpose(-2, -1)
     attn = attn + bias.unsqueeze(0)
     windows = mask.shape[0]
@@ -529,7 +569,7 @@ def grouped_queries(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 @_spelling.add(normal(2, "L", 6, 8), normal(2, "S", 2, 8), normal(2, "S", 2, 8))
 def grouped_by_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q = q.unflatten(2, (2, 3))
+    q = q.view(q.shape[0], -1, 2, 3, 8)
     weights = torch.einsum("blhgd,bshd->bhgls", q, k).mul(8**-0.5).softmax(-1)
     return torch.einsum("bhgls,bshd->blhgd", weights, v).flatten(2, 3)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
@@ -18,10 +18,10 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.views import Axis, Dim, Operand
-from attnrewrite.ir import CAST_OPS, is_cast, is_tensor, same, tensor
-from attnrewrite.site import Bias, Fill, Scale, ScoreMod
+from attnrewrite.ir import CAST_OPS, is_tensor, same, tensor
+from attnrewrite.site import Bias, Fill, ScoreMod
 
-__all__ = ["ABSORBING", "Kind", "attended_everywhere", "constant_value", "possible_values"]
+__all__ = ["ABSORBING", "ORDINARY", "Kind", "as_stored", "attended_everywhere", "constant_value", "possible_values"]
 
 aten = torch.ops.aten
 
@@ -31,9 +31,13 @@ multiplication by log2(e) that fused kernels apply before exponentiation."""
 
 
 class Kind(enum.Enum):
-    """What is known of values that are no listed constants."""
+    """What is known of values that are no listed constants.
 
-    LEARNED = "learned or computed, of ordinary size"
+    LEARNED is an expectation and no proof: a parameter may hold minus infinity as well. It says that the numbers are
+    there to be added to scores like any other, so that rounding them is the rounding that any sum has.
+    """
+
+    LEARNED = "learned, or computed from what is"
     INTEGER = "an integer"
     ANY = "anything, infinities included"
 
@@ -67,12 +71,7 @@ def _values(node: Any, memo: dict[fx.Node, frozenset[Value]]) -> frozenset[Value
 def _limited(values: frozenset[Value], dtype: torch.dtype) -> frozenset[Value]:
     if dtype is torch.bool:
         return frozenset({0.0, 1.0})
-    if dtype.is_floating_point:
-        # A constant is what the dtype makes of it: float32's lowest is minus infinity in bfloat16.
-        values = frozenset(
-            float(torch.tensor(value, dtype=torch.float64).to(dtype)) if isinstance(value, float) else value
-            for value in values
-        )
+    values = frozenset(as_stored(value, dtype) if isinstance(value, float) else value for value in values)
     if len(values) <= _MANY:
         return values
     return frozenset({Kind.ANY})
@@ -122,11 +121,7 @@ def _kind_of_input(node: fx.Node) -> Kind:
     if not value.dtype.is_floating_point:
         return Kind.INTEGER
     example = node.meta.get("example_value", value)
-    return (
-        Kind.LEARNED
-        if isinstance(example, torch.nn.Parameter) or (example.requires_grad and example.is_leaf)
-        else Kind.ANY
-    )
+    return Kind.LEARNED if isinstance(example, torch.nn.Parameter) and example.requires_grad else Kind.ANY
 
 
 def _ordinary(value: Value) -> bool:
@@ -215,10 +210,6 @@ _ORDINARY = frozenset(
         aten.tanh.default,
         aten.relu.default,
         aten.abs.default,
-        aten.mul.Tensor,
-        aten.add.Tensor,
-        aten.sub.Tensor,
-        aten.div.Tensor,
     }
 )
 """Operators that make numbers of ordinary size from numbers of ordinary size."""
@@ -228,12 +219,15 @@ def constant_value(node: Any) -> float | None:
     """The one value that all entries of the node have, where the graph says so in numbers."""
     if isinstance(node, (bool, int, float)):
         return float(node)
-    if not isinstance(node, fx.Node) or node.op != "call_function":
+    if not isinstance(node, fx.Node) or node.op != "call_function" or not is_tensor(node):
         return None
     args: Any = node.args
     target: Any = node.target
-    if target in (aten.full.default, aten.full_like.default, aten.new_full.default):
-        value = args[2] if target is aten.new_full.default else args[1]
+    value: Any
+    if target in (aten.full.default, aten.full_like.default):
+        value = args[1]
+    elif target is aten.new_full.default:
+        value = args[2]
     elif target is aten.scalar_tensor.default:
         value = args[0]
     elif target in (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default):
@@ -241,10 +235,15 @@ def constant_value(node: Any) -> float | None:
     elif target in (aten.ones.default, aten.ones_like.default, aten.new_ones.default):
         value = 1.0
     elif target in _MOVES or target in CAST_OPS:
-        return constant_value(args[0])
+        value = constant_value(args[0])
     else:
         return None
-    return float(value) if isinstance(value, (bool, int, float)) else None
+    return as_stored(value, tensor(node).dtype) if isinstance(value, (bool, int, float)) else None
+
+
+def as_stored(value: float, dtype: torch.dtype) -> float:
+    """What ``dtype`` makes of a number: float32's lowest is minus infinity in bfloat16, 0.5 is 0 in int64."""
+    return float(torch.tensor(value, dtype=torch.float64).to(dtype))
 
 
 # Does every row keep a key?
@@ -302,14 +301,11 @@ def _all_axes(mods: Sequence[Bias | Fill]) -> list[Axis]:
 def _is_open(mod: Bias | Fill, at: dict[Axis, Any]) -> bool:
     if isinstance(mod, Fill):
         condition = _evaluate(mod.condition.node, _index(mod.condition, at))
-        return condition is not None and bool(condition) == mod.invert
-    if all(
-        value is Kind.LEARNED or (isinstance(value, float) and _ordinary(value))
-        for value in possible_values(mod.operand.node)
-    ):
+        return isinstance(condition, bool) and condition == mod.invert
+    if all(isinstance(value, float) and _ordinary(value * mod.factor) for value in possible_values(mod.operand.node)):
         return True
     value = _evaluate(mod.operand.node, _index(mod.operand, at))
-    return isinstance(value, (int, float, sympy.Number)) and _ordinary(float(value) * mod.factor)
+    return isinstance(value, sympy.Number) and _ordinary(float(value) * mod.factor)
 
 
 def _index(operand: Operand, at: dict[Axis, Any]) -> list[Any]:
@@ -329,67 +325,113 @@ def _expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
 
 
+_EXACT = (torch.bool, torch.int32, torch.int64, torch.float32, torch.float64)
+"""Dtypes in which positions, and what is computed from them here, are what they are in mathematics."""
+
+
 def _evaluate(node: Any, index: list[Any]) -> Any:
-    """The node's entry at ``index``: a number, a truth value, an integer expression of positions, or None."""
-    if isinstance(node, (bool, int, float)):
+    """The node's entry at ``index``: a truth value (bool), an expression of positions or a number (sympy), or None.
+
+    None means that nothing is known. A truth value is returned only for boolean nodes, and only when it holds for
+    every position.
+    """
+    if isinstance(node, bool):
         return node
+    if isinstance(node, (int, float)):
+        return sympy.sympify(node) if math.isfinite(node) else None
     if isinstance(node, fx.Node) and isinstance(node.meta.get("val"), (int, torch.SymInt)):
         return _expression(node.meta["val"])
     if not isinstance(node, fx.Node) or node.op != "call_function" or not is_tensor(node):
         return None
+    dtype = tensor(node).dtype
     constant = constant_value(node)
     if constant is not None:
-        return bool(constant) if tensor(node).dtype is torch.bool else constant
+        return bool(constant) if dtype is torch.bool else _evaluate(constant, index)
+    if dtype not in _EXACT:
+        return None
     target: Any = node.target
     args: Any = node.args
-    if target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
-        start, step = (0, 1) if target is aten.arange.default else (args[0], args[2] if len(args) > 2 else 1)
-        start, step = _scalar(start), _scalar(step)
-        return None if start is None or step is None else sympy.expand(start + step * index[0])
     moved = _moved_index(node, index)
     if moved is not None:
         return _evaluate(args[0], moved)
-    if is_cast(node):
-        return _evaluate(args[0], index)
-    if target in _COMPARISONS:
-        return _compare(target, _operand(args[0], node, index), _operand(args[1], node, index))
-    if target in (aten.logical_not.default, aten.bitwise_not.default) and tensor(node).dtype is torch.bool:
-        value = _operand(args[0], node, index)
-        return None if value is None else not value
-    if target in (aten.logical_and.default, aten.bitwise_and.Tensor) and tensor(node).dtype is torch.bool:
-        return _both(_operand(args[0], node, index), _operand(args[1], node, index))
-    if target in (aten.logical_or.default, aten.bitwise_or.Tensor) and tensor(node).dtype is torch.bool:
-        negated = [
-            None if value is None else not value
-            for value in (_operand(args[0], node, index), _operand(args[1], node, index))
-        ]
-        both = _both(*negated)
-        return None if both is None else not both
+    if target in CAST_OPS:
+        return _as_dtype(_evaluate(args[0], index), tensor(args[0]).dtype, dtype)
+    if target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
+        start, step = (0, 1) if target is aten.arange.default else (args[0], args[2] if len(args) > 2 else 1)
+        start, step = _integer(start), _integer(step)
+        return None if start is None or step is None else sympy.expand(start + step * index[0])
     if target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar):
         condition = _operand(args[0], node, index)
-        return None if condition is None else _operand(args[1] if condition else args[2], node, index)
+        return _operand(args[1] if condition else args[2], node, index) if isinstance(condition, bool) else None
     if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
         condition = _operand(args[1], node, index)
-        return None if condition is None else _operand(args[2] if condition else args[0], node, index)
+        return _operand(args[2] if condition else args[0], node, index) if isinstance(condition, bool) else None
     if target in (aten.tril.default, aten.triu.default):
-        diagonal = _scalar(args[1] if len(args) > 1 else 0)
+        diagonal = _integer(args[1] if len(args) > 1 else 0)
         if diagonal is None:
             return None
-        low = target is aten.tril.default
-        kept = _compare(aten.le.Tensor if low else aten.ge.Tensor, index[-1] - index[-2], diagonal)
-        return None if kept is None else _evaluate(args[0], index) if kept else 0
-    if target in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.rsub.Scalar) and not node.kwargs:
-        a, b = _operand(args[0], node, index), _operand(args[1], node, index)
-        if a is None or b is None:
+        kept = _compare("le" if target is aten.tril.default else "ge", index[-1] - index[-2], diagonal)
+        if kept is None:
             return None
-        if isinstance(a, bool) or isinstance(b, bool):
-            a, b = int(a), int(b)
-        result = a + b if target is aten.add.Tensor else a - b if target is aten.sub.Tensor else a * b
-        return (
-            sympy.expand(b - a if target is aten.rsub.Scalar else result)
-            if isinstance(result, sympy.Basic)
-            else (b - a if target is aten.rsub.Scalar else result)
-        )
+        return _evaluate(args[0], index) if kept else (False if dtype is torch.bool else sympy.Integer(0))
+    if target in _COMPARISONS:
+        return _compare(_COMPARISONS[target], _operand(args[0], node, index), _operand(args[1], node, index))
+    if target in _LOGIC:
+        return _logic(_LOGIC[target], [_operand(arg, node, index) for arg in args])
+    if target in _SUMS and not node.kwargs:
+        a, b = (_as_number(_operand(arg, node, index)) for arg in args[:2])
+        return None if a is None or b is None or dtype is torch.bool else sympy.expand(_SUMS[target](a, b))
+    return None
+
+
+_LOGIC = {
+    aten.logical_not.default: "not",
+    aten.bitwise_not.default: "not",
+    aten.logical_and.default: "and",
+    aten.bitwise_and.Tensor: "and",
+    aten.logical_or.default: "or",
+    aten.bitwise_or.Tensor: "or",
+}
+_SUMS: dict[Any, Callable[[Any, Any], Any]] = {
+    aten.add.Tensor: lambda a, b: a + b,
+    aten.sub.Tensor: lambda a, b: a - b,
+    aten.mul.Tensor: lambda a, b: a * b,
+    aten.rsub.Scalar: lambda a, b: b - a,
+}
+
+
+def _logic(relation: str, values: list[Any]) -> bool | None:
+    """Three-valued logic. Anything but a truth value counts as unknown."""
+    truths = [value if isinstance(value, bool) else None for value in values]
+    if relation == "not":
+        return None if truths[0] is None else not truths[0]
+    decisive = relation == "or"
+    if decisive in truths:
+        return decisive
+    return None if None in truths else not decisive
+
+
+def _as_number(value: Any) -> Any:
+    return sympy.Integer(int(value)) if isinstance(value, bool) else value
+
+
+def _as_dtype(value: Any, source: torch.dtype, dtype: torch.dtype) -> Any:
+    """A cast between dtypes that hold positions exactly; to bool only where the answer is the same everywhere."""
+    if value is None or source not in _EXACT:
+        return None
+    if dtype is torch.bool:
+        return value if isinstance(value, bool) else _compare("ne", value, sympy.Integer(0))
+    if source.is_floating_point and not dtype.is_floating_point:
+        return None
+    return _as_number(value)
+
+
+def _integer(value: Any) -> Any:
+    """An integer argument of an operator, as an expression."""
+    if isinstance(value, fx.Node):
+        value = value.meta.get("val")
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return _expression(value)
     return None
 
 
@@ -400,14 +442,6 @@ def _operand(arg: Any, node: fx.Node, index: list[Any]) -> Any:
     shape = tensor(arg).shape
     tail = index[len(index) - len(shape) :]
     return _evaluate(arg, [sympy.Integer(0) if same(size, 1) else i for size, i in zip(shape, tail, strict=True)])
-
-
-def _scalar(value: Any) -> Any:
-    if isinstance(value, fx.Node):
-        value = value.meta.get("val")
-    if isinstance(value, torch.SymInt):
-        return _expression(value)
-    return value if isinstance(value, (int, float)) else None
 
 
 def _moved_index(node: fx.Node, index: list[Any]) -> list[Any] | None:
@@ -441,14 +475,14 @@ def _moved_index(node: fx.Node, index: list[Any]) -> list[Any] | None:
         return result
     if target is aten.slice.Tensor:
         dim = (args[1] if len(args) > 1 else 0) % len(index)
-        start = _scalar(args[2] if len(args) > 2 and args[2] is not None else 0)
-        step = _scalar(args[4] if len(args) > 4 else 1)
+        start = _integer(args[2] if len(args) > 2 and args[2] is not None else 0)
+        step = _integer(args[4] if len(args) > 4 else 1)
         if start is None or step is None or not sympy.sympify(start).is_nonnegative:
             return None
         return [*index[:dim], start + step * index[dim], *index[dim + 1 :]]
     if target is aten.select.int:
         dim = args[1] % (len(index) + 1)
-        position = _scalar(args[2])
+        position = _integer(args[2])
         if position is None or not sympy.sympify(position).is_nonnegative:
             return None
         return [*index[:dim], sympy.sympify(position), *index[dim:]]
@@ -480,15 +514,10 @@ _COMPARISONS = {
 }
 
 
-def _compare(target: Any, a: Any, b: Any) -> bool | None:
+def _compare(relation: str, a: Any, b: Any) -> bool | None:
     if a is None or b is None:
         return None
-    if isinstance(a, bool) or isinstance(b, bool):
-        a, b = int(a), int(b)
-    if any(isinstance(value, float) and not math.isfinite(value) for value in (a, b)):
-        return None
-    difference = sympy.expand(sympy.sympify(a) - sympy.sympify(b))
-    relation = _COMPARISONS[target]
+    difference = sympy.expand(_as_number(a) - _as_number(b))
     answers = {
         "le": difference.is_nonpositive,
         "lt": difference.is_negative,
@@ -499,13 +528,3 @@ def _compare(target: Any, a: Any, b: Any) -> bool | None:
     }
     answer = answers[relation]
     return None if answer is None else bool(answer)
-
-
-def _both(a: Any, b: Any) -> bool | None:
-    if a is False or b is False or a == 0 or b == 0:
-        return False if (a is not None and not a) or (b is not None and not b) else None
-    return None if a is None or b is None else bool(a) and bool(b)
-
-
-def scales_of(mods: Sequence[ScoreMod]) -> list[Scale]:
-    return [mod for mod in mods if isinstance(mod, Scale)]

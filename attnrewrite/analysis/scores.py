@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.masks import constant_value
+from attnrewrite.analysis.masks import as_stored, constant_value
 from attnrewrite.analysis.views import (
     Layout,
     Operand,
@@ -23,7 +23,7 @@ from attnrewrite.analysis.views import (
 from attnrewrite.ir import is_cast, is_tensor, scalar, source_location, tensor
 from attnrewrite.site import Bias, Elementwise, Fill, NotAttention, Scale, ScoreMod
 
-__all__ = ["ScoreWalk", "leads_to_product", "read_scores"]
+__all__ = ["FLOATING", "ScoreWalk", "leads_to_product", "read_scores"]
 
 aten = torch.ops.aten
 
@@ -36,6 +36,9 @@ _FILL = frozenset({aten.masked_fill.Scalar, aten.masked_fill.Tensor})
 _ELEMENTWISE = frozenset(
     {aten.tanh.default, aten.clamp.default, aten.clamp.Tensor, aten.relu.default, aten.abs.default, aten.neg.default}
 )
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes that attention is computed in."""
+
 _BINARY = _ADD | _SUB | _MUL | _DIV
 
 
@@ -82,6 +85,8 @@ def read_scores(node: fx.Node, layout: Layout, memo: dict[fx.Node, bool]) -> Sco
         nodes.append(node)
         if is_product(node):
             product = product_from_result(node, layout)
+            if tensor(node).dtype not in FLOATING:
+                raise NotAttention(f"{_name(node)} multiplies in {tensor(node).dtype}".replace("torch.", ""))
             if product is None:
                 raise NotAttention(f"the operands of {_name(node)} cannot be laid out along the scores' axes")
             # Read backwards: what is done last stands first.
@@ -115,19 +120,23 @@ def _step_back(node: fx.Node, source: fx.Node, layout: Layout) -> Layout:
 def _read_step(node: fx.Node, source: fx.Node, layout: Layout) -> list[ScoreMod]:
     args: Any = node.args
     target: Any = node.target
-    if is_layout_op(node) or is_cast(node):
+    if is_cast(node):
+        _require_harmless_cast(node)
+        return []
+    if is_layout_op(node):
         return []
     if target in _ELEMENTWISE:
         return [Elementwise(node)]
     dtype = tensor(node).dtype
     if target in _FILL:
-        return [Fill(_aligned(args[1], node, layout), _fill_value(args[2], node), dtype)]
+        return [Fill(_aligned(args[1], node, layout), as_stored(_fill_value(args[2], node), dtype), dtype)]
     if target in _WHERE:
         if args[0] is source or (args[1] is source) == (args[2] is source):
             raise NotAttention(f"{_name(node)} chooses between two values of the scores")
         kept_first = args[1] is source
         other = args[2] if kept_first else args[1]
-        return [Fill(_aligned(args[0], node, layout), _fill_value(other, node), dtype, invert=kept_first)]
+        value = as_stored(_fill_value(other, node), dtype)
+        return [Fill(_aligned(args[0], node, layout), value, dtype, invert=kept_first)]
     first = args[0] is source
     other = args[1] if first else args[0]
     if args[0] is args[1]:
@@ -145,6 +154,13 @@ def _read_step(node: fx.Node, source: fx.Node, layout: Layout) -> list[ScoreMod]
     if is_tensor(other) and tensor(other).dim() > 0:
         return [Scale(_aligned(other, node, layout), divide=target in _DIV)]
     return [Scale(_factor(other), divide=target in _DIV)]
+
+
+def _require_harmless_cast(node: fx.Node) -> None:
+    """A change of precision is one of rounding only; to integers, to float8 or into float16's range it is more."""
+    source, dtype = tensor(node.args[0]).dtype, tensor(node).dtype
+    if source is not dtype and (dtype not in FLOATING or source not in FLOATING or dtype is torch.float16):
+        raise NotAttention(f"{_name(node)} turns scores in {source} into {dtype}".replace("torch.", ""))
 
 
 def _bias(other: Any, node: fx.Node, layout: Layout, factor: float) -> ScoreMod:

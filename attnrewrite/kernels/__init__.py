@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from attnrewrite.kernels.base import Availability, Kernel, Verdict
-from attnrewrite.kernels.torch_sdpa import TorchSDPA
+from attnrewrite.kernels.torch_sdpa import TorchMath, TorchSDPA
 
 __all__ = ["Availability", "Kernel", "Verdict", "registered_kernels"]
 
-_KERNELS: list[Kernel] = [TorchSDPA()]
+_KERNELS: list[Kernel] = [TorchSDPA(), TorchMath()]
 
 
 def registered_kernels() -> tuple[Kernel, ...]:

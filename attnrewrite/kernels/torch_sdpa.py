@@ -6,19 +6,21 @@ Source: https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/tra
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
-from attnrewrite.analysis.masks import ABSORBING, Kind, possible_values
+from attnrewrite.analysis.masks import ABSORBING, ORDINARY, Kind, possible_values
 from attnrewrite.analysis.views import Axis, Dim, Operand, size_of
 from attnrewrite.ir import Builder, same, tensor
 from attnrewrite.kernels.base import Availability, Verdict
 from attnrewrite.kernels.layout import lay_out, with_unit_stride
 from attnrewrite.site import AttentionSite, Bias, Fill, Scale
 
-__all__ = ["TorchSDPA"]
+__all__ = ["TorchMath", "TorchSDPA"]
 
 aten = torch.ops.aten
 
@@ -45,7 +47,23 @@ class TorchSDPA:
             return Verdict.no(f"takes floating-point operands, not {site.compute_dtype}")
         if any(same(axis.size, 0) for axis in site.key_axes):
             return Verdict.no("there is no key to attend to")
-        if site.device.type not in _TESTED_DEVICES and scores.masked_rows != "none" and not site.fused:
+        if _backward_loses_rows(site):
+            return Verdict.no(
+                "a bias may lower or raise a whole row of scores by a large amount, whose softmax the fused backward "
+                "passes cannot restore from its logarithm (if every row has a key at ordinary scores, say so: "
+                "options={'assume_attended_rows': True})"
+            )
+        return self._supports_device(site)
+
+    def _supports_device(self, site: AttentionSite) -> Verdict:
+        scores = site.scores
+        assert scores is not None
+        if (
+            site.device.type not in _TESTED_DEVICES
+            and scores.masked_rows != "none"
+            and not site.fused
+            and not scores.fills_decide
+        ):
             return Verdict.no(
                 f"what {site.device.type} gives rows whose keys are all masked is not known, and no such row could be "
                 "ruled out (if none occurs, say so: options={'assume_attended_rows': True})"
@@ -67,6 +85,7 @@ class TorchSDPA:
                 and term.value != -math.inf
                 and site.compute_dtype is torch.float16
                 and site.scores.masked_rows != "none"
+                and not site.scores.fills_decide
             ):
                 return Verdict.no(
                     "float16 holds no number that masks a score and keeps the mean of the values in a row whose keys "
@@ -84,19 +103,24 @@ class TorchSDPA:
         value = self._operand(builder, site, site.value, plan.value_dims, ())
         mask = _Mask(builder, site, plan.score_dims)
         batch, heads, length, _ = tensor(query).shape
+        if mask.opened_rows is not None:
+            query = builder.call(aten.where.ScalarSelf, mask.opened_rows, 0.0, query)
         fake = tensor(query).new_empty((batch, heads, length, tensor(value).shape[-1]))
-        output = builder.insert(
-            aten.scaled_dot_product_attention.default,
+        output = self._call(
+            builder,
             (query, key, value, mask.node, site.dropout, site.is_causal),
             {"scale": scores.scale, "enable_gqa": plan.grouped},
             fake,
         )
-        if scores.masked_rows == "NaN" and not site.fused and mask.node is not None:
-            output = builder.call(aten.mul.Tensor, output, mask.nan_where_no_key(site.compute_dtype))
+        if not site.fused and mask.node is not None:
+            output = mask.with_source_rows(output, value, plan)
         dtype = tensor(site.result).dtype
         if tensor(output).dtype is not dtype:
             output = builder.call(aten.to.dtype, output, dtype)
         return lay_out(builder, output, plan.output_dims, site.result_layout)
+
+    def _call(self, builder: Builder, args: tuple[Any, ...], kwargs: dict[str, Any], fake: torch.Tensor) -> fx.Node:
+        return builder.insert(aten.scaled_dot_product_attention.default, args, kwargs, fake)
 
     def _operand(
         self, builder: Builder, site: AttentionSite, operand: Operand, dims: tuple[Dim, ...], factors: tuple[Scale, ...]
@@ -110,6 +134,52 @@ class TorchSDPA:
         if tensor(node).dtype is not site.compute_dtype:
             node = builder.call(aten.to.dtype, node, site.compute_dtype)
         return with_unit_stride(builder, node)
+
+
+class TorchMath(TorchSDPA):
+    """``_native_math``: the same function out of matrix products and softmax, with their exact backward.
+
+    It keeps the scores in memory, as the source did; repeated keys and values are not.
+    """
+
+    name = "_native_math"
+
+    def supports(self, site: AttentionSite) -> Verdict:
+        if any(same(axis.size, 0) for axis in site.key_axes):
+            return Verdict.no("there is no key to attend to")
+        return self._supports_device(site)
+
+    def _call(self, builder: Builder, args: tuple[Any, ...], kwargs: dict[str, Any], fake: torch.Tensor) -> fx.Node:
+        query, key, value, mask, dropout, causal = args
+        both = (fake, fake.new_empty((*fake.shape[:-1], tensor(key).shape[-2])))
+        result = builder.insert(
+            aten._scaled_dot_product_attention_math.default, (query, key, value, mask, dropout, causal), kwargs, both
+        )
+        return builder.insert(operator.getitem, (result, 0), {}, fake)
+
+
+def _backward_loses_rows(site: AttentionSite) -> bool:
+    """Fused backward passes restore softmax as exp(score - logsumexp), and logsumexp = max + log(sum) in float32.
+
+    Where the largest score of a row is far from zero the logarithm is rounded away, and the row's weights no longer
+    add up to one. Scores get there by a bias that moves whole rows. A fused call of four dimensions that is in the
+    source has this already.
+    """
+    scores = site.scores
+    assert scores is not None
+    if not site.differentiable or (site.fused and tensor(site.result).dim() == 4):
+        return False
+    for term in scores.terms:
+        if not isinstance(term, Bias):
+            continue
+        for value in possible_values(term.operand.node):
+            if value is Kind.ANY and scores.attended is None:
+                return True
+            if isinstance(value, float) and (
+                value * term.factor > ORDINARY or (value * term.factor < -ORDINARY and scores.attended is None)
+            ):
+                return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -151,6 +221,7 @@ class _Mask:
         self._dims = dims
         self._terms = site.scores.terms
         self.node: fx.Node | None = None
+        self.opened_rows: fx.Node | None = None
         if not self._terms:
             return
         (first, *more) = self._terms
@@ -159,6 +230,8 @@ class _Mask:
             self.node = condition if first.invert else builder.call(aten.logical_not.default, condition)
         else:
             self.node = self._within_range(self._replayed())
+        if site.scores.fills_decide:
+            self._open_filled_rows()
         # The CPU's kernel takes a mask whose keys broadcast, the CUDA kernels do not.
         if not same(tensor(self.node).shape[-1], _key_length(site)):
             shape = [*tensor(self.node).shape[:-1], _key_length(site)]
@@ -220,7 +293,49 @@ class _Mask:
     def _cast(self, node: fx.Node) -> fx.Node:
         return node if tensor(node).dtype is self._dtype else self._builder.call(aten.to.dtype, node, self._dtype)
 
-    def nan_where_no_key(self, dtype: torch.dtype) -> fx.Node:
+    def _open_filled_rows(self) -> None:
+        """Rows whose keys are all filled attend every key, with a query of zero: that gives the mean of the values.
+
+        It is what a finite fill gives in the source, and no gradient reaches query and key there, as in the source.
+        """
+        call = self._builder.call
+        filled: fx.Node | None = None
+        for term in self._terms:
+            if isinstance(term, Fill):
+                condition = self._laid_out(term.condition)
+                condition = call(aten.logical_not.default, condition) if term.invert else condition
+                filled = condition if filled is None else call(aten.logical_or.default, filled, condition)
+        assert filled is not None and self.node is not None
+        self.opened_rows = call(aten.all.dim, filled, -1, True)
+        if tensor(self.node).dtype is torch.bool:
+            self.node = call(aten.logical_or.default, self.node, self.opened_rows)
+        else:
+            self.node = call(aten.where.ScalarSelf, self.opened_rows, 0.0, self.node)
+
+    def with_source_rows(self, output: fx.Node, value: fx.Node, plan: _Plan) -> fx.Node:
+        """The output with what the source gives rows that have no key, where that is NaN."""
+        site, call = self._site, self._builder.call
+        assert site.scores is not None
+        if site.scores.masked_rows != "NaN":
+            return output
+        if self.opened_rows is None:
+            return call(aten.mul.Tensor, output, self._nan_where_no_key(site.compute_dtype))
+        if any(isinstance(term, Bias) for term in self._terms):
+            output = call(aten.mul.Tensor, output, self._nan_where_no_key(site.compute_dtype))
+        if not any(isinstance(term, Fill) and term.value == -math.inf for term in self._terms):
+            return output
+        if not site.differentiable:
+            return call(aten.where.ScalarSelf, self.opened_rows, math.nan, output)
+        # The source's gradient of such a row is NaN for every value and nothing for query and key.
+        total = call(aten.sum.dim_IntList, value, [-2], True)
+        if plan.grouped:
+            groups = size_of(site.group_axes)
+            total = call(aten.repeat_interleave.self_int, total, groups, 1)
+        poison = call(aten.where.Scalar, self.opened_rows, math.nan, 0.0)
+        poison = call(aten.to.dtype, poison, site.compute_dtype)
+        return call(aten.add.Tensor, output, call(aten.mul.Tensor, total, poison))
+
+    def _nan_where_no_key(self, dtype: torch.dtype) -> fx.Node:
         """A factor for the output: 1, and NaN in rows whose scores are all minus infinity, as softmax gives there."""
         call = self._builder.call
         assert self.node is not None
