@@ -1,0 +1,73 @@
+"""Running a function as it is and rewritten, and comparing what comes out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from attnrewrite.backend import collect_reports
+from attnrewrite.report import SiteReport
+
+__all__ = ["cast", "compile_count", "gradients", "outputs", "relative_error", "rewritten", "rows"]
+
+
+def rewritten(function: Callable[..., Any], inner: Any = "eager", dynamic: bool | None = None, **options: Any) -> Any:
+    """``function``, compiled by attnrewrite."""
+    return torch.compile(function, backend="attnrewrite", dynamic=dynamic, options={"inner_backend": inner, **options})
+
+
+def rows(function: Callable[..., Any], *inputs: Any, **settings: Any) -> list[SiteReport]:
+    """The rows of the report, every graph captured."""
+    with collect_reports() as graphs:
+        rewritten(function, **settings)(*inputs)
+    assert [graph.reason for graph in graphs if not graph.captured] == []
+    return [site for graph in graphs for site in graph.sites]
+
+
+def cast(inputs: Any, dtype: torch.dtype, device: str = "cpu") -> Any:
+    """The inputs with floating tensors in another dtype."""
+    return tree_map_only(
+        torch.Tensor, lambda value: value.to(device, dtype if value.is_floating_point() else value.dtype), inputs
+    )
+
+
+def outputs(result: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+
+def relative_error(actual: Any, expected: Any) -> float:
+    """The largest difference, relative to the largest expected number of each tensor; infinite where NaNs differ."""
+    worst = 0.0
+    for a, e in zip(outputs(actual), outputs(expected), strict=True):
+        assert a.shape == e.shape
+        a, e = a.detach().cpu().double(), e.detach().cpu().double()
+        if not torch.equal(a.isnan(), e.isnan()):
+            return math.inf
+        a, e = a.nan_to_num(), e.nan_to_num()
+        worst = max(worst, ((a - e).abs().max() / e.abs().max().clamp_min(1e-30)).item())
+    return worst
+
+
+def gradients(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The gradient of every floating input, for outputs that are weighted by fixed random numbers."""
+    inputs = [value.clone().requires_grad_(value.is_floating_point()) for value in inputs]
+    results = outputs(function(*inputs))
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(result.shape, generator=generator).to(result) for result in results]
+    total = torch.stack([(result * weight).sum() for result, weight in zip(results, weights, strict=True)]).sum()
+    return list(torch.autograd.grad(total, [value for value in inputs if value.requires_grad]))
+
+
+def compile_count(function: Callable[..., Any], calls: Sequence[Sequence[Any]], backend: Any, **options: Any) -> int:
+    """How many graphs are compiled for the calls, one after another, under ``dynamic=True``."""
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compiled = torch.compile(function, backend=backend, dynamic=True, **options)
+    for call in calls:
+        compiled(*call)
+    count: int = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+    return count
