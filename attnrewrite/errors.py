@@ -21,3 +21,8 @@ class OptionError(AttnRewriteError, ShortenTraceback, ValueError):
 
     def __init__(self, message: str) -> None:
         ShortenTraceback.__init__(self, message, first_useful_frame=None)
+        self._message = message
+
+    def __str__(self) -> str:
+        """The message alone: Dynamo adds a hint at its own stack trace to an exception's arguments."""
+        return self._message

@@ -50,8 +50,8 @@ def test_gradients_of_every_parameter(entry: Entry) -> None:
     model = entry.build().train()
     expected = parameter_gradients(entry, model, model)
     actual = parameter_gradients(entry, model, rewritten(model, "aot_eager"))
-    assert actual.keys() == expected.keys() and expected
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    assert largest > 0
     wrong = {}
     for name, gradient in expected.items():
         error = float((actual[name] - gradient).abs().max())
@@ -66,7 +66,11 @@ def parameter_gradients(entry: Entry, model: nn.Module, call: Any) -> dict[str, 
     output = entry.run(call)
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
     torch.autograd.backward((output * weights).sum())
-    return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+    # A parameter that the output does not depend on has no gradient in eager, and one of zeros when compiled.
+    return {
+        name: torch.zeros_like(value) if value.grad is None else value.grad.clone()
+        for name, value in model.named_parameters()
+    }
 
 
 @every_model

@@ -17,7 +17,7 @@ __all__ = ["ZOO", "Entry"]
 
 @dataclass(frozen=True)
 class Entry:
-    """``build`` makes the model in eval mode; ``inputs(length, seed)`` its keyword arguments; ``output`` picks a tensor."""
+    """``build`` makes the model, ``inputs(length, seed)`` its keyword arguments; ``output`` picks a tensor."""
 
     name: str
     build: Callable[[], nn.Module]
@@ -76,7 +76,7 @@ def _unet() -> nn.Module:
     from diffusers.models.attention_processor import AttnProcessor
 
     torch.manual_seed(0)
-    model = UNet2DConditionModel(
+    model: Any = UNet2DConditionModel(  # type: ignore[no-untyped-call]
         sample_size=16,
         block_out_channels=(16, 32),
         layers_per_block=1,
@@ -87,7 +87,8 @@ def _unet() -> nn.Module:
         norm_num_groups=8,
     )
     model.set_attn_processor(AttnProcessor())
-    return model.eval()
+    unet: nn.Module = model.eval()
+    return unet
 
 
 def _unet_inputs(length: int, seed: int) -> dict[str, Any]:

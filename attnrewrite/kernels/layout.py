@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from attnrewrite.analysis.views import Axis, Dim, Layout, resolve, size_of
+from attnrewrite.analysis.views import Dim, Layout, resolve, size_of
 from attnrewrite.ir import Builder, Size, same, same_shape, tensor
 
 __all__ = ["lay_out"]
@@ -30,31 +30,25 @@ def lay_out(builder: Builder, node: fx.Node, layout: Layout, wanted: Sequence[Di
     assert set(order) == have, f"{node} has axes that are not wanted"
 
     atoms = [axis for dim in layout for axis in dim]
-    node = _reshaped(builder, node, [axis.size for axis in atoms])
-    if order != atoms:
-        node = builder.call(aten.permute.default, node, [atoms.index(axis) for axis in order])
-
-    needs_expansion = [expand or any(axis in have for axis in dim) for dim in wanted]
-    singles: list[Size] = []
-    full: list[Size] = []
-    merged: list[Size] = []
-    for dim, expanded in zip(wanted, needs_expansion, strict=True):
-        missing = [axis for axis in dim if axis not in have]
-        if missing and not expanded:
+    singles: list[Size] = []  # The wanted axes one by one, those that are missing with size one.
+    full: list[Size] = []  # The same with the missing ones expanded, where they must be.
+    merged: list[Size] = []  # The wanted dimensions.
+    for dim in wanted:
+        present = any(axis in have for axis in dim)
+        if not dim or not (present or expand):
             singles.append(1)
             full.append(1)
             merged.append(1)
             continue
-        parts: Sequence[Axis | None] = dim or (None,)
-        singles.extend(axis.size if axis in have else 1 for axis in parts if axis is not None)
-        full.extend(axis.size for axis in parts if axis is not None)
-        if not dim:
-            singles.append(1)
-            full.append(1)
+        singles.extend(axis.size if axis in have else 1 for axis in dim)
+        full.extend(axis.size for axis in dim)
         merged.append(size_of(dim))
-    node = _reshaped(builder, node, singles)
+
+    if order != atoms:
+        node = _reshaped(builder, node, [axis.size for axis in atoms])
+        node = builder.call(aten.permute.default, node, [atoms.index(axis) for axis in order])
     if not same_shape(full, singles):
-        node = builder.call(aten.expand.default, node, full)
+        node = builder.call(aten.expand.default, _reshaped(builder, node, singles), full)
     return _reshaped(builder, node, merged)
 
 
