@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy
 
-from attnrewrite.ir import is_view
+from attnrewrite.ir import Builder, is_view
 
 __all__ = ["CaptureError", "Captured", "capture"]
 
@@ -274,6 +274,13 @@ def _is_opaque(node: fx.Node, gm: fx.GraphModule) -> bool:
     return node.target in (torch.ops.higher_order.flex_attention,)
 
 
+def _wants_gradients(gm: fx.GraphModule) -> bool:
+    return torch.is_grad_enabled() and any(
+        getattr(node.meta.get("example_value"), "requires_grad", False)
+        for node in gm.graph.find_nodes(op="placeholder")
+    )
+
+
 def _is_selective_checkpoint(node: fx.Node, gm: fx.GraphModule) -> bool:
     (body, *_) = node.args
     assert isinstance(body, fx.Node)
@@ -336,7 +343,10 @@ class _Preparation:
         body = _attribute(gm, str(body_node.target))
         inputs = fx.node.map_arg(inputs, env.__getitem__)
         body_env = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
-        tags = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": next(checkpoint_ids)}
+        # Without a backward pass there is nothing to recompute, and AOTAutograd refuses to.
+        tags: dict[str, Any] = {}
+        if _wants_gradients(gm):
+            tags = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": next(checkpoint_ids)}
         return self.copy(body, body_env, f"{prefix}{body_node.target}_", tags)
 
 
@@ -406,6 +416,9 @@ def _restore_calling_convention(
         written[env[new_value]] = written_back
         targets.append(target)
 
+    if _wants_gradients(original):
+        for target in targets:
+            _read_from_copy(graph, target)
     original_results = original.graph.output_node().args[0]
     outputs = [env[result] if isinstance(result, fx.Node) else result for result in results[count:]]
     if targets:
@@ -424,9 +437,48 @@ def _restore_calling_convention(
         # the place in the user's module that it comes from.
         constant = ir._buffers.pop(name)
         ir.__dict__[name] = constant
+    _say_what_is_read(ir)
+    ir.recompile()
     _copy_attributes(original, ir)
     ir.meta = original.meta
     return ir
+
+
+def _read_from_copy(graph: fx.Graph, updated: fx.Node) -> None:
+    """Readers of an input that is written back at the end read a copy of it.
+
+    Autograd keeps what a functional operator read (``_native_batch_norm_legit_functional`` the running statistics) and
+    would find it changed.
+    """
+    readers = [user for user in updated.users if user.target is not torch.ops.aten.copy_.default]
+    if not readers:
+        return
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        copied = graph.call_function(torch.ops.aten.clone.default, (updated,))
+    copied.meta["val"] = updated.meta["val"]
+    for reader in readers:
+        reader.replace_input_with(updated, copied)
+
+
+def _say_what_is_read(ir: fx.GraphModule) -> None:
+    """Operators that read only the shape or the dtype of a tensor are told it, so that they do not keep it alive."""
+    aten = torch.ops.aten
+    for node in list(ir.graph.nodes):
+        if node.op != "call_function" or len(node.args) < 2 or not isinstance(node.args[1], fx.Node):
+            continue
+        builder = Builder(ir, before=node, like=node)
+        value = node.meta.get("val")
+        if node.target is aten.type_as.default and value.device == node.args[0].meta["val"].device:
+            told = builder.call(aten.to.dtype, node.args[0], value.dtype)
+        elif node.target in (aten.view_as.default, aten.reshape_as.default):
+            told = builder.call(aten.reshape.default, node.args[0], list(value.shape))
+        elif node.target is aten.expand_as.default:
+            told = builder.call(aten.expand.default, node.args[0], list(value.shape))
+        else:
+            continue
+        told.meta = {**node.meta}
+        node.replace_all_uses_with(told)
+        ir.graph.erase_node(node)
 
 
 def _lifted_number(node: fx.Node, exported: fx.GraphModule) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:

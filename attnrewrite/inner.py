@@ -90,7 +90,9 @@ class InnerCompiler:
         known = torch._inductor.config.get_config_copy()
         unknown = [key for key in options if key.replace("-", "_") not in known]
         if unknown:
-            raise _unknown_options(unknown, OWN_OPTIONS, "Inductor takes", sorted(key for key in known if key[0].islower()))
+            raise _unknown_options(
+                unknown, OWN_OPTIONS, "Inductor takes", sorted(key for key in known if key[0].islower())
+            )
         try:
             return torch._TorchCompileInductorWrapper(  # type: ignore[no-untyped-call]
                 self._policy.mode, options, None

@@ -475,7 +475,7 @@ def chosen_by_where(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = torch.matmul(q, k.transpose(-1, -2))
     scores = scores / torch.full([], v.size(-1) ** 0.5, dtype=scores.dtype, device=scores.device)
     length = q.size(-2)
-    mask = torch.tril(torch.ones((length, length), dtype=torch.bool)).view(1, 1, length, length)
+    mask = torch.tril(torch.ones((length, length), dtype=torch.bool, device=q.device)).view(1, 1, length, length)
     lowest = torch.full([], torch.finfo(scores.dtype).min, dtype=scores.dtype, device=scores.device)
     scores = torch.where(mask, scores.to(scores.dtype), lowest)
     return torch.matmul(nn.functional.softmax(scores, dim=-1), v)
@@ -486,7 +486,7 @@ def causal_by_tril(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """nanoGPT, whose mask is a buffer; here it is made on the spot."""
     length = q.shape[-2]
     att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
-    att = att.masked_fill(torch.tril(torch.ones(length, length)) == 0, float("-inf"))
+    att = att.masked_fill(torch.tril(torch.ones(length, length, device=q.device)) == 0, float("-inf"))
     return F.dropout(F.softmax(att, dim=-1), p=0.1, training=False) @ v
 
 

@@ -18,14 +18,22 @@ every_specimen = pytest.mark.parametrize("specimen", specimens(), ids=[specimen.
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
+def eager(specimen: Specimen, inputs: tuple[Any, ...]) -> Any:
+    try:
+        return specimen.function(*inputs)
+    except RuntimeError as error:
+        assert "without overflow" in str(error)
+        pytest.skip("float16 cannot hold the fill, and eager says so")
+
+
 @every_specimen
 @every_dtype
 def test_as_near_to_the_truth_as_before(specimen: Specimen, dtype: torch.dtype) -> None:
     inputs = cast(specimen.inputs(0, LENGTH), dtype, "cuda")
     truth = specimen.function(*cast(inputs, torch.float64, "cuda"))
-    own = relative_error(specimen.function(*inputs), truth)
-    # One rounding of the result is allowed on top.
-    assert relative_error(rewritten(specimen.function)(*inputs), truth) <= 2 * own + torch.finfo(dtype).eps
+    own = relative_error(eager(specimen, inputs), truth)
+    # A few roundings of the result are allowed on top: the float32 kernels multiply in three parts of TF32.
+    assert relative_error(rewritten(specimen.function)(*inputs), truth) <= 2 * own + 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize(
@@ -36,7 +44,8 @@ def test_rows_without_a_key(specimen: Specimen, dtype: torch.dtype) -> None:
     assert specimen.masked_rows is not None
     inputs = cast(specimen.masked_rows(specimen.inputs(0, LENGTH)), dtype, "cuda")
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
-    assert relative_error(rewritten(specimen.function)(*inputs), specimen.function(*inputs)) <= tolerance
+    expected = eager(specimen, inputs)
+    assert relative_error(rewritten(specimen.function)(*inputs), expected) <= tolerance
 
 
 @every_specimen

@@ -80,8 +80,8 @@ def _unet() -> nn.Module:
         sample_size=16,
         block_out_channels=(16, 32),
         layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=24,
         attention_head_dim=8,
         norm_num_groups=8,
@@ -235,6 +235,6 @@ ZOO: tuple[Entry, ...] = (
         6,
         _hidden,
     ),
-    # 2 blocks down, 1 in the middle, 2 x 2 up, each with self and cross attention.
-    Entry("unet", _unet, _unet_inputs, 14, lambda output: output.sample, lengths=(8, 12, 16)),
+    # 1 block down, 1 in the middle, 2 up, each with self and cross attention.
+    Entry("unet", _unet, _unet_inputs, 8, lambda output: output.sample, lengths=(8, 12, 16)),
 )

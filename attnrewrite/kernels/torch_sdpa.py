@@ -47,6 +47,11 @@ class TorchSDPA:
             return Verdict.no(f"takes floating-point operands, not {site.compute_dtype}")
         if any(same(axis.size, 0) for axis in site.key_axes):
             return Verdict.no("there is no key to attend to")
+        if site.fused and tensor(site.result).dim() != 4 and site.device.type != "cpu" and scores.masked_rows != "none":
+            return Verdict.no(
+                "the call has not four dimensions, so PyTorch's MATH serves it, and what the fused kernels give rows "
+                "whose keys are all masked is something else"
+            )
         if _backward_loses_rows(site):
             return Verdict.no(
                 "a bias may lower or raise a whole row of scores by a large amount, whose softmax the fused backward "
