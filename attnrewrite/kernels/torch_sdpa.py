@@ -156,6 +156,10 @@ class TorchMath(TorchSDPA):
 
     def _call(self, builder: Builder, args: tuple[Any, ...], kwargs: dict[str, Any], fake: torch.Tensor) -> fx.Node:
         query, key, value, mask, dropout, causal = args
+        if mask is not None and tensor(mask).dtype is torch.bool:
+            # The public function turns a boolean mask into numbers; this operator adds it as ones and zeros.
+            mask = builder.call(aten.where.Scalar, mask, 0.0, -math.inf)
+            mask = builder.call(aten.to.dtype, mask, tensor(query).dtype)
         both = (fake, fake.new_empty((*fake.shape[:-1], tensor(key).shape[-2])))
         result = builder.insert(
             aten._scaled_dot_product_attention_math.default, (query, key, value, mask, dropout, causal), kwargs, both
