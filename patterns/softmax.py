@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from attnrewrite.analysis.scores import FLOATING, ScoreWalk, read_scores
+from attnrewrite.analysis.scores import FLOATING, ScoreWalk, leads_to_product, read_scores
 from attnrewrite.analysis.views import (
     Axis,
     Layout,
@@ -62,7 +62,7 @@ class SoftmaxAttention:
     def find(self, view: GraphView) -> Iterator[Finding]:
         for target in _SOFTMAX:
             for node in view.graph.find_nodes(op="call_function", target=target):
-                if not _between_products(node):
+                if not _between_products(node, view):
                     continue
                 try:
                     yield self._read(node, view)
@@ -152,11 +152,15 @@ _BARRIERS = frozenset(
 """Operators behind which a product has nothing to do with this softmax any more."""
 
 
-def _between_products(softmax: fx.Node) -> bool:
-    """Whether matrix products lie a few steps before and after: an attention, or a near miss that the report names."""
-    return _product_near(softmax, lambda node: node.all_input_nodes) and _product_near(
-        softmax, lambda node: list(node.users)
+def _between_products(softmax: fx.Node, view: GraphView) -> bool:
+    """Whether matrix products lie before and after: an attention, or a near miss that the report names.
+
+    What the rule can read counts at any distance, so that a mask that takes many steps to make hides no attention.
+    """
+    before = leads_to_product(softmax.args[0], view.leads_to_product) or _product_near(
+        softmax, lambda node: node.all_input_nodes
     )
+    return before and _product_near(softmax, lambda node: list(node.users))
 
 
 def _product_near(start: fx.Node, neighbours: Callable[[fx.Node], list[fx.Node]]) -> bool:
