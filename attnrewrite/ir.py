@@ -173,6 +173,7 @@ class Builder:
     def __init__(self, gm: fx.GraphModule, before: fx.Node, like: fx.Node) -> None:
         """``before``: new nodes go in front of it. ``like``: whose source location and tags they inherit."""
         self.graph = gm.graph
+        self._gm = gm
         self.created: list[fx.Node] = []
         self._before = before
         self._meta = {
@@ -181,7 +182,6 @@ class Builder:
             if key in ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id", "custom", "seq_nr")
         }
         self._fake_mode = _fake_mode_of(gm.graph)
-        self._symbols: dict[Any, fx.Node | tuple[fx.Node, int]] | None = None
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A new call of an operator; sizes among the arguments may be SymInts."""
@@ -197,6 +197,16 @@ class Builder:
         with self.graph.inserting_before(self._before):
             node = self.graph.call_function(target, args, kwargs)
         node.meta = {**self._meta, "val": value}
+        self.created.append(node)
+        return node
+
+    def submodule(self, name: str, module: fx.GraphModule) -> fx.Node:
+        """A node that stands for a graph of its own, which a higher-order operator takes."""
+        number = sum(key.startswith(name) for key, _ in self._gm.named_children())
+        self._gm.add_submodule(f"{name}_{number}", module)
+        with self.graph.inserting_before(self._before):
+            node = self.graph.get_attr(f"{name}_{number}")
+        node.meta = {**self._meta, "val": module}
         self.created.append(node)
         return node
 
@@ -217,11 +227,9 @@ class Builder:
         expression = size.node.expr
         if expression.is_number:
             return int(expression)
-        if self._symbols is None:
-            self._symbols = _symbol_sources(self.graph, self._before)
         values = {}
         for symbol in expression.free_symbols:
-            source = self._symbols[symbol]
+            source = _source_of(symbol, self.graph)
             if isinstance(source, tuple):
                 node, dim = source
                 source = self.insert(aten.sym_size.int, (node, dim), {}, tensor(node).shape[dim])
@@ -245,20 +253,21 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
         return self._builder.insert(target, args, kwargs, target(*fakes[0], **fakes[1]))
 
 
-def _symbol_sources(graph: fx.Graph, before: fx.Node) -> dict[Any, fx.Node | tuple[fx.Node, int]]:
-    """For each symbol a node that carries it: a size of its own, or a dimension of a tensor."""
-    sources: dict[Any, fx.Node | tuple[fx.Node, int]] = {}
+def _source_of(symbol: Any, graph: fx.Graph) -> fx.Node | tuple[fx.Node, int]:
+    """The first node that carries the symbol: a size of its own, or a dimension of a tensor.
+
+    Symbols enter with a graph's inputs, or where an operator makes a size of its data: the first node comes before
+    everything that mentions the symbol, and is found early.
+    """
     for node in graph.nodes:
-        if node is before:
-            break
         value = node.meta.get("val")
-        if isinstance(value, torch.SymInt) and value.node.expr.is_symbol:
-            sources.setdefault(value.node.expr, node)
-        elif isinstance(value, torch.Tensor):
+        if isinstance(value, torch.SymInt) and value.node.expr == symbol:
+            return node
+        if isinstance(value, torch.Tensor):
             for dim, size in enumerate(value.shape):
-                if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
-                    sources.setdefault(size.node.expr, (node, dim))
-    return sources
+                if isinstance(size, torch.SymInt) and size.node.expr == symbol:
+                    return node, dim
+    raise AssertionError(f"no node carries {symbol}")
 
 
 def _fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:

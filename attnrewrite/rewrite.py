@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from attnrewrite.patterns import GraphView, NearMiss, catalogue
 from attnrewrite.policy import Policy
 from attnrewrite.report import KernelVerdict, SiteReport
 from attnrewrite.simplify import canonical_scores
-from attnrewrite.site import AttentionSite, Bias, Fill, NotAttention, RoundingDecides, Scale
+from attnrewrite.site import AttentionSite, Bias, Fill, Floor, NotAttention, RoundingDecides, Scale, Zero
 
 __all__ = ["Rewritten", "rewrite"]
 
@@ -67,6 +68,7 @@ def rewrite(gm: fx.GraphModule, policy: Policy) -> Rewritten:
             result.add_time("simplify", start)
             continue
         row.proof = _proof(finding)
+        row.mask = " + ".join(finding.scores.structure) or row.mask
         result.add_time("simplify", start)
         start = time.perf_counter()
         kernel, row.verdicts = _choose(finding)
@@ -102,17 +104,26 @@ def _redirect(site: AttentionSite, replaced: dict[fx.Node, fx.Node]) -> None:
     def current(operand: Operand) -> Operand:
         return Operand(replaced.get(operand.node, operand.node), operand.layout).resolved()
 
+    def scaled(mod: Scale) -> Scale:
+        return Scale(current(mod.factor), mod.divide) if isinstance(mod.factor, Operand) else mod
+
     site.query, site.key, site.value = current(site.query), current(site.key), current(site.value)
     mods: list[Any] = []
     for mod in site.mods:
         if isinstance(mod, Bias):
-            mod = Bias(current(mod.operand), mod.dtype, mod.factor)
+            mod = dataclasses.replace(mod, operand=current(mod.operand), scales=tuple(map(scaled, mod.scales)))
         elif isinstance(mod, Fill):
-            mod = Fill(current(mod.condition), mod.value, mod.dtype, mod.invert)
-        elif isinstance(mod, Scale) and isinstance(mod.factor, Operand):
-            mod = Scale(current(mod.factor), mod.divide)
+            mod = dataclasses.replace(mod, condition=current(mod.condition))
+        elif isinstance(mod, Scale):
+            mod = scaled(mod)
         mods.append(mod)
     site.mods = tuple(mods)
+    site.weight_mods = tuple(
+        scaled(mod) if isinstance(mod, Scale) else dataclasses.replace(mod, condition=current(mod.condition))
+        for mod in site.weight_mods
+    )
+    if isinstance(site.sink, Operand):
+        site.sink = current(site.sink)
 
 
 def _choose(site: AttentionSite) -> tuple[Kernel | None, tuple[KernelVerdict, ...]]:
@@ -243,7 +254,12 @@ def _row(name: str, site: AttentionSite) -> SiteReport:
         device=site.device.type,
         scale=site.describe_scale(),
         mask=_mask_in_words(site),
-        score_mods=tuple(_mod_in_words(mod) for mod in site.mods if not isinstance(mod, Scale)),
+        score_mods=(
+            *(_mod_in_words(mod) for mod in site.mods if not isinstance(mod, Scale)),
+            *([f"sink {getattr(site.sink, 'node', site.sink)}"] if site.sink is not None else []),
+            *(_mod_in_words(mod) for mod in site.weight_mods),
+            *(["NaN set to zero"] if site.nan_to_zero else []),
+        ),
         dropout=f"{site.dropout:g}" if site.dropout else "",
         grouping=f"{grouped} query heads share a key" if grouped else "",
         nodes_before=tuple(node.name for node in site.interior),
@@ -268,11 +284,19 @@ def _mod_in_words(mod: Any) -> str:
         return f"add {'x'.join(str(size) for size in tensor(mod.operand.node).shape)} {mod.dtype}".replace("torch.", "")
     if isinstance(mod, Fill):
         return f"fill {mod.value:g} where {'not ' * mod.invert}{mod.condition.node.name}"
+    if isinstance(mod, Floor):
+        return f"at least {mod.value:g}"
+    if isinstance(mod, Zero):
+        return f"weights zero where {'not ' * mod.invert}{mod.condition.node.name}"
+    if isinstance(mod, Scale):
+        return f"weights {'divided' if mod.divide else 'multiplied'} by {getattr(mod.factor, 'node', mod.factor)}"
     return str(getattr(mod.node.target, "_opname", mod.node.target))
 
 
 def _proof(site: AttentionSite) -> tuple[str, ...]:
     assert site.scores is not None
+    if site.scores.is_causal and not site.is_causal:
+        return (f"the mask is causal, and every row keeps a key: {site.scores.attended}",)
     if not site.scores.terms:
         return ()
     if site.scores.attended is not None:

@@ -1,4 +1,4 @@
-"""Algebra on sites: the scores' modifications brought to the one form that kernels read.
+"""Score modifications brought to the one form that kernels read.
 
 ``scores = scale * (query @ key) + mask``, where ``scale`` is a number, what is left of the scaling is multiplied into
 query or key, and ``mask`` is a sum of biases and fills replayed in their order. The form is only taken where it gives
@@ -8,18 +8,24 @@ what the source gives; otherwise the reason is said.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import fx
 
+from attnrewrite.analysis.entries import Cases
+from attnrewrite.analysis.formulas import Formula, conjunction, negation
 from attnrewrite.analysis.masks import (
-    ABSORBING,
-    ORDINARY,
-    Kind,
-    as_stored,
+    FAR_BELOW,
+    Positions,
     attended_everywhere,
-    possible_values,
+    in_words,
+    is_causal,
+    kept_where,
+    may_mask,
+    truth,
 )
+from attnrewrite.analysis.values import ABSORBING, Kind, as_stored, is_ordinary, possible_values
 from attnrewrite.analysis.views import Operand
 from attnrewrite.policy import Policy
 from attnrewrite.site import (
@@ -28,54 +34,55 @@ from attnrewrite.site import (
     CanonicalScores,
     Elementwise,
     Fill,
+    Floor,
     NotAttention,
     RoundingDecides,
     Scale,
+    WeightMod,
+    Zero,
 )
 
 __all__ = ["canonical_scores"]
 
+aten = torch.ops.aten
 
-FAR_BELOW = -(2.0**24)
-"""A fill value from here down is taken for a mask: at this magnitude float32 itself resolves no fraction of a score."""
+Term = Bias | Fill | Floor
+
+
+@dataclass
+class _Reading:
+    """The modifications, sorted into what is multiplied and what is added."""
+
+    scale: float = 1.0
+    query_factors: list[Scale] = field(default_factory=list)
+    key_factors: list[Scale] = field(default_factory=list)
+    terms: list[Term] = field(default_factory=list)
+    inexpressible: str = ""
 
 
 def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     """The canonical form of ``site``'s modifications.
 
+    Where only a kernel that takes any function of a score can compute the source, the form says so in
+    ``inexpressible``, and its terms are those that may mask afterwards.
+
     Raises:
         NotAttention: there is none that gives the source's values for every input.
     """
-    scale = 1.0
-    query_factors: list[Scale] = []
-    key_factors: list[Scale] = []
-    terms: list[Bias | Fill] = []
-    for mod in site.mods:
-        if isinstance(mod, Elementwise):
-            raise NotAttention(
-                f"{getattr(mod.node.target, '_opname', mod.node.target)} of the scores needs a kernel with a score_mod"
-            )
-        if isinstance(mod, (Bias, Fill)):
-            terms.append(mod)
-        elif isinstance(mod.factor, (int, float)):
-            if mod.divide and mod.factor == 0:
-                raise NotAttention("the scores are divided by zero")
-            number = 1.0 / mod.factor if mod.divide else float(mod.factor)
-            scale *= number
-            terms = [_scaled(term, number) for term in terms]
-        else:
-            if terms:
-                raise NotAttention("a tensor scales the scores after a mask was applied")
-            _place_factor(mod, site, query_factors, key_factors)
-    if not math.isfinite(scale):
-        raise NotAttention(f"the scale is {scale}")
+    positions = Positions(site.query_axes, site.key_axes)
+    reading = _read(site, positions)
+    kept = [kept_where(term, positions) if isinstance(term, (Bias, Fill)) else None for term in reading.terms]
+    terms = [term for term, formula in zip(reading.terms, kept, strict=True) if formula is not True]
+    kept = [formula for formula in kept if formula is not True]
 
     attended = "the caller's word (assume_attended_rows)" if policy.assume_attended_rows else None
-    attended = attended_everywhere(terms, site.query_axes, site.key_axes) or attended
+    attended = attended_everywhere(terms, positions) or _by_sink(site) or attended
     values = [value for term in terms for value in _values(term)]
     dtype = min((term.dtype for term in terms), key=lambda dtype: dtype.itemsize, default=site.softmax_dtype)
     fills_decide = False
-    if not site.fused:
+    if reading.inexpressible:
+        _check_rounding(terms, dtype, attended)
+    elif not site.fused:
         _check_fills(terms, attended)
         _check_rounding(terms, dtype, attended)
         fills_decide = attended is None and _only_fills_mask(terms)
@@ -84,69 +91,239 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
                 "a fill lets no gradient through and a bias does, and a row that both mask may have no key (if no such "
                 "row occurs, say so: options={'assume_attended_rows': True})"
             )
+    may_be_infinite = any(value in (Kind.ANY, Kind.LEARNED, -math.inf) for value in values)
+    floored = bool(terms) and isinstance(terms[-1], Floor)
+    masked_rows = "none"
+    if attended is None:
+        masked_rows = "NaN" if (may_be_infinite or _sum_may_overflow(terms)) and not floored else "mean of value"
+        if masked_rows == "NaN" and site.nan_to_zero:
+            masked_rows = "zero where NaN"
+    pairs = list(zip(terms, kept, strict=True))
+    masked: Formula | None = conjunction([formula for _, formula in pairs if formula is not None])
+    if any(formula is None and (not isinstance(term, Bias) or may_mask(term)) for term, formula in pairs):
+        masked = None
+    value_mods, output_mods, masked_rows = _placed_weight_mods(site, positions, masked, masked_rows)
+    causal = site.is_causal
+    plain = not reading.inexpressible and site.sink is None and not site.is_causal
+    if plain and masked is not None and None not in kept and attended is not None:
+        causal = is_causal(masked, positions)
     return CanonicalScores(
-        None if site.default_scale else scale,
-        tuple(query_factors),
-        tuple(key_factors),
-        tuple(terms),
+        None if site.default_scale else reading.scale,
+        tuple(reading.query_factors),
+        tuple(reading.key_factors),
+        () if causal and not site.is_causal else tuple(terms),
         dtype,
-        any(value in (Kind.ANY, Kind.LEARNED, -math.inf) for value in values) or _sum_may_overflow(terms),
         attended,
+        masked_rows,
         fills_decide,
+        causal,
+        value_mods,
+        output_mods,
+        _structure(site, terms, kept, positions),
+        reading.inexpressible,
     )
 
 
-def _scaled(term: Bias | Fill, number: float) -> Bias | Fill:
+def _read(site: AttentionSite, positions: Positions) -> _Reading:
+    reading = _Reading()
+    terms = reading.terms
+    for mod in site.mods:
+        if isinstance(mod, Elementwise):
+            _apply_function(mod, reading)
+        elif isinstance(mod, Bias):
+            merged = _filled_by_bias(terms[-1], mod, positions) if terms else None
+            if merged is not None:
+                terms[-1] = merged
+            else:
+                terms.append(mod)
+        elif isinstance(mod, Fill):
+            terms.append(mod)
+        elif isinstance(mod, Floor):
+            _put_floor(terms, mod)
+        elif isinstance(mod.factor, (int, float)):
+            if mod.divide and mod.factor == 0:
+                raise NotAttention("the scores are divided by zero")
+            number = 1.0 / mod.factor if mod.divide else float(mod.factor)
+            reading.scale *= number
+            terms[:] = [_scaled(term, number) for term in terms]
+        elif not _place_factor(mod, site, reading):
+            terms.append(_zero_where_masked(mod, positions, site))
+    if not math.isfinite(reading.scale):
+        raise NotAttention(f"the scale is {reading.scale}")
+    if any(isinstance(term, Fill) and term.value == 0 for term in terms):
+        raise NotAttention("the scores are multiplied by zeros and ones, which alone is no mask")
+    return reading
+
+
+_BOUNDED = (aten.tanh.default, aten.sigmoid.default, aten.clamp.default)
+
+
+def _apply_function(mod: Elementwise, reading: _Reading) -> None:
+    """No score is infinite after a bounded function, so that only later terms mask."""
+    target: Any = mod.node.target
+    name = getattr(target, "_opname", target)
+    low = mod.node.args[1] if len(mod.node.args) > 1 else mod.node.kwargs.get("min")
+    if reading.terms and (target not in _BOUNDED or (target is aten.clamp.default and low is None)):
+        raise NotAttention(f"{name} is applied to scores that are masked already")
+    reading.inexpressible = f"{name} of the scores needs a kernel with a score_mod"
+    reading.terms.clear()
+
+
+def _put_floor(terms: list[Term], floor: Floor) -> None:
+    if floor.value > ABSORBING:
+        raise NotAttention(f"a floor of {floor.value:g} is put under the scores, which scores may be below")
+    terms[:] = [
+        Fill(term.condition, max(term.value, floor.value), term.dtype, term.invert) if isinstance(term, Fill) else term
+        for term in terms
+    ]
+    if any(isinstance(term, Bias) for term in terms):
+        terms.append(floor)
+
+
+def _scaled(term: Term, number: float) -> Term:
     if isinstance(term, Bias):
-        return Bias(term.operand, term.dtype, term.factor * number)
+        return Bias(term.operand, term.dtype, term.factor * number, term.scales)
     if number <= 0:
         raise NotAttention("a filled mask is multiplied by a number that is not positive")
-    return Fill(term.condition, as_stored(term.value * number, term.dtype), term.dtype, term.invert)
+    value = as_stored(term.value * number, term.dtype)
+    if isinstance(term, Floor):
+        return Floor(value, term.dtype)
+    return Fill(term.condition, value, term.dtype, term.invert)
 
 
-def _place_factor(mod: Scale, site: AttentionSite, query: list[Scale], key: list[Scale]) -> None:
-    if isinstance(mod.factor, fx.Node):
-        query.append(mod)
-        return
+def _place_factor(mod: Scale, site: AttentionSite, reading: _Reading) -> bool:
+    """Moves a factor of the scores into query or key; False where it is one over query and key positions."""
+    factor = mod.factor
+    axes = set(factor.axes) if isinstance(factor, Operand) else set()
+    if not (axes <= set(site.query.axes) or axes <= set(site.key.axes)):
+        return False
+    terms = reading.terms
+    if any(not isinstance(term, Bias) for term in terms):
+        raise NotAttention("a tensor scales the scores after a mask was applied")
+    terms[:] = [
+        Bias(term.operand, term.dtype, term.factor, (*term.scales, mod)) for term in terms if isinstance(term, Bias)
+    ]
+    (reading.query_factors if axes <= set(site.query.axes) else reading.key_factors).append(mod)
+    return True
+
+
+def _zero_where_masked(mod: Scale, positions: Positions, site: AttentionSite) -> Fill:
+    """``scores * mask`` with a mask of zeros and ones, of which a large negative number added next makes a fill."""
     assert isinstance(mod.factor, Operand)
-    axes = set(mod.factor.axes)
-    if axes <= set(site.query.axes):
-        query.append(mod)
-    elif axes <= set(site.key.axes):
-        key.append(mod)
-    else:
+    if mod.divide or not possible_values(mod.factor.node) <= {0.0, 1.0}:
         raise NotAttention("the scores are multiplied by a tensor over query and key positions, which is no scale")
+    return Fill(mod.factor, 0.0, site.softmax_dtype, invert=True)
 
 
-def _values(term: Bias | Fill) -> list[object]:
-    if isinstance(term, Fill):
+def _filled_by_bias(before: Term, bias: Bias, positions: Positions) -> Fill | None:
+    """``scores * mask + (1 - mask) * -1e9`` is a fill: where the mask is 0 nothing is left of the score."""
+    if not isinstance(before, Fill) or before.value != 0 or bias.scales:
+        return None
+    entry = positions.of(bias.operand)
+    condition = truth(positions.of(before.condition))
+    if not isinstance(entry, Cases) or condition is None:
+        return None
+    zeroed = negation(condition) if before.invert else condition
+    low = [number for number, _ in entry.numbers if number != 0]
+    if len(low) != 1 or entry.where(lambda number: number != 0) != zeroed:
+        return None
+    return Fill(before.condition, as_stored(low[0] * bias.factor, bias.dtype), bias.dtype, before.invert)
+
+
+# What is done to the weights.
+
+
+def _placed_weight_mods(
+    site: AttentionSite, positions: Positions, kept: Formula | None, masked_rows: str
+) -> tuple[tuple[WeightMod, ...], tuple[WeightMod, ...], str]:
+    """What of it is done to the value, what to the output, and what rows without a key come to."""
+    value_mods: list[WeightMod] = []
+    output_mods: list[WeightMod] = []
+    for mod in site.weight_mods:
+        if isinstance(mod, Zero):
+            zeroed = truth(positions.of(mod.condition))
+            zeroed = None if zeroed is None else negation(zeroed) if mod.invert else zeroed
+            if zeroed is not None and kept is not None and conjunction([zeroed, kept]) is False:
+                # What is zeroed was masked: it is zero already, except in rows that have no key.
+                if masked_rows == "none" or (mod.multiplied and masked_rows == "NaN"):
+                    continue
+                if conjunction([negation(zeroed), negation(kept)]) is False:
+                    masked_rows = "zero"
+                    continue
+        operand = mod.condition if isinstance(mod, Zero) else mod.factor
+        axes = set(operand.axes) if isinstance(operand, Operand) else set()
+        if not axes & set(site.key_axes) and axes <= {*site.query.axes, *site.value.axes}:
+            output_mods.append(mod)
+        elif axes <= set(site.value.axes):
+            value_mods.append(mod)
+        else:
+            raise NotAttention(
+                "the attention weights are multiplied by a tensor over query and key positions, which is not known to "
+                "be the mask that was applied before softmax"
+            )
+    return tuple(value_mods), tuple(output_mods), masked_rows
+
+
+# What the terms may be.
+
+
+def _by_sink(site: AttentionSite) -> str | None:
+    """One more key that no mask reaches, if its score is a number like any other."""
+    sink = site.sink
+    if sink is None:
+        return None
+    values = possible_values(sink.node) if isinstance(sink, Operand) else {float(sink)}
+    return "the sink" if all(is_ordinary(value) for value in values) else None
+
+
+def _structure(
+    site: AttentionSite, terms: list[Term], kept: list[Formula | None], positions: Positions
+) -> tuple[str, ...]:
+    known = [formula for formula in kept if formula is not None]
+    words = list(in_words(conjunction(known), positions)) if known else []
+    words += ["bias"] * any(
+        formula is None and isinstance(term, Bias) for term, formula in zip(terms, kept, strict=True)
+    )
+    words += [
+        f"fill {term.value:g}"
+        for term, formula in zip(terms, kept, strict=True)
+        if formula is None and isinstance(term, Fill)
+    ]
+    return (*["causal"] * site.is_causal, *words, *["sink"] * (site.sink is not None))
+
+
+def _values(term: Term) -> list[object]:
+    if isinstance(term, (Fill, Floor)):
         return [term.value]
+    if term.scales:
+        return [Kind.ANY]
     return [
         as_stored(value * term.factor, term.dtype) if isinstance(value, float) else value
         for value in possible_values(term.operand.node)
     ]
 
 
-def _only_fills_mask(terms: list[Bias | Fill]) -> bool:
+def _only_fills_mask(terms: list[Term]) -> bool:
     """Whether a row can lose its keys to fills alone, and to fills of one value."""
     fills = {term.value for term in terms if isinstance(term, Fill)}
-    return len(fills) == 1 and not any(isinstance(term, Bias) and _may_mask(term) for term in terms)
+    return len(fills) == 1 and not any(isinstance(term, Bias) and may_mask(term) for term in terms)
 
 
-def _mixes_fills_and_biases(terms: list[Bias | Fill]) -> bool:
+def _mixes_fills_and_biases(terms: list[Term]) -> bool:
     return any(isinstance(term, Fill) for term in terms)
 
 
-def _may_mask(term: Bias) -> bool:
-    return any(value is Kind.ANY or (isinstance(value, float) and value < -ORDINARY) for value in _values(term))
-
-
-def _sum_may_overflow(terms: list[Bias | Fill]) -> bool:
+def _sum_may_overflow(terms: list[Term]) -> bool:
     """Two terms that each are as low as the dtype goes add up to minus infinity."""
-    return sum(any(isinstance(v, float) and v <= ABSORBING for v in _values(term)) for term in terms) > 1
+    low = [
+        any(isinstance(v, float) and v <= ABSORBING for v in _values(term))
+        for term in terms
+        if not isinstance(term, Floor)
+    ]
+    return sum(low) > 1
 
 
-def _check_fills(terms: list[Bias | Fill], attended: str | None) -> None:
+def _check_fills(terms: list[Term], attended: str | None) -> None:
     """A filled score is replaced, a masked one is added to: the same only if no score can lift the fill."""
     low = [min((v for v in _values(term) if isinstance(v, float)), default=0.0) for term in terms]
     for position, term in enumerate(terms):
@@ -168,7 +345,7 @@ def _check_fills(terms: list[Bias | Fill], attended: str | None) -> None:
             )
 
 
-def _check_rounding(terms: list[Bias | Fill], dtype: torch.dtype, attended: str | None) -> None:
+def _check_rounding(terms: list[Term], dtype: torch.dtype, attended: str | None) -> None:
     """Half-precision sources round a score that has a large negative number added to it; fused kernels do not.
 
     Where a row keeps a key the difference vanishes in softmax. Where it may not, only a term that swallows the score
@@ -177,7 +354,7 @@ def _check_rounding(terms: list[Bias | Fill], dtype: torch.dtype, attended: str 
     if attended is not None or dtype.itemsize >= 4:
         return
     for term in terms:
-        if isinstance(term, Fill):
+        if not isinstance(term, Bias):
             continue
         for value in _values(term):
             if value is Kind.ANY or (isinstance(value, float) and ABSORBING < value < -(2.0**8)):

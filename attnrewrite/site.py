@@ -22,10 +22,13 @@ __all__ = [
     "CanonicalScores",
     "Elementwise",
     "Fill",
+    "Floor",
     "NotAttention",
     "RoundingDecides",
     "Scale",
     "ScoreMod",
+    "WeightMod",
+    "Zero",
 ]
 
 
@@ -47,11 +50,12 @@ class Scale:
 
 @dataclass(frozen=True)
 class Bias:
-    """``scores + factor * operand``, computed in ``dtype``."""
+    """``scores + factor * operand``, computed in ``dtype``; ``scales`` are applied to the operand first."""
 
     operand: Operand
     dtype: torch.dtype
     factor: float = 1.0
+    scales: tuple[Scale, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,13 +69,36 @@ class Fill:
 
 
 @dataclass(frozen=True)
+class Floor:
+    """``maximum(scores, value)`` with a value that only masked scores are below."""
+
+    value: float
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Elementwise:
-    """Any other function of the scores (tanh, clamp): no kernel here can apply it, so the site names it."""
+    """Any other function of one score (tanh, clamp), as the node that applies it to its first argument."""
 
     node: fx.Node
 
 
-ScoreMod = Scale | Bias | Fill | Elementwise
+ScoreMod = Scale | Bias | Fill | Floor | Elementwise
+
+
+@dataclass(frozen=True)
+class Zero:
+    """``where(condition, 0, weights)``, or with ``invert`` where the condition does not hold.
+
+    ``multiplied``: it is written as a product with zeros and ones, which leaves NaN as it is.
+    """
+
+    condition: Operand
+    invert: bool = False
+    multiplied: bool = False
+
+
+WeightMod = Scale | Zero
 
 
 @dataclass(frozen=True)
@@ -81,30 +108,34 @@ class CanonicalScores:
     Attributes:
         scale: a number; None for one over the root of the head size, which is symbolic.
         query_factors, key_factors: what is multiplied (or, with ``divide``, divided) into query and key beforehand.
-        terms: biases and fills, in the order in which they apply; a bias's factor includes the scaling after it.
+        value_mods, output_mods: what is done to the value beforehand and to the output afterwards.
+        terms: biases, fills and floors, in the order in which they apply; a factor includes the scaling after it.
         dtype: the dtype in which the source adds the terms.
-        may_be_minus_infinity: whether a term may be minus infinity, so that a row without a key is NaN in the source.
         attended: how it was proved that every row keeps a key, or None.
+        masked_rows: what the source gives rows that have no key: "none" if there are none, "mean of value", "NaN",
+            "zero", or "zero where NaN" (zero if the mask is infinite, the mean of the values if it is finite).
         fills_decide: rows without a key can come from fills alone, and all fill in the same value: the kernel is
             given such rows as rows that attend every key with a score of zero, and what the source gives them (the
-            mean of the values, or NaN) is made from that.
+            mean of the values, zero or NaN) is made from that.
+        is_causal: the mask was proved to be causal from the first key on, and is asked of the kernel by name.
+        structure: the mask's structure in words.
+        inexpressible: why the modifications are not of this form; a kernel that applies any function of the scores
+            replays the site's own.
     """
 
     scale: float | None
     query_factors: tuple[Scale, ...]
     key_factors: tuple[Scale, ...]
-    terms: tuple[Bias | Fill, ...]
+    terms: tuple[Bias | Fill | Floor, ...]
     dtype: torch.dtype
-    may_be_minus_infinity: bool
     attended: str | None
+    masked_rows: str
     fills_decide: bool = False
-
-    @property
-    def masked_rows(self) -> str:
-        """What is known of rows that have no key: "none", or what the source gives them."""
-        if self.attended is not None:
-            return "none"
-        return "NaN" if self.may_be_minus_infinity else "mean of value"
+    is_causal: bool = False
+    value_mods: tuple[WeightMod, ...] = ()
+    output_mods: tuple[WeightMod, ...] = ()
+    structure: tuple[str, ...] = ()
+    inexpressible: str = ""
 
 
 @dataclass
@@ -120,6 +151,9 @@ class AttentionSite:
         key_axes: the axes that softmax runs over.
         feature_axes: the axes that query and key are contracted over.
         mods: what is done to the scores, in the order in which it is done.
+        sink: the score of one more key, whose value is zero: a number, or a tensor over all axes but the key's.
+        weight_mods: what is done to the weights between softmax and the product with the value, dropout apart.
+        nan_to_zero: weights that are NaN, as in rows without a key, are set to zero.
         softmax_dtype: the dtype that softmax is computed in.
         dropout: the probability of dropping a weight; 0 when not training.
         is_causal: top-left aligned causal masking asked of an existing fused call.
@@ -152,6 +186,9 @@ class AttentionSite:
     fused: bool = False
     in_autocast: bool = False
     interior: tuple[fx.Node, ...] = ()
+    sink: Operand | float | None = None
+    weight_mods: tuple[WeightMod, ...] = ()
+    nan_to_zero: bool = False
     scores: CanonicalScores | None = None
 
     @property

@@ -81,11 +81,17 @@ class GraphView:
                 return operand
             operand = Operand(node.all_input_nodes[0], operand.layout)
 
-    def require_single_reader(self, nodes: Sequence[fx.Node], what: str) -> None:
-        """Raises unless each node is read by nothing but the next of the chain."""
-        for node in nodes:
-            if len(node.users) > 1:
-                readers = ", ".join(sorted({_reader(user) for user in node.users}))
+    def require_no_other_reader(self, interior: Sequence[fx.Node], weights: Sequence[fx.Node]) -> None:
+        """Raises if something outside reads what ``interior`` computes, its last node apart.
+
+        ``weights``: those of the nodes that are computed after the scores.
+        """
+        own = set(interior)
+        for node in interior[:-1]:
+            others = [user for user in node.users if user not in own]
+            if others:
+                what = "the attention weights" if node in weights else "the scores"
+                readers = ", ".join(sorted({_reader(user) for user in others}))
                 raise NotAttention(f"{what} are read more than once ({readers}), so they must exist in memory")
 
 

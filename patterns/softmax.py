@@ -18,27 +18,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from attnrewrite.analysis.scores import FLOATING, ScoreWalk, leads_to_product, read_scores
-from attnrewrite.analysis.views import (
-    Axis,
-    Layout,
-    Operand,
-    Product,
-    axes_of,
-    fresh_layout,
-    is_layout_op,
-    is_product,
-    product_from_operand,
-    push,
-)
-from attnrewrite.ir import is_cast, tensor
-from attnrewrite.site import AttentionSite, NotAttention
+from attnrewrite.analysis.scores import ScoreWalk, leads_to_product, read_scores
+from attnrewrite.analysis.views import Axis, Operand, Product, axes_of, is_product, peel
+from attnrewrite.analysis.weights import Softmax, follow_weights, normalisations, split_sink
+from attnrewrite.ir import tensor
+from attnrewrite.site import AttentionSite, NotAttention, Scale
 
 from .base import Finding, GraphView, NearMiss, Specimen
 from .samples import Specimens, additive, keep, learned, normal, padding
@@ -46,9 +35,6 @@ from .samples import Specimens, additive, keep, learned, normal, padding
 __all__ = ["PATTERN"]
 
 aten = torch.ops.aten
-
-_SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
-_DROPOUT = (aten.dropout.default,)
 
 
 class SoftmaxAttention:
@@ -60,42 +46,52 @@ class SoftmaxAttention:
         return SPECIMENS
 
     def find(self, view: GraphView) -> Iterator[Finding]:
-        for target in _SOFTMAX:
-            for node in view.graph.find_nodes(op="call_function", target=target):
-                if not _between_products(node, view):
-                    continue
-                try:
-                    yield self._read(node, view)
-                except NotAttention as reason:
-                    yield NearMiss(self.name, node, str(reason), (node,))
+        for softmax in normalisations(view.graph):
+            if not _between_products(softmax, view):
+                continue
+            try:
+                yield self._read(softmax, view)
+            except NotAttention as reason:
+                yield NearMiss(self.name, softmax.node, str(reason), (softmax.node,))
 
-    def _read(self, softmax: fx.Node, view: GraphView) -> AttentionSite:
-        if softmax.target is aten._safe_softmax.default:
-            raise NotAttention("a softmax that gives fully masked rows the value 0")
-        source = softmax.args[0]
-        assert isinstance(source, fx.Node)
-        layout = fresh_layout(tensor(softmax).shape)
-        dim = softmax.args[1]
-        assert isinstance(dim, int)
-        key_dim = layout[dim]
-        weights, product, dropout, after = _weights_product(softmax, layout)
-        walk = read_scores(source, layout, view.leads_to_product)
-        view.require_single_reader([softmax, *after], "the attention weights")
-        view.require_single_reader(walk.nodes, "the scores")
-        interior = view.ordered([*walk.nodes, softmax, *after, product.node])
+    def _read(self, softmax: Softmax, view: GraphView) -> AttentionSite:
+        layout = softmax.layout
+        key_dim = layout[softmax.dim]
+        split = split_sink(softmax, key_dim)
+        sink_dim = None
+        if split is not None:
+            softmax, keys, sink_first = split
+            sink_dim = (key_dim, keys, sink_first)
+            key_dim = keys
+        walk = follow_weights(softmax, layout, sink_dim)
+        product = walk.product
+        key_axes = axes_of((key_dim,))
+        scores = read_scores(
+            softmax.scores,
+            (*layout[: softmax.dim], key_dim, *layout[softmax.dim + 1 :]),
+            view.leads_to_product,
+            axes_of((key_dim,)),
+            accepts=lambda product: _query_and_key(product, axes_of((key_dim,))),
+            sink=softmax.sink is not None,
+        )
+        interior = view.ordered([*scores.nodes, *softmax.nodes, *walk.nodes, product.node])
+        view.require_no_other_reader(interior, weights=(softmax.node, *walk.nodes))
         for node in interior:
             if view.grad_region(node) != view.grad_region(product.node):
                 raise NotAttention("grad mode is switched between the scores and the product with the value")
-        if not view.same_region(walk.product.node, product.node):
+        if not view.same_region(scores.product.node, product.node):
             raise NotAttention(
                 "autocast is switched between the product of query and key and the product with the value"
             )
 
         key_axes = axes_of((key_dim,))
-        query, key = _query_and_key(walk.product, key_axes)
-        value = product.rhs if product.lhs.node is weights else product.lhs
+        query, key = _query_and_key(scores.product, key_axes)
+        value = product.rhs if product.lhs.node is walk.weights else product.lhs
+        weight_mods = list(walk.mods)
         if not (isinstance(product.factor, (int, float)) and product.factor == 1):
-            raise NotAttention("the product of weights and value is scaled")
+            weight_mods.append(Scale(product.factor))
+        if product.scale is not None:
+            weight_mods.append(Scale(product.scale))
         if set(axes_of((product.contracted,))) != set(key_axes):
             raise NotAttention(
                 "the product after softmax does not contract the axis that softmax runs over, so this is no attention"
@@ -103,20 +99,20 @@ class SoftmaxAttention:
         # Fused kernels multiply query and key with float32 accumulation, so casting them up first adds nothing; weights
         # and value are multiplied in the dtype that the source multiplies them in.
         dtype = tensor(product.node).dtype
-        query, key = (view.origin(operand, walk.product.node, narrow_to=dtype) for operand in (query, key))
+        query, key = (view.origin(operand, scores.product.node, narrow_to=dtype) for operand in (query, key))
         value = view.origin(value, product.node)
         if view.in_autocast(product.node):
-            dtype = _widest([dtype, tensor(walk.product.node).dtype])
+            dtype = _widest([dtype, tensor(scores.product.node).dtype])
         else:
             dtype = _widest([dtype, query.dtype, key.dtype])
-        query_axes = _query_axes(walk, key_axes, key)
+        query_axes = _query_axes(scores, key_axes, key)
         if set(axes_of((query_axes,))) & set(value.axes):
             raise NotAttention("the value differs from one query position to the next, so this is no attention")
-        if torch.float64 in (tensor(softmax).dtype, tensor(source).dtype):
+        if torch.float64 in (tensor(softmax.node).dtype, tensor(softmax.scores).dtype):
             dtype = torch.float64
         return AttentionSite(
             pattern=self.name,
-            anchor=softmax,
+            anchor=softmax.node,
             result=product.node,
             result_layout=product.layout,
             query=query.resolved(),
@@ -124,15 +120,23 @@ class SoftmaxAttention:
             value=value.resolved(),
             query_axes=query_axes,
             key_axes=axes_of((key_dim,)),
-            feature_axes=axes_of((walk.product.contracted,)),
-            mods=walk.mods,
-            softmax_dtype=tensor(softmax).dtype,
+            feature_axes=axes_of((scores.product.contracted,)),
+            mods=(*scores.mods, *softmax.fills),
+            softmax_dtype=tensor(softmax.node).dtype,
             compute_dtype=dtype,
-            dropout=dropout,
+            dropout=walk.dropout,
+            sink=_behind_views(softmax.sink),
+            weight_mods=tuple(weight_mods),
+            nan_to_zero=softmax.nan_to_zero or walk.nan_to_zero,
             differentiable=view.differentiable(product.node),
             in_autocast=view.in_autocast(product.node),
             interior=interior,
         )
+
+
+def _behind_views(sink: Operand | float | None) -> Operand | float | None:
+    """The sink as it was before it was stretched over batches and rows."""
+    return peel(sink, lambda node: True)[-1].resolved() if isinstance(sink, Operand) else sink
 
 
 _FAR = 24
@@ -152,15 +156,15 @@ _BARRIERS = frozenset(
 """Operators behind which a product has nothing to do with this softmax any more."""
 
 
-def _between_products(softmax: fx.Node, view: GraphView) -> bool:
+def _between_products(softmax: Softmax, view: GraphView) -> bool:
     """Whether matrix products lie before and after: an attention, or a near miss that the report names.
 
     What the rule can read counts at any distance, so that a mask that takes many steps to make hides no attention.
     """
-    before = leads_to_product(softmax.args[0], view.leads_to_product) or _product_near(
-        softmax, lambda node: node.all_input_nodes
+    before = leads_to_product(softmax.scores, view.leads_to_product) or _product_near(
+        softmax.scores, lambda node: node.all_input_nodes
     )
-    return before and _product_near(softmax, lambda node: list(node.users))
+    return before and _product_near(softmax.node, lambda node: list(node.users))
 
 
 def _product_near(start: fx.Node, neighbours: Callable[[fx.Node], list[fx.Node]]) -> bool:
@@ -175,42 +179,6 @@ def _product_near(start: fx.Node, neighbours: Callable[[fx.Node], list[fx.Node]]
                 seen.add(other)
                 pending.append(other)
     return False
-
-
-def _weights_product(softmax: fx.Node, layout: Layout) -> tuple[fx.Node, Product, float, list[fx.Node]]:
-    """Follows the weights to the product with the value: (weights, product, dropout, nodes between)."""
-    node = softmax
-    dropout = 0.0
-    between: list[fx.Node] = []
-    while True:
-        users = [user for user in node.users if user.op != "output"]
-        if not users:
-            raise NotAttention("the attention weights are returned")
-        products = [user for user in users if is_product(user)]
-        if products:
-            product = product_from_operand(products[0], node, layout)
-            if product is None:
-                raise NotAttention("the product of weights and value cannot be laid out along the weights' axes")
-            return node, product, dropout, between
-        user = next((user for user in users if is_cast(user) or is_layout_op(user) or user.target in _DROPOUT), None)
-        if user is None:
-            name = getattr(users[0].target, "_opname", users[0].target)
-            raise NotAttention(f"{name} stands between softmax and the product with the value")
-        if user.target in _DROPOUT:
-            args: Any = user.args
-            if args[2] and args[1] > 0:
-                if dropout:
-                    raise NotAttention("dropout is applied to the weights twice")
-                dropout = float(args[1])
-        elif is_cast(user) and tensor(user).dtype not in FLOATING:
-            raise NotAttention(f"the attention weights are cast to {tensor(user).dtype}".replace("torch.", ""))
-        elif is_layout_op(user):
-            pushed = push(user, layout)
-            if pushed is None or set(axes_of(pushed)) != set(axes_of(layout)):
-                raise NotAttention("the weights are reordered in a way that no layout expresses")
-            layout = pushed
-        between.append(user)
-        node = user
 
 
 def _query_and_key(product: Product, key_axes: tuple[Axis, ...]) -> tuple[Operand, Operand]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from attnrewrite.analysis.masks import as_stored, constant_value
+from attnrewrite.analysis.values import ABSORBING, ORDINARY, as_stored, constant_value
 from attnrewrite.analysis.views import (
+    Axis,
+    Dim,
     Layout,
     Operand,
     Product,
@@ -19,11 +24,13 @@ from attnrewrite.analysis.views import (
     is_product,
     product_from_result,
     pull,
+    push,
+    resolve,
 )
-from attnrewrite.ir import is_cast, is_tensor, scalar, source_location, tensor
-from attnrewrite.site import Bias, Elementwise, Fill, NotAttention, Scale, ScoreMod
+from attnrewrite.ir import is_cast, is_tensor, same_shape, scalar, source_location, tensor
+from attnrewrite.site import Bias, Elementwise, Fill, Floor, NotAttention, Scale, ScoreMod
 
-__all__ = ["FLOATING", "ScoreWalk", "leads_to_product", "read_scores"]
+__all__ = ["FLOATING", "ScoreWalk", "leads_to_product", "node_in_words", "read_scores", "row_maximum"]
 
 aten = torch.ops.aten
 
@@ -34,12 +41,23 @@ _DIV = frozenset({aten.div.Tensor, aten.div.Scalar})
 _WHERE = frozenset({aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar})
 _FILL = frozenset({aten.masked_fill.Scalar, aten.masked_fill.Tensor})
 _ELEMENTWISE = frozenset(
-    {aten.tanh.default, aten.clamp.default, aten.clamp.Tensor, aten.relu.default, aten.abs.default, aten.neg.default}
+    {
+        aten.tanh.default,
+        aten.clamp.default,
+        aten.clamp_min.default,
+        aten.clamp_max.default,
+        aten.relu.default,
+        aten.abs.default,
+        aten.sigmoid.default,
+    }
 )
+_PUT = frozenset({aten.index_put.default})
+_MAXIMUM = frozenset({aten.maximum.default, aten.max.other})
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes that attention is computed in."""
 
-_BINARY = _ADD | _SUB | _MUL | _DIV
+_UNARY = _ELEMENTWISE | _FILL | _PUT | {aten.neg.default}
+_BINARY = _ADD | _SUB | _MUL | _DIV | {aten.rsub.Scalar}
 
 
 @dataclass(frozen=True)
@@ -64,130 +82,298 @@ def leads_to_product(node: Any, memo: dict[fx.Node, bool]) -> bool:
 def _paths(node: fx.Node) -> list[Any]:
     """The arguments through which the scores may have come."""
     args: Any = node.args
-    if is_cast(node) or is_layout_op(node) or node.target in _ELEMENTWISE or node.target in _FILL:
+    target: Any = node.target
+    if is_cast(node) or is_layout_op(node) or target in _UNARY:
         return [args[0]]
-    if node.target in _BINARY:
-        return [args[0]] if node.target in _DIV else [args[0], args[1]]
-    if node.target in _WHERE:
+    if target in _BINARY or target in _MAXIMUM:
+        return [args[0]] if target in _DIV or target is aten.rsub.Scalar else [args[0], args[1]]
+    if target in _WHERE:
         return [args[1], args[2]]
     return []
 
 
-def read_scores(node: fx.Node, layout: Layout, memo: dict[fx.Node, bool]) -> ScoreWalk:
+@dataclass(frozen=True)
+class _Reader:
+    memo: dict[fx.Node, bool]
+    key_axes: tuple[Axis, ...]
+    accepts: Callable[[Product], object]
+    sink: bool
+
+
+def read_scores(
+    node: fx.Node,
+    layout: Layout,
+    memo: dict[fx.Node, bool],
+    key_axes: tuple[Axis, ...],
+    accepts: Callable[[Product], object],
+    sink: bool = False,
+) -> ScoreWalk:
     """Walks back from the argument of softmax, whose dimensions are ``layout``, to the product of query and key.
+
+    Where two terms of a sum are products (a relative position beside the scores) the one that fits more of the
+    attention's axes is the product of query and key, and the other one is a bias.
+
+    Args:
+        memo: what :func:`leads_to_product` remembers.
+        key_axes: the axes that softmax runs over.
+        accepts: raises NotAttention for a product that is none of query and key.
+        sink: softmax has one more key, so that a number added to all scores matters.
 
     Raises:
         NotAttention: something on the way cannot be read as a function of the scores.
     """
+    return _walk(node, layout, _Reader(memo, key_axes, accepts, sink), plain=True)
+
+
+def _walk(node: fx.Node, layout: Layout, reader: _Reader, plain: bool) -> ScoreWalk:
+    """``plain``: nothing but sums, scales and masks lies between here and softmax, so constants of a row cancel."""
+    if is_product(node):
+        return _arrived(node, layout, reader)
+    sources = [arg for arg in dict.fromkeys(_paths(node)) if leads_to_product(arg, reader.memo)]
+    if not sources:
+        raise NotAttention(f"{node_in_words(node)} stands between softmax and a product of query and key")
+    walks: list[ScoreWalk] = []
+    reasons: list[NotAttention] = []
+    for source in sources:
+        try:
+            mods, extra = _read_step(node, source, layout, reader, plain)
+            before = _step_back(node, source, layout)
+            still_plain = plain and not any(isinstance(mod, Elementwise) for mod in mods)
+            walk = _walk(source, before, reader, still_plain)
+        except NotAttention as reason:
+            reasons.append(reason)
+        else:
+            walks.append(ScoreWalk(walk.product, (*walk.mods, *reversed(mods)), (*walk.nodes, *extra, node)))
+    if not walks:
+        raise reasons[0]
+    return max(walks, key=lambda walk: len({*walk.product.lhs.axes} & {*walk.product.rhs.axes}))
+
+
+def _arrived(node: fx.Node, layout: Layout, reader: _Reader) -> ScoreWalk:
+    product = product_from_result(node, layout)
+    if tensor(node).dtype not in FLOATING:
+        raise NotAttention(f"{node_in_words(node)} multiplies in {tensor(node).dtype}".replace("torch.", ""))
+    if product is None:
+        raise NotAttention(f"the operands of {node_in_words(node)} cannot be laid out along the scores' axes")
+    reader.accepts(product)
     mods: list[ScoreMod] = []
-    nodes: list[fx.Node] = []
-    while True:
-        nodes.append(node)
-        if is_product(node):
-            product = product_from_result(node, layout)
-            if tensor(node).dtype not in FLOATING:
-                raise NotAttention(f"{_name(node)} multiplies in {tensor(node).dtype}".replace("torch.", ""))
-            if product is None:
-                raise NotAttention(f"the operands of {_name(node)} cannot be laid out along the scores' axes")
-            # Read backwards: what is done last stands first.
-            if product.addend is not None:
-                mods.append(Bias(product.addend, tensor(node).dtype, _number(product.addend_factor, node)))
-            if not (scalar(product.factor) and product.factor == 1):
-                mods.append(Scale(_factor(product.factor)))
-            return ScoreWalk(product, tuple(reversed(mods)), tuple(reversed(nodes)))
-        source = next((arg for arg in _paths(node) if leads_to_product(arg, memo)), None)
-        if source is None:
-            raise NotAttention(f"{_name(node)} stands between softmax and a product of query and key")
-        mods.extend(_read_step(node, source, layout))
-        layout = _step_back(node, source, layout)
-        node = source
+    if product.scale is not None:
+        mods.append(Scale(product.scale))
+    if not (scalar(product.factor) and product.factor == 1):
+        mods.append(Scale(_factor(product.factor)))
+    if product.addend is not None:
+        mods.append(Bias(product.addend, tensor(node).dtype, _number(product.addend_factor, node)))
+    return ScoreWalk(product, tuple(mods), product.nodes)
 
 
 def _step_back(node: fx.Node, source: fx.Node, layout: Layout) -> Layout:
     if is_layout_op(node):
         before = pull(node, layout)
         if before is None or set(axes_of(before)) != set(axes_of(layout)):
-            raise NotAttention(f"{_name(node)} reorders or repeats scores in a way that no layout expresses")
+            raise NotAttention(f"{node_in_words(node)} reorders or repeats scores in a way that no layout expresses")
         return before
     if is_cast(node):
         return layout
     before = broadcast(layout, tensor(node).shape, tensor(source).shape)
     if before is None or set(axes_of(before)) != set(axes_of(layout)):
-        raise NotAttention(f"{_name(node)} broadcasts the scores themselves")
+        raise NotAttention(f"{node_in_words(node)} broadcasts the scores themselves")
     return before
 
 
-def _read_step(node: fx.Node, source: fx.Node, layout: Layout) -> list[ScoreMod]:
+_Step = tuple[list[ScoreMod], tuple[fx.Node, ...]]
+
+
+def _read_step(node: fx.Node, source: fx.Node, layout: Layout, reader: _Reader, plain: bool) -> _Step:
+    """What ``node`` does to the scores, last thing first, and the nodes beside it that only serve that."""
     args: Any = node.args
     target: Any = node.target
     if is_cast(node):
         _require_harmless_cast(node)
-        return []
+        return [], ()
     if is_layout_op(node):
-        return []
-    if target in _ELEMENTWISE:
-        return [Elementwise(node)]
+        return [], ()
     dtype = tensor(node).dtype
+    if target in _ELEMENTWISE or target in _MAXIMUM:
+        return [_function(node, source)], ()
+    if target is aten.neg.default:
+        return [Scale(-1.0)], ()
     if target in _FILL:
-        return [Fill(_aligned(args[1], node, layout), as_stored(_fill_value(args[2], node), dtype), dtype)]
+        return [Fill(_aligned(args[1], node, layout), as_stored(_fill_value(args[2], node), dtype), dtype)], ()
+    if target in _PUT:
+        return [_put(node, layout)], ()
     if target in _WHERE:
         if args[0] is source or (args[1] is source) == (args[2] is source):
-            raise NotAttention(f"{_name(node)} chooses between two values of the scores")
+            raise NotAttention(f"{node_in_words(node)} chooses between two values of the scores")
         kept_first = args[1] is source
         other = args[2] if kept_first else args[1]
         value = as_stored(_fill_value(other, node), dtype)
-        return [Fill(_aligned(args[0], node, layout), value, dtype, invert=kept_first)]
+        return [Fill(_aligned(args[0], node, layout), value, dtype, invert=kept_first)], ()
     first = args[0] is source
     other = args[1] if first else args[0]
-    if args[0] is args[1]:
-        raise NotAttention(f"{_name(node)} combines the scores with themselves")
+    if len(args) > 1 and args[0] is args[1]:
+        raise NotAttention(f"{node_in_words(node)} combines the scores with themselves")
     if node.kwargs.get("rounding_mode") is not None or len(args) > 2:
-        raise NotAttention(f"{_name(node)} rounds the scores")
+        raise NotAttention(f"{node_in_words(node)} rounds the scores")
     alpha = _number(node.kwargs.get("alpha", 1), node)
+    if target is aten.rsub.Scalar:
+        return [*_shift(other, node, reader, plain), Scale(-alpha)], ()
     if target in _ADD or target in _SUB:
         sign = alpha if target in _ADD else -alpha
-        if first:
-            return [_bias(other, node, layout, sign)]
+        if first and target in _SUB and alpha == 1 and plain and not reader.sink:
+            maximum = row_maximum(other, source, broadcast(layout, tensor(node).shape, tensor(source).shape), reader)
+            if maximum is not None:
+                return [], maximum
+        if not is_tensor(other):
+            steps = _shift(other, node, reader, plain)
+        else:
+            steps = [Bias(_aligned(other, node, layout), dtype, sign if first else 1.0)]
         # a - alpha * scores: the scores are negated first. Read backwards, the addition comes before.
-        steps: list[ScoreMod] = [_bias(other, node, layout, 1.0)]
-        return steps if sign == 1 else [*steps, Scale(sign)]
+        return (steps if first or sign == 1 else [*steps, Scale(sign)]), ()
     if is_tensor(other) and tensor(other).dim() > 0:
-        return [Scale(_aligned(other, node, layout), divide=target in _DIV)]
-    return [Scale(_factor(other), divide=target in _DIV)]
+        return [Scale(_aligned(other, node, layout), divide=target in _DIV)], ()
+    return [Scale(_factor(other), divide=target in _DIV)], ()
+
+
+def _shift(number: Any, node: fx.Node, reader: _Reader, plain: bool) -> list[ScoreMod]:
+    """A number of ordinary size that is added to all scores of a row is no change to their softmax."""
+    if not plain or reader.sink or not isinstance(number, (int, float)) or not abs(number) <= ORDINARY:
+        raise NotAttention(f"{node_in_words(node)} adds a number to the scores that softmax does not cancel")
+    return []
+
+
+def _function(node: fx.Node, source: fx.Node) -> ScoreMod:
+    """A floor far below, or any function of one score whose other arguments are numbers."""
+    args: Any = node.args
+    if node.target in _MAXIMUM:
+        low = constant_value(args[1] if args[0] is source else args[0])
+        if low is None:
+            raise NotAttention(f"{node_in_words(node)} takes the larger of the scores and something else")
+        high = None
+    elif node.target is aten.clamp.default:
+        low = args[1] if len(args) > 1 else node.kwargs.get("min")
+        high = args[2] if len(args) > 2 else node.kwargs.get("max")
+    elif node.target is aten.clamp_min.default:
+        low, high = args[1], None
+    else:
+        low, high = None, math.inf
+    if high is None and isinstance(low, (int, float)) and low <= ABSORBING:
+        return Floor(as_stored(float(low), tensor(node).dtype), tensor(node).dtype)
+    if any(isinstance(arg, fx.Node) for arg in args[1:]) or any(isinstance(a, fx.Node) for a in node.kwargs.values()):
+        raise NotAttention(f"{node_in_words(node)} applies a function to the scores whose arguments are no numbers")
+    return Elementwise(node)
+
+
+def _put(node: fx.Node, layout: Layout) -> Fill:
+    """``scores[mask] = value``."""
+    args: Any = node.args
+    masks = args[1]
+    accumulate = args[3] if len(args) > 3 else node.kwargs.get("accumulate", False)
+    if len(masks) != 1 or not is_tensor(masks[0]) or tensor(masks[0]).dtype is not torch.bool or accumulate:
+        raise NotAttention(f"{node_in_words(node)} writes into the scores at positions that are no mask")
+    (mask,) = masks
+    rank = tensor(mask).dim()
+    if not same_shape(tensor(mask).shape, tensor(node).shape[:rank]):
+        raise NotAttention(f"{node_in_words(node)} writes into the scores at positions that are no mask")
+    dtype = tensor(node).dtype
+    return Fill(Operand(mask, layout[:rank]), as_stored(_fill_value(args[2], node), dtype), dtype)
+
+
+def row_maximum(
+    node: Any, scores: fx.Node, layout: Layout | None, reader: _Reader | tuple[Axis, ...]
+) -> tuple[fx.Node, ...] | None:
+    """The nodes that compute a maximum of ``scores`` which is the same for all keys of a row; None if it is none.
+
+    Softmax of scores less their maximum is softmax of the scores: that is how it is computed in any case. A detached
+    maximum is no different, since the gradient that goes through it adds up to nothing.
+    """
+    keys = set(reader.key_axes if isinstance(reader, _Reader) else reader)
+    if layout is None or not is_tensor(node):
+        return None
+    chain: list[fx.Node] = []
+    current = node
+    while current.target not in _MAXIMA:
+        passes = is_cast(current) or is_layout_op(current) or current.target in (aten.detach.default, operator.getitem)
+        if current.op != "call_function" or not passes:
+            return None
+        chain.append(current)
+        current = current.args[0]
+        if not isinstance(current, fx.Node):
+            return None
+    chain.append(current)
+    reduction = current
+    own = _maximum_layout(reduction, layout)
+    if own is None:
+        return None
+    for step in reversed(chain[:-1]):
+        if step.target is operator.getitem:
+            if step.args[1] != 0:
+                return None
+        elif is_layout_op(step):
+            pushed = push(step, own)
+            if pushed is None:
+                return None
+            own = pushed
+    source = reduction.args[0]
+    while isinstance(source, fx.Node) and source is not scores:
+        if not (is_cast(source) or source.target is aten.detach.default):
+            return None
+        chain.append(source)
+        source = source.args[0]
+    if source is not scores or set(axes_of(own)) & keys:
+        return None
+    # Each dimension must meet the scores' own, or be one that broadcasts.
+    expected = layout[len(layout) - len(own) :]
+    if len(own) > len(layout) or any(dim and dim != other for dim, other in zip(own, expected, strict=True)):
+        return None
+    return tuple(reversed(chain))
+
+
+_MAXIMA = (aten.amax.default, aten.max.dim, aten.max.default)
+
+
+def _maximum_layout(reduction: fx.Node, layout: Layout) -> Layout | None:
+    args: Any = reduction.args
+    if reduction.target is aten.max.default:
+        return ()
+    dims = args[1] if len(args) > 1 else ()
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    reduced = {dim % len(layout) for dim in dims} or set(range(len(layout)))
+    keep = bool(args[2]) if len(args) > 2 else bool(reduction.kwargs.get("keepdim"))
+    result: list[Dim] = []
+    for position, dim in enumerate(resolve(layout)):
+        if position not in reduced:
+            result.append(dim)
+        elif keep:
+            result.append(())
+    return tuple(result)
 
 
 def _require_harmless_cast(node: fx.Node) -> None:
     """A change of precision is one of rounding only; to integers, to float8 or into float16's range it is more."""
     source, dtype = tensor(node.args[0]).dtype, tensor(node).dtype
     if source is not dtype and (dtype not in FLOATING or source not in FLOATING or dtype is torch.float16):
-        raise NotAttention(f"{_name(node)} turns scores in {source} into {dtype}".replace("torch.", ""))
-
-
-def _bias(other: Any, node: fx.Node, layout: Layout, factor: float) -> ScoreMod:
-    if not is_tensor(other):
-        raise NotAttention(f"{_name(node)} adds a plain number to the scores, which softmax cancels")
-    return Bias(_aligned(other, node, layout), tensor(node).dtype, factor)
+        raise NotAttention(f"{node_in_words(node)} turns scores in {source} into {dtype}".replace("torch.", ""))
 
 
 def _aligned(other: Any, node: fx.Node, layout: Layout) -> Operand:
     if not is_tensor(other):
-        raise NotAttention(f"{_name(node)} takes a mask that is no tensor")
+        raise NotAttention(f"{node_in_words(node)} takes a mask that is no tensor")
     own = broadcast(layout, tensor(node).shape, tensor(other).shape)
     if own is None:
-        raise NotAttention(f"an operand of {_name(node)} does not broadcast to the scores for every size")
+        raise NotAttention(f"an operand of {node_in_words(node)} does not broadcast to the scores for every size")
     return Operand(other, own)
 
 
 def _fill_value(value: Any, node: fx.Node) -> float:
     constant = constant_value(value)
     if constant is None:
-        raise NotAttention(f"the value that {_name(node)} fills in is not a constant of the graph")
+        raise NotAttention(f"the value that {node_in_words(node)} fills in is not a constant of the graph")
     return constant
 
 
 def _number(value: Any, node: fx.Node) -> float:
     if not isinstance(value, (int, float)):
-        raise NotAttention(f"a factor of {_name(node)} is not a number")
+        raise NotAttention(f"a factor of {node_in_words(node)} is not a number")
     return float(value)
 
 
@@ -196,7 +382,7 @@ def _factor(value: Any) -> float | fx.Node:
     return value if constant is None else constant
 
 
-def _name(node: fx.Node) -> str:
+def node_in_words(node: fx.Node) -> str:
     """An operator in the user's terms: its name and the line that called it."""
     name = getattr(node.target, "_opname", None) or str(node.target)
     where = source_location(node)

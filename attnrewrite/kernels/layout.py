@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from attnrewrite.analysis.views import Dim, Layout, resolve, size_of
+from attnrewrite.analysis.views import Axis, Dim, Layout, Operand, resolve, size_of
 from attnrewrite.ir import Builder, Size, same, same_shape, tensor
+from attnrewrite.site import AttentionSite, Scale, WeightMod
 
-__all__ = ["lay_out"]
+__all__ = ["Plan", "lay_out", "modified", "with_unit_stride"]
 
 aten = torch.ops.aten
 
@@ -63,3 +65,49 @@ def with_unit_stride(builder: Builder, node: fx.Node) -> fx.Node:
     if same(tensor(node).stride()[-1], 1) or same(tensor(node).shape[-1], 1):
         return node
     return builder.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+
+
+def modified(builder: Builder, node: fx.Node, mod: WeightMod, dims: tuple[Dim, ...]) -> fx.Node:
+    """``node``, whose dimensions are ``dims``, scaled, or zero where a condition holds."""
+    if isinstance(mod, Scale):
+        amount = mod.factor
+        if isinstance(amount, Operand):
+            amount = lay_out(builder, amount.node, amount.layout, dims)
+        return builder.call(aten.div.Tensor if mod.divide else aten.mul.Tensor, node, amount)
+    condition = lay_out(builder, mod.condition.node, mod.condition.layout, dims)
+    if mod.multiplied:
+        return builder.call(aten.mul.Tensor, node, condition)
+    if tensor(condition).dtype is not torch.bool:
+        condition = builder.call(aten.ne.Scalar, condition, 0)
+    if mod.invert:
+        return builder.call(aten.where.ScalarOther, condition, node, 0.0)
+    return builder.call(aten.where.ScalarSelf, condition, 0.0, node)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The four dimensions of each operand: (batch, heads, length, features)."""
+
+    query_dims: tuple[Dim, ...]
+    key_dims: tuple[Dim, ...]
+    value_dims: tuple[Dim, ...]
+    score_dims: tuple[Dim, ...]
+    output_dims: tuple[Dim, ...]
+    grouped: bool
+
+    @staticmethod
+    def of(site: AttentionSite) -> Plan:
+        """The last shared axis is the head, unless groups of query heads share the only one; the others are batch."""
+        shared, group = site.shared_axes, site.group_axes
+        split = len(shared) - 1 if len(shared) > 1 else len(shared) if group else min(len(shared), 1)
+        batch: tuple[Axis, ...] = shared[:split]
+        heads: tuple[Axis, ...] = shared[split:]
+        query_heads = (*heads, *group)
+        return Plan(
+            query_dims=(batch, query_heads, site.query_axes, site.feature_axes),
+            key_dims=(batch, heads, site.key_axes, site.feature_axes),
+            value_dims=(batch, heads, site.key_axes, site.value_axes),
+            score_dims=(batch, query_heads, site.query_axes, site.key_axes),
+            output_dims=(batch, query_heads, site.query_axes, site.value_axes),
+            grouped=bool(group),
+        )

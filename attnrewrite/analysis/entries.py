@@ -1,0 +1,430 @@
+"""Entries of a tensor as the graph computes them: what stands at an index that is given in symbols.
+
+An entry is one of four things. Of a boolean tensor it is a formula (:mod:`attnrewrite.analysis.formulas`). Of a numeric
+one it is an expression of positions and sizes, or one of a few numbers each under a formula (:class:`Cases`), or
+:class:`Unknown`, which only equals itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from attnrewrite.analysis.formulas import Formula, Known, at_least, conjunction, disjunction, negation
+from attnrewrite.analysis.values import as_stored, constant_value
+from attnrewrite.ir import CAST_OPS, is_tensor, same, tensor
+
+__all__ = ["Cases", "Entries", "Unknown", "expression_of"]
+
+aten = torch.ops.aten
+
+_MANY = 8
+
+_EXACT = (torch.bool, torch.int32, torch.int64, torch.float32, torch.float64)
+"""Dtypes in which positions, and what is computed from them here, are what they are in mathematics."""
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Each number with the formula under which it stands there; exactly one of the formulas holds."""
+
+    numbers: tuple[tuple[float, Formula], ...]
+
+    def where(self, accepted: Callable[[float], bool]) -> Formula:
+        return disjunction(formula for number, formula in self.numbers if accepted(number))
+
+
+@dataclass(frozen=True)
+class Unknown:
+    key: Hashable
+    symbols: frozenset[Any]
+
+
+Entry = Any
+"""Formula | sympy.Expr | Cases | Unknown."""
+
+
+def expression_of(size: Any) -> Any:
+    """A size as an expression of the graph's symbols."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+class Entries:
+    """Reads entries; ``highest`` gives the largest value of each position."""
+
+    def __init__(self, highest: Mapping[Any, Any]) -> None:
+        self._highest = highest
+        self._memo: dict[tuple[fx.Node, tuple[Any, ...]], Entry] = {}
+
+    def at(self, node: Any, index: Sequence[Any]) -> Entry:
+        if isinstance(node, bool):
+            return node
+        if isinstance(node, (int, float)):
+            return _number(float(node))
+        if isinstance(node, fx.Node) and isinstance(node.meta.get("val"), (int, torch.SymInt)):
+            return expression_of(node.meta["val"])
+        if not is_tensor(node):
+            return Unknown(node, frozenset())
+        key = (node, tuple(index))
+        if key not in self._memo:
+            entry = self._entry(node, list(index))
+            self._memo[key] = self._opaque(node, index) if entry is None else _stored(entry, tensor(node).dtype)
+            if self._memo[key] is None:
+                self._memo[key] = self._opaque(node, index)
+        return self._memo[key]
+
+    def _opaque(self, node: fx.Node, index: Sequence[Any]) -> Entry:
+        symbols = frozenset().union(*(position.free_symbols for position in index))
+        if tensor(node).dtype is torch.bool:
+            return Known((node, tuple(index)), symbols)
+        return Unknown((node, tuple(index)), symbols)
+
+    def _entry(self, node: fx.Node, index: list[Any]) -> Entry | None:
+        """None where nothing is known."""
+        if node.op != "call_function":
+            stored = node.meta.get("constant")
+            return self._of_constant(stored, index) if isinstance(stored, torch.Tensor) else None
+        dtype = tensor(node).dtype
+        constant = constant_value(node)
+        if constant is not None:
+            return bool(constant) if dtype is torch.bool else _number(constant)
+        target: Any = node.target
+        args: Any = node.args
+        moved = _moved_index(node, index)
+        if moved is not None:
+            return self.at(args[0], moved)
+        if target in CAST_OPS:
+            entry = self.at(args[0], index)
+            if dtype is torch.bool and tensor(args[0]).dtype is not torch.bool:
+                return self._compared("ne", entry, sympy.Integer(0), exact=True)
+            # Numbers of which nothing is known stay the same only in a dtype that holds them all.
+            widened = (tensor(args[0]).dtype, dtype) in ((dtype, dtype), (torch.int32, torch.int64))
+            return entry if widened or not isinstance(entry, Unknown) else None
+        if target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
+            start, step = (0, 1) if target is aten.arange.default else (args[0], args[2] if len(args) > 2 else 1)
+            start, step = _integer(start), _integer(step)
+            return None if start is None or step is None else sympy.expand(start + step * index[0])
+        if target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar):
+            condition, first, second = (self._operand(arg, index) for arg in args[:3])
+            return self._chosen(condition, first, second, dtype)
+        if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+            otherwise, condition, filled = (self._operand(arg, index) for arg in args[:3])
+            return self._chosen(condition, filled, otherwise, dtype)
+        if target in (aten.tril.default, aten.triu.default):
+            diagonal = _integer(args[1] if len(args) > 1 else 0)
+            if diagonal is None:
+                return None
+            distance = index[-1] - index[-2] - diagonal
+            kept = at_least(-distance if target is aten.tril.default else distance, self._highest)
+            nothing = False if dtype is torch.bool else sympy.Integer(0)
+            return self._chosen(kept, self.at(args[0], index), nothing, dtype)
+        if target in _COMPARISONS:
+            a, b = (self._operand(arg, index) for arg in args[:2])
+            exact = not any(is_tensor(arg) and tensor(arg).dtype.is_floating_point for arg in args[:2])
+            return self._compared(_COMPARISONS[target], a, b, exact)
+        if target in _LOGIC:
+            return self._logic(_LOGIC[target], args, index)
+        if target in _SUMS and not node.kwargs and dtype is not torch.bool:
+            a, b = (self._operand(arg, index) for arg in args[:2])
+            return _combined(_SUMS[target], a, b, dtype)
+        if target is aten.neg.default:
+            return _combined(lambda a, b: a * b, self.at(args[0], index), sympy.Integer(-1), dtype)
+        if target is aten.index.Tensor:
+            return self._gathered(node, index)
+        return None
+
+    def _operand(self, arg: Any, index: list[Any]) -> Entry:
+        """The entry of a broadcast operand at the result's index."""
+        if not is_tensor(arg):
+            return self.at(arg, index)
+        shape = tensor(arg).shape
+        tail = index[len(index) - len(shape) :]
+        return self.at(arg, [sympy.Integer(0) if same(size, 1) else i for size, i in zip(shape, tail, strict=True)])
+
+    def _gathered(self, node: fx.Node, index: list[Any]) -> Entry | None:
+        """``table[rows, columns]`` with computed positions."""
+        table, positions = node.args[0], node.args[1]
+        if not is_tensor(table) or not isinstance(positions, (list, tuple)):
+            return None
+        given = [place for place, position in enumerate(positions) if position is not None]
+        if not given or given != list(range(given[0], given[0] + len(given))):
+            return None
+        parts = [positions[place] for place in given]
+        if not all(is_tensor(part) and not tensor(part).dtype.is_floating_point for part in parts):
+            return None
+        if any(tensor(part).dtype is torch.bool for part in parts):
+            return None
+        rank = max(tensor(part).dim() for part in parts)
+        own = index[given[0] : given[0] + rank]
+        entries = [self._operand(part, own) for part in parts]
+        if not all(isinstance(entry, sympy.Expr) for entry in entries):
+            return None
+        # A negative position counts from the end, which no expression here says.
+        if not all(at_least(entry, self._highest) is True for entry in entries):
+            return None
+        return self.at(table, [*index[: given[0]], *entries, *index[given[0] + rank :]])
+
+    def _chosen(self, condition: Formula, first: Entry, second: Entry, dtype: torch.dtype) -> Entry | None:
+        if isinstance(condition, bool):
+            return first if condition else second
+        if not _is_formula(condition):
+            return None
+        if dtype is torch.bool:
+            return disjunction([conjunction([condition, first]), conjunction([negation(condition), second])])
+        a, b = _cases(first), _cases(second)
+        if a is None or b is None:
+            return None
+        return _merged(
+            [(number, conjunction([condition, formula])) for number, formula in a.numbers]
+            + [(number, conjunction([negation(condition), formula])) for number, formula in b.numbers],
+            dtype,
+        )
+
+    def _logic(self, relation: str, args: Sequence[Any], index: list[Any]) -> Entry | None:
+        entries = []
+        for arg in args:
+            entry = self._operand(arg, index)
+            if not _is_formula(entry):
+                if not is_tensor(arg) or not relation.startswith("logical"):
+                    return None
+                entry = self._compared("ne", entry, sympy.Integer(0), exact=True)
+            entries.append(entry)
+        name = relation.removeprefix("logical ")
+        if name == "not":
+            return negation(entries[0])
+        if name == "xor":
+            a, b = entries
+            return disjunction([conjunction([a, negation(b)]), conjunction([negation(a), b])])
+        return conjunction(entries) if name == "and" else disjunction(entries)
+
+    def _compared(self, relation: str, a: Entry, b: Entry, exact: bool) -> Formula:
+        """``exact``: the numbers are integers or truth values, of which one is less, equal or greater than another."""
+        if relation == "ne":
+            return negation(self._compared("eq", a, b, exact))
+        if relation in ("gt", "ge"):
+            return self._compared("lt" if relation == "gt" else "le", b, a, exact)
+        if _is_formula(a) and _is_formula(b) and relation == "eq":
+            return disjunction([conjunction([a, b]), conjunction([negation(a), negation(b)])])
+        first, second = _cases(a), _cases(b)
+        if first is not None and second is not None:
+            return disjunction(
+                conjunction([f, g]) for x, f in first.numbers for y, g in second.numbers if _RELATIONS[relation](x, y)
+            )
+        if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr) and (b - a).is_integer:
+            difference = sympy.expand(b - a)
+            if relation == "eq":
+                return conjunction([at_least(difference, self._highest), at_least(-difference, self._highest)])
+            return at_least(difference - int(relation == "lt"), self._highest)
+        keys = (_key(a), _key(b))
+        symbols = _symbols(a) | _symbols(b)
+        if relation == "eq":
+            return True if exact and keys[0] == keys[1] else Known(("eq", frozenset(keys)), symbols)
+        if relation == "le" and exact:
+            return negation(Known(("lt", keys[1], keys[0]), symbols))
+        return Known((relation, *keys), symbols)
+
+    def _of_constant(self, stored: torch.Tensor, index: list[Any]) -> Entry | None:
+        """A stored tensor that is a constant, a range, or a triangle of ones (GPT-2's causal buffer)."""
+        values = stored.detach().cpu()
+        if values.numel() == 0:
+            return None
+        first = values.flatten()[0]
+        if bool((values == first).all()):
+            return bool(first) if values.dtype is torch.bool else _number(float(first))
+        if values.dim() == 1 and not values.dtype.is_floating_point and values.dtype is not torch.bool:
+            if bool((values == torch.arange(len(values)) + first).all()):
+                return index[0] + int(first)
+            return None
+        if values.dim() < 2 or values[(0,) * (values.dim() - 2)].numel() != values.numel():
+            return None
+        matrix = values[(0,) * (values.dim() - 2)]
+        rows, columns = matrix.shape
+        # The value on the far upper right, and how many others the first row starts with.
+        outside, inside = matrix[0, -1], matrix[-1, 0]
+        diagonal = int((matrix[0] != outside).sum()) - 1
+        triangle = torch.ones(rows, columns, dtype=torch.bool).tril(diagonal)
+        if not torch.equal(torch.where(triangle, inside, outside), matrix):
+            return None
+        kept = at_least(index[-2] - index[-1] + diagonal, self._highest)
+        if values.dtype is torch.bool:
+            return kept if bool(inside) else negation(kept)
+        return self._chosen(kept, _number(float(inside)), _number(float(outside)), values.dtype)
+
+
+def _is_formula(entry: Entry) -> bool:
+    return not isinstance(entry, (sympy.Expr, Cases, Unknown)) and entry is not None
+
+
+def _number(value: float) -> Entry:
+    if not math.isfinite(value):
+        return Cases(((value, True),))
+    return sympy.Integer(int(value)) if value == int(value) else sympy.Float(value, 17)
+
+
+def _cases(entry: Entry) -> Cases | None:
+    if isinstance(entry, Cases):
+        return entry
+    if isinstance(entry, sympy.Number):
+        return Cases(((float(entry), True),))
+    if _is_formula(entry):
+        return Cases(((1.0, entry), (0.0, negation(entry))))
+    return None
+
+
+def _merged(numbers: Sequence[tuple[float, Formula]], dtype: torch.dtype) -> Entry | None:
+    """One formula for each number; None where a number is NaN or there are too many."""
+    merged: dict[float, Formula] = {}
+    for number, formula in numbers:
+        if formula is False:
+            continue
+        number = as_stored(number, dtype)
+        if math.isnan(number):
+            return None
+        merged[number] = disjunction([merged.get(number, False), formula])
+    if len(merged) > _MANY:
+        return None
+    if len(merged) == 1:
+        return _number(next(iter(merged)))
+    return Cases(tuple(sorted(merged.items(), key=lambda item: item[0])))
+
+
+def _combined(function: Callable[[Any, Any], Any], a: Entry, b: Entry, dtype: torch.dtype) -> Entry | None:
+    if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr):
+        return sympy.expand(function(a, b))
+    first, second = _cases(a), _cases(b)
+    if first is None or second is None:
+        return None
+    return _merged([(function(x, y), conjunction([f, g])) for x, f in first.numbers for y, g in second.numbers], dtype)
+
+
+def _stored(entry: Entry, dtype: torch.dtype) -> Entry | None:
+    """The entry in ``dtype``, where that is what it is in mathematics."""
+    if dtype is torch.bool:
+        return entry if _is_formula(entry) else None
+    if isinstance(entry, Unknown):
+        return entry if dtype in _EXACT else None
+    if isinstance(entry, (sympy.Number, Cases)) or _is_formula(entry):
+        cases = _cases(entry)
+        return None if cases is None else _merged(cases.numbers, dtype)
+    return entry if dtype in _EXACT and (dtype.is_floating_point or entry.is_integer) else None
+
+
+def _key(entry: Entry) -> Hashable:
+    return entry.key if isinstance(entry, Unknown) else entry
+
+
+def _symbols(entry: Entry) -> frozenset[Any]:
+    if isinstance(entry, Unknown):
+        return entry.symbols
+    return frozenset(entry.free_symbols) if isinstance(entry, sympy.Expr) else frozenset()
+
+
+def _integer(value: Any) -> Any:
+    """An integer argument of an operator, as an expression."""
+    if isinstance(value, fx.Node):
+        value = value.meta.get("val")
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return expression_of(value)
+    return None
+
+
+def _moved_index(node: fx.Node, index: list[Any]) -> list[Any] | None:
+    """Where in the first argument the entry at ``index`` comes from, for operators that only move entries."""
+    target: Any = node.target
+    args: Any = node.args
+    if target in (
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.alias.default,
+        aten.detach.default,
+        aten.lift_fresh_copy.default,
+    ):
+        return index
+    if target is aten.unsqueeze.default:
+        dim = args[1] % len(index)
+        return index[:dim] + index[dim + 1 :]
+    if target in (aten.expand.default, aten.expand_as.default):
+        shape = tensor(args[0]).shape
+        tail = index[len(index) - len(shape) :]
+        return [sympy.Integer(0) if same(size, 1) else i for size, i in zip(shape, tail, strict=True)]
+    if target is aten.transpose.int:
+        a, b = args[1] % len(index), args[2] % len(index)
+        result = list(index)
+        result[a], result[b] = result[b], result[a]
+        return result
+    if target is aten.permute.default:
+        result = list(index)
+        for position, dim in enumerate(args[1]):
+            result[dim % len(index)] = index[position]
+        return result
+    if target is aten.slice.Tensor:
+        dim = (args[1] if len(args) > 1 else 0) % len(index)
+        start = _integer(args[2] if len(args) > 2 and args[2] is not None else 0)
+        step = _integer(args[4] if len(args) > 4 else 1)
+        if start is None or step is None or not sympy.sympify(start).is_nonnegative:
+            return None
+        return [*index[:dim], start + step * index[dim], *index[dim + 1 :]]
+    if target is aten.select.int:
+        dim = args[1] % (len(index) + 1)
+        position = _integer(args[2])
+        if position is None or not sympy.sympify(position).is_nonnegative:
+            return None
+        return [*index[:dim], sympy.sympify(position), *index[dim:]]
+    if target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+        before, after = tensor(args[0]).shape, tensor(node).shape
+        kept = [i for i, size in zip(index, after, strict=True) if not same(size, 1)]
+        wanted = [size for size in before if not same(size, 1)]
+        sizes = [size for size in after if not same(size, 1)]
+        if len(wanted) != len(sizes) or not all(same(a, b) for a, b in zip(wanted, sizes, strict=True)):
+            return None
+        remaining = iter(kept)
+        return [sympy.Integer(0) if same(size, 1) else next(remaining) for size in before]
+    return None
+
+
+_RELATIONS: dict[str, Callable[[float, float], bool]] = {
+    "eq": lambda a, b: a == b,
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+}
+_LOGIC = {
+    aten.logical_not.default: "logical not",
+    aten.logical_and.default: "logical and",
+    aten.logical_or.default: "logical or",
+    aten.logical_xor.default: "logical xor",
+    aten.bitwise_not.default: "not",
+    aten.bitwise_and.Tensor: "and",
+    aten.bitwise_or.Tensor: "or",
+    aten.bitwise_xor.Tensor: "xor",
+    aten.__and__.Tensor: "and",
+    aten.__or__.Tensor: "or",
+}
+_SUMS: dict[Any, Callable[[Any, Any], Any]] = {
+    aten.add.Tensor: lambda a, b: a + b,
+    aten.add.Scalar: lambda a, b: a + b,
+    aten.sub.Tensor: lambda a, b: a - b,
+    aten.sub.Scalar: lambda a, b: a - b,
+    aten.mul.Tensor: lambda a, b: a * b,
+    aten.mul.Scalar: lambda a, b: a * b,
+    aten.rsub.Scalar: lambda a, b: b - a,
+}
+_COMPARISONS = {
+    aten.le.Tensor: "le",
+    aten.le.Scalar: "le",
+    aten.lt.Tensor: "lt",
+    aten.lt.Scalar: "lt",
+    aten.ge.Tensor: "ge",
+    aten.ge.Scalar: "ge",
+    aten.gt.Tensor: "gt",
+    aten.gt.Scalar: "gt",
+    aten.eq.Tensor: "eq",
+    aten.eq.Scalar: "eq",
+    aten.ne.Tensor: "ne",
+    aten.ne.Scalar: "ne",
+}

@@ -1,0 +1,555 @@
+"""Attention weights: the ways to write softmax, and what is done between it and the product with the value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnrewrite.analysis.scores import FLOATING, node_in_words, row_maximum
+from attnrewrite.analysis.values import constant_value, possible_values
+from attnrewrite.analysis.views import (
+    Axis,
+    Dim,
+    Layout,
+    Operand,
+    Product,
+    axes_of,
+    broadcast,
+    fresh_layout,
+    is_layout_op,
+    is_product,
+    product_from_operand,
+    product_of_factor,
+    push,
+    resolve,
+    size_of,
+)
+from attnrewrite.ir import Size, is_cast, is_tensor, same, tensor
+from attnrewrite.site import Fill, NotAttention, Scale, WeightMod, Zero
+
+__all__ = ["Softmax", "WeightWalk", "follow_weights", "normalisations", "split_sink"]
+
+aten = torch.ops.aten
+
+_SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+_LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default)
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """One normalisation over one dimension, however it is written.
+
+    Attributes:
+        node: the weights.
+        scores: what is normalised.
+        dim: the dimension, counted from the first.
+        nodes: the nodes that compute it out of ``scores``.
+        sink: the score of one more key, whose weight is dropped: the 1 in ``exp(x) / (1 + exp(x).sum())`` is exp(0).
+        nan_to_zero: a row whose scores are all minus infinity gives zeros.
+        fills: what the exponentials are multiplied by before they are added up, as fills with minus infinity.
+    """
+
+    node: fx.Node
+    scores: fx.Node
+    dim: int
+    nodes: tuple[fx.Node, ...]
+    sink: Operand | float | None = None
+    nan_to_zero: bool = False
+    fills: tuple[Fill, ...] = ()
+    layout: Layout = ()
+
+
+def normalisations(graph: fx.Graph) -> Iterator[Softmax]:
+    """Every softmax of the graph."""
+    for target in _SOFTMAX:
+        for node in graph.find_nodes(op="call_function", target=target):
+            dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+            scores = node.args[0]
+            if isinstance(dim, int) and is_tensor(scores) and tensor(node).dim():
+                safe = target is aten._safe_softmax.default
+                yield _whole(Softmax(node, scores, dim % tensor(node).dim(), (node,), nan_to_zero=safe))
+    for node in graph.find_nodes(op="call_function", target=aten.exp.default):
+        found = _exponential_of_logarithm(node)
+        if found is not None:
+            yield _whole(found)
+    for node in graph.find_nodes(op="call_function", target=aten.div.Tensor):
+        found = _divided_by_sum(node)
+        if found is not None:
+            yield found
+
+
+def _whole(found: Softmax) -> Softmax:
+    return replace(found, layout=fresh_layout(tensor(found.node).shape))
+
+
+def _exponential_of_logarithm(node: fx.Node) -> Softmax | None:
+    """``log_softmax(x).exp()``, ``exp(x - logsumexp(x))``."""
+    inner, casts = _behind_casts(node.args[0])
+    if inner is None:
+        return None
+    args: Any = inner.args
+    if inner.target in _LOG_SOFTMAX:
+        dim = args[1] if len(args) > 1 else inner.kwargs.get("dim")
+        if not isinstance(dim, int) or not is_tensor(args[0]) or not tensor(inner).dim():
+            return None
+        return Softmax(node, args[0], dim % tensor(inner).dim(), (inner, *casts, node))
+    if inner.target is not aten.sub.Tensor or not is_tensor(args[1]) or args[1].target is not aten.logsumexp.default:
+        return None
+    total = args[1]
+    dims = total.args[1]
+    keep = bool(total.args[2]) if len(total.args) > 2 else bool(total.kwargs.get("keepdim"))
+    if total.args[0] is not args[0] or inner.kwargs or not keep or len(dims) != 1:
+        return None
+    return Softmax(node, args[0], int(dims[0]) % tensor(args[0]).dim(), (total, inner, *casts, node))
+
+
+def _behind_casts(node: Any) -> tuple[fx.Node | None, list[fx.Node]]:
+    casts: list[fx.Node] = []
+    while is_tensor(node) and is_cast(node) and tensor(node).dtype in FLOATING:
+        casts.append(node)
+        node = node.args[0]
+    return (node if is_tensor(node) and node.op == "call_function" else None), casts
+
+
+# exp(x) / exp(x).sum(), written out.
+
+
+@dataclass
+class _Exponentials:
+    """``exp(argument) * masks``, with the nodes that compute it."""
+
+    node: fx.Node
+    argument: fx.Node
+    fills: list[tuple[fx.Node, fx.Node, bool]]
+    nodes: list[fx.Node]
+
+
+def _divided_by_sum(node: fx.Node) -> Softmax | None:
+    if node.kwargs or not (is_tensor(node.args[0]) and is_tensor(node.args[1])):
+        return None
+    numerator, denominator = node.args[0], node.args[1]
+    top = _exponentials(numerator)
+    if top is None:
+        return None
+    rank = tensor(node).dim()
+    total = _denominator(denominator, top, rank)
+    if total is None or tensor(numerator).dim() != rank:
+        return None
+    dim, addends, bottom_nodes = total
+    layout = fresh_layout(tensor(node).shape)
+    shifted, maximum = _without_maximum(top.argument, layout, axes_of((layout[dim],)))
+    nodes = dict.fromkeys([*maximum, *top.nodes, *bottom_nodes, node])
+    fills = []
+    for condition, at, invert in top.fills:
+        own = broadcast(layout, tensor(at).shape, tensor(condition).shape)
+        if own is None:
+            return None
+        fills.append(Fill(Operand(condition, own), -math.inf, tensor(at).dtype, invert))
+    sink: Operand | float | None = None
+    scores = top.argument
+    for addend in addends:
+        if sink is not None:
+            return None
+        if isinstance(addend, (int, float)):
+            if maximum:
+                # The sum is at least 1 then, and what float32 cannot add to 1 changes nothing.
+                if not 0 <= addend < torch.finfo(tensor(node).dtype).eps / 2:
+                    return None
+                continue
+            if addend <= 0:
+                return None
+            sink = math.log(addend)
+            continue
+        read = _sink_in_denominator(addend, shifted, maximum, layout, axes_of((layout[dim],)))
+        if read is None:
+            return None
+        sink, more = read
+        nodes.update(dict.fromkeys(more))
+        scores = shifted
+    if scores is top.argument:
+        # The walk back over the scores knows a maximum that is subtracted.
+        for part in maximum:
+            nodes.pop(part, None)
+    return Softmax(node, scores, dim, tuple(nodes), sink, fills=tuple(fills), layout=layout)
+
+
+def _exponentials(node: Any) -> _Exponentials | None:
+    start = node
+    nodes: list[fx.Node] = []
+    fills: list[tuple[fx.Node, fx.Node, bool]] = []
+    while is_tensor(node) and node.op == "call_function":
+        nodes.append(node)
+        args: Any = node.args
+        if node.target is aten.exp.default:
+            return _Exponentials(start, args[0], fills, nodes) if is_tensor(args[0]) else None
+        if is_cast(node) and tensor(node).dtype in FLOATING:
+            node = args[0]
+        elif node.target is aten.masked_fill.Scalar and constant_value(args[2]) == 0:
+            fills.append((args[1], node, False))
+            node = args[0]
+        elif node.target is aten.mul.Tensor and is_tensor(args[0]) and is_tensor(args[1]):
+            masks = [arg for arg in args[:2] if possible_values(arg) <= {0.0, 1.0}]
+            if len(masks) != 1:
+                return None
+            fills.append((masks[0], node, True))
+            node = args[1] if masks[0] is args[0] else args[0]
+        else:
+            return None
+    return None
+
+
+def _denominator(node: fx.Node, top: _Exponentials, rank: int) -> tuple[int, list[Any], list[fx.Node]] | None:
+    """``sum(exponentials, dim) + addends``: (dim, addends, nodes)."""
+    addends: list[Any] = []
+    nodes: list[fx.Node] = []
+    current: Any = node
+    while is_tensor(current) and current.op == "call_function":
+        nodes.append(current)
+        args: Any = current.args
+        if current.target is aten.sum.dim_IntList:
+            dims, keep = args[1], bool(args[2]) if len(args) > 2 else bool(current.kwargs.get("keepdim"))
+            if not isinstance(dims, (list, tuple)) or len(dims) != 1 or not _same_up_to_casts(args[0], top, nodes):
+                return None
+            dim = int(dims[0]) % rank
+            own = tensor(node).shape
+            if len(own) != rank or not same(own[dim], 1) or (not keep and len(nodes) < 2):
+                return None
+            return dim, addends, nodes
+        if is_cast(current) or current.target in (aten.unsqueeze.default, aten.view.default, aten.expand.default):
+            current = args[0]
+        elif current.target in (aten.add.Tensor, aten.add.Scalar) and not current.kwargs:
+            first, second = args[:2]
+            into_first = is_tensor(first) and _reaches_sum(first)
+            addends.append(second if into_first else first)
+            current = first if into_first else second
+        else:
+            return None
+    return None
+
+
+def _reaches_sum(node: fx.Node) -> bool:
+    while is_tensor(node) and node.op == "call_function":
+        if node.target is aten.sum.dim_IntList:
+            return True
+        if not (is_cast(node) or is_layout_op(node) or node.target in (aten.add.Tensor, aten.add.Scalar)):
+            return False
+        node = node.args[0]
+    return False
+
+
+def _same_up_to_casts(node: Any, top: _Exponentials, nodes: list[fx.Node]) -> bool:
+    """Whether what is added up is what is divided: the same exponentials, behind casts on either side."""
+    while node not in top.nodes and is_tensor(node) and is_cast(node) and tensor(node).dtype in FLOATING:
+        nodes.append(node)
+        node = node.args[0]
+    if node not in top.nodes:
+        return False
+    # What the numerator has on top of it must be casts only.
+    above = top.nodes[: top.nodes.index(node)]
+    return all(is_cast(part) for part in above)
+
+
+def _without_maximum(
+    argument: fx.Node, layout: Layout, key_axes: tuple[Axis, ...]
+) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    """``x`` of ``x - x.max()`` with the nodes in between; the argument itself where no maximum is subtracted."""
+    inner, casts = _behind_casts(argument)
+    if inner is None or inner.target is not aten.sub.Tensor or inner.kwargs or not is_tensor(inner.args[1]):
+        return argument, ()
+    source: Any = inner.args[0]
+    if not is_tensor(source):
+        return argument, ()
+    maximum = row_maximum(inner.args[1], source, layout, key_axes)
+    return (source, (*maximum, inner, *casts)) if maximum is not None else (argument, ())
+
+
+def _sink_in_denominator(
+    addend: Any, scores: fx.Node, maximum: tuple[fx.Node, ...], layout: Layout, key_axes: tuple[Axis, ...]
+) -> tuple[Operand | float, list[fx.Node]] | None:
+    """``exp(-max)`` (a sink of zero) or ``exp(sink - max)`` beside a shifted sum; ``exp(sink)`` beside a plain one."""
+    inner, casts = _behind_casts(addend)
+    if inner is None or inner.target is not aten.exp.default or not is_tensor(inner.args[0]):
+        return None
+    argument: Any = inner.args[0]
+    nodes = [*casts, inner]
+
+    def operand(node: fx.Node) -> Operand | None:
+        shape = [*tensor(scores).shape]
+        own = broadcast(layout, shape, tensor(node).shape)
+        return None if own is None or set(axes_of(own)) & set(key_axes) else Operand(node, own)
+
+    if not maximum:
+        found = operand(argument)
+        return None if found is None else (found, nodes)
+    if argument.target is aten.neg.default:
+        inside: Any = argument.args[0]
+        return (0.0, [*nodes, argument]) if inside in maximum and inside is _result_of(maximum) else None
+    if argument.target is aten.sub.Tensor and not argument.kwargs:
+        sink, subtracted = argument.args[:2]
+        if subtracted is _result_of(maximum) and is_tensor(sink):
+            found = operand(sink)
+            return None if found is None else (found, [*nodes, argument])
+    return None
+
+
+def _result_of(maximum: tuple[fx.Node, ...]) -> Any:
+    """What is subtracted from the scores, among the nodes of ``x - x.max()``."""
+    subtraction = next((node for node in maximum if node.target is aten.sub.Tensor), None)
+    return None if subtraction is None else subtraction.args[1]
+
+
+# One more key, as a column of the scores.
+
+
+def split_sink(softmax: Softmax, key_dim: Dim) -> tuple[Softmax, Dim, bool] | None:
+    """Softmax over scores to which a column was joined: the same over the scores alone, with a sink.
+
+    Returns the softmax, the dimension of the keys without the sink, and whether the sink comes first; None where the
+    scores are not joined from two parts, one of them of size one.
+    """
+    chain: list[fx.Node] = []
+    node: Any = softmax.scores
+    layout = softmax.layout
+    while is_tensor(node) and node.op == "call_function":
+        args: Any = node.args
+        if is_cast(node) and tensor(node).dtype in FLOATING:
+            chain.append(node)
+            node = args[0]
+            continue
+        if node.target is aten.sub.Tensor and is_tensor(args[0]) and is_tensor(args[1]) and not node.kwargs:
+            maximum = row_maximum(args[1], args[0], layout, axes_of((key_dim,)))
+            if maximum is None:
+                return None
+            chain.extend([*maximum, node])
+            node = args[0]
+            continue
+        break
+    if not is_tensor(node) or node.op != "call_function" or softmax.sink is not None:
+        return None
+    joined = _joined_column(node, softmax.dim)
+    if joined is None:
+        return None
+    scores, column, first = joined
+    keys: Dim = () if same(tensor(scores).shape[softmax.dim], 1) else (Axis(tensor(scores).shape[softmax.dim], "key"),)
+    sink: Operand | float
+    if isinstance(column, float):
+        sink = column
+    else:
+        own = list(resolve(layout))
+        own[softmax.dim] = ()
+        sink = Operand(column, tuple(own))
+    return replace(softmax, scores=scores, sink=sink, nodes=(*chain, node, *softmax.nodes)), keys, first
+
+
+def _joined_column(node: fx.Node, dim: int) -> tuple[fx.Node, fx.Node | float, bool] | None:
+    """(scores, column, whether the column comes first) of ``cat([scores, column], dim)`` or a padded column."""
+    args: Any = node.args
+    value: Any
+    rank = tensor(node).dim()
+    if node.target is aten.cat.default and len(args[0]) == 2:
+        given: Any = args[1] if len(args) > 1 else node.kwargs.get("dim", 0)
+        along = given % rank
+        a, b = args[0]
+        if along != dim or not (is_tensor(a) and is_tensor(b)):
+            return None
+        if same(tensor(b).shape[dim], 1):
+            return a, _number_or(b), False
+        return (b, _number_or(a), True) if same(tensor(a).shape[dim], 1) else None
+    if node.target in (aten.constant_pad_nd.default, aten.pad.default):
+        pads = list(args[1])
+        if node.target is aten.pad.default:
+            mode = args[2] if len(args) > 2 else node.kwargs.get("mode", "constant")
+            value = args[3] if len(args) > 3 else node.kwargs.get("value")
+            if mode != "constant":
+                return None
+        else:
+            value = args[2] if len(args) > 2 else 0
+        wanted = 2 * (rank - 1 - dim)
+        if any(pads[:wanted]) or any(pads[wanted + 2 :]) or len(pads) < wanted + 2:
+            return None
+        if pads[wanted : wanted + 2] not in ([0, 1], [1, 0]):
+            return None
+        return args[0], float(value or 0), pads[wanted] == 1
+    return None
+
+
+def _number_or(node: fx.Node) -> fx.Node | float:
+    constant = constant_value(node)
+    return node if constant is None else constant
+
+
+# From softmax to the product with the value.
+
+
+@dataclass
+class WeightWalk:
+    """The way of the weights to the product with the value.
+
+    ``weights``: the operand of the product; ``nodes``: those in between; ``mods``: what they do, in order.
+    """
+
+    weights: fx.Node
+    product: Product
+    dropout: float = 0.0
+    mods: list[WeightMod] = field(default_factory=list)
+    nan_to_zero: bool = False
+    nodes: list[fx.Node] = field(default_factory=list)
+
+
+def follow_weights(softmax: Softmax, layout: Layout, sink_dim: tuple[Dim, Dim, bool] | None) -> WeightWalk:
+    """Follows the weights, whose dimensions are ``layout``, to the product with the value.
+
+    Args:
+        sink_dim: the dimension with the sink, the same without it, and whether the sink comes first; a slice must
+            drop it on the way.
+
+    Raises:
+        NotAttention: something on the way cannot be read.
+    """
+    node = softmax.node
+    walk = WeightWalk(node, None)  # type: ignore[arg-type]
+    while True:
+        users = [user for user in node.users if user.op != "output" and user not in softmax.nodes]
+        if not users:
+            raise NotAttention("the attention weights are returned")
+        product_node = next((user for user in users if is_product(user)), None)
+        factor = None
+        if product_node is None:
+            factor = next((user for user in users if product_of_factor(user) is not None), None)
+            product_node = product_of_factor(factor) if factor is not None and _sums_keys(factor, node) else None
+        if product_node is not None:
+            product = product_from_operand(product_node, node, layout)
+            if product is None:
+                raise NotAttention("the product of weights and value cannot be laid out along the weights' axes")
+            if sink_dim is not None:
+                raise NotAttention("the added column of the weights is multiplied with the value")
+            walk.weights, walk.product = node, product
+            walk.nodes.extend(product.nodes[:-1])
+            return walk
+        user = next((user for user in users if _may_pass(user, node)), None)
+        if user is None:
+            raise NotAttention(f"{node_in_words(users[0])} stands between softmax and the product with the value")
+        if sink_dim is not None and user.target is aten.slice.Tensor:
+            layout = _without_sink(user, layout, sink_dim)
+            sink_dim = None
+        else:
+            layout = _step(user, node, layout, walk)
+        walk.nodes.append(user)
+        node = user
+
+
+_PASSING = frozenset(
+    {
+        aten.dropout.default,
+        aten.slice.Tensor,
+        aten.masked_fill.Scalar,
+        aten.masked_fill.Tensor,
+        aten.where.self,
+        aten.where.ScalarOther,
+        aten.where.ScalarSelf,
+        aten.mul.Tensor,
+        aten.mul.Scalar,
+        aten.div.Tensor,
+        aten.div.Scalar,
+        aten.nan_to_num.default,
+    }
+)
+
+
+def _sums_keys(factor: fx.Node, weights: fx.Node) -> bool:
+    """Whether an elementwise product that is summed afterwards has the weights stretched over another tensor."""
+    other = factor.args[1] if factor.args[0] is weights else factor.args[0]
+    return is_tensor(other) and any(same(size, 1) for size in tensor(weights).shape)
+
+
+def _may_pass(user: fx.Node, node: fx.Node) -> bool:
+    if user.target in (aten.div.Tensor, aten.div.Scalar) and user.args[0] is not node:
+        return False
+    return is_cast(user) or is_layout_op(user) or user.target in _PASSING
+
+
+def _step(user: fx.Node, node: fx.Node, layout: Layout, walk: WeightWalk) -> Layout:
+    args: Any = user.args
+    target: Any = user.target
+    if target is aten.dropout.default:
+        if args[2] and args[1] > 0:
+            if walk.dropout:
+                raise NotAttention("dropout is applied to the weights twice")
+            walk.dropout = float(args[1])
+        return layout
+    if is_cast(user):
+        if tensor(user).dtype not in FLOATING:
+            raise NotAttention(f"the attention weights are cast to {tensor(user).dtype}".replace("torch.", ""))
+        return layout
+    if is_layout_op(user):
+        pushed = push(user, layout)
+        if pushed is None or set(axes_of(pushed)) != set(axes_of(layout)):
+            raise NotAttention("the weights are reordered in a way that no layout expresses")
+        return pushed
+    if target is aten.nan_to_num.default:
+        nan = args[1] if len(args) > 1 else user.kwargs.get("nan")
+        if nan not in (None, 0, 0.0):
+            raise NotAttention(f"{node_in_words(user)} replaces NaN among the attention weights")
+        walk.nan_to_zero = True
+        return layout
+    if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        walk.mods.append(Zero(_condition(args[1], user, layout)))
+        _require_zero(args[2], user)
+        return layout
+    if target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
+        kept_first = args[1] is node
+        if args[0] is node or kept_first == (args[2] is node):
+            raise NotAttention(f"{node_in_words(user)} chooses between two values of the attention weights")
+        _require_zero(args[2] if kept_first else args[1], user)
+        walk.mods.append(Zero(_condition(args[0], user, layout), invert=kept_first))
+        return layout
+    if target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
+        other = args[1] if args[0] is node else args[0]
+        if other is node or user.kwargs.get("rounding_mode") is not None:
+            raise NotAttention(f"{node_in_words(user)} combines the attention weights with themselves")
+        walk.mods.append(_multiplied(other, user, layout))
+        return layout
+    raise NotAttention(f"{node_in_words(user)} stands between softmax and the product with the value")
+
+
+def _multiplied(other: Any, user: fx.Node, layout: Layout) -> WeightMod:
+    divide = user.target in (aten.div.Tensor, aten.div.Scalar)
+    if not is_tensor(other):
+        return Scale(other, divide)
+    operand = _condition(other, user, layout)
+    if not divide and possible_values(other) <= {0.0, 1.0} and constant_value(other) is None:
+        return Zero(operand, invert=True, multiplied=True)
+    return Scale(operand, divide)
+
+
+def _condition(other: Any, user: fx.Node, layout: Layout) -> Operand:
+    own = broadcast(layout, tensor(user).shape, tensor(other).shape) if is_tensor(other) else None
+    if own is None:
+        raise NotAttention(f"an operand of {node_in_words(user)} does not broadcast to the attention weights")
+    return Operand(other, own)
+
+
+def _require_zero(value: Any, user: fx.Node) -> None:
+    if constant_value(value) != 0:
+        raise NotAttention(f"{node_in_words(user)} puts other numbers than zero among the attention weights")
+
+
+def _without_sink(user: fx.Node, layout: Layout, sink_dim: tuple[Dim, Dim, bool]) -> Layout:
+    with_sink, keys, first = sink_dim
+    args: Any = user.args
+    dim = (args[1] if len(args) > 1 else 0) % len(layout)
+    size: Size = tensor(user).shape[dim]
+    before: Size = tensor(args[0]).shape[dim]
+    start = args[2] if len(args) > 2 else None
+    step = args[4] if len(args) > 4 else 1
+    starts_right = start == 1 if first else start in (None, 0)
+    if resolve((layout[dim],)) != resolve((with_sink,)) or step != 1 or not starts_right:
+        raise NotAttention(f"{node_in_words(user)} takes a part of the attention weights")
+    if not same(size, size_of(keys)) or not same(before - 1, size):
+        raise NotAttention(f"{node_in_words(user)} takes a part of the attention weights")
+    return (*layout[:dim], keys, *layout[dim + 1 :])

@@ -1,0 +1,214 @@
+"""A site's terms as the mask that kernels take, and what the source gives rows that have no key."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx
+
+from attnrewrite.analysis.masks import FAR_BELOW
+from attnrewrite.analysis.values import ABSORBING, Kind, possible_values
+from attnrewrite.analysis.views import Dim, Operand, size_of
+from attnrewrite.ir import Builder, same, tensor
+from attnrewrite.kernels.layout import Plan, lay_out, modified
+from attnrewrite.site import AttentionSite, Bias, Fill, Floor
+
+__all__ = ["Mask"]
+
+aten = torch.ops.aten
+
+
+class Mask:
+    """The site's terms as one tensor (batch or 1, heads or 1, query length or 1, key length), boolean or additive."""
+
+    def __init__(self, builder: Builder, site: AttentionSite, dims: tuple[Dim, ...]) -> None:
+        assert site.scores is not None
+        self._builder = builder
+        self._site = site
+        self._dims = dims
+        self._terms = site.scores.terms
+        self.node: fx.Node | None = None
+        self.opened_rows: fx.Node | None = None
+        if self._terms:
+            self._write(site.scores.fills_decide)
+        if site.sink is not None:
+            self._append_sink(site.sink)
+
+    def _write(self, fills_decide: bool) -> None:
+        call = self._builder.call
+        (first, *more) = self._terms
+        if not more and isinstance(first, Fill) and first.value == -math.inf and self._site.sink is None:
+            condition = self._condition(first.condition)
+            self.node = condition if first.invert else call(aten.logical_not.default, condition)
+        else:
+            self.node = self._within_range(self._replayed())
+        if fills_decide:
+            self._open_filled_rows()
+        # The CPU's kernel takes a mask whose keys broadcast, the CUDA kernels do not.
+        if not same(tensor(self.node).shape[-1], _key_length(self._site)):
+            shape = [*tensor(self.node).shape[:-1], _key_length(self._site)]
+            self.node = call(aten.expand.default, self.node, shape)
+
+    def _append_sink(self, sink: Operand | float) -> None:
+        call = self._builder.call
+        zeros = tensor(self._site.query.node).new_zeros
+        if self.node is None:
+            kind = {"dtype": self._dtype, "device": self._site.device}
+            value = zeros((1, 1, 1, 1), dtype=self._dtype)
+            self.node = self._builder.insert(aten.full.default, ([1, 1, 1, 1], 0.0), kind, value)
+            self.node = call(aten.expand.default, self.node, [1, 1, 1, _key_length(self._site)])
+        if not isinstance(sink, Operand):
+            self.node = call(aten.constant_pad_nd.default, self.node, [0, 1], sink)
+            return
+        column = self._cast(self._laid_out(sink))
+        wide, narrow = tensor(self.node).shape, tensor(column).shape
+        rows = [a if not same(a, 1) else b for a, b in zip(wide[:-1], narrow[:-1], strict=True)]
+        parts = [call(aten.expand.default, part, [*rows, tensor(part).shape[-1]]) for part in (self.node, column)]
+        self.node = call(aten.cat.default, parts, -1)
+
+    def _condition(self, operand: Operand) -> fx.Node:
+        """A condition may be written in numbers."""
+        node = self._laid_out(operand)
+        return node if tensor(node).dtype is torch.bool else self._builder.call(aten.ne.Scalar, node, 0)
+
+    def _laid_out(self, operand: Operand) -> fx.Node:
+        return lay_out(self._builder, operand.node, operand.layout, self._dims)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The CPU's kernel takes float32 masks with half-precision operands; elsewhere the dtypes must agree."""
+        compute = self._site.compute_dtype
+        if self._site.device.type != "cpu" or compute.itemsize > 4:
+            return compute
+        assert self._site.scores is not None
+        only_biases = all(isinstance(term, Bias) for term in self._terms)
+        return compute if only_biases and all(_dtype_of(term) is compute for term in self._terms) else torch.float32
+
+    def _replayed(self) -> fx.Node:
+        """What the source does to the scores, done to zeros."""
+        call = self._builder.call
+        total: fx.Node | None = None
+        for term in self._terms:
+            if isinstance(term, Bias):
+                bias = self._cast(self._laid_out(term.operand))
+                for scale in term.scales:
+                    bias = self._cast(modified(self._builder, bias, scale, self._dims))
+                if term.factor != 1:
+                    bias = call(aten.mul.Scalar, bias, term.factor)
+                total = bias if total is None else call(aten.add.Tensor, total, bias)
+                continue
+            if isinstance(term, Floor):
+                assert total is not None
+                total = call(aten.clamp.default, total, max(term.value, ABSORBING))
+                continue
+            condition = self._condition(term.condition)
+            value = self._fill_value(term)
+            if total is None:
+                filled = (0.0, value) if term.invert else (value, 0.0)
+                total = self._cast(call(aten.where.Scalar, condition, *filled))
+            elif term.invert:
+                total = call(aten.where.ScalarOther, condition, total, value)
+            else:
+                total = call(aten.where.ScalarSelf, condition, value, total)
+        assert total is not None
+        return total
+
+    def _fill_value(self, term: Fill) -> float:
+        """A fill replaces the score, a mask is added to it: the number must swallow any score, and stay finite."""
+        if term.value == -math.inf:
+            return -math.inf
+        return -math.inf if self._dtype is torch.float16 else ABSORBING
+
+    def _within_range(self, mask: fx.Node) -> fx.Node:
+        """CUDA kernels multiply by log2(e): what overflows there would turn a mean of the values into 0."""
+        assert self._site.scores is not None
+        if self._site.device.type == "cpu" or self._site.fused or self._site.scores.masked_rows == "none":
+            return mask
+        if not any(isinstance(term, Bias) and _may_be_below_absorbing(term) for term in self._terms):
+            return mask
+        call = self._builder.call
+        clamped = call(aten.clamp.default, mask, ABSORBING)
+        return call(aten.where.self, call(aten.eq.Scalar, mask, -math.inf), mask, clamped)
+
+    def _cast(self, node: fx.Node) -> fx.Node:
+        return node if tensor(node).dtype is self._dtype else self._builder.call(aten.to.dtype, node, self._dtype)
+
+    def _open_filled_rows(self) -> None:
+        """Rows whose keys are all filled attend every key, with a query of zero: that gives the mean of the values.
+
+        It is what a finite fill gives in the source, and no gradient reaches query and key there, as in the source.
+        """
+        call = self._builder.call
+        filled: fx.Node | None = None
+        for term in self._terms:
+            if isinstance(term, Fill):
+                condition = self._condition(term.condition)
+                condition = call(aten.logical_not.default, condition) if term.invert else condition
+                filled = condition if filled is None else call(aten.logical_or.default, filled, condition)
+        assert filled is not None and self.node is not None
+        self.opened_rows = call(aten.all.dim, filled, -1, True)
+        if tensor(self.node).dtype is torch.bool:
+            self.node = call(aten.logical_or.default, self.node, self.opened_rows)
+        else:
+            self.node = call(aten.where.ScalarSelf, self.opened_rows, 0.0, self.node)
+
+    def with_source_rows(self, output: fx.Node, value: fx.Node, plan: Plan) -> fx.Node:
+        """The output with what the source gives rows that have no key, where that is NaN or zero."""
+        site, call = self._site, self._builder.call
+        assert site.scores is not None
+        rows = site.scores.masked_rows
+        if rows in ("zero", "zero where NaN"):
+            infinite = any(isinstance(term, Fill) and term.value == -math.inf for term in self._terms)
+            if self.opened_rows is not None and (rows == "zero" or infinite):
+                return call(aten.where.ScalarSelf, self.opened_rows, 0.0, output)
+            # Rows that minus infinity masks are zero with every kernel.
+            return call(aten.where.ScalarSelf, self._rows_without_key(), 0.0, output) if rows == "zero" else output
+        if rows != "NaN":
+            return output
+        if self.opened_rows is None:
+            return call(aten.mul.Tensor, output, self._nan_where_no_key(site.compute_dtype))
+        if any(isinstance(term, Bias) for term in self._terms):
+            output = call(aten.mul.Tensor, output, self._nan_where_no_key(site.compute_dtype))
+        if not any(isinstance(term, Fill) and term.value == -math.inf for term in self._terms):
+            return output
+        if not site.differentiable:
+            return call(aten.where.ScalarSelf, self.opened_rows, math.nan, output)
+        # The source's gradient of such a row is NaN for every value and nothing for query and key.
+        total = call(aten.sum.dim_IntList, value, [-2], True)
+        if plan.grouped:
+            groups = size_of(site.group_axes)
+            total = call(aten.repeat_interleave.self_int, total, groups, 1)
+        poison = call(aten.where.Scalar, self.opened_rows, math.nan, 0.0)
+        poison = call(aten.to.dtype, poison, site.compute_dtype)
+        return call(aten.add.Tensor, output, call(aten.mul.Tensor, total, poison))
+
+    def _nan_where_no_key(self, dtype: torch.dtype) -> fx.Node:
+        """A factor for the output: 1, and NaN in rows whose scores are all minus infinity, as softmax gives there."""
+        call = self._builder.call
+        factor = call(aten.where.Scalar, self._rows_without_key(-math.inf), math.nan, 1.0)
+        return factor if tensor(factor).dtype is dtype else call(aten.to.dtype, factor, dtype)
+
+    def _rows_without_key(self, masked: float = FAR_BELOW) -> fx.Node:
+        """Rows whose scores are all lowered to ``masked`` or further."""
+        call = self._builder.call
+        assert self.node is not None
+        if tensor(self.node).dtype is torch.bool:
+            return call(aten.logical_not.default, call(aten.any.dim, self.node, -1, True))
+        highest = call(aten.amax.default, self.node, [-1], True)
+        return call(aten.le.Scalar, highest, masked)
+
+
+def _key_length(site: AttentionSite) -> int | torch.SymInt:
+    return size_of(site.key_axes)
+
+
+def _dtype_of(term: Bias | Fill | Floor) -> torch.dtype | None:
+    return term.operand.dtype if isinstance(term, Bias) else None
+
+
+def _may_be_below_absorbing(term: Bias) -> bool:
+    return any(
+        value is Kind.ANY or (isinstance(value, float) and -math.inf < value * term.factor < ABSORBING)
+        for value in possible_values(term.operand.node)
+    )
