@@ -1,4 +1,4 @@
-"""The command line: ``attnrewrite doctor`` and ``attnrewrite explain``.
+"""The command line: ``attnrewrite doctor``, ``attnrewrite explain`` and ``attnrewrite bench``.
 
 torch is imported by the commands, not here: ``attnrewrite --help`` answers at once. Mistakes of the caller end in one
 line on standard error and exit code 2.
@@ -107,6 +107,42 @@ def explain(
         except OSError as error:
             raise _BadInput(f"the HTML page could not be written to {html}: {error.strerror or error}") from error
         click.echo(f"Wrote {html}", err=True)
+
+
+@main.group()
+def bench() -> None:
+    """Measure attnrewrite itself."""
+
+
+@bench.command("pass")
+@click.option("--repeats", type=click.IntRange(min=1), default=5, help="Measurements of each graph (default 5).")
+@click.option(
+    "--blocks",
+    metavar="N",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(10, 100),
+    help="A model of N blocks, each of 100 nodes with one attention; give it once for each (default 10 and 100).",
+)
+@click.option("--dynamic", is_flag=True, help="Measure graphs with symbolic shapes.")
+@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write the raw data here.")
+def bench_pass(repeats: int, blocks: tuple[int, ...], dynamic: bool, path: Path | None) -> None:
+    """Measure how long finding, choosing and splicing take, on graphs of 1,000 and of 10,000 nodes.
+
+    Capturing is measured beside them: it is PyTorch's tracing, which takes most of the time.
+    """
+    from attnrewrite.bench import print_pass_benchmark, run_pass_benchmark
+
+    if path is not None and not path.parent.is_dir():
+        raise _BadInput(f"the data could not be written to {path}: {path.parent} is no directory")
+    result = run_pass_benchmark(blocks, repeats, dynamic)
+    print_pass_benchmark(result)
+    if path is not None:
+        try:
+            result.save(path)
+        except OSError as error:
+            raise _BadInput(f"the data could not be written to {path}: {error.strerror or error}") from error
+        click.echo(f"Wrote {path}", err=True)
 
 
 def _load(target: str, traceback: bool) -> Callable[[], Any]:
