@@ -3,6 +3,7 @@
 ``torch.compile(model, backend="attnrewrite")`` needs no import of this package. The names here are for the rest:
 
 - :func:`accelerate_attention`: the backend for one module class, module or function.
+- :func:`register_pattern`, :func:`unregister_pattern`: attentions that the catalogue lacks; see docs/patterns.md.
 - :func:`explain`: a :class:`RewriteReport` of what is rewritten in a model, into what, and why the rest is not.
 """
 
@@ -15,26 +16,33 @@ if TYPE_CHECKING:
     from attnrewrite.decorator import accelerate_attention
     from attnrewrite.errors import AttnRewriteError, OptionError
     from attnrewrite.explanation import explain
+    from attnrewrite.patterns import PatternError, register_pattern, unregister_pattern
     from attnrewrite.report import GraphReport, RewriteReport, SiteReport
 
 __all__ = [
     "AttnRewriteError",
     "GraphReport",
     "OptionError",
+    "PatternError",
     "RewriteReport",
     "SiteReport",
     "accelerate_attention",
     "explain",
+    "register_pattern",
+    "unregister_pattern",
 ]
 
 _HOMES = {
     "AttnRewriteError": "errors",
     "GraphReport": "report",
     "OptionError": "errors",
+    "PatternError": "patterns",
     "RewriteReport": "report",
     "SiteReport": "report",
     "accelerate_attention": "decorator",
     "explain": "explanation",
+    "register_pattern": "patterns",
+    "unregister_pattern": "patterns",
 }
 
 
