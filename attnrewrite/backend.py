@@ -20,9 +20,11 @@ from attnrewrite.analysis.scores import leads_to_product
 from attnrewrite.capture import CaptureError, capture
 from attnrewrite.dump import dump_graph, graph_source
 from attnrewrite.inner import CompiledFn, InnerCompiler
+from attnrewrite.patterns import PatternError
 from attnrewrite.policy import Policy, debug_directory
 from attnrewrite.report import GraphReport, RewriteReport
 from attnrewrite.rewrite import Rewritten, rewrite
+from attnrewrite.verify import Original, verified
 
 __all__ = ["attnrewrite", "collect_reports"]
 
@@ -58,8 +60,8 @@ def attnrewrite(
         gm: Dynamo's graph.
         example_inputs: its inputs.
         mode: Inductor's mode; default None.
-        options: ``inner_backend`` (default ``"inductor"``), ``assume_attended_rows`` (default False), and whatever the
-            inner backend takes; see docs/options.md.
+        options: ``inner_backend`` (default ``"inductor"``), ``assume_attended_rows`` (default False), ``verify``
+            (default False), and whatever the inner backend takes; see docs/options.md.
 
     Raises:
         OptionError: an option is unknown or has a wrong value.
@@ -70,6 +72,7 @@ def attnrewrite(
     wanted = _collector.get() is not None or debug_directory() is not None
     before = after = result = gm
     rewritten = Rewritten()
+    original: Original | None = None
     try:
         captured = capture(gm, example_inputs)
     except CaptureError as reason:
@@ -79,10 +82,12 @@ def attnrewrite(
         report.seconds["capture"] = captured.seconds
         if wanted:
             before = fx.GraphModule(captured.gm, copy.deepcopy(captured.gm.graph))
+        original = Original(captured.gm) if policy.verify else None
         try:
             rewritten = rewrite(captured.gm, policy)
         except Exception as error:  # A defect of ours must not break the user's model; it is reported.
-            log.warning("%s: rewriting failed, please report this", report.name, exc_info=True)
+            advice = "" if isinstance(error, PatternError) else ", please report this"
+            log.warning("%s: rewriting failed%s", report.name, advice, exc_info=True)
             report.reason = f"rewriting failed, so the graph is as it was: {type(error).__name__}: {error}"
             keep_attention = True
         else:
@@ -103,10 +108,16 @@ def attnrewrite(
     if directory is not None:
         dump_graph(report, before, after, example_inputs, directory)
     start = time.perf_counter()
-    compiled = inner.compile(
-        result, example_inputs, keep_attention=keep_attention, round_like_eager=rewritten.round_like_eager
-    )
+    round_like_eager = rewritten.round_like_eager
+    unchanged: CompiledFn | None = None
+    if original is not None and rewritten.changed:
+        # Now and not when it is needed: guards that compiling adds belong to this compilation of Dynamo's. If it is
+        # needed, its attention is left as it is on purpose.
+        unchanged = inner.compile(gm, example_inputs, keep_attention=True, round_like_eager=round_like_eager)
+    compiled = inner.compile(result, example_inputs, keep_attention=keep_attention, round_like_eager=round_like_eager)
     report.seconds["inner"] = time.perf_counter() - start
+    if original is not None and unchanged is not None:
+        return verified(original, report, unchanged, compiled)
     return compiled
 
 

@@ -23,12 +23,15 @@ class Policy:
             ``(gm, example_inputs) -> callable``. Default ``"inductor"``.
         assume_attended_rows: the user's word that every query row has at least one key that is not masked. It lifts
             refusals that exist only for the sake of fully masked rows (see docs/exactness.md). Default False.
+        verify: whether the first call of each compiled graph compares every rewritten site with the source
+            (:mod:`attnrewrite.verify`). Default ``ATTNREWRITE_VERIFY``, which is False where it is unset.
         mode: ``torch.compile``'s mode, for Inductor only.
         inner_options: what is passed on to the inner compiler.
     """
 
     inner_backend: str | Callable[..., Any] = "inductor"
     assume_attended_rows: bool = False
+    verify: bool = False
     mode: str | None = None
     inner_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -37,20 +40,31 @@ class Policy:
         """The policy for ``torch.compile(..., backend="attnrewrite", options=options, mode=mode)``.
 
         Keys that are attnrewrite's own are taken; the rest is kept for the inner compiler, which checks them.
+
+        Raises:
+            OptionError: an option of attnrewrite's own, or the environment variable behind it, has a wrong value.
         """
         own: dict[str, Any] = {}
         inner: dict[str, Any] = {}
         for key, value in (options or {}).items():
             (own if key in OWN_OPTIONS else inner)[key] = value
-        if not isinstance(own.get("assume_attended_rows", False), bool):
-            raise OptionError(
-                f"options['assume_attended_rows'] takes True or False; got {own['assume_attended_rows']!r}"
-            )
+        own.setdefault("verify", _verify_by_default())
+        for key in ("assume_attended_rows", "verify"):
+            if not isinstance(own.get(key, False), bool):
+                raise OptionError(f"options[{key!r}] takes True or False; got {own[key]!r}")
         return Policy(mode=None if mode == "default" else mode, inner_options=inner, **own)
 
 
 OWN_OPTIONS = tuple(f.name for f in dataclasses.fields(Policy) if f.name not in ("mode", "inner_options"))
 """The keys of ``options`` that attnrewrite reads itself."""
+
+
+def _verify_by_default() -> bool:
+    """``ATTNREWRITE_VERIFY=1``: every graph is verified, unless its options say otherwise. Default 0."""
+    value = os.environ.get("ATTNREWRITE_VERIFY", "")
+    if value not in ("", "0", "1"):
+        raise OptionError(f"ATTNREWRITE_VERIFY takes 1 or 0; got {value!r}")
+    return value == "1"
 
 
 def debug_directory() -> Path | None:
