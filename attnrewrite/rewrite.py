@@ -74,7 +74,7 @@ def rewrite(gm: fx.GraphModule, policy: Policy) -> Rewritten:
         kernel, row.verdicts = _choose(finding)
         result.add_time("choose", start)
         if kernel is None:
-            row.reason = "; ".join(f"{verdict.kernel}: {verdict.reason}" for verdict in row.verdicts)
+            row.reason = _refusals(row.verdicts)
             continue
         start = time.perf_counter()
         row.status, row.kernel = "rewritten", kernel.name
@@ -135,6 +135,14 @@ def _choose(site: AttentionSite) -> tuple[Kernel | None, tuple[KernelVerdict, ..
         if verdict.willing:
             return kernel, tuple(verdicts)
     return None, tuple(verdicts)
+
+
+def _refusals(verdicts: tuple[KernelVerdict, ...]) -> str:
+    """Each reason once, behind the kernels that gave it."""
+    kernels: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        kernels.setdefault(verdict.reason, []).append(verdict.kernel)
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in kernels.items())
 
 
 # Splicing.

@@ -80,17 +80,19 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     values = [value for term in terms for value in _values(term)]
     dtype = min((term.dtype for term in terms), key=lambda dtype: dtype.itemsize, default=site.softmax_dtype)
     fills_decide = False
-    if reading.inexpressible:
-        _check_rounding(terms, dtype, attended)
-    elif not site.fused:
-        _check_fills(terms, attended)
-        _check_rounding(terms, dtype, attended)
-        fills_decide = attended is None and _only_fills_mask(terms)
-        if site.differentiable and attended is None and not fills_decide and _mixes_fills_and_biases(terms):
+    if site.underflows and attended is None:
+        terms = [_infinite(term) for term in terms]
+        if any(isinstance(term, Bias) and may_mask(term) for term in terms):
             raise NotAttention(
-                "a fill lets no gradient through and a bias does, and a row that both mask may have no key (if no such "
-                "row occurs, say so: options={'assume_attended_rows': True})"
+                "exponentials of the scores themselves are 0 / 0 in a row that a finite bias masks, and no such row "
+                "could be ruled out (if none occurs, say so: options={'assume_attended_rows': True})"
             )
+        values = [value for term in terms for value in _values(term)]
+    inexpressible = reading.inexpressible
+    if not site.fused:
+        _check_rounding(terms, dtype, attended)
+        inexpressible = inexpressible or _no_mask(terms, attended, site.differentiable)
+        fills_decide = not inexpressible and attended is None and _only_fills_mask(terms)
     may_be_infinite = any(value in (Kind.ANY, Kind.LEARNED, -math.inf) for value in values)
     floored = bool(terms) and isinstance(terms[-1], Floor)
     masked_rows = "none"
@@ -104,7 +106,7 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
         masked = None
     value_mods, output_mods, masked_rows = _placed_weight_mods(site, positions, masked, masked_rows)
     causal = site.is_causal
-    plain = not reading.inexpressible and site.sink is None and not site.is_causal
+    plain = not inexpressible and site.sink is None and not site.is_causal
     if plain and masked is not None and None not in kept and attended is not None:
         causal = is_causal(masked, positions)
     return CanonicalScores(
@@ -120,7 +122,7 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
         value_mods,
         output_mods,
         _structure(site, terms, kept, positions),
-        reading.inexpressible,
+        inexpressible,
     )
 
 
@@ -147,11 +149,16 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
             reading.scale *= number
             terms[:] = [_scaled(term, number) for term in terms]
         elif not _place_factor(mod, site, reading):
-            terms.append(_zero_where_masked(mod, positions, site))
+            assert isinstance(mod.factor, Operand)
+            if mod.divide or not possible_values(mod.factor.node) <= {0.0, 1.0}:
+                reading.inexpressible = "the scores are multiplied by a tensor over query and key positions"
+            else:
+                terms.append(_Multiplied(mod.factor, 0.0, site.softmax_dtype, invert=True))
     if not math.isfinite(reading.scale):
         raise NotAttention(f"the scale is {reading.scale}")
-    if any(isinstance(term, Fill) and term.value == 0 for term in terms):
-        raise NotAttention("the scores are multiplied by zeros and ones, which alone is no mask")
+    if any(isinstance(term, _Multiplied) for term in terms):
+        reading.inexpressible = "the scores are multiplied by zeros and ones, and a score of zero takes part"
+        terms[:] = [term for term in terms if not isinstance(term, _Multiplied)]
     return reading
 
 
@@ -169,9 +176,14 @@ def _apply_function(mod: Elementwise, reading: _Reading) -> None:
     reading.terms.clear()
 
 
+def _infinite(term: Term) -> Term:
+    """What is far below zero has the exponential 0, as minus infinity has."""
+    low = isinstance(term, Fill) and term.value <= FAR_BELOW
+    return Fill(term.condition, -math.inf, term.dtype, term.invert) if low and isinstance(term, Fill) else term
+
+
 def _put_floor(terms: list[Term], floor: Floor) -> None:
-    if floor.value > ABSORBING:
-        raise NotAttention(f"a floor of {floor.value:g} is put under the scores, which scores may be below")
+    assert floor.value <= ABSORBING
     terms[:] = [
         Fill(term.condition, max(term.value, floor.value), term.dtype, term.invert) if isinstance(term, Fill) else term
         for term in terms
@@ -182,6 +194,10 @@ def _put_floor(terms: list[Term], floor: Floor) -> None:
 
 def _scaled(term: Term, number: float) -> Term:
     if isinstance(term, Bias):
+        # A step that may overflow is kept as a step.
+        large = any(not isinstance(value, float) or abs(value) > 1e30 for value in possible_values(term.operand.node))
+        if large and abs(number) != 1:
+            return term.scaled(Scale(number))
         return Bias(term.operand, term.dtype, term.factor * number, term.scales)
     if number <= 0:
         raise NotAttention("a filled mask is multiplied by a number that is not positive")
@@ -199,25 +215,21 @@ def _place_factor(mod: Scale, site: AttentionSite, reading: _Reading) -> bool:
         return False
     terms = reading.terms
     if any(not isinstance(term, Bias) for term in terms):
-        raise NotAttention("a tensor scales the scores after a mask was applied")
-    terms[:] = [
-        Bias(term.operand, term.dtype, term.factor, (*term.scales, mod)) for term in terms if isinstance(term, Bias)
-    ]
+        reading.inexpressible = "a tensor scales the scores after a mask was applied"
+        return True
+    terms[:] = [term.scaled(mod) for term in terms if isinstance(term, Bias)]
     (reading.query_factors if axes <= set(site.query.axes) else reading.key_factors).append(mod)
     return True
 
 
-def _zero_where_masked(mod: Scale, positions: Positions, site: AttentionSite) -> Fill:
+@dataclass(frozen=True)
+class _Multiplied(Fill):
     """``scores * mask`` with a mask of zeros and ones, of which a large negative number added next makes a fill."""
-    assert isinstance(mod.factor, Operand)
-    if mod.divide or not possible_values(mod.factor.node) <= {0.0, 1.0}:
-        raise NotAttention("the scores are multiplied by a tensor over query and key positions, which is no scale")
-    return Fill(mod.factor, 0.0, site.softmax_dtype, invert=True)
 
 
 def _filled_by_bias(before: Term, bias: Bias, positions: Positions) -> Fill | None:
     """``scores * mask + (1 - mask) * -1e9`` is a fill: where the mask is 0 nothing is left of the score."""
-    if not isinstance(before, Fill) or before.value != 0 or bias.scales:
+    if not isinstance(before, Fill) or before.value != 0:
         return None
     entry = positions.of(bias.operand)
     condition = truth(positions.of(before.condition))
@@ -227,7 +239,8 @@ def _filled_by_bias(before: Term, bias: Bias, positions: Positions) -> Fill | No
     low = [number for number, _ in entry.numbers if number != 0]
     if len(low) != 1 or entry.where(lambda number: number != 0) != zeroed:
         return None
-    return Fill(before.condition, as_stored(low[0] * bias.factor, bias.dtype), bias.dtype, before.invert)
+    value = bias.of(low[0])
+    return None if value is None else Fill(before.condition, value, bias.dtype, before.invert)
 
 
 # What is done to the weights.
@@ -295,22 +308,14 @@ def _structure(
 def _values(term: Term) -> list[object]:
     if isinstance(term, (Fill, Floor)):
         return [term.value]
-    if term.scales:
-        return [Kind.ANY]
-    return [
-        as_stored(value * term.factor, term.dtype) if isinstance(value, float) else value
-        for value in possible_values(term.operand.node)
-    ]
+    values = [term.of(value) if isinstance(value, float) else value for value in possible_values(term.operand.node)]
+    return [Kind.ANY if value is None else value for value in values]
 
 
 def _only_fills_mask(terms: list[Term]) -> bool:
     """Whether a row can lose its keys to fills alone, and to fills of one value."""
     fills = {term.value for term in terms if isinstance(term, Fill)}
     return len(fills) == 1 and not any(isinstance(term, Bias) and may_mask(term) for term in terms)
-
-
-def _mixes_fills_and_biases(terms: list[Term]) -> bool:
-    return any(isinstance(term, Fill) for term in terms)
 
 
 def _sum_may_overflow(terms: list[Term]) -> bool:
@@ -323,14 +328,17 @@ def _sum_may_overflow(terms: list[Term]) -> bool:
     return sum(low) > 1
 
 
-def _check_fills(terms: list[Term], attended: str | None) -> None:
-    """A filled score is replaced, a masked one is added to: the same only if no score can lift the fill."""
+def _no_mask(terms: list[Term], attended: str | None, differentiable: bool) -> str:
+    """Why the fills are not masks that can be added to the scores; empty where they are.
+
+    A filled score is replaced, a masked one is added to: the same only if no score can lift the fill.
+    """
     low = [min((v for v in _values(term) if isinstance(v, float)), default=0.0) for term in terms]
     for position, term in enumerate(terms):
         if not isinstance(term, Fill):
             continue
         if term.value > FAR_BELOW and term.value > torch.finfo(term.dtype).min:
-            raise NotAttention(
+            return (
                 f"{term.value:g} is filled in for masked scores: scores may be as low, so it is a value and no mask "
                 "(fill with -inf or torch.finfo(dtype).min)"
             )
@@ -339,10 +347,22 @@ def _check_fills(terms: list[Term], attended: str | None) -> None:
             and attended is None
             and (sum(value < -1.0 for value in low) > 1 or any(isinstance(later, Bias) for later in terms[position:]))
         ):
-            raise NotAttention(
+            return (
                 f"{term.value:g} is filled in beside another mask or bias, and a row may have no key: which key such a "
                 "row attends depends on both (fill with -inf or torch.finfo(dtype).min)"
             )
+    fills = [position for position, term in enumerate(terms) if isinstance(term, Fill)]
+    biases = [position for position, term in enumerate(terms) if isinstance(term, Bias)]
+    # A bias that is added last has a gradient in rows that are filled.
+    entangled = fills and any(
+        fills[0] < bias and (bias < fills[-1] or _values(terms[fills[0]]) == [-math.inf]) for bias in biases
+    )
+    if differentiable and attended is None and fills and (entangled or not _only_fills_mask(terms)):
+        return (
+            "a fill lets no gradient through and a bias does, and a row that both mask may have no key (if no such "
+            "row occurs, say so: options={'assume_attended_rows': True})"
+        )
+    return ""
 
 
 def _check_rounding(terms: list[Term], dtype: torch.dtype, attended: str | None) -> None:

@@ -50,12 +50,29 @@ class Scale:
 
 @dataclass(frozen=True)
 class Bias:
-    """``scores + factor * operand``, computed in ``dtype``; ``scales`` are applied to the operand first."""
+    """``scores + factor * operand``, computed in ``dtype``; ``scales`` are applied to the operand first, in order."""
 
     operand: Operand
     dtype: torch.dtype
     factor: float = 1.0
     scales: tuple[Scale, ...] = ()
+
+    def of(self, value: float) -> float | None:
+        """What is added where the operand is ``value``, each step rounded; None where a tensor scales it."""
+        for scale in self.scales:
+            if not isinstance(scale.factor, (int, float)):
+                return None
+            value = _stored(value / scale.factor if scale.divide else value * scale.factor, self.dtype)
+        return _stored(value * self.factor, self.dtype)
+
+    def scaled(self, scale: Scale) -> Bias:
+        """The bias with one more factor, which is applied as a step of its own."""
+        own = () if self.factor == 1 else (Scale(self.factor),)
+        return Bias(self.operand, self.dtype, 1.0, (*self.scales, *own, scale))
+
+
+def _stored(value: float, dtype: torch.dtype) -> float:
+    return float(torch.tensor(value, dtype=torch.float64).to(dtype))
 
 
 @dataclass(frozen=True)
@@ -153,6 +170,7 @@ class AttentionSite:
         mods: what is done to the scores, in the order in which it is done.
         sink: the score of one more key, whose value is zero: a number, or a tensor over all axes but the key's.
         weight_mods: what is done to the weights between softmax and the product with the value, dropout apart.
+        underflows: a row whose scores are all far below zero gives NaN.
         nan_to_zero: weights that are NaN, as in rows without a key, are set to zero.
         softmax_dtype: the dtype that softmax is computed in.
         dropout: the probability of dropping a weight; 0 when not training.
@@ -189,6 +207,7 @@ class AttentionSite:
     sink: Operand | float | None = None
     weight_mods: tuple[WeightMod, ...] = ()
     nan_to_zero: bool = False
+    underflows: bool = False
     scores: CanonicalScores | None = None
 
     @property

@@ -27,6 +27,7 @@ _SHARED_AXIS = "an axis that query and key share"
 _READ_TWICE = "read more than once"
 _BETWEEN = "stands between softmax and"
 _VALUE = "the value"
+_OTHER_MASK = "not known to be the mask that was applied before softmax"
 
 
 # Softmax over another axis than the one that is summed over.
@@ -100,13 +101,13 @@ def expert_matrices(x: Tensor, router: Tensor, experts: Tensor) -> Tensor:
     return torch.einsum("bte,bted->btd", gates, torch.einsum("btc,ecd->bted", x, experts))
 
 
-@_lookalike(normal(12, 16), learned(16, 5), normal(5, 16), dynamic=False)
+@_lookalike(normal(12, 16), learned(16, 5), normal(5, 16), dynamic=False, reason=_BETWEEN)
 def top_k_router(x: Tensor, router: Tensor, experts: Tensor) -> Tensor:
     weights, chosen = torch.topk((x @ router).softmax(-1), 2, dim=-1)
     return (weights / weights.sum(-1, keepdim=True))[..., None].mul(experts[chosen]).sum(-2)
 
 
-@_lookalike(normal(2, "L", 16), learned(16, 1))
+@_lookalike(normal(2, "L", 16), learned(16, 1), reason="pooling")
 def pooling(x: Tensor, weight: Tensor) -> Tensor:
     return (x * (x @ weight).softmax(dim=1)).sum(dim=1)
 
@@ -136,7 +137,7 @@ def double_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1).softmax(-1) @ v
 
 
-@_lookalike(_Q, _K, _V, normal(2, 4, "L", "S"), reason=_BETWEEN)
+@_lookalike(_Q, _K, _V, normal(2, 4, "L", "S"), reason=_OTHER_MASK)
 def gated_weights(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     return ((q @ k.transpose(-2, -1) / 8**0.5).softmax(-1) * gate.sigmoid()) @ v
 
@@ -154,12 +155,12 @@ def differential_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q1 @ k1.mT).softmax(-1) - 0.8 * (q2 @ k2.mT).softmax(-1)) @ v
 
 
-@_lookalike(_Q, _K, _V, keep(2, 1, "L", "S"), reason=_BETWEEN)
+@_lookalike(_Q, _K, _V, keep(2, 1, "L", "S"), reason=_OTHER_MASK)
 def masked_after_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return ((q @ k.transpose(-2, -1) / 8**0.5).softmax(-1) * mask) @ v
 
 
-@_lookalike(_Q, _K, _V, keep(2, 1, "L", "S"), reason=_BETWEEN)
+@_lookalike(_Q, _K, _V, keep(2, 1, "L", "S"), reason=_OTHER_MASK)
 def filled_after_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1).masked_fill(~mask, 0.0) @ v
 
@@ -180,14 +181,6 @@ def straight_through(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def weights_cut_short(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Keys that take weight and give no value."""
     return (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1)[..., 1:] @ v[..., 1:, :]
-
-
-@_lookalike(_Q, _K, _V, learned(4, 1, 1), reason=_BETWEEN)
-def attention_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
-    """gpt-oss: a score more that no value goes with."""
-    scores = q @ k.transpose(-2, -1) / 8**0.5
-    scores = torch.cat([scores, sinks.expand(scores.shape[0], -1, scores.shape[2], 1)], dim=-1)
-    return scores.softmax(-1)[..., :-1] @ v
 
 
 # Something else reads the weights or the scores.
@@ -235,43 +228,55 @@ def squared_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores * scores).softmax(-1) @ v
 
 
-@_lookalike(_Q, _K, _V, reason="score_mod")
-def capped_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Gemma 2."""
-    scores = q @ k.transpose(-2, -1) / 8**0.5
-    return (torch.tanh(scores / 5.0) * 5.0).softmax(-1) @ v
-
-
 @_lookalike(_Q, _K, _V, learned(4, 4), reason=_VALUE)
 def talking_heads_before_softmax(q: Tensor, k: Tensor, v: Tensor, mix: Tensor) -> Tensor:
     scores = torch.einsum("bhls,hg->bgls", q @ k.transpose(-2, -1) / 8**0.5, mix)
     return scores.softmax(-1) @ v
 
 
-@_lookalike(_Q, _K, _V, normal(2, 4, "L", "S"), reason="no scale")
-def scores_times_matrix(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-    return (q @ k.transpose(-2, -1) * gate).softmax(-1) @ v
+@_lookalike(_Q, _K, _V, keep(2, 1, "L", "S"), keep(2, 1, "L", "S"), reason=_OTHER_MASK)
+def zeroed_by_another_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, other: Tensor) -> Tensor:
+    weights = (q @ k.transpose(-2, -1) / 8**0.5).masked_fill(~mask, float("-inf")).softmax(-1)
+    return weights.masked_fill(~other, 0.0) @ v
 
 
-@_lookalike(_Q, _K, _V, keep(2, 1, "L", "S"), reason="no scale")
-def multiplied_by_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """A masked score is 0 here, and takes part."""
-    return (q @ k.transpose(-2, -1) * mask).softmax(-1) @ v
+@_lookalike(_Q, _K, _V, reason=_READ_TWICE)
+def maximum_over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What is subtracted differs from key to key, and softmax does not cancel it."""
+    scores = q @ k.transpose(-2, -1) / 8**0.5
+    return (scores - scores.amax(-2, keepdim=True)).softmax(-1) @ v
 
 
-@_lookalike(_Q, _K, _V, keep(2, 1, "L", "S"), reason="value and no mask")
-def filled_with_minus_ten_thousand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return (q @ k.transpose(-2, -1) / 8**0.5).masked_fill(~mask, -1e4).softmax(-1) @ v
+@_lookalike(_Q, _K, _V, reason=_VALUE)
+def sink_with_a_value(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The added column is multiplied with a value of its own."""
+    weights = F.pad(q @ k.transpose(-2, -1) / 8**0.5, (0, 1)).softmax(-1)
+    return weights @ F.pad(v, (0, 0, 0, 1), value=1.0)
 
 
-@_lookalike(_Q, _K, _V, keep(2, 1, "L", "S"), reason="value and no mask")
-def filled_with_minus_one_hundred(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, q @ k.transpose(-2, -1) / 8**0.5, -100.0).softmax(-1) @ v
+@_lookalike(_Q, _K, _V, reason=_BETWEEN)
+def some_of_the_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1)
+    return weights[..., 2:] @ v[..., 2:, :]
 
 
-@_lookalike(_Q, _K, _V, keep(2, 1, "L", "S"), reason="value and no mask")
-def filled_with_zero(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return (q @ k.transpose(-2, -1) / 8**0.5).masked_fill(~mask, 0.0).softmax(-1) @ v
+@_lookalike(_Q, _K, _V, reason=_BETWEEN)
+def renormalised_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1) + 0.01
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+@_lookalike(_Q, _K, _V)
+def divided_by_another_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Exponentials, divided by their sum over the queries."""
+    weights = (q @ k.transpose(-2, -1) / 8**0.5).exp()
+    return weights / weights.sum(-2, keepdim=True).mean() @ v
+
+
+@_lookalike(_Q, _K, _V)
+def exponentials_of_two_things(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(-2, -1) / 8**0.5
+    return scores.exp() / (2 * scores).exp().sum(-1, keepdim=True) @ v
 
 
 # No softmax, or another one.
@@ -285,13 +290,6 @@ def sigmoid_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @_lookalike(_Q, _K, _V)
 def squared_relu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.relu(q @ k.transpose(-2, -1) / 8**0.5).square() @ v
-
-
-@_lookalike(_Q, _K, _V)
-def softmax_plus_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention that may attend to nothing."""
-    weights = (q @ k.transpose(-2, -1) / 8**0.5).exp()
-    return weights / (1 + weights.sum(-1, keepdim=True)) @ v
 
 
 @_lookalike(_Q, _K, _V)

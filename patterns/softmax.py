@@ -25,10 +25,11 @@ from torch import Tensor, fx, nn
 
 from attnrewrite.analysis.scores import ScoreWalk, leads_to_product, read_scores
 from attnrewrite.analysis.views import Axis, Operand, Product, axes_of, is_product, peel
-from attnrewrite.analysis.weights import Softmax, follow_weights, normalisations, split_sink
+from attnrewrite.analysis.weights import Softmax, every_softmax, follow_weights, split_sink
 from attnrewrite.ir import tensor
 from attnrewrite.site import AttentionSite, NotAttention, Scale
 
+from . import normalisations, score_functions
 from .base import Finding, GraphView, NearMiss, Specimen
 from .samples import Specimens, additive, keep, learned, normal, padding
 
@@ -46,7 +47,7 @@ class SoftmaxAttention:
         return SPECIMENS
 
     def find(self, view: GraphView) -> Iterator[Finding]:
-        for softmax in normalisations(view.graph):
+        for softmax in every_softmax(view.graph):
             if not _between_products(softmax, view):
                 continue
             try:
@@ -106,6 +107,8 @@ class SoftmaxAttention:
         else:
             dtype = _widest([dtype, query.dtype, key.dtype])
         query_axes = _query_axes(scores, key_axes, key)
+        if set(query.axes) == set(axes_of((scores.product.contracted,))) and query.node.op != "call_function":
+            raise NotAttention("every key is scored by one and the same stored vector: this is pooling")
         if set(axes_of((query_axes,))) & set(value.axes):
             raise NotAttention("the value differs from one query position to the next, so this is no attention")
         if torch.float64 in (tensor(softmax.node).dtype, tensor(softmax.scores).dtype):
@@ -128,6 +131,7 @@ class SoftmaxAttention:
             sink=_behind_views(softmax.sink),
             weight_mods=tuple(weight_mods),
             nan_to_zero=softmax.nan_to_zero or walk.nan_to_zero,
+            underflows=softmax.underflows,
             differentiable=view.differentiable(product.node),
             in_autocast=view.in_autocast(product.node),
             interior=interior,
@@ -620,4 +624,83 @@ def two_layers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return (x @ x.mT * 8**-0.5 + bias).softmax(-1) @ x
 
 
-SPECIMENS = tuple(_spelling)
+@_spelling.add(_Q, _K, _V, keep(2, 1, "L", "S"))
+def mask_of_zeros_and_ones(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The first GPT."""
+    kept = mask.to(q.dtype)
+    return (q @ k.mT * 8**-0.5 * kept + (1.0 - kept) * -1e9).softmax(-1) @ v
+
+
+@_spelling.add(_Q, _K, _V, padding(2, 4, "L", "S"))
+def mask_by_index(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = q @ k.mT * 8**-0.5
+    scores[mask] = float("-inf")
+    return scores.softmax(-1) @ v
+
+
+@_spelling.add(_Q, _K, _V, keep(2, 1, 1, "S"))
+def floor_under_the_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """OPT, XGLM."""
+    lowest = torch.finfo(q.dtype).min
+    scores = q @ k.mT * 8**-0.5 + torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, lowest)
+    return torch.max(scores, torch.tensor(lowest, dtype=q.dtype, device=q.device)).softmax(-1) @ v
+
+
+@_spelling.add(_Q, _Q, _Q)
+def causal_within_a_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Mistral."""
+    position = torch.arange(q.shape[-2], device=q.device)
+    distance = position[:, None] - position[None, :]
+    seen = (distance >= 0) & (distance < 4)
+    return (q @ k.mT * 8**-0.5).masked_fill(~seen, float("-inf")).softmax(-1) @ v
+
+
+@_spelling.add(_Q, _Q, _Q, keep(2, "L", dtype=torch.int64))
+def documents(q: Tensor, k: Tensor, v: Tensor, document: Tensor) -> Tensor:
+    """Packed sequences: tokens of one document see each other."""
+    same = document[:, None, :, None] == document[:, None, None, :]
+    return (q @ k.mT * 8**-0.5).masked_fill(~same, float("-inf")).softmax(-1) @ v
+
+
+@_spelling.add(_Q, _K, _V, normal("S", 8))
+def two_terms(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    """Transformer-XL, DeBERTa: a second product beside that of query and key."""
+    return ((q @ positions.T + q @ k.mT) * 8**-0.5).softmax(-1) @ v
+
+
+@_spelling.add(normal(2, 4, 8), _K, _V)
+def one_query_by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A product is a sum of elementwise products."""
+    weights = (q.unsqueeze(2) * k).sum(-1).mul(8**-0.5).softmax(-1)
+    return (weights.unsqueeze(-1) * v).sum(dim=2)
+
+
+@_spelling.add(normal("L", 8), normal("S", 8), normal("S", 8))
+def products_by_linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.linear(F.linear(q, k).div(8**0.5).softmax(-1), v.T)
+
+
+@_spelling.add(_Q, _K, _V, learned(4))
+def scale_within_einsum(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+    scores = torch.einsum("bhid,bhjd,h->bhij", q, k, temperature)
+    return torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), v)
+
+
+@_spelling.add(_Q, _K, _V, additive(2, 1, 1, "S"), learned(4, 1, 1))
+def temperature_after_the_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, temperature: Tensor) -> Tensor:
+    return ((q @ k.mT * 8**-0.5 + mask) / temperature.exp()).softmax(-1) @ v
+
+
+@_spelling.add(_Q, _K, _V, sites=2)
+def chunks_of_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    parts = [(part @ k.mT * 8**-0.5).softmax(-1) @ v for part in q.chunk(2, dim=2)]
+    return torch.cat(parts, dim=2)
+
+
+@_spelling.add(_Q, normal(2, 4, 5, 8), normal(2, 4, "L", 8), normal(2, 4, 5, 8), normal(2, 4, "L", 8))
+def cached_keys(q: Tensor, past_k: Tensor, k: Tensor, past_v: Tensor, v: Tensor) -> Tensor:
+    k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
+    return (q @ k.mT * 8**-0.5).softmax(-1) @ v
+
+
+SPECIMENS = (*_spelling, *normalisations.SPECIMENS, *score_functions.SPECIMENS)

@@ -15,7 +15,7 @@ import torch
 
 from attnrewrite.analysis.entries import Cases, Entries, expression_of
 from attnrewrite.analysis.formulas import AtLeast, Formula, Known, Some, negation, parts, symbols
-from attnrewrite.analysis.values import Kind, is_ordinary, possible_values
+from attnrewrite.analysis.values import ORDINARY, Kind, is_ordinary, possible_values
 from attnrewrite.analysis.views import Axis, Dim, Operand
 from attnrewrite.site import Bias, Fill, ScoreMod
 
@@ -71,16 +71,15 @@ def kept_where(mod: Bias | Fill, positions: Positions) -> Formula | None:
             return None
         condition = truth(positions.of(mod.condition))
         return condition if mod.invert or condition is None else negation(condition)
-    if mod.factor == 0 or mod.scales:
-        return None
     entry = positions.of(mod.operand)
     if isinstance(entry, sympy.Number) and float(entry) == 0:
         return True
     if not isinstance(entry, Cases):
         return None
-    if any(number != 0 and not _is_far_below(number * mod.factor, mod.dtype) for number, _ in entry.numbers):
+    added = {number: mod.of(number) for number, _ in entry.numbers}
+    if any(value is None or (value != 0 and not _is_far_below(value, mod.dtype)) for value in added.values()):
         return None
-    return entry.where(lambda number: number == 0)
+    return entry.where(lambda number: added[number] == 0)
 
 
 def _is_far_below(value: float, dtype: torch.dtype) -> bool:
@@ -177,21 +176,23 @@ def attended_everywhere(mods: Sequence[ScoreMod], positions: Positions) -> str |
 def _is_open(mod: Bias | Fill, positions: Positions, at: dict[Axis, Any]) -> bool:
     if isinstance(mod, Fill):
         return truth(positions.of(mod.condition, at)) is mod.invert
-    if mod.scales:
-        return False
-    if all(isinstance(v, float) and is_ordinary(v * mod.factor) for v in possible_values(mod.operand.node)):
+
+    def harmless(value: object) -> bool:
+        added = mod.of(value) if isinstance(value, float) else None
+        return added is not None and is_ordinary(added)
+
+    if all(harmless(value) for value in possible_values(mod.operand.node)):
         return True
     entry = positions.of(mod.operand, at)
     if isinstance(entry, Cases):
-        return all(is_ordinary(number * mod.factor) for number, formula in entry.numbers if formula is not False)
-    return isinstance(entry, sympy.Number) and is_ordinary(float(entry) * mod.factor)
+        return all(harmless(number) for number, formula in entry.numbers if formula is not False)
+    return isinstance(entry, sympy.Number) and harmless(float(entry))
 
 
 def may_mask(mod: Bias) -> bool:
     """Whether a bias may be there to mask: what it adds may be anything, or is a large negative number."""
-    if mod.scales:
-        return True
-    return any(
-        value is Kind.ANY or (isinstance(value, float) and value * mod.factor < -64.0)
-        for value in possible_values(mod.operand.node)
-    )
+    for value in possible_values(mod.operand.node):
+        added = mod.of(value) if isinstance(value, float) else None
+        if value is Kind.ANY or (isinstance(value, float) and (added is None or added < -ORDINARY)):
+            return True
+    return False

@@ -32,7 +32,7 @@ from attnrewrite.analysis.views import (
 from attnrewrite.ir import Size, is_cast, is_tensor, same, tensor
 from attnrewrite.site import Fill, NotAttention, Scale, WeightMod, Zero
 
-__all__ = ["Softmax", "WeightWalk", "follow_weights", "normalisations", "split_sink"]
+__all__ = ["Softmax", "WeightWalk", "every_softmax", "follow_weights", "split_sink"]
 
 aten = torch.ops.aten
 
@@ -51,6 +51,8 @@ class Softmax:
         nodes: the nodes that compute it out of ``scores``.
         sink: the score of one more key, whose weight is dropped: the 1 in ``exp(x) / (1 + exp(x).sum())`` is exp(0).
         nan_to_zero: a row whose scores are all minus infinity gives zeros.
+        underflows: the exponentials are taken of the scores themselves, so that a row whose scores are all far below
+            zero is 0 / 0.
         fills: what the exponentials are multiplied by before they are added up, as fills with minus infinity.
     """
 
@@ -60,11 +62,12 @@ class Softmax:
     nodes: tuple[fx.Node, ...]
     sink: Operand | float | None = None
     nan_to_zero: bool = False
+    underflows: bool = False
     fills: tuple[Fill, ...] = ()
     layout: Layout = ()
 
 
-def normalisations(graph: fx.Graph) -> Iterator[Softmax]:
+def every_softmax(graph: fx.Graph) -> Iterator[Softmax]:
     """Every softmax of the graph."""
     for target in _SOFTMAX:
         for node in graph.find_nodes(op="call_function", target=target):
@@ -175,7 +178,16 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
         # The walk back over the scores knows a maximum that is subtracted.
         for part in maximum:
             nodes.pop(part, None)
-    return Softmax(node, scores, dim, tuple(nodes), sink, fills=tuple(fills), layout=layout)
+    return Softmax(
+        node,
+        scores,
+        dim,
+        tuple(nodes),
+        sink,
+        underflows=not maximum and sink is None,
+        fills=tuple(fills),
+        layout=layout,
+    )
 
 
 def _exponentials(node: Any) -> _Exponentials | None:

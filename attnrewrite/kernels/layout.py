@@ -60,6 +60,16 @@ def _reshaped(builder: Builder, node: fx.Node, shape: Sequence[Size]) -> fx.Node
     return builder.call(aten.reshape.default, node, list(shape))
 
 
+def padded(builder: Builder, node: fx.Node, dim: int, value: float) -> fx.Node:
+    """``node`` with one more entry of ``value`` at the end of ``dim``, counted from the last."""
+    fake = tensor(node)
+    shape = [*fake.shape]
+    shape[dim] = shape[dim] + 1
+    pads = [0, 0] * (-1 - dim) + [0, 1]
+    # Evaluated by hand: the operator's own fake would fix the symbolic size.
+    return builder.insert(aten.constant_pad_nd.default, (node, pads, value), {}, fake.new_empty(shape))
+
+
 def with_unit_stride(builder: Builder, node: fx.Node) -> fx.Node:
     """Fused kernels want the features of one position side by side."""
     if same(tensor(node).stride()[-1], 1) or same(tensor(node).shape[-1], 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import fx
@@ -11,7 +12,7 @@ from attnrewrite.analysis.masks import FAR_BELOW
 from attnrewrite.analysis.values import ABSORBING, Kind, possible_values
 from attnrewrite.analysis.views import Dim, Operand, size_of
 from attnrewrite.ir import Builder, same, tensor
-from attnrewrite.kernels.layout import Plan, lay_out, modified
+from attnrewrite.kernels.layout import Plan, lay_out, modified, padded
 from attnrewrite.site import AttentionSite, Bias, Fill, Floor
 
 __all__ = ["Mask"]
@@ -30,6 +31,7 @@ class Mask:
         self._terms = site.scores.terms
         self.node: fx.Node | None = None
         self.opened_rows: fx.Node | None = None
+        self._after_fill: fx.Node | None = None
         if self._terms:
             self._write(site.scores.fills_decide)
         if site.sink is not None:
@@ -59,7 +61,7 @@ class Mask:
             self.node = self._builder.insert(aten.full.default, ([1, 1, 1, 1], 0.0), kind, value)
             self.node = call(aten.expand.default, self.node, [1, 1, 1, _key_length(self._site)])
         if not isinstance(sink, Operand):
-            self.node = call(aten.constant_pad_nd.default, self.node, [0, 1], sink)
+            self.node = padded(self._builder, self.node, -1, sink)
             return
         column = self._cast(self._laid_out(sink))
         wide, narrow = tensor(self.node).shape, tensor(column).shape
@@ -97,11 +99,13 @@ class Mask:
                 if term.factor != 1:
                     bias = call(aten.mul.Scalar, bias, term.factor)
                 total = bias if total is None else call(aten.add.Tensor, total, bias)
+                self._after_fill = bias if self._after_fill is None else call(aten.add.Tensor, self._after_fill, bias)
                 continue
             if isinstance(term, Floor):
                 assert total is not None
                 total = call(aten.clamp.default, total, max(term.value, ABSORBING))
                 continue
+            self._after_fill = None
             condition = self._condition(term.condition)
             value = self._fill_value(term)
             if total is None:
@@ -151,7 +155,12 @@ class Mask:
         if tensor(self.node).dtype is torch.bool:
             self.node = call(aten.logical_or.default, self.node, self.opened_rows)
         else:
-            self.node = call(aten.where.ScalarSelf, self.opened_rows, 0.0, self.node)
+            nothing: Any = 0.0
+            if self._after_fill is not None and self._site.differentiable:
+                # What is added after the fill is lost in it, but not the gradient.
+                nothing = call(aten.sub.Tensor, self._after_fill, call(aten.detach.default, self._after_fill))
+            where = aten.where.ScalarSelf if nothing == 0.0 else aten.where.self
+            self.node = call(where, self.opened_rows, nothing, self.node)
 
     def with_source_rows(self, output: fx.Node, value: fx.Node, plan: Plan) -> fx.Node:
         """The output with what the source gives rows that have no key, where that is NaN or zero."""
@@ -209,6 +218,6 @@ def _dtype_of(term: Bias | Fill | Floor) -> torch.dtype | None:
 
 def _may_be_below_absorbing(term: Bias) -> bool:
     return any(
-        value is Kind.ANY or (isinstance(value, float) and -math.inf < value * term.factor < ABSORBING)
+        value is Kind.ANY or (isinstance(value, float) and -math.inf < (term.of(value) or 0.0) < ABSORBING)
         for value in possible_values(term.operand.node)
     )

@@ -17,7 +17,7 @@ from attnrewrite.analysis.values import ORDINARY, Kind, possible_values
 from attnrewrite.analysis.views import Dim, Operand
 from attnrewrite.ir import Builder, same, tensor
 from attnrewrite.kernels.base import Availability, Verdict
-from attnrewrite.kernels.layout import Plan, lay_out, modified, with_unit_stride
+from attnrewrite.kernels.layout import Plan, lay_out, modified, padded, with_unit_stride
 from attnrewrite.kernels.masking import Mask
 from attnrewrite.site import AttentionSite, Bias, Fill, WeightMod
 
@@ -116,7 +116,7 @@ class TorchSDPA:
         mask = Mask(builder, site, plan.score_dims)
         if site.sink is not None:
             # One more key of zeros, whose score is the sink's and whose value adds nothing.
-            key, value = (builder.call(aten.constant_pad_nd.default, part, [0, 0, 0, 1], 0.0) for part in (key, value))
+            key, value = (padded(builder, part, -2, 0.0) for part in (key, value))
         batch, heads, length, _ = tensor(query).shape
         if mask.opened_rows is not None:
             query = builder.call(aten.where.ScalarSelf, mask.opened_rows, 0.0, query)
@@ -193,11 +193,10 @@ def _backward_loses_rows(site: AttentionSite) -> bool:
     for term in scores.terms:
         if not isinstance(term, Bias):
             continue
-        for value in {Kind.ANY} if term.scales else possible_values(term.operand.node):
-            if value is Kind.ANY and scores.attended is None:
+        for value in possible_values(term.operand.node):
+            added = term.of(value) if isinstance(value, float) else None
+            if (value is Kind.ANY or (isinstance(value, float) and added is None)) and scores.attended is None:
                 return True
-            if isinstance(value, float) and (
-                value * term.factor > ORDINARY or (value * term.factor < -ORDINARY and scores.attended is None)
-            ):
+            if added is not None and (added > ORDINARY or (added < -ORDINARY and scores.attended is None)):
                 return True
     return False
