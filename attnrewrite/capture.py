@@ -26,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy
 
+from attnrewrite.batching import holds_vmap, written_out
 from attnrewrite.ir import Builder, is_view
 
 __all__ = ["CaptureError", "Captured", "capture"]
@@ -54,6 +55,11 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
         CaptureError: the graph is not one that functional tracing can express. Nothing has been changed then.
     """
     start = time.perf_counter()
+    if holds_vmap(gm):
+        try:
+            gm = written_out(gm)
+        except Exception as error:
+            raise CaptureError(f"vmap could not be written out: {_first_line(error)}") from error
     _refuse_function_transforms(gm)
     placeholders = gm.graph.find_nodes(op="placeholder")
     context, inputs = _tracing_inputs(placeholders, example_inputs)

@@ -1,0 +1,120 @@
+"""``torch.vmap`` in a graph of Dynamo's, written out: the batched operators in place of the switches.
+
+Dynamo records a ``vmap`` as calls that raise and lower functorch's level, with the mapped function's operators in
+between. Functional tracing before dispatch cannot see through the levels, ordinary tracing can: each stretch from the
+outermost raising to its lowering is traced by itself and put in place of the stretch. That is how transformers' masks
+come, which are functions of one query and one key mapped over all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+__all__ = ["holds_vmap", "written_out"]
+
+
+_RAISE, _LOWER, _PREPARE = "_vmap_increment_nesting", "_vmap_decrement_nesting", "lazy_load_decompositions"
+
+
+def holds_vmap(gm: fx.GraphModule) -> bool:
+    return any(_name(node) == _RAISE for node in gm.graph.nodes)
+
+
+def _name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+
+
+def written_out(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of ``gm`` without ``vmap``; values of its nodes are the fake ones that Dynamo recorded.
+
+    Raises:
+        ValueError: a stretch takes or gives something else than tensors and sizes.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    stretches = {stretch[0]: stretch for stretch in _stretches(gm.graph)}
+    inside = {node for stretch in stretches.values() for node in stretch}
+    for node in gm.graph.nodes:
+        if node in stretches:
+            _inline(gm, stretches[node], graph, copies)
+        elif node not in inside and _name(node) != _PREPARE:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    result = fx.GraphModule(gm, graph)
+    result.meta = copy.copy(gm.meta)
+    return result
+
+
+def _stretches(graph: fx.Graph) -> Iterator[list[fx.Node]]:
+    level = 0
+    stretch: list[fx.Node] = []
+    for node in graph.nodes:
+        if _name(node) == _RAISE:
+            level += 1
+        if level:
+            stretch.append(node)
+        if _name(node) == _LOWER:
+            level -= 1
+            if level == 0:
+                yield stretch
+                stretch = []
+
+
+def _inline(gm: fx.GraphModule, stretch: Sequence[fx.Node], graph: fx.Graph, copies: dict[fx.Node, fx.Node]) -> None:
+    own = set(stretch)
+    inputs = list(dict.fromkeys(arg for node in stretch for arg in node.all_input_nodes if arg not in own))
+    outputs = [node for node in stretch if any(user not in own for user in node.users)]
+    values = [node.meta.get("example_value") for node in inputs]
+    if not all(isinstance(value, (torch.Tensor, torch.SymInt, int)) for value in values):
+        raise ValueError("vmap takes something else than tensors and sizes")
+    body = fx.Graph()
+    env = {node: body.placeholder(f"input{position}") for position, node in enumerate(inputs)}
+    for node in stretch:
+        env[node] = body.node_copy(node, env.__getitem__)
+    body.output(tuple(env[node] for node in outputs))
+    with _levels_restored(), _fake_mode(gm):
+        traced = make_fx(fx.GraphModule(gm, body), _allow_non_fake_inputs=True)(*values)
+    placeholders = iter(inputs)
+    inner: dict[fx.Node, Any] = {}
+    where = {key: value for key, value in stretch[0].meta.items() if key in ("stack_trace", "nn_module_stack")}
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            inner[node] = copies[next(placeholders)]
+        elif node.op == "output":
+            results = node.args[0]
+        elif node.op == "get_attr":
+            raise ValueError("vmap holds a constant tensor")
+        else:
+            inner[node] = graph.node_copy(node, inner.__getitem__)
+            inner[node].meta = {**where, "example_value": node.meta.get("val")}
+    for node, result in zip(outputs, results, strict=True):
+        copies[node] = inner[result]
+
+
+def _fake_mode(gm: fx.GraphModule) -> Any:
+    """The mode that Dynamo traced the graph in; the backend's own is another one by now."""
+    values = (node.meta.get("example_value") for node in gm.graph.nodes)
+    return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), contextlib.nullcontext())
+
+
+class _levels_restored:  # noqa: N801
+    """Tracing that fails midway leaves functorch's levels as they were."""
+
+    def __enter__(self) -> None:
+        self._depth = _depth()
+
+    def __exit__(self, *exception: object) -> None:
+        while _depth() > self._depth:
+            torch._C._functorch.pop_dynamic_layer_stack()
+
+
+def _depth() -> int:
+    stack = torch._C._functorch.get_interpreter_stack()
+    return 0 if stack is None else len(stack)
