@@ -18,6 +18,7 @@ from torch._logging._internal import trace_structured
 
 from attnrewrite.analysis.scores import leads_to_product
 from attnrewrite.capture import CaptureError, capture
+from attnrewrite.constants import Constants
 from attnrewrite.dump import dump_graph, graph_source
 from attnrewrite.inner import CompiledFn, InnerCompiler
 from attnrewrite.patterns import PatternError
@@ -73,6 +74,7 @@ def attnrewrite(
     before = after = result = gm
     rewritten = Rewritten()
     original: Original | None = None
+    constants = Constants(gm, example_inputs)
     try:
         captured = capture(gm, example_inputs)
     except CaptureError as reason:
@@ -80,6 +82,7 @@ def attnrewrite(
         keep_attention = False
     else:
         report.seconds["capture"] = captured.seconds
+        constants.attach(captured.gm)
         if wanted:
             before = fx.GraphModule(captured.gm, copy.deepcopy(captured.gm.graph))
         original = Original(captured.gm) if policy.verify else None
@@ -117,8 +120,8 @@ def attnrewrite(
     compiled = inner.compile(result, example_inputs, keep_attention=keep_attention, round_like_eager=round_like_eager)
     report.seconds["inner"] = time.perf_counter() - start
     if original is not None and unchanged is not None:
-        return verified(original, report, unchanged, compiled)
-    return compiled
+        compiled = verified(original, report, unchanged, compiled)
+    return constants.guarded(compiled, gm.forward, report.name) if rewritten.changed else compiled
 
 
 def _graph_name() -> str:

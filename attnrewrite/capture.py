@@ -300,13 +300,48 @@ def _prepared(gm: fx.GraphModule, autocast: _AutocastRegions, opaque: _OpaqueCal
         torch.amp.autocast_mode._exit_autocast,
         torch.ops.higher_order.tag_activation_checkpoint,
     )
-    if not any(node.target in special or _is_opaque(node, gm) for node in gm.graph.nodes):
+    if not any(node.target in special or node.target in _DROPOUT or _is_opaque(node, gm) for node in gm.graph.nodes):
         return gm
     copy = _Preparation(opaque)
     copy.graph.output(copy.copy(gm, {}, prefix="", tags={}))
     for node in copy.graph.nodes:
         autocast.substitute(node)
+    _settle_dropout(copy.graph)
     return fx.GraphModule(copy.attributes, copy.graph)
+
+
+_DROPOUT = (torch.nn.functional.dropout, torch.dropout)
+
+
+def _settle_dropout(graph: fx.Graph) -> None:
+    """Dropout's result may be updated in place, which tracing for export forbids ("frozen storage").
+
+    Where nothing is dropped the result is the argument itself, as in eager; else it is followed by a copy, if the graph
+    updates anything in place at all.
+    """
+    in_place = any(_updates(node) for node in graph.nodes)
+    for target in _DROPOUT:
+        for node in graph.find_nodes(op="call_function", target=target):
+            given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False), **node.kwargs)
+            given["training"] = given.get("training", given.get("train", True))
+            if given.get("inplace") or not isinstance(given["training"], bool):
+                continue
+            if not given["training"] or given.get("p", 0.5) == 0:
+                node.replace_all_uses_with(given["input"])
+                graph.erase_node(node)
+            elif in_place:
+                with graph.inserting_after(node):
+                    copied = graph.call_function(torch.clone, (node,))
+                copied.meta = {key: value for key, value in node.meta.items() if key in ("stack_trace", "recompute")}
+                node.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
+
+
+def _updates(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+
+
+_IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "setitem", "iand", "ior", "ipow"})
 
 
 class _Preparation:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ __all__ = [
     "VIEW_OPS",
     "Builder",
     "Size",
+    "StoredPattern",
+    "Triangle",
     "is_cast",
     "is_view",
     "regions",
@@ -276,6 +280,48 @@ def _fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
         if mode is not None:
             return mode  # type: ignore[no-any-return]
     return None
+
+
+@dataclass
+class Triangle:
+    """``inside`` where column <= row + ``diagonal``, over the last two dimensions; ``outside`` elsewhere."""
+
+    inside: float
+    outside: float
+    diagonal: int
+
+
+@dataclass
+class StoredPattern:
+    """A stored tensor, read for one of a few patterns; ``was_read`` tells whether anything rests on it."""
+
+    tensor: torch.Tensor
+    was_read: bool = False
+
+    @functools.cached_property
+    def pattern(self) -> float | range | Triangle | None:
+        """One number, the numbers of a range, a triangle, or None; a positive answer counts as read."""
+        found = _pattern_of(self.tensor.detach().cpu())
+        self.was_read = found is not None
+        return found
+
+
+def _pattern_of(values: torch.Tensor) -> float | range | Triangle | None:
+    first = values.flatten()[0]
+    if bool((values == first).all()):
+        return float(first)
+    if values.dim() == 1 and not values.dtype.is_floating_point and values.dtype is not torch.bool:
+        counted = torch.equal(values, torch.arange(len(values), dtype=values.dtype) + first)
+        return range(int(first), int(first) + len(values)) if counted else None
+    if values.dim() < 2 or values[(0,) * (values.dim() - 2)].numel() != values.numel():
+        return None
+    matrix = values[(0,) * (values.dim() - 2)]
+    outside, inside = matrix[0, -1], matrix[-1, 0]
+    diagonal = int((matrix[0] != outside).sum()) - 1
+    triangle = torch.ones(matrix.shape, dtype=torch.bool).tril(diagonal)
+    if not torch.equal(torch.where(triangle, inside, outside), matrix):
+        return None
+    return Triangle(float(inside), float(outside), diagonal)
 
 
 def scalar(value: Any) -> bool:

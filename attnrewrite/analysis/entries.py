@@ -18,7 +18,7 @@ from torch import fx
 
 from attnrewrite.analysis.formulas import Formula, Known, at_least, conjunction, disjunction, negation
 from attnrewrite.analysis.values import as_stored, constant_value
-from attnrewrite.ir import CAST_OPS, is_tensor, same, tensor
+from attnrewrite.ir import CAST_OPS, StoredPattern, Triangle, is_tensor, same, tensor
 
 __all__ = ["Cases", "Entries", "Unknown", "expression_of"]
 
@@ -88,8 +88,7 @@ class Entries:
     def _entry(self, node: fx.Node, index: list[Any]) -> Entry | None:
         """None where nothing is known."""
         if node.op != "call_function":
-            stored = node.meta.get("constant")
-            return self._of_constant(stored, index) if isinstance(stored, torch.Tensor) else None
+            return self._of_stored(node, index)
         dtype = tensor(node).dtype
         constant = constant_value(node)
         if constant is not None:
@@ -229,32 +228,22 @@ class Entries:
             return negation(Known(("lt", keys[1], keys[0]), symbols))
         return Known((relation, *keys), symbols)
 
-    def _of_constant(self, stored: torch.Tensor, index: list[Any]) -> Entry | None:
-        """A stored tensor that is a constant, a range, or a triangle of ones (GPT-2's causal buffer)."""
-        values = stored.detach().cpu()
-        if values.numel() == 0:
+    def _of_stored(self, node: fx.Node, index: list[Any]) -> Entry | None:
+        """A stored tensor that holds one number, a range, or a triangle (GPT-2's causal buffer)."""
+        stored = node.meta.get("stored")
+        pattern = stored.pattern if isinstance(stored, StoredPattern) else None
+        dtype = tensor(node).dtype
+        if isinstance(pattern, Triangle):
+            kept = at_least(index[-2] - index[-1] + pattern.diagonal, self._highest)
+            inside, outside = _number(pattern.inside), _number(pattern.outside)
+            if dtype is torch.bool:
+                return kept if pattern.inside else negation(kept)
+            return self._chosen(kept, inside, outside, dtype)
+        if isinstance(pattern, range):
+            return index[0] + pattern.start
+        if pattern is None:
             return None
-        first = values.flatten()[0]
-        if bool((values == first).all()):
-            return bool(first) if values.dtype is torch.bool else _number(float(first))
-        if values.dim() == 1 and not values.dtype.is_floating_point and values.dtype is not torch.bool:
-            if bool((values == torch.arange(len(values)) + first).all()):
-                return index[0] + int(first)
-            return None
-        if values.dim() < 2 or values[(0,) * (values.dim() - 2)].numel() != values.numel():
-            return None
-        matrix = values[(0,) * (values.dim() - 2)]
-        rows, columns = matrix.shape
-        # The value on the far upper right, and how many others the first row starts with.
-        outside, inside = matrix[0, -1], matrix[-1, 0]
-        diagonal = int((matrix[0] != outside).sum()) - 1
-        triangle = torch.ones(rows, columns, dtype=torch.bool).tril(diagonal)
-        if not torch.equal(torch.where(triangle, inside, outside), matrix):
-            return None
-        kept = at_least(index[-2] - index[-1] + diagonal, self._highest)
-        if values.dtype is torch.bool:
-            return kept if bool(inside) else negation(kept)
-        return self._chosen(kept, _number(float(inside)), _number(float(outside)), values.dtype)
+        return bool(pattern) if dtype is torch.bool else _number(pattern)
 
 
 def _is_formula(entry: Entry) -> bool:
