@@ -28,6 +28,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from attnrewrite.batching import holds_vmap, written_out
 from attnrewrite.ir import Builder, is_view
+from attnrewrite.openings import OPENINGS
 
 __all__ = ["CaptureError", "Captured", "capture"]
 
@@ -300,12 +301,14 @@ def _prepared(gm: fx.GraphModule, autocast: _AutocastRegions, opaque: _OpaqueCal
         torch.amp.autocast_mode._exit_autocast,
         torch.ops.higher_order.tag_activation_checkpoint,
     )
-    if not any(node.target in special or node.target in _DROPOUT or _is_opaque(node, gm) for node in gm.graph.nodes):
+    special = (*special, *_DROPOUT, *OPENINGS)
+    if not any(node.target in special or _is_opaque(node, gm) for node in gm.graph.nodes):
         return gm
     copy = _Preparation(opaque)
     copy.graph.output(copy.copy(gm, {}, prefix="", tags={}))
     for node in copy.graph.nodes:
         autocast.substitute(node)
+        node.target = OPENINGS.get(node.target, node.target) if node.op == "call_function" else node.target
     _settle_dropout(copy.graph)
     return fx.GraphModule(copy.attributes, copy.graph)
 
@@ -504,12 +507,30 @@ def _read_from_copy(graph: fx.Graph, updated: fx.Node) -> None:
 def _say_what_is_read(ir: fx.GraphModule) -> None:
     """Operators that read only the shape or the dtype of a tensor are told it, so that they do not keep it alive."""
     aten = torch.ops.aten
+    numbers = {
+        aten.zeros_like.default: 0,
+        aten.ones_like.default: 1,
+        aten.new_zeros.default: 0,
+        aten.new_ones.default: 1,
+        aten.full_like.default: None,
+        aten.new_full.default: None,
+    }
     for node in list(ir.graph.nodes):
-        if node.op != "call_function" or len(node.args) < 2 or not isinstance(node.args[1], fx.Node):
+        if node.op != "call_function" or not node.args:
+            continue
+        filled = node.target in numbers and isinstance(node.args[0], fx.Node) and node.args[0].op == "call_function"
+        if not filled and (len(node.args) < 2 or not isinstance(node.args[1], fx.Node)):
             continue
         builder = Builder(ir, before=node, like=node)
         value = node.meta.get("val")
-        if node.target is aten.type_as.default and value.device == node.args[0].meta["val"].device:
+        if filled:
+            number = numbers[node.target]
+            number = node.args[-1] if number is None else number
+            if not isinstance(number, (bool, int, float)) or not value.is_contiguous():
+                continue
+            kind = {"dtype": value.dtype, "layout": value.layout, "device": value.device, "pin_memory": False}
+            told = builder.insert(aten.full.default, (list(value.shape), number), kind, value)
+        elif node.target is aten.type_as.default and value.device == node.args[0].meta["val"].device:
             told = builder.call(aten.to.dtype, node.args[0], value.dtype)
         elif node.target in (aten.view_as.default, aten.reshape_as.default):
             told = builder.call(aten.reshape.default, node.args[0], list(value.shape))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -302,8 +303,19 @@ class StoredPattern:
     def pattern(self) -> float | range | Triangle | None:
         """One number, the numbers of a range, a triangle, or None; a positive answer counts as read."""
         found = _pattern_of(self.tensor.detach().cpu())
-        self.was_read = found is not None
+        self.was_read = self.was_read or found is not None
         return found
+
+    def holds_only_up_to(self, size: float) -> bool:
+        """Whether no entry is larger than ``size``, whatever its sign; a positive answer counts as read."""
+        if self._largest <= size:
+            self.was_read = True
+            return True
+        return False
+
+    @functools.cached_property
+    def _largest(self) -> float:
+        return float(self.tensor.detach().abs().amax().nan_to_num(math.inf))
 
 
 def _pattern_of(values: torch.Tensor) -> float | range | Triangle | None:

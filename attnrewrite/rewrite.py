@@ -68,7 +68,7 @@ def rewrite(gm: fx.GraphModule, policy: Policy) -> Rewritten:
             result.add_time("simplify", start)
             continue
         row.proof = _proof(finding)
-        row.mask = " + ".join(finding.scores.structure) or row.mask
+        row.mask = " + ".join(finding.scores.structure) or "none"
         result.add_time("simplify", start)
         start = time.perf_counter()
         kernel, row.verdicts = _choose(finding)
@@ -90,11 +90,12 @@ def _find(gm: fx.GraphModule) -> Iterator[AttentionSite | NearMiss]:
     view = GraphView(gm)
     findings = [finding for pattern in catalogue() for finding in pattern.find(view)]
     order = {node: position for position, node in enumerate(gm.graph.nodes)}
-    claimed: set[fx.Node] = set()
+    claimed: dict[fx.Node, str] = {}
     for finding in sorted(findings, key=lambda finding: order[finding.anchor]):
         nodes = set(finding.interior if isinstance(finding, AttentionSite) else finding.nodes)
-        if not nodes & claimed:
-            claimed |= nodes
+        # Sites of one pattern may share their scores; what another pattern has read is taken.
+        if all(claimed.get(node, finding.pattern) == finding.pattern for node in nodes):
+            claimed.update(dict.fromkeys(nodes, finding.pattern))
             yield finding
 
 

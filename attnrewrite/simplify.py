@@ -25,7 +25,7 @@ from attnrewrite.analysis.masks import (
     may_mask,
     truth,
 )
-from attnrewrite.analysis.values import ABSORBING, Kind, as_stored, is_ordinary, possible_values
+from attnrewrite.analysis.values import ABSORBING, ORDINARY, Kind, as_stored, is_ordinary, possible_values
 from attnrewrite.analysis.views import Operand
 from attnrewrite.policy import Policy
 from attnrewrite.site import (
@@ -82,9 +82,9 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     fills_decide = False
     if site.underflows and attended is None:
         terms = [_infinite(term) for term in terms]
-        if any(isinstance(term, Bias) and may_mask(term) for term in terms):
+        if any(may_mask(term) if isinstance(term, Bias) else -math.inf < term.value < -ORDINARY for term in terms):
             raise NotAttention(
-                "exponentials of the scores themselves are 0 / 0 in a row that a finite bias masks, and no such row "
+                "exponentials of the scores themselves are 0 / 0 in a row that finite numbers mask, and no such row "
                 "could be ruled out (if none occurs, say so: options={'assume_attended_rows': True})"
             )
         values = [value for term in terms for value in _values(term)]
@@ -176,9 +176,13 @@ def _apply_function(mod: Elementwise, reading: _Reading) -> None:
     reading.terms.clear()
 
 
+_UNDERFLOW = -1000.0
+"""The exponential of this is 0 in every dtype."""
+
+
 def _infinite(term: Term) -> Term:
     """What is far below zero has the exponential 0, as minus infinity has."""
-    low = isinstance(term, Fill) and term.value <= FAR_BELOW
+    low = isinstance(term, Fill) and term.value <= _UNDERFLOW
     return Fill(term.condition, -math.inf, term.dtype, term.invert) if low and isinstance(term, Fill) else term
 
 
@@ -351,6 +355,11 @@ def _no_mask(terms: list[Term], attended: str | None, differentiable: bool) -> s
                 f"{term.value:g} is filled in beside another mask or bias, and a row may have no key: which key such a "
                 "row attends depends on both (fill with -inf or torch.finfo(dtype).min)"
             )
+    if differentiable and attended is None and any(isinstance(term, Floor) for term in terms):
+        return (
+            "in a row whose keys are all masked the gradient is shared between the scores and the floor under them (if "
+            "no such row occurs, say so: options={'assume_attended_rows': True})"
+        )
     fills = [position for position, term in enumerate(terms) if isinstance(term, Fill)]
     biases = [position for position, term in enumerate(terms) if isinstance(term, Bias)]
     # A bias that is added last has a gradient in rows that are filled.

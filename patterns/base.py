@@ -11,7 +11,7 @@ from torch import fx
 
 from attnrewrite.analysis.views import Operand, peel
 from attnrewrite.ir import is_cast, is_tensor, regions, source_location, tensor
-from attnrewrite.site import AttentionSite, NotAttention
+from attnrewrite.site import AttentionSite
 
 __all__ = ["Finding", "GraphView", "NearMiss", "Pattern", "Specimen"]
 
@@ -81,21 +81,14 @@ class GraphView:
                 return operand
             operand = Operand(node.all_input_nodes[0], operand.layout)
 
-    def require_no_other_reader(self, interior: Sequence[fx.Node], weights: Sequence[fx.Node]) -> None:
-        """Raises if something outside reads what ``interior`` computes, its last node apart.
-
-        ``weights``: those of the nodes that are computed after the scores.
-        """
+    def other_readers(self, interior: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+        """What ``interior`` computes, its last node apart, that something outside reads, with the readers."""
         own = set(interior)
-        for node in interior[:-1]:
-            others = [user for user in node.users if user not in own]
-            if others:
-                what = "the attention weights" if node in weights else "the scores"
-                readers = ", ".join(sorted({_reader(user) for user in others}))
-                raise NotAttention(f"{what} are read more than once ({readers}), so they must exist in memory")
+        readers = {node: [user for user in node.users if user not in own] for node in interior[:-1]}
+        return {node: users for node, users in readers.items() if users}
 
 
-def _reader(node: fx.Node) -> str:
+def reader_in_words(node: fx.Node) -> str:
     if node.op == "output":
         return "returned from the graph"
     where = source_location(node)

@@ -18,19 +18,20 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from attnrewrite.analysis.scores import ScoreWalk, leads_to_product, read_scores
-from attnrewrite.analysis.views import Axis, Operand, Product, axes_of, is_product, peel
-from attnrewrite.analysis.weights import Softmax, every_softmax, follow_weights, split_sink
+from attnrewrite.analysis.views import Axis, Dim, Operand, Product, axes_of, is_product, peel
+from attnrewrite.analysis.weights import Softmax, WeightWalk, every_softmax, follow_weights, split_sink
 from attnrewrite.ir import tensor
 from attnrewrite.site import AttentionSite, NotAttention, Scale
 
 from . import normalisations, score_functions
-from .base import Finding, GraphView, NearMiss, Specimen
+from .base import Finding, GraphView, NearMiss, Specimen, reader_in_words
 from .samples import Specimens, additive, keep, learned, normal, padding
 
 __all__ = ["PATTERN"]
@@ -47,15 +48,18 @@ class SoftmaxAttention:
         return SPECIMENS
 
     def find(self, view: GraphView) -> Iterator[Finding]:
+        readings: list[_Reading] = []
         for softmax in every_softmax(view.graph):
             if not _between_products(softmax, view):
                 continue
             try:
-                yield self._read(softmax, view)
+                readings += self._read_all(softmax, view)
             except NotAttention as reason:
                 yield NearMiss(self.name, softmax.node, str(reason), (softmax.node,))
+        yield from _served(readings, view)
 
-    def _read(self, softmax: Softmax, view: GraphView) -> AttentionSite:
+    def _read_all(self, softmax: Softmax, view: GraphView) -> list[_Reading]:
+        """A reading for each product that the weights go into."""
         layout = softmax.layout
         key_dim = layout[softmax.dim]
         split = split_sink(softmax, key_dim)
@@ -64,9 +68,7 @@ class SoftmaxAttention:
             softmax, keys, sink_first = split
             sink_dim = (key_dim, keys, sink_first)
             key_dim = keys
-        walk = follow_weights(softmax, layout, sink_dim)
-        product = walk.product
-        key_axes = axes_of((key_dim,))
+        walks = follow_weights(softmax, layout, sink_dim)
         scores = read_scores(
             softmax.scores,
             (*layout[: softmax.dim], key_dim, *layout[softmax.dim + 1 :]),
@@ -75,8 +77,25 @@ class SoftmaxAttention:
             accepts=lambda product: _query_and_key(product, axes_of((key_dim,))),
             sink=softmax.sink is not None,
         )
-        interior = view.ordered([*scores.nodes, *softmax.nodes, *walk.nodes, product.node])
-        view.require_no_other_reader(interior, weights=(softmax.node, *walk.nodes))
+        readings: list[_Reading] = []
+        reasons: list[NotAttention] = []
+        for walk in walks:
+            try:
+                if walk.dropout and len(walks) > 1:
+                    raise NotAttention("the same weights, after the same dropout, go into several products")
+                readings.append(self._read(softmax, scores, walk, key_dim, view))
+            except NotAttention as reason:
+                reasons.append(reason)
+        if not readings:
+            raise reasons[0]
+        return readings
+
+    def _read(self, softmax: Softmax, scores: ScoreWalk, walk: WeightWalk, key_dim: Dim, view: GraphView) -> _Reading:
+        product = walk.product
+        result = softmax.late or product.node
+        interior = view.ordered([*scores.nodes, *softmax.nodes, *walk.nodes, product.node, result])
+        if softmax.late is not None and list(product.node.users) != [softmax.late]:
+            raise NotAttention("the product of exponentials and value is read before it is divided by their sum")
         for node in interior:
             if view.grad_region(node) != view.grad_region(product.node):
                 raise NotAttention("grad mode is switched between the scores and the product with the value")
@@ -113,10 +132,10 @@ class SoftmaxAttention:
             raise NotAttention("the value differs from one query position to the next, so this is no attention")
         if torch.float64 in (tensor(softmax.node).dtype, tensor(softmax.scores).dtype):
             dtype = torch.float64
-        return AttentionSite(
+        site = AttentionSite(
             pattern=self.name,
             anchor=softmax.node,
-            result=product.node,
+            result=result,
             result_layout=product.layout,
             query=query.resolved(),
             key=key.resolved(),
@@ -136,6 +155,38 @@ class SoftmaxAttention:
             in_autocast=view.in_autocast(product.node),
             interior=interior,
         )
+        return _Reading(site, view.other_readers(interior), {softmax.node, *walk.nodes})
+
+
+@dataclass
+class _Reading:
+    """A site, and what else reads what it computes: ``weights`` are the nodes that are computed after the scores."""
+
+    site: AttentionSite
+    others: dict[fx.Node, list[fx.Node]]
+    weights: set[fx.Node]
+
+
+def _served(readings: list[_Reading], view: GraphView) -> Iterator[Finding]:
+    """The sites whose scores and weights need not exist: what else reads them are other such sites."""
+    accepted = list(readings)
+    while True:
+        own = {node for reading in accepted for node in reading.site.interior}
+        left = [r for r in accepted if all(user in own for users in r.others.values() for user in users)]
+        if len(left) == len(accepted):
+            break
+        accepted = left
+    yield from (reading.site for reading in accepted)
+    anchors = {reading.site.anchor for reading in accepted}
+    for reading in readings:
+        if any(reading is other for other in accepted) or reading.site.anchor in anchors:
+            continue
+        anchors.add(reading.site.anchor)
+        node, users = next(iter(reading.others.items()))
+        what = "the attention weights" if node in reading.weights else "the scores"
+        names = ", ".join(sorted({reader_in_words(user) for user in users}))
+        reason = f"{what} are read more than once ({names}), so they must exist in memory"
+        yield NearMiss("softmax", reading.site.anchor, reason, (reading.site.anchor,))
 
 
 def _behind_views(sink: Operand | float | None) -> Operand | float | None:

@@ -138,9 +138,17 @@ def _phrase(part: Formula, query: tuple[Any, ...], key: tuple[Any, ...], positio
         return "key padding"
     if on_query and not on_key:
         return "query padding"
-    if isinstance(part, Known) and part.holds and isinstance(part.key, tuple) and part.key[0] == "eq" and on_key:
+    if isinstance(part, Known) and part.holds and _compares_entries(part.key):
         return "documents"
     return "dense" if on_key else "whole heads"
+
+
+def _compares_entries(key: Any) -> bool:
+    """Whether a fact is that two entries of one tensor are equal."""
+    if not isinstance(key, tuple) or key[0] != "eq" or len(key[1]) != 2:
+        return False
+    a, b = key[1]
+    return isinstance(a, tuple) and isinstance(b, tuple) and a[0] is b[0]
 
 
 # Does every row keep a key?

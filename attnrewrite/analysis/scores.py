@@ -279,12 +279,14 @@ def _put(node: fx.Node, layout: Layout) -> Fill:
 
 
 def row_maximum(
-    node: Any, scores: fx.Node, layout: Layout | None, reader: _Reader | tuple[Axis, ...]
+    node: Any, scores: fx.Node, layout: Layout | None, reader: _Reader | tuple[Axis, ...], bounded: bool = True
 ) -> tuple[fx.Node, ...] | None:
     """The nodes that compute a maximum of ``scores`` which is the same for all keys of a row; None if it is none.
 
     Softmax of scores less their maximum is softmax of the scores: that is how it is computed in any case. A detached
     maximum is no different, since the gradient that goes through it adds up to nothing.
+
+    ``bounded``: a maximum that is kept within bounds will do as well, as it does before a softmax of its own.
     """
     keys = set(reader.key_axes if isinstance(reader, _Reader) else reader)
     if layout is None or not is_tensor(node):
@@ -292,8 +294,10 @@ def row_maximum(
     chain: list[fx.Node] = []
     current = node
     while current.target not in _MAXIMA:
-        passes = is_cast(current) or is_layout_op(current) or current.target in (aten.detach.default, operator.getitem)
-        if current.op != "call_function" or not passes:
+        passes = is_cast(current) or is_layout_op(current) or current.target in _AFTER_MAXIMUM
+        if current.op != "call_function" or not (passes or (bounded and current.target in _BOUNDED)):
+            return None
+        if any(isinstance(arg, fx.Node) for arg in current.args[1:]):
             return None
         chain.append(current)
         current = current.args[0]
@@ -328,6 +332,8 @@ def row_maximum(
     return tuple(reversed(chain))
 
 
+_AFTER_MAXIMUM = (aten.detach.default, operator.getitem)
+_BOUNDED = (aten.clamp.default, aten.clamp_min.default, aten.nan_to_num.default, aten.relu.default)
 _MAXIMA = (aten.amax.default, aten.max.dim, aten.max.default)
 
 

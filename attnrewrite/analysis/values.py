@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.views import is_product
-from attnrewrite.ir import CAST_OPS, is_tensor, tensor
+from attnrewrite.ir import CAST_OPS, StoredPattern, is_tensor, tensor
 
 __all__ = ["ABSORBING", "MOVES", "ORDINARY", "Kind", "as_stored", "constant_value", "is_ordinary", "possible_values"]
 
@@ -110,6 +110,9 @@ def _kind_of_input(node: fx.Node) -> Kind:
     value = tensor(node)
     if not value.dtype.is_floating_point:
         return Kind.INTEGER
+    stored = node.meta.get("stored")
+    if isinstance(stored, StoredPattern) and stored.holds_only_up_to(ORDINARY):
+        return Kind.LEARNED
     example = node.meta.get("example_value", value)
     return Kind.LEARNED if isinstance(example, torch.nn.Parameter) and example.requires_grad else Kind.ANY
 

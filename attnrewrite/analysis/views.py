@@ -29,6 +29,7 @@ __all__ = [
     "Product",
     "axes_of",
     "broadcast",
+    "factors_of",
     "fresh_layout",
     "peel",
     "pull",
@@ -384,8 +385,15 @@ def product_of_factor(node: fx.Node) -> fx.Node | None:
     """The product that ``node`` is the elementwise half of: the sum in ``(a * b).sum(dim)``."""
     if node.target is aten.mul.Tensor and len(node.users) == 1:
         (user,) = node.users
-        return user if is_product(user) else None
+        return user if user.target is aten.sum.dim_IntList and is_product(user) else None
     return None
+
+
+def factors_of(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The two operands of a product; none where the node is no plain product."""
+    terms = _terms(node)
+    plain = terms is not None and terms.addend is None and terms.scale is None
+    return (terms.lhs, terms.rhs) if terms is not None and plain else ()
 
 
 def product_from_result(node: fx.Node, layout: Layout) -> Product | None:
@@ -494,6 +502,27 @@ def _linear(node: fx.Node) -> _Terms | None:
     return _Terms(lhs, weight, (*batch, "inner"), ("column", "inner"), (*batch, "column"), **more)  # type: ignore[arg-type]
 
 
+def _inner(node: fx.Node) -> _Terms | None:
+    """``inner(a, b)``: both over their last dimension."""
+    lhs, rhs = node.args[:2]
+    if not (is_tensor(lhs) and is_tensor(rhs)) or not tensor(lhs).dim() or not tensor(rhs).dim():
+        return None
+    left, right = _letters(tensor(lhs).dim() - 1), _letters(tensor(rhs).dim() - 1, start=100)
+    return _Terms(lhs, rhs, (*left, "inner"), (*right, "inner"), (*left, *right))  # type: ignore[arg-type]
+
+
+def _tensordot(node: fx.Node) -> _Terms | None:
+    lhs, rhs, dims, other_dims = node.args[:4]
+    if not (is_tensor(lhs) and is_tensor(rhs) and isinstance(dims, (list, tuple)) and dims):
+        return None
+    left, right = list(_letters(tensor(lhs).dim())), list(_letters(tensor(rhs).dim(), start=100))
+    for a, b in zip(dims, other_dims, strict=True):  # type: ignore[arg-type]
+        right[int(b)] = left[int(a)]  # type: ignore[arg-type]
+    summed = {left[int(a)] for a in dims}  # type: ignore[arg-type]
+    out = [letter for letter in (*left, *right) if letter not in summed]
+    return _Terms(lhs, rhs, tuple(left), tuple(right), tuple(out))  # type: ignore[arg-type]
+
+
 def _is_learned(node: fx.Node) -> bool:
     """Whether the node is a parameter, seen through views, casts and pieces of it."""
     while node.op == "call_function" and (is_layout_op(node) or is_cast(node) or node.target in _PIECES):
@@ -590,6 +619,8 @@ _PRODUCTS.update(
         aten.addmm.default: _baddbmm,
         aten.linear.default: _linear,
         aten.einsum.default: _einsum,
+        aten.inner.default: _inner,
+        aten.tensordot.default: _tensordot,
         aten.sum.dim_IntList: _multiplied_and_summed,
     }
 )

@@ -20,6 +20,7 @@ from attnrewrite.analysis.views import (
     Product,
     axes_of,
     broadcast,
+    factors_of,
     fresh_layout,
     is_layout_op,
     is_product,
@@ -29,7 +30,7 @@ from attnrewrite.analysis.views import (
     resolve,
     size_of,
 )
-from attnrewrite.ir import Size, is_cast, is_tensor, same, tensor
+from attnrewrite.ir import Size, is_cast, is_tensor, same, same_shape, tensor
 from attnrewrite.site import Fill, NotAttention, Scale, WeightMod, Zero
 
 __all__ = ["Softmax", "WeightWalk", "every_softmax", "follow_weights", "split_sink"]
@@ -53,6 +54,7 @@ class Softmax:
         nan_to_zero: a row whose scores are all minus infinity gives zeros.
         underflows: the exponentials are taken of the scores themselves, so that a row whose scores are all far below
             zero is 0 / 0.
+        late: the division by the sum, where it comes after the product with the value: ``exp(x) @ v / exp(x).sum()``.
         fills: what the exponentials are multiplied by before they are added up, as fills with minus infinity.
     """
 
@@ -65,6 +67,7 @@ class Softmax:
     underflows: bool = False
     fills: tuple[Fill, ...] = ()
     layout: Layout = ()
+    late: fx.Node | None = None
 
 
 def every_softmax(graph: fx.Graph) -> Iterator[Softmax]:
@@ -137,16 +140,23 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
         return None
     numerator, denominator = node.args[0], node.args[1]
     top = _exponentials(numerator)
+    late = top is None
+    if top is None:
+        top = next(filter(None, map(_exponentials, factors_of(numerator))), None)
     if top is None:
         return None
-    rank = tensor(node).dim()
+    rank = tensor(top.node).dim()
     total = _denominator(denominator, top, rank)
     if total is None or tensor(numerator).dim() != rank:
         return None
     dim, addends, bottom_nodes = total
-    layout = fresh_layout(tensor(node).shape)
-    shifted, maximum = _without_maximum(top.argument, layout, axes_of((layout[dim],)))
-    nodes = dict.fromkeys([*maximum, *top.nodes, *bottom_nodes, node])
+    layout = fresh_layout(tensor(top.node).shape)
+    if late and not _divides_rows(node, numerator, denominator, top.node, layout, dim):
+        return None
+    keys = axes_of((layout[dim],))
+    shifted, maximum = _without_maximum(top.argument, layout, keys, bounded=True)
+    exact = bool(_without_maximum(top.argument, layout, keys, bounded=False)[1])
+    nodes = dict.fromkeys([*maximum, *top.nodes, *bottom_nodes, *([] if late else [node])])
     fills = []
     for condition, at, invert in top.fills:
         own = broadcast(layout, tensor(at).shape, tensor(condition).shape)
@@ -159,12 +169,12 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
         if sink is not None:
             return None
         if isinstance(addend, (int, float)):
-            if maximum:
+            if exact:
                 # The sum is at least 1 then, and what float32 cannot add to 1 changes nothing.
                 if not 0 <= addend < torch.finfo(tensor(node).dtype).eps / 2:
                     return None
                 continue
-            if addend <= 0:
+            if addend <= 0 or maximum:
                 return None
             sink = math.log(addend)
             continue
@@ -179,15 +189,30 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
         for part in maximum:
             nodes.pop(part, None)
     return Softmax(
-        node,
+        top.node if late else node,
         scores,
         dim,
         tuple(nodes),
         sink,
-        underflows=not maximum and sink is None,
+        late=node if late else None,
+        underflows=not exact and sink is None,
         fills=tuple(fills),
         layout=layout,
     )
+
+
+def _divides_rows(
+    node: fx.Node, numerator: fx.Node, denominator: fx.Node, weights: fx.Node, layout: Layout, dim: int
+) -> bool:
+    """Whether each row of the product with the value is divided by the sum of its own exponentials."""
+    product = product_from_operand(numerator, weights, layout)
+    if product is None or not same_shape(tensor(node).shape, tensor(numerator).shape):
+        return False
+    own = broadcast(product.layout, tensor(node).shape, tensor(denominator).shape)
+    rows = {axis for position, part in enumerate(layout) if position != dim for axis in part}
+    # The sums have kept their place among the dimensions of the exponentials, with one for the keys (_denominator).
+    expected = (*layout[:dim], (), *layout[dim + 1 :])
+    return own is not None and resolve(own) == resolve(expected) and set(axes_of(own)) == rows
 
 
 def _exponentials(node: Any) -> _Exponentials | None:
@@ -267,7 +292,7 @@ def _same_up_to_casts(node: Any, top: _Exponentials, nodes: list[fx.Node]) -> bo
 
 
 def _without_maximum(
-    argument: fx.Node, layout: Layout, key_axes: tuple[Axis, ...]
+    argument: fx.Node, layout: Layout, key_axes: tuple[Axis, ...], bounded: bool
 ) -> tuple[fx.Node, tuple[fx.Node, ...]]:
     """``x`` of ``x - x.max()`` with the nodes in between; the argument itself where no maximum is subtracted."""
     inner, casts = _behind_casts(argument)
@@ -276,7 +301,7 @@ def _without_maximum(
     source: Any = inner.args[0]
     if not is_tensor(source):
         return argument, ()
-    maximum = row_maximum(inner.args[1], source, layout, key_axes)
+    maximum = row_maximum(inner.args[1], source, layout, key_axes, bounded)
     return (source, (*maximum, inner, *casts)) if maximum is not None else (argument, ())
 
 
@@ -406,15 +431,15 @@ class WeightWalk:
     """
 
     weights: fx.Node
-    product: Product
+    product: Product = field(default=None)  # type: ignore[assignment]
     dropout: float = 0.0
     mods: list[WeightMod] = field(default_factory=list)
     nan_to_zero: bool = False
     nodes: list[fx.Node] = field(default_factory=list)
 
 
-def follow_weights(softmax: Softmax, layout: Layout, sink_dim: tuple[Dim, Dim, bool] | None) -> WeightWalk:
-    """Follows the weights, whose dimensions are ``layout``, to the product with the value.
+def follow_weights(softmax: Softmax, layout: Layout, sink_dim: tuple[Dim, Dim, bool] | None) -> list[WeightWalk]:
+    """Follows the weights, whose dimensions are ``layout``, to the products with a value: as a rule there is one.
 
     Args:
         sink_dim: the dimension with the sink, the same without it, and whether the sink comes first; a slice must
@@ -423,36 +448,53 @@ def follow_weights(softmax: Softmax, layout: Layout, sink_dim: tuple[Dim, Dim, b
     Raises:
         NotAttention: something on the way cannot be read.
     """
-    node = softmax.node
-    walk = WeightWalk(node, None)  # type: ignore[arg-type]
-    while True:
-        users = [user for user in node.users if user.op != "output" and user not in softmax.nodes]
-        if not users:
-            raise NotAttention("the attention weights are returned")
-        product_node = next((user for user in users if is_product(user)), None)
-        factor = None
-        if product_node is None:
-            factor = next((user for user in users if product_of_factor(user) is not None), None)
-            product_node = product_of_factor(factor) if factor is not None and _sums_keys(factor, node) else None
-        if product_node is not None:
-            product = product_from_operand(product_node, node, layout)
-            if product is None:
-                raise NotAttention("the product of weights and value cannot be laid out along the weights' axes")
-            if sink_dim is not None:
-                raise NotAttention("the added column of the weights is multiplied with the value")
-            walk.weights, walk.product = node, product
-            walk.nodes.extend(product.nodes[:-1])
-            return walk
-        user = next((user for user in users if _may_pass(user, node)), None)
-        if user is None:
-            raise NotAttention(f"{node_in_words(users[0])} stands between softmax and the product with the value")
-        if sink_dim is not None and user.target is aten.slice.Tensor:
-            layout = _without_sink(user, layout, sink_dim)
-            sink_dim = None
-        else:
-            layout = _step(user, node, layout, walk)
-        walk.nodes.append(user)
-        node = user
+    return _follow(softmax.node, WeightWalk(softmax.node), softmax, layout, sink_dim)
+
+
+def _follow(
+    node: fx.Node, walk: WeightWalk, softmax: Softmax, layout: Layout, sink_dim: tuple[Dim, Dim, bool] | None
+) -> list[WeightWalk]:
+    users = [user for user in node.users if user.op != "output" and user not in softmax.nodes]
+    tests = [user for user in users if user.target is aten.isnan.default]
+    users = [user for user in users if user not in tests]
+    if not users:
+        raise NotAttention("the attention weights are returned")
+    walks: list[WeightWalk] = []
+    reasons: list[NotAttention] = []
+    for user in users:
+        try:
+            product = _product_with_value(user, node, layout)
+            if product is not None:
+                if sink_dim is not None:
+                    raise NotAttention("the added column of the weights is multiplied with the value")
+                walks.append(replace(walk, weights=node, product=product, nodes=[*walk.nodes, *product.nodes[:-1]]))
+                continue
+            if not _may_pass(user, node):
+                raise NotAttention(f"{node_in_words(user)} stands between softmax and the product with the value")
+            further = replace(walk, mods=[*walk.mods], nodes=[*walk.nodes, *tests, user])
+            if sink_dim is not None and user.target is aten.slice.Tensor:
+                walks += _follow(user, further, softmax, _without_sink(user, layout, sink_dim), None)
+            else:
+                walks += _follow(user, further, softmax, _step(user, node, layout, further), sink_dim)
+        except NotAttention as reason:
+            reasons.append(reason)
+    if not walks:
+        raise reasons[0]
+    return walks
+
+
+def _product_with_value(user: fx.Node, node: fx.Node, layout: Layout) -> Product | None:
+    """The product that ``user`` is, or is the elementwise half of; None if it is none."""
+    found = user if is_product(user) else None
+    if found is None and product_of_factor(user) is not None and _sums_keys(user, node):
+        found = product_of_factor(user)
+    if found is None:
+        return None
+    product = product_from_operand(found, node, layout)
+    # (weights * value).sum() is a product of its elementwise half's operands.
+    if product is None:
+        raise NotAttention("the product of weights and value cannot be laid out along the weights' axes")
+    return product
 
 
 _PASSING = frozenset(
@@ -515,6 +557,10 @@ def _step(user: fx.Node, node: fx.Node, layout: Layout, walk: WeightWalk) -> Lay
         return layout
     if target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
         kept_first = args[1] is node
+        if is_tensor(args[0]) and args[0].target is aten.isnan.default and args[0].args[0] is node and not kept_first:
+            _require_zero(args[1], user)
+            walk.nan_to_zero = True
+            return layout
         if args[0] is node or kept_first == (args[2] is node):
             raise NotAttention(f"{node_in_words(user)} chooses between two values of the attention weights")
         _require_zero(args[2] if kept_first else args[1], user)

@@ -71,7 +71,8 @@ class Flex:
             return Verdict.no("FlexAttention has no dropout")
         if site.sink is not None:
             return Verdict.no("a sink beside a function of the scores is not supported")
-        if site.differentiable and scores.masked_rows not in ("none", "mean of value"):
+        floored = any(isinstance(mod, Floor) for mod in site.mods) and scores.masked_rows != "none"
+        if site.differentiable and (floored or scores.masked_rows not in ("none", "mean of value")):
             return Verdict.no(
                 "a row may have no key, and the gradient of such a row is not known here (if none occurs, say so: "
                 "options={'assume_attended_rows': True})"

@@ -1,0 +1,66 @@
+"""Calls that hold a whole module, attention included, opened up into the operators that they stand for.
+
+``nn.TransformerEncoderLayer`` runs as one native call when it is evaluated without gradients. That call writes the
+scores to memory; opened up, its attention is found like any other.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["OPENINGS"]
+
+
+def _encoder_layer(
+    src: Tensor,
+    embed_dim: int,
+    num_heads: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    use_gelu: bool,
+    norm_first: bool,
+    eps: float,
+    norm_weight_1: Tensor,
+    norm_bias_1: Tensor,
+    norm_weight_2: Tensor,
+    norm_bias_2: Tensor,
+    ffn_weight_1: Tensor,
+    ffn_bias_1: Tensor,
+    ffn_weight_2: Tensor,
+    ffn_bias_2: Tensor,
+    mask: Tensor | None = None,
+    mask_type: int | None = None,
+) -> Tensor:
+    """https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/transformers/transformer.cpp"""
+
+    def normalised(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, (embed_dim,), weight, bias, eps)
+
+    x = normalised(src, norm_weight_1, norm_bias_1) if norm_first else src
+    packed = F.linear(x, qkv_weight, qkv_bias).unflatten(-1, (3, num_heads, embed_dim // num_heads))
+    query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
+    scores = (query * (embed_dim // num_heads) ** -0.5) @ key.transpose(-2, -1)
+    if mask is not None:
+        masked = mask.to(torch.bool)
+        if mask_type == 0:  # (query, key)
+            masked = masked[None, None]
+        elif mask_type == 1:  # (batch, key)
+            masked = masked[:, None, None]
+        scores = scores.masked_fill(masked, float("-inf"))
+    mixed = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+    x = F.linear(mixed, proj_weight, proj_bias) + src
+    if not norm_first:
+        x = normalised(x, norm_weight_1, norm_bias_1)
+    inner = normalised(x, norm_weight_2, norm_bias_2) if norm_first else x
+    inner = F.linear(inner, ffn_weight_1, ffn_bias_1)
+    inner = F.gelu(inner) if use_gelu else F.relu(inner)
+    x = F.linear(inner, ffn_weight_2, ffn_bias_2) + x
+    return x if norm_first else normalised(x, norm_weight_2, norm_bias_2)
+
+
+OPENINGS = {torch._transformer_encoder_layer_fwd: _encoder_layer}
+"""For each call the function that computes the same."""
