@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["ZOO", "Entry"]
+__all__ = ["NO_DROPOUT", "TOKENS", "ZOO", "Entry", "hidden", "ids", "noise", "padded", "text", "transformer"]
 
 
 @dataclass(frozen=True)
@@ -30,26 +30,26 @@ class Entry:
         return self.output(model(**self.inputs(length or self.lengths[0], seed)))
 
 
-def _ids(batch: int, length: int, seed: int, vocabulary: int = 64) -> torch.Tensor:
+def ids(batch: int, length: int, seed: int, vocabulary: int = 64) -> torch.Tensor:
     return torch.randint(3, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def _padded(batch: int, length: int, *, left: bool = False) -> torch.Tensor:
+def padded(batch: int, length: int, *, left: bool = False) -> torch.Tensor:
     """An attention mask whose rows are padded by 0, 1, 2, ... tokens."""
     position = torch.arange(length)
     padding = torch.arange(batch)[:, None]
     return ((position >= padding) if left else (position < length - padding)).long()
 
 
-def _noise(*shape: int, seed: int) -> torch.Tensor:
+def noise(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _text(length: int, seed: int) -> dict[str, Any]:
-    return {"input_ids": _ids(2, length, seed), "attention_mask": _padded(2, length)}
+def text(length: int, seed: int) -> dict[str, Any]:
+    return {"input_ids": ids(2, length, seed), "attention_mask": padded(2, length)}
 
 
-def _transformer(name: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
+def transformer(name: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import transformers
 
@@ -62,11 +62,11 @@ def _transformer(name: str, config: str, **settings: Any) -> Callable[[], nn.Mod
     return build
 
 
-_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-def _hidden(output: Any) -> torch.Tensor:
+def hidden(output: Any) -> torch.Tensor:
     result: torch.Tensor = output.last_hidden_state
     return result
 
@@ -93,16 +93,16 @@ def _unet() -> nn.Module:
 
 def _unet_inputs(length: int, seed: int) -> dict[str, Any]:
     return {
-        "sample": _noise(2, 4, length, length, seed=seed),
+        "sample": noise(2, 4, length, length, seed=seed),
         "timestep": torch.tensor(7),
-        "encoder_hidden_states": _noise(2, 7, 24, seed=seed + 1),
+        "encoder_hidden_states": noise(2, 7, 24, seed=seed + 1),
     }
 
 
 ZOO: tuple[Entry, ...] = (
     Entry(
         "bert",
-        _transformer(
+        transformer(
             "BertModel",
             "BertConfig",
             vocab_size=64,
@@ -111,15 +111,15 @@ ZOO: tuple[Entry, ...] = (
             num_attention_heads=4,
             intermediate_size=48,
             max_position_embeddings=64,
-            **_NO_DROPOUT,
+            **NO_DROPOUT,
         ),
-        _text,
+        text,
         2,
-        _hidden,
+        hidden,
     ),
     Entry(
         "gpt2",
-        _transformer(
+        transformer(
             "GPT2Model",
             "GPT2Config",
             vocab_size=64,
@@ -132,13 +132,13 @@ ZOO: tuple[Entry, ...] = (
             attn_pdrop=0.0,
             use_cache=False,
         ),
-        _text,
+        text,
         2,
-        _hidden,
+        hidden,
     ),
     Entry(
         "llama",
-        _transformer(
+        transformer(
             "LlamaModel",
             "LlamaConfig",
             vocab_size=64,
@@ -150,13 +150,13 @@ ZOO: tuple[Entry, ...] = (
             max_position_embeddings=64,
             use_cache=False,
         ),
-        lambda length, seed: {"input_ids": _ids(2, length, seed), "attention_mask": _padded(2, length, left=True)},
+        lambda length, seed: {"input_ids": ids(2, length, seed), "attention_mask": padded(2, length, left=True)},
         2,
-        _hidden,
+        hidden,
     ),
     Entry(
         "t5",
-        _transformer(
+        transformer(
             "T5Model",
             "T5Config",
             vocab_size=64,
@@ -169,13 +169,13 @@ ZOO: tuple[Entry, ...] = (
             dropout_rate=0.0,
             use_cache=False,
         ),
-        lambda length, seed: {**_text(length, seed), "decoder_input_ids": _ids(2, length - 4, seed + 1)},
+        lambda length, seed: {**text(length, seed), "decoder_input_ids": ids(2, length - 4, seed + 1)},
         6,
-        _hidden,
+        hidden,
     ),
     Entry(
         "vit",
-        _transformer(
+        transformer(
             "ViTModel",
             "ViTConfig",
             hidden_size=32,
@@ -184,15 +184,15 @@ ZOO: tuple[Entry, ...] = (
             intermediate_size=48,
             image_size=32,
             patch_size=8,
-            **_NO_DROPOUT,
+            **NO_DROPOUT,
         ),
-        lambda length, seed: {"pixel_values": _noise(length // 4, 3, 32, 32, seed=seed)},
+        lambda length, seed: {"pixel_values": noise(length // 4, 3, 32, 32, seed=seed)},
         2,
-        _hidden,
+        hidden,
     ),
     Entry(
         "clip-text",
-        _transformer(
+        transformer(
             "CLIPTextModel",
             "CLIPTextConfig",
             vocab_size=64,
@@ -201,15 +201,15 @@ ZOO: tuple[Entry, ...] = (
             num_attention_heads=4,
             intermediate_size=48,
             max_position_embeddings=64,
-            **_TOKENS,
+            **TOKENS,
         ),
-        _text,
+        text,
         2,
-        _hidden,
+        hidden,
     ),
     Entry(
         "whisper",
-        _transformer(
+        transformer(
             "WhisperModel",
             "WhisperConfig",
             vocab_size=64,
@@ -226,14 +226,14 @@ ZOO: tuple[Entry, ...] = (
             decoder_start_token_id=1,
             dropout=0.0,
             use_cache=False,
-            **_TOKENS,
+            **TOKENS,
         ),
         lambda length, seed: {
-            "input_features": _noise(2, 8, 40, seed=seed),
-            "decoder_input_ids": _ids(2, length, seed + 1),
+            "input_features": noise(2, 8, 40, seed=seed),
+            "decoder_input_ids": ids(2, length, seed + 1),
         },
         6,
-        _hidden,
+        hidden,
     ),
     # 1 block down, 1 in the middle, 2 up, each with self and cross attention.
     Entry("unet", _unet, _unet_inputs, 8, lambda output: output.sample, lengths=(8, 12, 16)),

@@ -1,0 +1,94 @@
+"""The command: measures every model in a process of its own and writes the results."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+import warnings
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from tests.coverage.machine import describe
+from tests.coverage.measure import CASES, measure, warm_up
+from tests.coverage.table import line, markdown
+
+ROOT = Path(__file__).parents[2]
+
+
+@click.command()
+@click.option("--only", multiple=True, metavar="NAME", type=click.Choice(sorted(CASES)), help="This model; repeatable.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Where the raw results go.")
+@click.option("--write", type=click.Path(path_type=Path), help="Where the Markdown page goes.")
+@click.option(
+    "--from-json", type=click.Path(path_type=Path, exists=True), help="Measure nothing, read the raw results."
+)
+@click.option("--gradients/--no-gradients", default=True, show_default=True)
+@click.option("--timeout", default=400, show_default=True, help="Seconds for one model.")
+def main(
+    only: tuple[str, ...],
+    json_file: Path | None,
+    write: Path | None,
+    from_json: Path | None,
+    gradients: bool,
+    timeout: int,
+) -> None:
+    """Measures models with attention: rewritten, errors, and what Inductor's own pass fuses.
+
+    With --only and a --json file that exists, the rows of the named models are replaced in it.
+    """
+    results = json.loads(from_json.read_text()) if from_json else {**describe(ROOT), "seconds": 0, "rows": []}
+    if not from_json:
+        old = json.loads(json_file.read_text())["rows"] if only and json_file and json_file.exists() else []
+        console = Console(soft_wrap=True, highlight=False)
+        start = time.perf_counter()
+        warm_up()
+        for name in only or CASES:
+            row = {**measured(name, gradients, timeout), "commit": results["commit"]}
+            console.print(line(row), markup=False)
+            results["rows"] = merged(old, [*results["rows"], row])
+            results["seconds"] = round(time.perf_counter() - start)
+            if json_file:
+                json_file.write_text(json.dumps(results, indent=1) + "\n")
+    if write:
+        write.write_text(markdown(results))
+
+
+def measured(name: str, gradients: bool, timeout: int) -> dict[str, Any]:
+    case = CASES[name]
+    lost = {"name": name, "package": case.package, "form": case.form, "sites": case.sites}
+    # A fork finds PyTorch loaded and warm, which is most of the time that a small model takes.
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_send, args=(sender, name, gradients))
+    child.start()
+    sender.close()
+    try:
+        if not receiver.poll(timeout):
+            return {**lost, "failures": {"process": f"took more than {timeout} s"}}
+        row: dict[str, Any] = receiver.recv()
+        return row
+    except EOFError:
+        child.join()
+        return {**lost, "failures": {"process": f"exit status {child.exitcode}"}}
+    finally:
+        child.kill()
+        child.join()
+
+
+def _send(sender: Connection, name: str, gradients: bool) -> None:
+    warnings.simplefilter("ignore")
+    sender.send(measure(CASES[name], gradients=gradients))
+
+
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = {row["name"]: row for row in (*old, *new)}  # The later one of two.
+    return [rows[name] for name in CASES if name in rows]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""What becomes of one model, as a row of plain data."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor.compile_fx import compile_fx
+
+from attnrewrite.backend import collect_reports
+from attnrewrite.report import GraphReport
+from tests.coverage import entries_packages, entries_transformers
+from tests.coverage.case import Case
+from tests.helpers import outputs, rewritten
+
+__all__ = ["CASES", "GRADIENT_LIMIT", "VALUE_LIMIT", "fused_by_inductor", "measure", "randomize", "warm_up"]
+
+CASES: dict[str, Case] = {case.name: case for case in (*entries_transformers.CASES, *entries_packages.CASES)}
+
+VALUE_LIMIT = 1e-5
+GRADIENT_LIMIT = 1e-4
+
+Row = dict[str, Any]
+
+
+def measure(case: Case, *, gradients: bool = True) -> Row:
+    """The row of one model; a step that fails is named under ``failures`` and the next ones are still taken."""
+    row: Row = {"name": case.name, "package": case.package, "form": case.form, "sites": case.sites, "failures": {}}
+    try:
+        row["version"] = metadata.version(case.package)
+    except metadata.PackageNotFoundError:
+        row["failures"]["build"] = f"{case.package} is not installed"
+        return row
+    steps: list[tuple[str, Callable[[Case, Row], None]]] = [("rewrite", _values), ("inductor", _inductor)]
+    if gradients:
+        steps.append(("gradients", _gradients))
+    for name, step in steps:
+        torch._dynamo.reset()
+        start = time.perf_counter()
+        try:
+            step(case, row)
+        except Exception as error:  # noqa: BLE001 - Any failure of a model is a result.
+            row["failures"][name] = f"{type(error).__name__}: {str(error).strip()[:2000]}"
+        row.setdefault("seconds", {})[name] = round(time.perf_counter() - start, 1)
+    return row
+
+
+def _built(case: Case) -> nn.Module:
+    model = case.build().eval()
+    randomize(model)
+    _calibrate(model, case.inputs())
+    return model
+
+
+def randomize(model: nn.Module) -> None:
+    """Weights with which attention is far from uniform and every branch counts.
+
+    Initial weights of small models make scores near zero, so that a lost scale or bias would not show, and some start
+    layers at zero.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if not parameter.requires_grad or not parameter.is_floating_point():
+            continue
+        noise = torch.randn(parameter.shape, generator=generator)
+        with torch.no_grad():
+            if parameter.dim() >= 2:
+                parameter.copy_(noise * max(1, parameter[0].numel()) ** -0.5)
+            else:
+                parameter.add_(0.1 * noise)
+
+
+def _calibrate(model: nn.Module, inputs: dict[str, Any]) -> None:
+    """Statistics of batch norms that fit the weights, or attention fades on the way to the output."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model(**inputs)
+    for norm in norms:
+        norm.eval()
+
+
+def _values(case: Case, row: Row) -> None:
+    model = _built(case)
+    inputs = case.inputs()
+    with torch.no_grad():
+        expected = outputs(model(**inputs))
+        before = Counter(counters["graph_break"])
+        with collect_reports() as graphs:
+            actual = outputs(rewritten(model, "aot_eager")(**inputs))
+        row["graphs"] = len(graphs)
+        row["graph_breaks"] = [" ".join(text.split())[:200] for text in Counter(counters["graph_break"]) - before]
+        row.update(_counts(graphs))
+        row["error"] = _relative_error(actual, expected)
+        row["eager_has_nan"] = any(bool(value.isnan().any()) for value in expected)
+        if row["error"] > VALUE_LIMIT:
+            torch._dynamo.reset()
+            control = torch.compile(model, backend="aot_eager")
+            row["error_of_aot_eager"] = _relative_error(outputs(control(**inputs)), expected)
+
+
+def _counts(graphs: list[GraphReport]) -> Row:
+    sites = [site for graph in graphs for site in graph.sites]
+    return {
+        "rewritten": sum(site.status == "rewritten" for site in sites),
+        "kept": [
+            {"reason": _relative(site.reason), "where": _relative(str(site.location))}
+            for site in sites
+            if site.status == "kept"
+        ],
+        "not_captured": [graph.reason for graph in graphs if not graph.captured],
+        "defects": [graph.reason for graph in graphs if graph.captured and graph.reason],
+    }
+
+
+def _relative(text: str) -> str:
+    """Paths of installed files, from their package on."""
+    return re.sub(r"[^\s(,]*site-packages/", "", text)
+
+
+def _relative_error(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """The largest difference relative to the largest number of each tensor; infinite where only one is not finite."""
+    worst = 0.0
+    for a, e in zip(actual, expected, strict=True):
+        if a.shape != e.shape:
+            return math.inf
+        a, e = a.double(), e.double()
+        if not torch.equal(a.isfinite(), e.isfinite()):
+            return math.inf
+        finite = e.isfinite()
+        if finite.any():
+            worst = max(worst, float((a - e)[finite].abs().max() / e[finite].abs().max().clamp_min(1e-30)))
+    return worst
+
+
+def _inductor(case: Case, row: Row) -> None:
+    row["inductor"] = fused_by_inductor(_built(case), case.inputs())
+
+
+def fused_by_inductor(model: Callable[..., Any], inputs: dict[str, Any]) -> int:
+    """How many attentions Inductor's own pass fuses in inference; no code is generated."""
+
+    def passed_on(gm: torch.fx.GraphModule, example_inputs: list[Any], **_: Any) -> Any:
+        def boxed(values: list[Any]) -> Any:
+            results = gm(*values)
+            values.clear()
+            return results
+
+        boxed._boxed_call = True  # type: ignore[attr-defined]
+        return boxed
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        return compile_fx(gm, example_inputs, inner_compile=passed_on)
+
+    before = counters["inductor"]["fuse_attention"]
+    with torch.no_grad():
+        torch.compile(model, backend=backend)(**inputs)
+    count: int = counters["inductor"]["fuse_attention"] - before
+    return count
+
+
+def _gradients(case: Case, row: Row) -> None:
+    model = _built(case)
+    inputs = case.inputs()
+    expected = _parameter_gradients(model, model, inputs)
+    with collect_reports() as graphs:
+        actual = _parameter_gradients(model, rewritten(model, "aot_eager"), inputs)
+    row["with_gradients"] = _counts(graphs)
+    row["gradient_error"], row["wrong_gradients"] = _gradient_error(actual, expected)
+    if row["gradient_error"] > GRADIENT_LIMIT or row["wrong_gradients"]:
+        torch._dynamo.reset()
+        control = _parameter_gradients(model, torch.compile(model, backend="aot_eager"), inputs)
+        row["gradient_error_of_aot_eager"], row["wrong_gradients_of_aot_eager"] = _gradient_error(control, expected)
+
+
+def _gradient_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, list[str]]:
+    """The largest error of a parameter's gradient, and the parameters that are beyond what tests/test_models.py allows.
+
+    A gradient that is rounding noise, as that of a bias of keys, is compared with the model's largest gradient.
+    """
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    worst, wrong = 0.0, []
+    for name, gradient in expected.items():
+        own = float(gradient.abs().max())
+        error = float((actual[name] - gradient).abs().max())
+        worst = max(worst, error / (own + 1e-2 * largest)) if math.isfinite(error) else math.inf
+        if not error <= 1e-4 * own + 1e-6 * largest:
+            wrong.append(name)
+    return worst, wrong
+
+
+def _parameter_gradients(model: nn.Module, call: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    generator = torch.Generator().manual_seed(1)
+    total = torch.zeros(())
+    for output in outputs(call(**inputs)):
+        if output.requires_grad and output.is_floating_point():
+            weights = torch.randn(output.shape, generator=generator)
+            total = total + (torch.where(output.isfinite(), output, 0) * weights).sum()
+    torch.autograd.backward(total)
+    # A parameter that the output does not depend on has no gradient in eager, and one of zeros when compiled.
+    return {
+        name: torch.zeros_like(value) if value.grad is None else value.grad.clone()
+        for name, value in model.named_parameters()
+        if value.requires_grad
+    }
+
+
+def warm_up() -> None:
+    """Loads what every model needs: the compilers, and Inductor's attention patterns."""
+    import transformers  # noqa: F401
+
+    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(query @ key.transpose(-2, -1) / 2, -1) @ value
+
+    inputs = {name: torch.ones(1, 2, 4, 4) for name in ("query", "key", "value")}
+    fused_by_inductor(attention, inputs)
+    rewritten(attention, "aot_eager")(**inputs)
+    torch._dynamo.reset()

@@ -1,0 +1,148 @@
+"""The rows as text: one line each for the terminal, and the page docs/coverage.md."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from tests.coverage.measure import GRADIENT_LIMIT, VALUE_LIMIT
+
+__all__ = ["line", "markdown", "reasons"]
+
+Row = dict[str, Any]
+
+
+def reasons(row: Row) -> list[str]:
+    """Why attentions of the model are not rewritten, each reason once, with its number."""
+    found = Counter(site["reason"] for site in row.get("kept", ()))
+    texts = [f"{count} x {reason}" for reason, count in found.items()]
+    texts += [f"graph not captured: {reason}" for reason in dict.fromkeys(row.get("not_captured", ()))]
+    texts += list(dict.fromkeys(row.get("defects", ())))
+    missing = row["sites"] - row.get("rewritten", 0) - len(row.get("kept", ()))
+    if missing > 0 and "rewrite" not in row["failures"] and "rewritten" in row:
+        breaks = "".join(f"; graph break: {text}" for text in row["graph_breaks"])
+        texts.append(f"{missing} x not found{breaks}")
+    texts += [f"with gradients: {text}" for text in _only_with_gradients(row)]
+    texts += [f"{step} failed: {' '.join(reason.split())}" for step, reason in row["failures"].items()]
+    return texts
+
+
+def _only_with_gradients(row: Row) -> list[str]:
+    """What is rewritten in inference and not when gradients are taken."""
+    other = row.get("with_gradients")
+    if not other or other["rewritten"] >= row.get("rewritten", 0):
+        return []
+    found = Counter(site["reason"] for site in other["kept"])
+    return [f"{count} x {reason}" for reason, count in found.items()] or list(dict.fromkeys(other["not_captured"]))
+
+
+def line(row: Row) -> str:
+    parts = [f"{row['name']:28}", f"{row.get('rewritten', '-')}/{row['sites']}"]
+    parts.append(f"inductor {row.get('inductor', '-')}")
+    parts.append(f"error {_number(row.get('error'))}")
+    parts.append(f"gradients {_number(row.get('gradient_error'))}")
+    return "  ".join(parts) + "".join(f"\n    {text[:600]}" for text in reasons(row))
+
+
+def markdown(results: Row) -> str:
+    rows = results["rows"]
+    own = [row for row in rows if row["package"] == "transformers"]
+    others = [row for row in rows if row["package"] != "transformers"]
+    versions = results["versions"]
+    packages = ", ".join(
+        f"{name} {versions[name]}" for name in sorted({row["package"] for row in rows} & set(versions))
+    )
+    parts = [
+        "# Coverage",
+        "Real model classes in small configurations with random weights, with the attention code that they have when "
+        "no fused kernel is asked for: what is rewritten, and whether it is right. The tables are written by",
+        "```\n" + results["command"] + "\n```",
+        f"with torch {versions['torch']} on {results['device']}; the raw data, with the source line of every site "
+        "that was left, are in [benchmarks/coverage_cpu.json](benchmarks/coverage_cpu.json). "
+        "`tests/coverage/requirements.txt` installs the packages.",
+        _totals({"transformers": own, "other packages": others, "all": rows}),
+        _LEGEND,
+        "## transformers",
+        _models(own, with_package=False),
+        "## Other packages",
+        _models(others, with_package=True),
+        "## What was not rewritten",
+        _left(rows),
+        "## Versions",
+        f"Python {results['python']}, torch {versions['torch']}, {packages}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+_LEGEND = """\
+- **sites**: the attentions that the model has, counted by hand from its configuration.
+- **error**: the largest difference of any output from eager, relative to the largest number of that output, in float32
+  with the inner backend `aot_eager`.
+- **gradients**: the largest error of the gradient of any parameter, relative to the largest number of that gradient
+  plus a hundredth of the largest in the model.
+- **Inductor**: how many attentions Inductor's own pass fuses in the same model in inference
+  (`counters["inductor"]["fuse_attention"]`)."""
+
+
+def _totals(groups: dict[str, list[Row]]) -> str:
+    def share(rows: list[Row], key: str) -> str:
+        sites = sum(row["sites"] for row in rows)
+        count = _sum(rows, key)
+        return f"{count} ({count / sites:.0%})" if sites else "-"
+
+    def wrong(rows: list[Row], key: str, limit: float) -> str:
+        return str(sum(key in row and row[key] > limit for row in rows))
+
+    lines: dict[str, Callable[[list[Row]], str]] = {
+        "models": lambda rows: str(len(rows)),
+        "sites": lambda rows: str(sum(row["sites"] for row in rows)),
+        "rewritten": lambda rows: share(rows, "rewritten"),
+        "fused by Inductor's own pass": lambda rows: share(rows, "inductor"),
+        "models rewritten in full": lambda rows: str(sum(row.get("rewritten") == row["sites"] for row in rows)),
+        f"models with an error above {VALUE_LIMIT:g}": lambda rows: wrong(rows, "error", VALUE_LIMIT),
+        f"models with gradients off by more than {GRADIENT_LIMIT:g}": lambda rows: wrong(
+            rows, "gradient_error", GRADIENT_LIMIT
+        ),
+        "models with a step that failed": lambda rows: str(sum(bool(row["failures"]) for row in rows)),
+    }
+    cells = [[title, *(count(rows) for rows in groups.values())] for title, count in lines.items()]
+    return _table(["", *groups], cells)
+
+
+def _sum(rows: list[Row], key: str) -> int:
+    return sum(row.get(key) or 0 for row in rows)
+
+
+def _models(rows: list[Row], *, with_package: bool) -> str:
+    cells = []
+    for row in rows:
+        package = [row["package"]] if with_package else []
+        counts = [str(row[key]) if key in row else "-" for key in ("sites", "rewritten", "inductor")]
+        errors = [_number(row.get("error")), _number(row.get("gradient_error"))]
+        cells.append([row["name"], *package, row["form"], *counts[:2], *errors, counts[2]])
+    header = ["model", *(["package"] if with_package else []), "attention", "sites", "rewritten", "error", "gradients"]
+    return _table([*header, "Inductor"], cells)
+
+
+def _left(rows: list[Row]) -> str:
+    lines = [
+        f"- **{row['name']}**: {'; '.join(_escaped(text) for text in reasons(row))}" for row in rows if reasons(row)
+    ]
+    return "\n".join(lines) if lines else "Nothing."
+
+
+def _table(header: list[str], cells: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    """As text in Markdown: code in reasons has underscores and stars."""
+    for character in "\\`*_<|":
+        text = text.replace(character, "\\" + character)
+    return text
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"

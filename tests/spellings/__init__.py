@@ -1,0 +1,1 @@
+"""Spellings of softmax attention, composed at random and judged against eager."""
