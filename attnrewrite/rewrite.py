@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -223,6 +224,8 @@ def _remove(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _has_effect(node: fx.Node) -> bool:
+    if node.target is operator.getitem:
+        return False
     # Not `is_impure`: that counts dropout, which the removed attention took with it.
     schema = getattr(node.target, "_schema", None)
     return schema is None or schema.is_mutable

@@ -167,6 +167,8 @@ def _lines(graph: fx.Graph) -> list[str]:
         value = f": {_type(node)}" if is_tensor(node) else ""
         call = f" = {_operator(node)}({', '.join(arguments)})" if node.op == "call_function" else ""
         lines.append(f"{names[node]}{value}{call}")
+        if isinstance(node.meta.get("val"), fx.GraphModule):
+            lines += [f"    {line}" for line in _lines(node.meta["val"].graph)]
     return lines
 
 

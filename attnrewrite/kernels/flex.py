@@ -127,6 +127,9 @@ class Flex:
         node = lay_out(builder, operand.node, operand.layout, dims, expand=True)
         if tensor(node).dtype is not site.compute_dtype:
             node = builder.call(aten.to.dtype, node, site.compute_dtype)
+        static = all(isinstance(size, int) for size in (*tensor(node).shape, *tensor(node).stride()))
+        if static and tensor(node).is_contiguous():
+            return node
         return builder.call(aten.clone.default, node, memory_format=torch.contiguous_format)
 
 
