@@ -59,6 +59,7 @@ def rewrite(gm: fx.GraphModule, policy: Policy) -> Rewritten:
             continue
         start = time.perf_counter()
         _redirect(finding, replaced)
+        finding.for_inductor = policy.inner_backend == "inductor"
         row = _row(name, finding)
         result.sites.append(row)
         try:

@@ -16,7 +16,6 @@ import torch
 from attnrewrite.analysis.entries import Cases
 from attnrewrite.analysis.formulas import Formula, conjunction, negation
 from attnrewrite.analysis.masks import (
-    FAR_BELOW,
     Positions,
     attended_everywhere,
     in_words,
@@ -25,7 +24,16 @@ from attnrewrite.analysis.masks import (
     may_mask,
     truth,
 )
-from attnrewrite.analysis.values import ABSORBING, ORDINARY, Kind, as_stored, is_ordinary, possible_values
+from attnrewrite.analysis.values import (
+    ABSORBING,
+    FAR_BELOW,
+    ORDINARY,
+    UNDERFLOW,
+    Kind,
+    as_stored,
+    is_ordinary,
+    possible_values,
+)
 from attnrewrite.analysis.views import Operand
 from attnrewrite.policy import Policy
 from attnrewrite.site import (
@@ -82,22 +90,28 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     fills_decide = False
     if site.underflows and attended is None:
         terms = [_infinite(term) for term in terms]
-        if any(may_mask(term) if isinstance(term, Bias) else -math.inf < term.value < -ORDINARY for term in terms):
-            raise NotAttention(
-                "exponentials of the scores themselves are 0 / 0 in a row that finite numbers mask, and no such row "
-                "could be ruled out (if none occurs, say so: options={'assume_attended_rows': True})"
-            )
+        if any(isinstance(term, Fill) and -math.inf < term.value < -ORDINARY for term in terms):
+            raise NotAttention("exponentials of the scores themselves underflow where a finite number is filled in")
         values = [value for term in terms for value in _values(term)]
+    if site.rounds_rows and attended is None and any(_may_be_low(term) for term in terms):
+        raise NotAttention(
+            "the logarithm of the sum of exponentials is rounded away in a row that finite numbers mask, and no such "
+            "row could be ruled out (if none occurs, say so: options={'assume_attended_rows': True})"
+        )
     inexpressible = reading.inexpressible
     if not site.fused:
         _check_rounding(terms, dtype, attended)
         inexpressible = inexpressible or _no_mask(terms, attended, site.differentiable)
-        fills_decide = not inexpressible and attended is None and _only_fills_mask(terms)
+        fills_decide = not inexpressible and site.sink is None and attended is None and _only_fills_mask(terms)
     may_be_infinite = any(value in (Kind.ANY, Kind.LEARNED, -math.inf) for value in values)
     floored = bool(terms) and isinstance(terms[-1], Floor)
     masked_rows = "none"
     if attended is None:
-        masked_rows = "NaN" if (may_be_infinite or _sum_may_overflow(terms)) and not floored else "mean of value"
+        masked_rows = (
+            "NaN"
+            if (site.underflows or may_be_infinite or _sum_may_overflow(terms)) and not floored
+            else "mean of value"
+        )
         if masked_rows == "NaN" and site.nan_to_zero:
             masked_rows = "zero where NaN"
     pairs = list(zip(terms, kept, strict=True))
@@ -170,19 +184,21 @@ def _apply_function(mod: Elementwise, reading: _Reading) -> None:
     target: Any = mod.node.target
     name = getattr(target, "_opname", target)
     low = mod.node.args[1] if len(mod.node.args) > 1 else mod.node.kwargs.get("min")
-    if reading.terms and (target not in _BOUNDED or (target is aten.clamp.default and low is None)):
+    unbounded = target is aten.clamp.default and not (isinstance(low, (int, float)) and math.isfinite(low))
+    if reading.terms and (target not in _BOUNDED or unbounded):
         raise NotAttention(f"{name} is applied to scores that are masked already")
     reading.inexpressible = f"{name} of the scores needs a kernel with a score_mod"
     reading.terms.clear()
 
 
-_UNDERFLOW = -1000.0
-"""The exponential of this is 0 in every dtype."""
+def _may_be_low(term: Term) -> bool:
+    """Whether a term may lower scores by a large and finite number."""
+    return may_mask(term) if isinstance(term, Bias) else -math.inf < term.value < -ORDINARY
 
 
 def _infinite(term: Term) -> Term:
     """What is far below zero has the exponential 0, as minus infinity has."""
-    low = isinstance(term, Fill) and term.value <= _UNDERFLOW
+    low = isinstance(term, Fill) and term.value <= UNDERFLOW
     return Fill(term.condition, -math.inf, term.dtype, term.invert) if low and isinstance(term, Fill) else term
 
 
@@ -272,6 +288,8 @@ def _placed_weight_mods(
         if not axes & set(site.key_axes) and axes <= {*site.query.axes, *site.value.axes}:
             output_mods.append(mod)
         elif axes <= set(site.value.axes):
+            if isinstance(mod, Zero) and not mod.multiplied and "NaN" in masked_rows:
+                raise NotAttention("weights are zeroed by a mask that was not applied before softmax, and may be NaN")
             value_mods.append(mod)
         else:
             raise NotAttention(

@@ -171,6 +171,7 @@ class AttentionSite:
         sink: the score of one more key, whose value is zero: a number, or a tensor over all axes but the key's.
         weight_mods: what is done to the weights between softmax and the product with the value, dropout apart.
         underflows: a row whose scores are all far below zero gives NaN.
+        rounds_rows: what a row whose scores are all far below zero, and finite, gives is a matter of rounding.
         nan_to_zero: weights that are NaN, as in rows without a key, are set to zero.
         softmax_dtype: the dtype that softmax is computed in.
         dropout: the probability of dropping a weight; 0 when not training.
@@ -180,6 +181,7 @@ class AttentionSite:
         fused: the site is a fused call already; its own rules for fully masked rows hold.
         compute_dtype: the lowest dtype in which the products may be computed without losing what the source kept.
         interior: the nodes that go when the site is replaced, in graph order.
+        for_inductor: the graph goes on to Inductor.
         in_autocast: whether an autocast region is in force around the site.
         scores: the modifications in the form that kernels read, once simplified.
     """
@@ -203,11 +205,13 @@ class AttentionSite:
     differentiable: bool = False
     fused: bool = False
     in_autocast: bool = False
+    for_inductor: bool = False
     interior: tuple[fx.Node, ...] = ()
     sink: Operand | float | None = None
     weight_mods: tuple[WeightMod, ...] = ()
     nan_to_zero: bool = False
     underflows: bool = False
+    rounds_rows: bool = False
     scores: CanonicalScores | None = None
 
     @property

@@ -126,7 +126,8 @@ class SoftmaxAttention:
         else:
             dtype = _widest([dtype, query.dtype, key.dtype])
         query_axes = _query_axes(scores, key_axes, key)
-        if set(query.axes) == set(axes_of((scores.product.contracted,))) and query.node.op != "call_function":
+        alone = set(query.axes) == set(axes_of((scores.product.contracted,))) and query.node.op != "call_function"
+        if alone and key.node is value.node:
             raise NotAttention("every key is scored by one and the same stored vector: this is pooling")
         if set(axes_of((query_axes,))) & set(value.axes):
             raise NotAttention("the value differs from one query position to the next, so this is no attention")
@@ -151,6 +152,7 @@ class SoftmaxAttention:
             weight_mods=tuple(weight_mods),
             nan_to_zero=softmax.nan_to_zero or walk.nan_to_zero,
             underflows=softmax.underflows,
+            rounds_rows=softmax.rounds_rows,
             differentiable=view.differentiable(product.node),
             in_autocast=view.in_autocast(product.node),
             interior=interior,

@@ -11,18 +11,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import sympy
-import torch
 
 from attnrewrite.analysis.entries import Cases, Entries, expression_of
 from attnrewrite.analysis.formulas import AtLeast, Formula, Known, Some, negation, parts, symbols
-from attnrewrite.analysis.values import ORDINARY, Kind, is_ordinary, possible_values
+from attnrewrite.analysis.values import ORDINARY, Kind, is_far_below, is_ordinary, possible_values
 from attnrewrite.analysis.views import Axis, Dim, Operand
 from attnrewrite.site import Bias, Fill, ScoreMod
 
-__all__ = ["FAR_BELOW", "Positions", "attended_everywhere", "in_words", "is_causal", "kept_where", "may_mask", "truth"]
-
-FAR_BELOW = -(2.0**24)
-"""A value from here down is taken for a mask: at this magnitude float32 itself resolves no fraction of a score."""
+__all__ = [
+    "Positions",
+    "attended_everywhere",
+    "in_words",
+    "is_causal",
+    "kept_where",
+    "may_mask",
+    "truth",
+]
 
 
 class Positions:
@@ -67,7 +71,7 @@ class Positions:
 def kept_where(mod: Bias | Fill, positions: Positions) -> Formula | None:
     """The formula under which a term leaves the score as it is; None if it is no mask, or not known to be one."""
     if isinstance(mod, Fill):
-        if not _is_far_below(mod.value, mod.dtype):
+        if not is_far_below(mod.value, mod.dtype):
             return None
         condition = truth(positions.of(mod.condition))
         return condition if mod.invert or condition is None else negation(condition)
@@ -77,13 +81,9 @@ def kept_where(mod: Bias | Fill, positions: Positions) -> Formula | None:
     if not isinstance(entry, Cases):
         return None
     added = {number: mod.of(number) for number, _ in entry.numbers}
-    if any(value is None or (value != 0 and not _is_far_below(value, mod.dtype)) for value in added.values()):
+    if any(value is None or (value != 0 and not is_far_below(value, mod.dtype)) for value in added.values()):
         return None
     return entry.where(lambda number: added[number] == 0)
-
-
-def _is_far_below(value: float, dtype: torch.dtype) -> bool:
-    return value <= FAR_BELOW or value <= torch.finfo(dtype).min
 
 
 def truth(entry: Any) -> Formula | None:
@@ -144,11 +144,11 @@ def _phrase(part: Formula, query: tuple[Any, ...], key: tuple[Any, ...], positio
 
 
 def _compares_entries(key: Any) -> bool:
-    """Whether a fact is that two entries of one tensor are equal."""
+    """Whether a fact is that two entries of tensors are equal."""
     if not isinstance(key, tuple) or key[0] != "eq" or len(key[1]) != 2:
         return False
     a, b = key[1]
-    return isinstance(a, tuple) and isinstance(b, tuple) and a[0] is b[0]
+    return isinstance(a, tuple) and isinstance(b, tuple)
 
 
 # Does every row keep a key?

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.values import ABSORBING, ORDINARY, as_stored, constant_value
+from attnrewrite.analysis.values import ABSORBING, ORDINARY, as_stored, constant_value, is_far_below
 from attnrewrite.analysis.views import (
     Axis,
     Dim,
@@ -138,7 +138,7 @@ def _walk(node: fx.Node, layout: Layout, reader: _Reader, plain: bool) -> ScoreW
         try:
             mods, extra = _read_step(node, source, layout, reader, plain)
             before = _step_back(node, source, layout)
-            still_plain = plain and not any(isinstance(mod, Elementwise) for mod in mods)
+            still_plain = plain and all(_keeps_constants(mod, reader) for mod in mods)
             walk = _walk(source, before, reader, still_plain)
         except NotAttention as reason:
             reasons.append(reason)
@@ -147,6 +147,15 @@ def _walk(node: fx.Node, layout: Layout, reader: _Reader, plain: bool) -> ScoreW
     if not walks:
         raise reasons[0]
     return max(walks, key=lambda walk: len({*walk.product.lhs.axes} & {*walk.product.rhs.axes}))
+
+
+def _keeps_constants(mod: ScoreMod, reader: _Reader) -> bool:
+    """Whether a number that is the same for all keys of a row is still so afterwards, or cancels all the same."""
+    if isinstance(mod, Scale) and isinstance(mod.factor, Operand):
+        return not set(mod.factor.axes) & {leaf for axis in reader.key_axes for leaf in axis.leaves()}
+    if isinstance(mod, Fill):
+        return is_far_below(mod.value, mod.dtype)
+    return not isinstance(mod, Elementwise)
 
 
 def _arrived(node: fx.Node, layout: Layout, reader: _Reader) -> ScoreWalk:
@@ -279,14 +288,15 @@ def _put(node: fx.Node, layout: Layout) -> Fill:
 
 
 def row_maximum(
-    node: Any, scores: fx.Node, layout: Layout | None, reader: _Reader | tuple[Axis, ...], bounded: bool = True
+    node: Any, scores: fx.Node, layout: Layout | None, reader: _Reader | tuple[Axis, ...], own_row: bool = False
 ) -> tuple[fx.Node, ...] | None:
     """The nodes that compute a maximum of ``scores`` which is the same for all keys of a row; None if it is none.
 
     Softmax of scores less their maximum is softmax of the scores: that is how it is computed in any case. A detached
     maximum is no different, since the gradient that goes through it adds up to nothing.
 
-    ``bounded``: a maximum that is kept within bounds will do as well, as it does before a softmax of its own.
+    ``own_row``: it must be the maximum of the row itself, and nothing more; else one of several rows, or one that is
+    kept within bounds, will do as well.
     """
     keys = set(reader.key_axes if isinstance(reader, _Reader) else reader)
     if layout is None or not is_tensor(node):
@@ -295,7 +305,7 @@ def row_maximum(
     current = node
     while current.target not in _MAXIMA:
         passes = is_cast(current) or is_layout_op(current) or current.target in _AFTER_MAXIMUM
-        if current.op != "call_function" or not (passes or (bounded and current.target in _BOUNDED)):
+        if current.op != "call_function" or not (passes or (not own_row and current.target in _BOUNDED)):
             return None
         if any(isinstance(arg, fx.Node) for arg in current.args[1:]):
             return None
@@ -324,6 +334,8 @@ def row_maximum(
         chain.append(source)
         source = source.args[0]
     if source is not scores or set(axes_of(own)) & keys:
+        return None
+    if own_row and set(axes_of(layout)) - set(axes_of(own)) != keys:
         return None
     # Each dimension must meet the scores' own, or be one that broadcasts.
     expected = layout[len(layout) - len(own) :]

@@ -12,7 +12,19 @@ from torch import fx
 from attnrewrite.analysis.views import is_product
 from attnrewrite.ir import CAST_OPS, StoredPattern, is_tensor, tensor
 
-__all__ = ["ABSORBING", "MOVES", "ORDINARY", "Kind", "as_stored", "constant_value", "is_ordinary", "possible_values"]
+__all__ = [
+    "ABSORBING",
+    "FAR_BELOW",
+    "MOVES",
+    "ORDINARY",
+    "UNDERFLOW",
+    "Kind",
+    "as_stored",
+    "constant_value",
+    "is_far_below",
+    "is_ordinary",
+    "possible_values",
+]
 
 aten = torch.ops.aten
 
@@ -38,6 +50,17 @@ _MANY = 16
 
 ORDINARY = 64.0
 """Constants up to this size are taken for scores like any other; beyond it they may be there to mask."""
+
+
+FAR_BELOW = -(2.0**24)
+"""A value from here down is taken for a mask: at this magnitude float32 itself resolves no fraction of a score."""
+
+UNDERFLOW = -1000.0
+"""The exponential of this is 0 in every dtype."""
+
+
+def is_far_below(value: float, dtype: torch.dtype) -> bool:
+    return value <= FAR_BELOW or value <= torch.finfo(dtype).min
 
 
 def possible_values(node: fx.Node) -> frozenset[Value]:

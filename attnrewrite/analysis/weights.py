@@ -55,6 +55,8 @@ class Softmax:
         underflows: the exponentials are taken of the scores themselves, so that a row whose scores are all far below
             zero is 0 / 0.
         late: the division by the sum, where it comes after the product with the value: ``exp(x) @ v / exp(x).sum()``.
+        rounds_rows: the logarithm of the sum is subtracted, which is rounded away beside scores that are all far below
+            zero, so that such a row's weights are all 1.
         fills: what the exponentials are multiplied by before they are added up, as fills with minus infinity.
     """
 
@@ -65,6 +67,7 @@ class Softmax:
     sink: Operand | float | None = None
     nan_to_zero: bool = False
     underflows: bool = False
+    rounds_rows: bool = False
     fills: tuple[Fill, ...] = ()
     layout: Layout = ()
     late: fx.Node | None = None
@@ -111,7 +114,7 @@ def _exponential_of_logarithm(node: fx.Node) -> Softmax | None:
     keep = bool(total.args[2]) if len(total.args) > 2 else bool(total.kwargs.get("keepdim"))
     if total.args[0] is not args[0] or inner.kwargs or not keep or len(dims) != 1:
         return None
-    return Softmax(node, args[0], int(dims[0]) % tensor(args[0]).dim(), (total, inner, *casts, node))
+    return Softmax(node, args[0], int(dims[0]) % tensor(args[0]).dim(), (total, inner, *casts, node), rounds_rows=True)
 
 
 def _behind_casts(node: Any) -> tuple[fx.Node | None, list[fx.Node]]:
@@ -151,11 +154,13 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
         return None
     dim, addends, bottom_nodes = total
     layout = fresh_layout(tensor(top.node).shape)
+    if not late and not same_shape(tensor(node).shape, tensor(top.node).shape):
+        return None
     if late and not _divides_rows(node, numerator, denominator, top.node, layout, dim):
         return None
     keys = axes_of((layout[dim],))
-    shifted, maximum = _without_maximum(top.argument, layout, keys, bounded=True)
-    exact = bool(_without_maximum(top.argument, layout, keys, bounded=False)[1])
+    shifted, maximum = _without_maximum(top.argument, layout, keys, own_row=False)
+    exact = bool(_without_maximum(top.argument, layout, keys, own_row=True)[1])
     nodes = dict.fromkeys([*maximum, *top.nodes, *bottom_nodes, *([] if late else [node])])
     fills = []
     for condition, at, invert in top.fills:
@@ -169,7 +174,7 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
         if sink is not None:
             return None
         if isinstance(addend, (int, float)):
-            if exact:
+            if exact and not fills:
                 # The sum is at least 1 then, and what float32 cannot add to 1 changes nothing.
                 if not 0 <= addend < torch.finfo(tensor(node).dtype).eps / 2:
                     return None
@@ -245,7 +250,7 @@ def _denominator(node: fx.Node, top: _Exponentials, rank: int) -> tuple[int, lis
     addends: list[Any] = []
     nodes: list[fx.Node] = []
     current: Any = node
-    while is_tensor(current) and current.op == "call_function":
+    while is_tensor(current) and current.op == "call_function" and tensor(current).dtype in FLOATING:
         nodes.append(current)
         args: Any = current.args
         if current.target is aten.sum.dim_IntList:
@@ -292,7 +297,7 @@ def _same_up_to_casts(node: Any, top: _Exponentials, nodes: list[fx.Node]) -> bo
 
 
 def _without_maximum(
-    argument: fx.Node, layout: Layout, key_axes: tuple[Axis, ...], bounded: bool
+    argument: fx.Node, layout: Layout, key_axes: tuple[Axis, ...], own_row: bool
 ) -> tuple[fx.Node, tuple[fx.Node, ...]]:
     """``x`` of ``x - x.max()`` with the nodes in between; the argument itself where no maximum is subtracted."""
     inner, casts = _behind_casts(argument)
@@ -301,7 +306,7 @@ def _without_maximum(
     source: Any = inner.args[0]
     if not is_tensor(source):
         return argument, ()
-    maximum = row_maximum(inner.args[1], source, layout, key_axes, bounded)
+    maximum = row_maximum(inner.args[1], source, layout, key_axes, own_row)
     return (source, (*maximum, inner, *casts)) if maximum is not None else (argument, ())
 
 
@@ -549,6 +554,8 @@ def _step(user: fx.Node, node: fx.Node, layout: Layout, walk: WeightWalk) -> Lay
         nan = args[1] if len(args) > 1 else user.kwargs.get("nan")
         if nan not in (None, 0, 0.0):
             raise NotAttention(f"{node_in_words(user)} replaces NaN among the attention weights")
+        if any(isinstance(mod, Scale) for mod in walk.mods):
+            raise NotAttention(f"{node_in_words(user)} replaces NaN that a factor may have made")
         walk.nan_to_zero = True
         return layout
     if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
@@ -559,6 +566,8 @@ def _step(user: fx.Node, node: fx.Node, layout: Layout, walk: WeightWalk) -> Lay
         kept_first = args[1] is node
         if is_tensor(args[0]) and args[0].target is aten.isnan.default and args[0].args[0] is node and not kept_first:
             _require_zero(args[1], user)
+            if any(isinstance(mod, Scale) for mod in walk.mods):
+                raise NotAttention(f"{node_in_words(user)} replaces NaN that a factor may have made")
             walk.nan_to_zero = True
             return layout
         if args[0] is node or kept_first == (args[2] is node):

@@ -8,18 +8,21 @@ Source: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_higher_order_ops/
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from attnrewrite.analysis.values import ABSORBING, constant_value
 from attnrewrite.analysis.views import Dim, Operand
 from attnrewrite.ir import Builder, is_tensor, same, tensor
 from attnrewrite.kernels.base import Availability, Verdict
-from attnrewrite.kernels.layout import Plan, lay_out, modified
+from attnrewrite.kernels.layout import Plan, lay_out, modified, padded
 from attnrewrite.kernels.masking import Mask
 from attnrewrite.site import AttentionSite, Bias, Elementwise, Fill, Floor, Scale
 
@@ -69,8 +72,8 @@ class Flex:
             return Verdict.no("a factor of the scores is a symbolic number, which a score_mod does not take")
         if site.dropout:
             return Verdict.no("FlexAttention has no dropout")
-        if site.sink is not None:
-            return Verdict.no("a sink beside a function of the scores is not supported")
+        if site.sink is not None and not all(isinstance(axis.size, int) for axis in site.key_axes):
+            return Verdict.no("a sink beside a function of the scores needs a number of keys that is known")
         floored = any(isinstance(mod, Floor) for mod in site.mods) and scores.masked_rows != "none"
         if site.differentiable and (floored or scores.masked_rows not in ("none", "mean of value")):
             return Verdict.no(
@@ -93,27 +96,19 @@ class Flex:
         )
         for mod in scores.value_mods:
             value = modified(builder, value, mod, plan.value_dims)
+        if site.sink is not None:
+            # One more key, whose score is the sink's and whose value adds nothing.
+            key, value = padded(builder, key, -2, 0.0), padded(builder, value, -2, 0.0)
         score_mod, buffers = _score_mod(builder, site, plan.score_dims)
-        module = builder.submodule("score_mod", score_mod)
-        no_mask = _empty_block_mask(builder, site)
-        options = {
-            "PRESCALE_QK": False,
-            "ROWS_GUARANTEED_SAFE": False,
-            "BLOCKS_ARE_CONTIGUOUS": False,
-            "WRITE_DQ": True,
-            "OUTPUT_LOGSUMEXP": site.differentiable and site.device.type != "cpu",
-            "OUTPUT_MAX": False,
-        }
         batch, heads, length, _ = tensor(query).shape
         output = tensor(query).new_empty((batch, heads, length, tensor(value).shape[-1]))
-        rows = tensor(query).new_empty((batch, heads, length), dtype=torch.float32)
-        result = builder.insert(
-            torch.ops.higher_order.flex_attention,
-            (query, key, value, module, no_mask, 1.0, options, tuple(buffers), ()),
-            {},
-            (output, rows, rows),
-        )
-        node = builder.insert(operator.getitem, (result, 0), {}, output)
+        if site.device.type == "cpu" and site.for_inductor:
+            # Inductor's C++ template fails where it meets operands that the graph computes.
+            _no_block_mask()  # Not to be made within the call: that may come from where vmap does not work.
+            operator_ = torch.ops.attnrewrite.flex_attention.default
+            node = builder.insert(operator_, (query, key, value, buffers, score_mod.code), {}, output)
+        else:
+            node = _in_graph(builder, site, (query, key, value), output, score_mod, buffers)
         if scores.masked_rows not in ("none", "mean of value"):
             node = Mask(builder, site, plan.score_dims).with_source_rows(node, value, plan)
         for mod in scores.output_mods:
@@ -131,6 +126,80 @@ class Flex:
         if static and tensor(node).is_contiguous():
             return node
         return builder.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+
+
+def _in_graph(
+    builder: Builder,
+    site: AttentionSite,
+    operands: tuple[fx.Node, fx.Node, fx.Node],
+    output: torch.Tensor,
+    score_mod: fx.GraphModule,
+    buffers: list[fx.Node],
+) -> fx.Node:
+    """The higher-order operator, as it stands in a graph that was traced with ``flex_attention`` in it."""
+    options = {
+        "PRESCALE_QK": False,
+        "ROWS_GUARANTEED_SAFE": False,
+        "BLOCKS_ARE_CONTIGUOUS": False,
+        "WRITE_DQ": True,
+        "OUTPUT_LOGSUMEXP": site.differentiable and site.device.type != "cpu",
+        "OUTPUT_MAX": False,
+    }
+    rows = output.new_empty(output.shape[:-1], dtype=torch.float32)
+    module = builder.submodule("score_mod", score_mod)
+    no_mask = _empty_block_mask(builder, site)
+    result = builder.insert(
+        torch.ops.higher_order.flex_attention,
+        (*operands, module, no_mask, 1.0, options, tuple(buffers), ()),
+        {},
+        (output, rows, rows),
+    )
+    return builder.insert(operator.getitem, (result, 0), {}, output)
+
+
+@torch.library.custom_op("attnrewrite::flex_attention", mutates_args=(), device_types="cpu")
+def _flex_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, buffers: list[torch.Tensor], score_mod: str
+) -> torch.Tensor:
+    """FlexAttention on the CPU, compiled by itself.
+
+    Args:
+        query, key, value: (batch, heads, length, features), contiguous; key and value may have fewer heads.
+        buffers: what ``score_mod`` reads.
+        score_mod: the source of ``forward(self, score, batch, head, query, key, *buffers)``. It is source and no
+            function so that a graph with this call in it can be stored and run elsewhere.
+    """
+    # Compiled code may watch its operators by a dispatch mode; what is compiled in here is none of its business.
+    unlimited = {"recompile_limit": 2**31, "accumulated_recompile_limit": 2**31}
+    with _disable_current_modes(), torch._dynamo.config.patch(unlimited):
+        return _compiled(score_mod)(query, key, value, *buffers).contiguous()
+
+
+@_flex_attention.register_fake
+def _(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, buffers: list[torch.Tensor], score_mod: str
+) -> torch.Tensor:
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+@functools.cache
+def _compiled(source: str) -> Callable[..., torch.Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    everything = _no_block_mask()
+    names: dict[str, Any] = {"torch": torch, "inf": math.inf, "nan": math.nan, "device": torch.device}
+    exec(source, names)
+    forward = names["forward"]
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *buffers: torch.Tensor) -> torch.Tensor:
+        def score_mod(score: Any, batch: Any, head: Any, row: Any, column: Any) -> Any:
+            return forward(None, score, batch, head, row, column, *buffers)
+
+        with torch.no_grad():
+            return flex_attention(query, key, value, score_mod, everything, scale=1.0, enable_gqa=True)  # type: ignore[return-value]
+
+    compiled: Callable[..., torch.Tensor] = torch.compile(attend, fullgraph=True, dynamic=True)
+    return compiled
 
 
 def _is_symbolic(factor: Any) -> bool:
@@ -151,15 +220,21 @@ def _cpu_supported() -> bool:
     return bool(check_cpu_supported())
 
 
+@functools.cache
+def _no_block_mask() -> Any:
+    """One block that holds everything."""
+    from torch.nn.attention.flex_attention import _create_empty_block_mask
+
+    probe = torch.empty(1, 1, 1, 1)
+    return _create_empty_block_mask(probe, probe)
+
+
 def _empty_block_mask(builder: Builder, site: AttentionSite) -> tuple[Any, ...]:
     """What ``flex_attention`` passes on where no block mask is given: one block that holds everything.
 
     Its fields differ from one version of PyTorch to the next, so that PyTorch's own function makes it.
     """
-    from torch.nn.attention.flex_attention import _create_empty_block_mask
-
-    probe = torch.empty(1, 1, 1, 1)
-    *fields, _ = _create_empty_block_mask(probe, probe).as_tuple()
+    *fields, _ = _no_block_mask().as_tuple()
     everything = fx.Graph()
     for name in ("batch", "head", "query", "key"):
         everything.placeholder(name)
@@ -190,6 +265,10 @@ def _score_mod(builder: Builder, site: AttentionSite, dims: tuple[Dim, ...]) -> 
     def read(operand: Operand) -> fx.Node:
         """The operand's entry for this score."""
         node = lay_out(builder, operand.node, operand.layout, dims)
+        if site.sink is not None and not same(tensor(node).shape[-1], 1):
+            if tensor(node).dtype is torch.bool:
+                node = builder.call(aten.to.dtype, node, torch.float32)
+            node = padded(builder, node, -1, 0.0)
         own = [place for place, size in enumerate(tensor(node).shape) if not same(size, 1)]
         node = builder.call(aten.reshape.default, node, [tensor(node).shape[place] for place in own])
         buffers.append(node)
@@ -205,8 +284,18 @@ def _score_mod(builder: Builder, site: AttentionSite, dims: tuple[Dim, ...]) -> 
             entries.append((read(mod.operand), [_scale_operand(builder, scale.factor, read) for scale in mod.scales]))
         else:
             entries.append(read(mod.condition) if isinstance(mod, Fill) else None)
-    for mod, entry in zip(site.mods, entries, strict=True):
+    if site.sink is not None:
+        entries.append(read(site.sink) if isinstance(site.sink, Operand) else site.sink)
+    for mod, entry in zip(site.mods, entries, strict=False):
         score = _applied(graph, score, mod, entry)
+    if site.sink is not None:
+        keys = math.prod(int(axis.size) for axis in site.key_axes)
+        last = graph.call_function(aten.eq.Scalar, (positions[3], keys))
+        sink = entries[-1]
+        if isinstance(sink, fx.Node):
+            score = graph.call_function(aten.where.self, (last, sink, score))
+        else:
+            score = graph.call_function(aten.where.ScalarSelf, (last, sink, score))
     infinite = graph.call_function(aten.eq.Scalar, (score, -math.inf))
     bounded = graph.call_function(aten.clamp.default, (score, ABSORBING))
     graph.output(graph.call_function(aten.where.self, (infinite, score, bounded)))

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.masks import FAR_BELOW
-from attnrewrite.analysis.values import ABSORBING, Kind, possible_values
+from attnrewrite.analysis.values import ABSORBING, FAR_BELOW, UNDERFLOW, Kind, possible_values
 from attnrewrite.analysis.views import Dim, Operand, size_of
 from attnrewrite.ir import Builder, same, tensor
 from attnrewrite.kernels.layout import Plan, lay_out, modified, padded
@@ -195,7 +194,8 @@ class Mask:
     def _nan_where_no_key(self, dtype: torch.dtype) -> fx.Node:
         """A factor for the output: 1, and NaN in rows whose scores are all minus infinity, as softmax gives there."""
         call = self._builder.call
-        factor = call(aten.where.Scalar, self._rows_without_key(-math.inf), math.nan, 1.0)
+        lost = self._rows_without_key(UNDERFLOW if self._site.underflows else -math.inf)
+        factor = call(aten.where.Scalar, lost, math.nan, 1.0)
         return factor if tensor(factor).dtype is dtype else call(aten.to.dtype, factor, dtype)
 
     def _rows_without_key(self, masked: float = FAR_BELOW) -> fx.Node:
