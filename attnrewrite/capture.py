@@ -296,7 +296,7 @@ def _is_selective_checkpoint(node: fx.Node, gm: fx.GraphModule) -> bool:
 
 def _prepared(gm: fx.GraphModule, autocast: _AutocastRegions, opaque: _OpaqueCalls) -> fx.GraphModule:
     """``gm`` itself, or a copy in which what functional tracing cannot take has been put in a form that it can."""
-    special = (
+    special: tuple[Any, ...] = (
         torch.amp.autocast_mode._enter_autocast,
         torch.amp.autocast_mode._exit_autocast,
         torch.ops.higher_order.tag_activation_checkpoint,

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -264,7 +264,8 @@ def _source_of(symbol: Any, graph: fx.Graph) -> fx.Node | tuple[fx.Node, int]:
     Symbols enter with a graph's inputs, or where an operator makes a size of its data: the first node comes before
     everything that mentions the symbol, and is found early.
     """
-    for node in graph.nodes:
+    nodes: Iterable[fx.Node] = graph.nodes
+    for node in nodes:
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt) and value.node.expr == symbol:
             return node

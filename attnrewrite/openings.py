@@ -41,7 +41,8 @@ def _encoder_layer(
         return F.layer_norm(x, (embed_dim,), weight, bias, eps)
 
     x = normalised(src, norm_weight_1, norm_bias_1) if norm_first else src
-    packed = F.linear(x, qkv_weight, qkv_bias).unflatten(-1, (3, num_heads, embed_dim // num_heads))
+    packed = F.linear(x, qkv_weight, qkv_bias)
+    packed = packed.view(*packed.shape[:-1], 3, num_heads, embed_dim // num_heads)
     query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
     scores = (query * (embed_dim // num_heads) ** -0.5) @ key.transpose(-2, -1)
     if mask is not None:

@@ -8,6 +8,7 @@ what the source gives; otherwise the reason is said.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,65 +80,78 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     """
     positions = Positions(site.query_axes, site.key_axes)
     reading = _read(site, positions)
-    kept = [kept_where(term, positions) if isinstance(term, (Bias, Fill)) else None for term in reading.terms]
-    terms = [term for term, formula in zip(reading.terms, kept, strict=True) if formula is not True]
-    kept = [formula for formula in kept if formula is not True]
+    formulas = [kept_where(term, positions) if isinstance(term, (Bias, Fill)) else None for term in reading.terms]
+    terms = [term for term, formula in zip(reading.terms, formulas, strict=True) if formula is not True]
+    kept = [formula for formula in formulas if formula is not True]
 
     attended = "the caller's word (assume_attended_rows)" if policy.assume_attended_rows else None
     attended = attended_everywhere(terms, positions) or _by_sink(site) or attended
-    values = [value for term in terms for value in _values(term)]
     dtype = min((term.dtype for term in terms), key=lambda dtype: dtype.itemsize, default=site.softmax_dtype)
-    fills_decide = False
-    if site.underflows and attended is None:
+    inexpressible = reading.inexpressible
+    if attended is None:
+        terms = _as_written_out(site, terms)
+    if not site.fused:
+        _check_rounding(terms, dtype, attended)
+        inexpressible = inexpressible or _no_mask(terms, attended, site.differentiable)
+    masked = _kept_by_all(terms, kept)
+    value_mods, output_mods, masked_rows = _placed_weight_mods(
+        site, positions, masked, _rows_without_key(site, terms) if attended is None else "none"
+    )
+    becomes_causal = (
+        not (inexpressible or site.is_causal)
+        and site.sink is None
+        and attended is not None
+        and masked is not None
+        and None not in kept
+        and is_causal(masked, positions)
+    )
+    return CanonicalScores(
+        scale=None if site.default_scale else reading.scale,
+        query_factors=tuple(reading.query_factors),
+        key_factors=tuple(reading.key_factors),
+        terms=() if becomes_causal else tuple(terms),
+        dtype=dtype,
+        attended=attended,
+        masked_rows=masked_rows,
+        fills_decide=not (site.fused or inexpressible or site.sink is not None or attended) and _only_fills_mask(terms),
+        is_causal=site.is_causal or becomes_causal,
+        value_mods=value_mods,
+        output_mods=output_mods,
+        structure=_structure(site, terms, kept, positions),
+        inexpressible=inexpressible,
+    )
+
+
+def _as_written_out(site: AttentionSite, terms: list[Term]) -> list[Term]:
+    """The terms as a softmax that is written out meets them in a row that may have no key."""
+    if site.underflows:
         terms = [_infinite(term) for term in terms]
         if any(isinstance(term, Fill) and -math.inf < term.value < -ORDINARY for term in terms):
             raise NotAttention("exponentials of the scores themselves underflow where a finite number is filled in")
-        values = [value for term in terms for value in _values(term)]
-    if site.rounds_rows and attended is None and any(_may_be_low(term) for term in terms):
+    if site.rounds_rows and any(_may_be_low(term) for term in terms):
         raise NotAttention(
             "the logarithm of the sum of exponentials is rounded away in a row that finite numbers mask, and no such "
             "row could be ruled out (if none occurs, say so: options={'assume_attended_rows': True})"
         )
-    inexpressible = reading.inexpressible
-    if not site.fused:
-        _check_rounding(terms, dtype, attended)
-        inexpressible = inexpressible or _no_mask(terms, attended, site.differentiable)
-        fills_decide = not inexpressible and site.sink is None and attended is None and _only_fills_mask(terms)
-    may_be_infinite = any(value in (Kind.ANY, Kind.LEARNED, -math.inf) for value in values)
+    return terms
+
+
+def _rows_without_key(site: AttentionSite, terms: list[Term]) -> str:
+    """What the source gives rows that have no key, as far as softmax goes."""
+    values = [value for term in terms for value in _values(term)]
+    infinite = any(value in (Kind.ANY, Kind.LEARNED, -math.inf) for value in values) or _sum_may_overflow(terms)
     floored = bool(terms) and isinstance(terms[-1], Floor)
-    masked_rows = "none"
-    if attended is None:
-        masked_rows = (
-            "NaN"
-            if (site.underflows or may_be_infinite or _sum_may_overflow(terms)) and not floored
-            else "mean of value"
-        )
-        if masked_rows == "NaN" and site.nan_to_zero:
-            masked_rows = "zero where NaN"
-    pairs = list(zip(terms, kept, strict=True))
-    masked: Formula | None = conjunction([formula for _, formula in pairs if formula is not None])
-    if any(formula is None and (not isinstance(term, Bias) or may_mask(term)) for term, formula in pairs):
-        masked = None
-    value_mods, output_mods, masked_rows = _placed_weight_mods(site, positions, masked, masked_rows)
-    causal = site.is_causal
-    plain = not inexpressible and site.sink is None and not site.is_causal
-    if plain and masked is not None and None not in kept and attended is not None:
-        causal = is_causal(masked, positions)
-    return CanonicalScores(
-        None if site.default_scale else reading.scale,
-        tuple(reading.query_factors),
-        tuple(reading.key_factors),
-        () if causal and not site.is_causal else tuple(terms),
-        dtype,
-        attended,
-        masked_rows,
-        fills_decide,
-        causal,
-        value_mods,
-        output_mods,
-        _structure(site, terms, kept, positions),
-        inexpressible,
-    )
+    if floored or not (infinite or site.underflows):
+        return "mean of value"
+    return "zero where NaN" if site.nan_to_zero else "NaN"
+
+
+def _kept_by_all(terms: list[Term], kept: Sequence[Formula | None]) -> Formula | None:
+    """The formula under which no term masks; None where that is not known of one that may."""
+    for term, formula in zip(terms, kept, strict=True):
+        if formula is None and (not isinstance(term, Bias) or may_mask(term)):
+            return None
+    return conjunction([formula for formula in kept if formula is not None])
 
 
 def _read(site: AttentionSite, positions: Positions) -> _Reading:
@@ -312,7 +326,7 @@ def _by_sink(site: AttentionSite) -> str | None:
 
 
 def _structure(
-    site: AttentionSite, terms: list[Term], kept: list[Formula | None], positions: Positions
+    site: AttentionSite, terms: list[Term], kept: Sequence[Formula | None], positions: Positions
 ) -> tuple[str, ...]:
     known = [formula for formula in kept if formula is not None]
     words = list(in_words(conjunction(known), positions)) if known else []

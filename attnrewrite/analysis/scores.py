@@ -253,6 +253,8 @@ def _shift(number: Any, node: fx.Node, reader: _Reader, plain: bool) -> list[Sco
 def _function(node: fx.Node, source: fx.Node) -> ScoreMod:
     """A floor far below, or any function of one score whose other arguments are numbers."""
     args: Any = node.args
+    low: Any
+    high: Any
     if node.target in _MAXIMUM:
         low = constant_value(args[1] if args[0] is source else args[0])
         if low is None:

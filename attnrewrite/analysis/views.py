@@ -493,8 +493,9 @@ def _baddbmm(node: fx.Node) -> _Terms | None:
 
 def _linear(node: fx.Node) -> _Terms | None:
     """``x @ weight.T + bias`` of a weight that was computed; by a parameter it is a projection."""
-    lhs, weight = node.args[:2]
-    bias = node.args[2] if len(node.args) > 2 else None
+    args: Any = node.args
+    lhs, weight = args[:2]
+    bias = args[2] if len(args) > 2 else None
     if not (is_tensor(lhs) and is_tensor(weight)) or tensor(weight).dim() != 2 or _is_learned(weight):
         return None
     batch = _letters(tensor(lhs).dim() - 1)
@@ -504,23 +505,25 @@ def _linear(node: fx.Node) -> _Terms | None:
 
 def _inner(node: fx.Node) -> _Terms | None:
     """``inner(a, b)``: both over their last dimension."""
-    lhs, rhs = node.args[:2]
+    args: Any = node.args
+    lhs, rhs = args[:2]
     if not (is_tensor(lhs) and is_tensor(rhs)) or not tensor(lhs).dim() or not tensor(rhs).dim():
         return None
     left, right = _letters(tensor(lhs).dim() - 1), _letters(tensor(rhs).dim() - 1, start=100)
-    return _Terms(lhs, rhs, (*left, "inner"), (*right, "inner"), (*left, *right))  # type: ignore[arg-type]
+    return _Terms(lhs, rhs, (*left, "inner"), (*right, "inner"), (*left, *right))
 
 
 def _tensordot(node: fx.Node) -> _Terms | None:
-    lhs, rhs, dims, other_dims = node.args[:4]
+    args: Any = node.args
+    lhs, rhs, dims, other_dims = args[:4]
     if not (is_tensor(lhs) and is_tensor(rhs) and isinstance(dims, (list, tuple)) and dims):
         return None
     left, right = list(_letters(tensor(lhs).dim())), list(_letters(tensor(rhs).dim(), start=100))
-    for a, b in zip(dims, other_dims, strict=True):  # type: ignore[arg-type]
-        right[int(b)] = left[int(a)]  # type: ignore[arg-type]
-    summed = {left[int(a)] for a in dims}  # type: ignore[arg-type]
+    for a, b in zip(dims, other_dims, strict=True):
+        right[int(b)] = left[int(a)]
+    summed = {left[int(a)] for a in dims}
     out = [letter for letter in (*left, *right) if letter not in summed]
-    return _Terms(lhs, rhs, tuple(left), tuple(right), tuple(out))  # type: ignore[arg-type]
+    return _Terms(lhs, rhs, tuple(left), tuple(right), tuple(out))
 
 
 def _is_learned(node: fx.Node) -> bool:
@@ -535,20 +538,22 @@ _PIECES = frozenset({aten.slice.Tensor, aten.select.int, aten.narrow.default, op
 
 def _multiplied_and_summed(node: fx.Node) -> _Terms | None:
     """``(a * b).sum(dim)``, which broadcasts as it likes."""
-    multiplied = node.args[0]
+    args: Any = node.args
+    multiplied = args[0]
     if not isinstance(multiplied, fx.Node) or multiplied.target is not aten.mul.Tensor or len(multiplied.users) != 1:
         return None
-    lhs, rhs = multiplied.args[:2]
+    factors: Any = multiplied.args
+    lhs, rhs = factors[:2]
     if not (is_tensor(lhs) and is_tensor(rhs)) or lhs is rhs or node.kwargs.get("dtype") is not None:
         return None
     dtype = tensor(node).dtype
     if any(tensor(part).dtype is not dtype for part in (multiplied, lhs, rhs)):
         return None
     rank = tensor(multiplied).dim()
-    dims = node.args[1] if len(node.args) > 1 else None
+    dims = args[1] if len(args) > 1 else None
     if not isinstance(dims, (list, tuple)) or not dims or tensor(lhs).dim() == 0 or tensor(rhs).dim() == 0:
         return None
-    summed = {int(dim) % rank for dim in dims}  # type: ignore[arg-type]
+    summed = {int(dim) % rank for dim in dims}
     keep = (len(node.args) > 2 and bool(node.args[2])) or bool(node.kwargs.get("keepdim"))
     letters = _letters(rank)
     out: list[str | None] = []
@@ -568,7 +573,8 @@ def _multiplied_and_summed(node: fx.Node) -> _Terms | None:
 
 
 def _einsum(node: fx.Node) -> _Terms | None:
-    equation, operands = node.args[0], node.args[1]
+    args: Any = node.args
+    equation, operands = args[:2]
     if not isinstance(equation, str) or not isinstance(operands, (list, tuple)):
         return None
     nodes = [operand for operand in operands if is_tensor(operand)]

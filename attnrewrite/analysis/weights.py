@@ -141,7 +141,8 @@ class _Exponentials:
 def _divided_by_sum(node: fx.Node) -> Softmax | None:
     if node.kwargs or not (is_tensor(node.args[0]) and is_tensor(node.args[1])):
         return None
-    numerator, denominator = node.args[0], node.args[1]
+    args: Any = node.args
+    numerator, denominator = args[:2]
     top = _exponentials(numerator)
     late = top is None
     if top is None:
@@ -274,7 +275,7 @@ def _denominator(node: fx.Node, top: _Exponentials, rank: int) -> tuple[int, lis
     return None
 
 
-def _reaches_sum(node: fx.Node) -> bool:
+def _reaches_sum(node: Any) -> bool:
     while is_tensor(node) and node.op == "call_function":
         if node.target is aten.sum.dim_IntList:
             return True

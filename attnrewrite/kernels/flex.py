@@ -196,7 +196,7 @@ def _compiled(source: str) -> Callable[..., torch.Tensor]:
             return forward(None, score, batch, head, row, column, *buffers)
 
         with torch.no_grad():
-            return flex_attention(query, key, value, score_mod, everything, scale=1.0, enable_gqa=True)  # type: ignore[return-value]
+            return flex_attention(query, key, value, score_mod, everything, scale=1.0, enable_gqa=True)
 
     compiled: Callable[..., torch.Tensor] = torch.compile(attend, fullgraph=True, dynamic=True)
     return compiled
@@ -217,7 +217,7 @@ def _cpu_supported() -> bool:
         from torch._inductor.kernel.flex.flex_cpu import check_cpu_supported
     except ImportError:
         return False
-    return bool(check_cpu_supported())
+    return bool(check_cpu_supported())  # type: ignore[no-untyped-call]
 
 
 @functools.cache
@@ -238,7 +238,7 @@ def _empty_block_mask(builder: Builder, site: AttentionSite) -> tuple[Any, ...]:
     everything = fx.Graph()
     for name in ("batch", "head", "query", "key"):
         everything.placeholder(name)
-    always = {"dtype": torch.bool, "device": site.device}
+    always: Any = {"dtype": torch.bool, "device": site.device}
     everything.output(everything.call_function(aten.full.default, ([], True), always))
     mask_mod = builder.submodule("mask_mod", fx.GraphModule(torch.nn.Module(), everything))
     return (*(_stored(builder, field, site.device) for field in fields), mask_mod)
@@ -334,7 +334,8 @@ def _applied(graph: fx.Graph, score: fx.Node, mod: Any, entry: Any) -> fx.Node:
     if mod.node.target in (aten.maximum.default, aten.max.other):
         low = next(value for value in map(constant_value, arguments) if value is not None)
         return call(aten.clamp.default, (score, low))
-    return call(mod.node.target, (score, *arguments[1:]), mod.node.kwargs)
+    target: Any = mod.node.target
+    return call(target, (score, *arguments[1:]), mod.node.kwargs)
 
 
 def _placeholders_first(graph: fx.Graph) -> None:
