@@ -128,7 +128,7 @@ def _as_written_out(site: AttentionSite, terms: list[Term]) -> list[Term]:
         terms = [_infinite(term) for term in terms]
         if any(isinstance(term, Fill) and -math.inf < term.value < -ORDINARY for term in terms):
             raise NotAttention("exponentials of the scores themselves underflow where a finite number is filled in")
-    if site.rounds_rows and any(_may_be_low(term) for term in terms):
+    if site.rounds_rows and site.differentiable and any(_may_be_low(term) for term in terms):
         raise NotAttention(
             "the logarithm of the sum of exponentials is rounded away in a row that finite numbers mask, and no such "
             "row could be ruled out (if none occurs, say so: options={'assume_attended_rows': True})"

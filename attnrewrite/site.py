@@ -171,7 +171,7 @@ class AttentionSite:
         sink: the score of one more key, whose value is zero: a number, or a tensor over all axes but the key's.
         weight_mods: what is done to the weights between softmax and the product with the value, dropout apart.
         underflows: a row whose scores are all far below zero gives NaN.
-        rounds_rows: what a row whose scores are all far below zero, and finite, gives is a matter of rounding.
+        rounds_rows: the weights of a row whose scores are all far below zero, and finite, are 1 each.
         nan_to_zero: weights that are NaN, as in rows without a key, are set to zero.
         softmax_dtype: the dtype that softmax is computed in.
         dropout: the probability of dropping a weight; 0 when not training.

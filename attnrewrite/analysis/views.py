@@ -606,7 +606,7 @@ def _einsum(node: fx.Node) -> _Terms | None:
         tuple(inputs[first]),
         tuple(inputs[second]),
         tuple(out),
-        **more,  # type: ignore[arg-type]
+        **more,
     )
 
 

@@ -166,6 +166,8 @@ class Mask:
         site, call = self._site, self._builder.call
         assert site.scores is not None
         rows = site.scores.masked_rows
+        if site.rounds_rows and rows != "none":
+            output = call(aten.mul.Tensor, output, self._keys_where_rounded(site.compute_dtype))
         if rows in ("zero", "zero where NaN"):
             infinite = any(isinstance(term, Fill) and term.value == -math.inf for term in self._terms)
             if self.opened_rows is not None and (rows == "zero" or infinite):
@@ -196,6 +198,19 @@ class Mask:
         call = self._builder.call
         lost = self._rows_without_key(UNDERFLOW if self._site.underflows else -math.inf)
         factor = call(aten.where.Scalar, lost, math.nan, 1.0)
+        return factor if tensor(factor).dtype is dtype else call(aten.to.dtype, factor, dtype)
+
+    def _keys_where_rounded(self, dtype: torch.dtype) -> fx.Node:
+        """A factor: the number of keys in rows that finite numbers mask, whose weights are 1 each in the source."""
+        call = self._builder.call
+        if self.opened_rows is not None:
+            finite = any(isinstance(term, Fill) and term.value != -math.inf for term in self._terms)
+            rounded = self.opened_rows if finite else call(aten.zeros_like.default, self.opened_rows)
+        else:
+            infinite = self._rows_without_key(-math.inf)
+            rounded = call(aten.logical_and.default, self._rows_without_key(), call(aten.logical_not.default, infinite))
+        keys = call(aten.full.default, [], _key_length(self._site), dtype=torch.float32, device=self._site.device)
+        factor = call(aten.where.ScalarOther, rounded, keys, 1.0)
         return factor if tensor(factor).dtype is dtype else call(aten.to.dtype, factor, dtype)
 
     def _rows_without_key(self, masked: float = FAR_BELOW) -> fx.Node:
