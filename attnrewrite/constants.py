@@ -2,7 +2,8 @@
 
 A registered buffer is an input of the graph, and nothing in the graph says what it holds. Its contents are read once,
 when the graph is compiled; the compiled graph is then used as long as they are the same, which is checked at each call
-by identity and version, without looking at the data. A buffer that was written to since is looked at again.
+by identity and version, without looking at the data. A buffer that was written to since is looked at again. Writes that
+PyTorch does not count (``buffer.data.fill_(...)``, a NumPy view) are not seen.
 """
 
 from __future__ import annotations
@@ -84,10 +85,10 @@ class _Watched:
         self._see(tensor)
 
     def _see(self, tensor: torch.Tensor) -> None:
-        self._seen, self._version = weakref.ref(tensor), tensor._version
+        self._seen, self._version, self._address = weakref.ref(tensor), tensor._version, tensor.data_ptr()
 
     def unchanged(self, tensor: torch.Tensor) -> bool:
-        if self._seen() is tensor and self._version == tensor._version:
+        if self._seen() is tensor and self._version == tensor._version and self._address == tensor.data_ptr():
             return True
         if tensor.is_inference() or tensor.shape != self._contents.shape or tensor.dtype != self._contents.dtype:
             return False

@@ -301,7 +301,27 @@ def _stored(entry: Entry, dtype: torch.dtype) -> Entry | None:
     if isinstance(entry, (sympy.Number, Cases)) or _is_formula(entry):
         cases = _cases(entry)
         return None if cases is None else _merged(cases.numbers, dtype)
-    return entry if dtype in _EXACT and (dtype.is_floating_point or entry.is_integer) else None
+    if dtype not in _EXACT or not (dtype.is_floating_point or entry.is_integer):
+        return None
+    return entry if _largest(entry) <= _EXACT_UP_TO[dtype] else None
+
+
+_EXACT_UP_TO = {torch.float32: 2**24, torch.float64: 2**53, torch.int32: 2**31 - 1, torch.int64: 2**63 - 1}
+_LONGEST = 2**20
+"""Positions that are reckoned with: a length beyond has more scores than any memory holds."""
+
+
+def _largest(expression: Any) -> float:
+    """A bound on the size of an expression of positions and lengths."""
+    total = 0.0
+    for term in sympy.Add.make_args(sympy.expand(expression)):
+        factor, rest = term.as_coeff_Mul()
+        powers = rest.as_powers_dict()
+        if any(not power.is_Integer or power < 0 for power in powers.values()):
+            return math.inf
+        degree = sum(int(power) for base, power in powers.items() if base != 1)
+        total += abs(float(factor)) * float(_LONGEST) ** degree
+    return total
 
 
 def _key(entry: Entry) -> Hashable:
