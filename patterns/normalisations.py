@@ -83,6 +83,13 @@ def exponentials_that_underflow(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -
     return (weights / weights.sum(-1, keepdim=True)) @ v
 
 
+@_spelling.add(_Q, _K, _V, keep(2, 1, 1, "S"))
+def divided_after_the_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = (q @ k.mT * 8**-0.5).masked_fill(~mask, -math.inf)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return weights @ v / weights.sum(-1, keepdim=True)
+
+
 # One more key that has no value.
 
 
@@ -97,6 +104,14 @@ def softmax_plus_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def stable_softmax_plus_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.mT * 8**-0.5
     highest = scores.amax(-1, keepdim=True)
+    weights = torch.exp(scores - highest)
+    return weights / (torch.exp(-highest) + weights.sum(-1, keepdim=True)) @ v
+
+
+@_spelling.add(_Q, _K, _V)
+def softmax_plus_one_of_a_clamped_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * 8**-0.5
+    highest = scores.amax(-1, keepdim=True).clamp(min=0)
     weights = torch.exp(scores - highest)
     return weights / (torch.exp(-highest) + weights.sum(-1, keepdim=True)) @ v
 
@@ -152,6 +167,12 @@ def multiplied_by_the_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Ten
 def nan_to_num(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     scores = (q @ k.mT * 8**-0.5).masked_fill(~mask, -math.inf)
     return torch.nan_to_num(scores.softmax(-1)) @ v
+
+
+@_spelling.add(_Q, _K, _V, keep(2, 1, "L", "S"))
+def nan_replaced(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    weights = (q @ k.mT * 8**-0.5).masked_fill(~mask, -math.inf).softmax(-1)
+    return torch.where(weights.isnan(), 0.0, weights) @ v
 
 
 @_spelling.add(_Q, _K, _V, learned(4))

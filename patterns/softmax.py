@@ -750,6 +750,20 @@ def chunks_of_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(parts, dim=2)
 
 
+@_spelling.add(_Q, _K, _K, _Q, sites=2)
+def scores_used_both_ways(q: Tensor, k: Tensor, v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Text attends to the image, and the image to the text."""
+    scores = q @ k.mT * 8**-0.5
+    return scores.softmax(-1) @ v, scores.mT.softmax(-1) @ u
+
+
+@_spelling.add(_Q, _K, _V, normal(2, 4, "S", 3), sites=2)
+def weights_of_two_values(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and coordinates by the same weights."""
+    weights = (q @ k.mT * 8**-0.5).softmax(-1)
+    return weights @ v, weights @ positions
+
+
 @_spelling.add(_Q, normal(2, 4, 5, 8), normal(2, 4, "L", 8), normal(2, 4, 5, 8), normal(2, 4, "L", 8))
 def cached_keys(q: Tensor, past_k: Tensor, k: Tensor, past_v: Tensor, v: Tensor) -> Tensor:
     k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
