@@ -128,6 +128,9 @@ def _as_written_out(site: AttentionSite, terms: list[Term]) -> list[Term]:
         terms = [_infinite(term) for term in terms]
         if any(isinstance(term, Fill) and -math.inf < term.value < -ORDINARY for term in terms):
             raise NotAttention("exponentials of the scores themselves underflow where a finite number is filled in")
+    low_sink = isinstance(site.sink, Operand) or (site.sink is not None and -math.inf < site.sink <= UNDERFLOW)
+    if low_sink and not site.sink_is_shifted and any(_may_be_low(term) for term in terms):
+        raise NotAttention("the sink may be as low as the numbers that mask, and a row may have no key but the sink")
     if site.rounds_rows and site.differentiable and any(_may_be_low(term) for term in terms):
         raise NotAttention(
             "the logarithm of the sum of exponentials is rounded away in a row that finite numbers mask, and no such "
@@ -319,7 +322,7 @@ def _placed_weight_mods(
 def _by_sink(site: AttentionSite) -> str | None:
     """One more key that no mask reaches, if its score is a number like any other."""
     sink = site.sink
-    if sink is None:
+    if sink is None or site.sink_is_shifted:
         return None
     values = possible_values(sink.node) if isinstance(sink, Operand) else {float(sink)}
     return "the sink" if all(is_ordinary(value) for value in values) else None

@@ -169,6 +169,7 @@ class AttentionSite:
         feature_axes: the axes that query and key are contracted over.
         mods: what is done to the scores, in the order in which it is done.
         sink: the score of one more key, whose value is zero: a number, or a tensor over all axes but the key's.
+        sink_is_shifted: a row whose scores are all minus infinity gives NaN in spite of the sink.
         weight_mods: what is done to the weights between softmax and the product with the value, dropout apart.
         underflows: a row whose scores are all far below zero gives NaN.
         rounds_rows: the weights of a row whose scores are all far below zero, and finite, are 1 each.
@@ -208,6 +209,7 @@ class AttentionSite:
     for_inductor: bool = False
     interior: tuple[fx.Node, ...] = ()
     sink: Operand | float | None = None
+    sink_is_shifted: bool = False
     weight_mods: tuple[WeightMod, ...] = ()
     nan_to_zero: bool = False
     underflows: bool = False

@@ -149,6 +149,7 @@ class SoftmaxAttention:
             compute_dtype=dtype,
             dropout=walk.dropout,
             sink=_behind_views(softmax.sink),
+            sink_is_shifted=softmax.sink_is_shifted and softmax.sink is not None,
             weight_mods=tuple(weight_mods),
             nan_to_zero=softmax.nan_to_zero or walk.nan_to_zero,
             underflows=softmax.underflows,

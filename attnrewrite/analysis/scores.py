@@ -30,7 +30,7 @@ from attnrewrite.analysis.views import (
 from attnrewrite.ir import is_cast, is_tensor, same_shape, scalar, source_location, tensor
 from attnrewrite.site import Bias, Elementwise, Fill, Floor, NotAttention, Scale, ScoreMod
 
-__all__ = ["FLOATING", "ScoreWalk", "leads_to_product", "node_in_words", "read_scores", "row_maximum"]
+__all__ = ["BOUNDED", "FLOATING", "ScoreWalk", "leads_to_product", "node_in_words", "read_scores", "row_maximum"]
 
 aten = torch.ops.aten
 
@@ -307,7 +307,7 @@ def row_maximum(
     current = node
     while current.target not in _MAXIMA:
         passes = is_cast(current) or is_layout_op(current) or current.target in _AFTER_MAXIMUM
-        if current.op != "call_function" or not (passes or (not own_row and current.target in _BOUNDED)):
+        if current.op != "call_function" or not (passes or (not own_row and current.target in BOUNDED)):
             return None
         if any(isinstance(arg, fx.Node) for arg in current.args[1:]):
             return None
@@ -347,7 +347,7 @@ def row_maximum(
 
 
 _AFTER_MAXIMUM = (aten.detach.default, operator.getitem)
-_BOUNDED = (aten.clamp.default, aten.clamp_min.default, aten.nan_to_num.default, aten.relu.default)
+BOUNDED = (aten.clamp.default, aten.clamp_min.default, aten.nan_to_num.default, aten.relu.default)
 _MAXIMA = (aten.amax.default, aten.max.dim, aten.max.default)
 
 

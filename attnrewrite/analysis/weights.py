@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.scores import FLOATING, node_in_words, row_maximum
+from attnrewrite.analysis.scores import BOUNDED, FLOATING, node_in_words, row_maximum
 from attnrewrite.analysis.values import constant_value, possible_values
 from attnrewrite.analysis.views import (
     Axis,
@@ -52,6 +52,8 @@ class Softmax:
         nodes: the nodes that compute it out of ``scores``.
         sink: the score of one more key, whose weight is dropped: the 1 in ``exp(x) / (1 + exp(x).sum())`` is exp(0).
         nan_to_zero: a row whose scores are all minus infinity gives zeros.
+        sink_is_shifted: the sink's exponential is that of its score less the row's maximum, so that a row whose scores
+            are all minus infinity gives NaN in spite of it.
         underflows: the exponentials are taken of the scores themselves, so that a row whose scores are all far below
             zero is 0 / 0.
         late: the division by the sum, where it comes after the product with the value: ``exp(x) @ v / exp(x).sum()``.
@@ -66,6 +68,7 @@ class Softmax:
     nodes: tuple[fx.Node, ...]
     sink: Operand | float | None = None
     nan_to_zero: bool = False
+    sink_is_shifted: bool = False
     underflows: bool = False
     rounds_rows: bool = False
     fills: tuple[Fill, ...] = ()
@@ -201,6 +204,7 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
         tuple(nodes),
         sink,
         late=node if late else None,
+        sink_is_shifted=bool(maximum) and not any(part.target in BOUNDED for part in maximum),
         underflows=not exact and sink is None,
         fills=tuple(fills),
         layout=layout,

@@ -33,6 +33,7 @@ class Mask:
         self._after_fill: fx.Node | None = None
         if self._terms:
             self._write(site.scores.fills_decide)
+        self._without_sink = self.node
         if site.sink is not None:
             self._append_sink(site.sink)
 
@@ -216,10 +217,11 @@ class Mask:
     def _rows_without_key(self, masked: float = FAR_BELOW) -> fx.Node:
         """Rows whose scores are all lowered to ``masked`` or further."""
         call = self._builder.call
-        assert self.node is not None
-        if tensor(self.node).dtype is torch.bool:
-            return call(aten.logical_not.default, call(aten.any.dim, self.node, -1, True))
-        highest = call(aten.amax.default, self.node, [-1], True)
+        node = self._without_sink if self._site.sink_is_shifted else self.node
+        assert node is not None
+        if tensor(node).dtype is torch.bool:
+            return call(aten.logical_not.default, call(aten.any.dim, node, -1, True))
+        highest = call(aten.amax.default, node, [-1], True)
         return call(aten.le.Scalar, highest, masked)
 
 

@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 __all__ = ["Draft", "Pick", "Spelling"]
 
 T = TypeVar("T")
 Letters = list[str]
+Open = Callable[[Tensor, Tensor, int], Tensor]
+"""Which keys are kept, of (positions of the queries, positions of the keys, how many more keys there are)."""
 
 HALF = (torch.bfloat16, torch.float16)
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -118,6 +121,10 @@ class Draft:
         out: the letters of the result.
         terms: what was done to the scores so far, as (kind, value).
         masks: boolean masks that were applied, as (what is kept, what is dropped).
+        opens: of each of them, which keys it keeps; None where that is up to the inputs.
+        sunk: every row has one more key, that no mask reaches.
+        underflows: exponentials are taken of the scores themselves.
+        multiplied: the weights were multiplied by numbers that may be infinite or NaN.
     """
 
     def __init__(self, pick: Pick, dtype: torch.dtype, gradients: bool, dynamic: bool) -> None:
@@ -137,6 +144,10 @@ class Draft:
         self.stays = ""
         self.terms: list[tuple[str, str]] = []
         self.masks: list[tuple[str, str]] = []
+        self.opens: list[Open | None] = []
+        self.sunk = False
+        self.underflows = False
+        self.multiplied = False
         self.q: Letters = []
         self.k: Letters = []
         self.v: Letters = []
@@ -253,27 +264,81 @@ class Draft:
 
     def _refusals_of_terms(self) -> None:
         """The documented reasons for which an attention may stay as it is; what they say is in docs/exactness.md."""
-        fills = [value for kind, value in self.terms if kind == "fill"]
-        masking = [value for kind, value in self.terms if kind in ("fill", "bias") and value != "learned"]
-        if "low" in fills:
-            self.refuse("the fill value is no mask")
-        for position, (kind, value) in enumerate(self.terms):
-            rest = [other for other, _ in self.terms[position:]]
-            if (kind, value) == ("fill", "-1e9") and (len(masking) > 1 or "bias" in rest):
-                self.refuse("a finite fill beside another mask")
-            if kind in ("fill", "bias") and value != "learned" and {"cap", "clamp"} & set(rest):
+        terms = self._terms_as_they_stand()
+        fills = [value for kind, value in terms if kind == "fill"]
+        biases = [value for kind, value in terms if kind == "bias"]
+        masking = [value for value in biases if value != "learned"]
+        empty = self._rows_may_be_empty()
+        needs_function = bool({"cap", "clamp"} & {kind for kind, _ in terms} or "low" in fills)
+        for position, (kind, value) in enumerate(terms):
+            rest = [other for other, _ in terms[position:]]
+            if kind == "fill" and value.startswith("-1e9") and empty:
+                beside = len(fills) + sum(value != "any" for value in masking) > 1
+                needs_function |= beside or "bias" in rest
+            if (kind == "fill" or (kind == "bias" and value != "learned")) and {"cap", "clamp"} & set(rest):
                 self.refuse("a mask that is capped")
             if kind == "max" and {"cap", "clamp"} & set(rest):
                 self.refuse("the maximum is subtracted before the scores are capped")
-        functions = {"cap", "clamp"} & {kind for kind, _ in self.terms}
-        if functions and (self.gradients or self.dtype is torch.float64):
-            self.refuse("FlexAttention on the CPU has no backward pass and no float64")
-        biases = [value for kind, value in self.terms if kind == "bias"]
-        mixed = len(set(fills)) > 1 or any(value != "learned" for value in biases)
-        if self.gradients and fills and mixed:
+            added = any(other == "bias" and name != "learned" for other, name in terms[:position])
+            if kind == "floor" and added and self.gradients and empty:
+                self.refuse("a floor under a mask that is added, in training")
+        if needs_function and (self.gradients or self.dtype is torch.float64):
+            self.refuse("a function of the scores: FlexAttention on the CPU has no backward pass and no float64")
+        finite = any(value != "-inf" for value in (*fills, *masking))
+        if "softmax: logsumexp" in self.forms and empty and finite and (self.gradients or needs_function):
+            self.refuse("the logarithm of the sum is rounded away in rows that finite numbers mask")
+        if self.gradients and empty and self._entangled(terms):
             self.refuse("a fill beside another mask, in training")
-        if self.half and {"any", "-1e9", "-1e4"} & set(biases):
+        if self.half and empty and {"any", "-1e9", "-1e4"} & set(biases):
             self.refuse("a finite mask is added in half precision")
+        if "weights zeroed" in self.forms and empty and len(fills) + len(masking) > 1:
+            # A row that all of them mask together keeps the weights that this one does not mask.
+            self.refuse("the weights are zeroed by one of several masks")
+
+    def _terms_as_they_stand(self) -> list[tuple[str, str]]:
+        """The terms with what the fills have become at the end: scaled, raised by a floor, or as good as infinite."""
+        terms: list[tuple[str, str]] = []
+        for kind, value in self.terms:
+            if kind == "floor":
+                terms = [(k, "min" if k == "fill" and v == "-inf" else v) for k, v in terms]
+            elif kind == "scale":
+                overflows = value in ("s / 0.7", "s * 1.5")
+                scaled = {"min": "-inf" if overflows else "min, scaled", "-1e9": "-1e9, scaled"}
+                terms = [(k, scaled.get(v, v) if k == "fill" else v) for k, v in terms]
+            terms.append((kind, value))
+        if self.underflows:
+            terms = [(k, "-inf" if k == "fill" and v != "low" else v) for k, v in terms]
+        return terms
+
+    @staticmethod
+    def _entangled(terms: Sequence[tuple[str, str]]) -> bool:
+        """Whether a row may lose its keys to a fill, that lets no gradient through, together with another term."""
+        fills = [position for position, (kind, _) in enumerate(terms) if kind == "fill"]
+        biases = [position for position, (kind, _) in enumerate(terms) if kind == "bias"]
+        if not fills:
+            return False
+        several = len({terms[fill] for fill in fills}) > 1 or any(terms[bias][1] != "learned" for bias in biases)
+        infinite = terms[fills[0]][1] == "-inf"
+        return several or any(fills[0] < bias and (bias < fills[-1] or infinite) for bias in biases)
+
+    def _rows_may_be_empty(self) -> bool:
+        """Whether a row may have no key, for all that the text says: what is learned may be infinite, too."""
+        if self.sunk or not self.terms:
+            return False
+        if {value for kind, value in self.terms if kind == "bias"} & {"learned", "any"}:
+            return True
+        sizes = [(self.sizes["i"], self.sizes["j"])]
+        if self.dynamic and not {"packed", "projected"} & set(self.forms):
+            sizes.append((9, 2))
+        for queries, keys in sizes:
+            kept = torch.ones(queries, keys, dtype=torch.bool)
+            for is_open in self.opens:
+                if is_open is None:
+                    return True
+                kept &= is_open(torch.arange(queries)[:, None], torch.arange(keys), keys - queries)
+            if not bool(kept.any(-1).all()):
+                return True
+        return False
 
     # Operands: layout and grouping.
 
@@ -828,6 +893,7 @@ class Draft:
             ways += ["causal"] * 4 + ["window"]
         way = self.pick.one(*ways)
         self.form(f"mask: {way}")
+        self.opens.append(None)
         if way == "given":
             whole = self.pick.chance(25)
             axes = set(self.frame) if whole else self.some_axes()
@@ -862,16 +928,19 @@ class Draft:
         rows, cols = self.position("i"), self.position("j")
         if way == "window":
             width = self.pick.one(1, 2, 3)
-            return *self.pick.one(
-                (f"({rows} - {cols}).abs() <= {width}", True),
-                (f"({cols} > {rows} - {width}) & ({cols} <= {rows})", True),
-                (f"({rows} - {cols} > {width}) | ({cols} > {rows})", False),
-            ), False  # fmt: skip
+            text, kept, reach = self.pick.one(
+                (f"({rows} - {cols}).abs() <= {width}", True, (width, width)),
+                (f"({cols} > {rows} - {width}) & ({cols} <= {rows})", True, (width - 1, 0)),
+                (f"({rows} - {cols} > {width}) | ({cols} > {rows})", False, (width, 0)),
+            )
+            self.opens[-1] = lambda i, j, more: (i - j <= reach[0]) & (j - i <= reach[1])
+            return text, kept, False
         turned = ".mT" if self.frame[-1] == "i" else ""
         part = "[lo:hi]" if self.in_chunk else ""
         offset = self.pick.one("0", "0", "0", "S - L")
         later = "1" if offset == "0" else "S - L + 1"
         moved = "" if offset == "0" else " + S - L"
+        self.opens[-1] = lambda i, j, more: j <= i + (0 if offset == "0" else more)
         return *self.pick.one(
             (f"torch.ones(L, S, dtype=torch.bool).tril({offset}){part}{turned}", True),
             (f"(torch.tril(torch.ones(L, S), diagonal={offset}) == 0){part}{turned}", False),
@@ -959,8 +1028,9 @@ class Draft:
 
     def temperature(self) -> None:
         self.form("temperature")
-        self.terms.append(("scale", ""))
-        self.line(self.pick.one("s = s / 0.7", "s = s * 1.5", "s = 0.8 * s", "s = s.div(2)"))
+        scaled = self.pick.one("s / 0.7", "s * 1.5", "0.8 * s", "s.div(2)")
+        self.terms.append(("scale", scaled))
+        self.line(f"s = {scaled}")
 
     def clamp(self) -> None:
         if self.pick.chance(50):
@@ -1043,6 +1113,7 @@ class Draft:
                 top = self.pick.one(f"s.amax({dim}, keepdim=True)", f"s.max({dim}, keepdim=True)[0]")
                 self.line(f"p = torch.exp(s - {top}{'.detach()' * self.pick.chance(40)})")
             else:
+                self.underflows = True
                 self.line(self.pick.one("p = torch.exp(s)", "p = s.exp()"))
             total = self.pick.one(f"p.sum({dim}, keepdim=True)", f"torch.sum(p, dim={dim}, keepdim=True)")
             if way == "exp late":
@@ -1068,11 +1139,14 @@ class Draft:
         batch = self.batch()
         if self.pick.chance(30):
             at_end = self.pick.chance(60)
+            self.sunk = True
             self.line(f"s = F.pad({argument}, {'(0, 1)' if at_end else '(1, 0)'})")
         else:
             at_end = self.pick.chance(70)
             heads = [letter for letter in batch if letter in ("h", "g", "n", "b")][-1:]
-            name = self.given(self.fresh("x"), heads, self.pick.one("parameter", "normal"), 0.5)
+            how = self.pick.one("parameter", "normal")
+            self.sunk = how == "parameter"
+            name = self.given(self.fresh("x"), heads, how, 0.5)
             ones = ", ".join(self.size(letter) if letter in heads else "1" for letter in self.frame)
             whole = [*self.frame[:-1], "1"]
             self.line(f"sinks = {name}.reshape({ones}).expand({self.shape(whole)})")
@@ -1084,6 +1158,7 @@ class Draft:
 
     def _plus_one(self, way: str, argument: str, dim: int) -> str:
         self.settle(argument)
+        self.sunk = True
         if way == "plus one":
             self.line("p = torch.exp(s)")
             return self.pick.one(f"p / (1 + p.sum({dim}, keepdim=True))", f"p / (p.sum({dim}, keepdim=True) + 1.0)")
@@ -1097,9 +1172,6 @@ class Draft:
     def zeroed(self) -> None:
         keep, drop = self.masks[-1]
         self.form("weights zeroed")
-        if sum(kind in ("fill", "bias") and value != "learned" for kind, value in self.terms) > 1:
-            # A row that all of them mask together keeps the weights that this one does not mask.
-            self.refuse("the weights are zeroed by one of several masks")
         self.line(
             self.pick.one(
                 f"w = w.masked_fill({drop}, 0.0)",
@@ -1113,12 +1185,15 @@ class Draft:
         self.form("head mask")
         axes = {self.pick.one(*self.batch())}
         name = self.shaped(self.fresh("x"), axes, self.pick.one("parameter", "normal"))
+        self.multiplied = True
         self.line(self.pick.one(f"w = w * {name}", f"w = {name} * w"))
 
     def query_mask(self) -> None:
         self.form("query mask")
         axes = {"i", *(letter for letter in self.batch() if letter in ("b", "n"))}
-        name = self.shaped(self.fresh("r"), axes, self.pick.one("keep", "keep_float"))
+        how = self.pick.one("keep", "keep_float")
+        self.multiplied |= how == "keep_float"
+        name = self.shaped(self.fresh("r"), axes, how)
         self.line(f"w = w * {name}")
 
     def dropout(self) -> None:
@@ -1135,6 +1210,8 @@ class Draft:
 
     def nan_to_num(self) -> None:
         self.form("nan_to_num")
+        if self.multiplied:
+            self.refuse("NaN is replaced that a factor of the weights may have made")
         self.line(
             self.pick.one("w = torch.nan_to_num(w)", "w = w.nan_to_num(0.0)", "w = torch.where(w.isnan(), 0.0, w)")
         )
