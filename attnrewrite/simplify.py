@@ -67,6 +67,8 @@ class _Reading:
     key_factors: list[Scale] = field(default_factory=list)
     terms: list[Term] = field(default_factory=list)
     inexpressible: str = ""
+    scaled_masks: bool = False
+    """A tensor multiplies masked scores, which may overflow."""
 
 
 def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
@@ -88,6 +90,11 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     attended = attended_everywhere(terms, positions) or _by_sink(site) or attended
     dtype = min((term.dtype for term in terms), key=lambda dtype: dtype.itemsize, default=site.softmax_dtype)
     inexpressible = reading.inexpressible
+    if attended is None and reading.scaled_masks:
+        raise NotAttention(
+            "a tensor scales masked scores, which may overflow in a row that has no key, and no such row could be ruled "
+            "out (if none occurs, say so: options={'assume_attended_rows': True})"
+        )
     if attended is None:
         terms = _as_written_out(site, terms)
     if not site.fused:
@@ -183,6 +190,7 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
             assert isinstance(mod.factor, Operand)
             if mod.divide or not possible_values(mod.factor.node) <= {0.0, 1.0}:
                 reading.inexpressible = "the scores are multiplied by a tensor over query and key positions"
+                reading.scaled_masks = bool(terms)
             else:
                 terms.append(_Multiplied(mod.factor, 0.0, site.softmax_dtype, invert=True))
     if not math.isfinite(reading.scale):
@@ -253,6 +261,7 @@ def _place_factor(mod: Scale, site: AttentionSite, reading: _Reading) -> bool:
     terms = reading.terms
     if any(not isinstance(term, Bias) for term in terms):
         reading.inexpressible = "a tensor scales the scores after a mask was applied"
+        reading.scaled_masks = True
         return True
     terms[:] = [term.scaled(mod) for term in terms if isinstance(term, Bias)]
     (reading.query_factors if axes <= set(site.query.axes) else reading.key_factors).append(mod)
