@@ -92,8 +92,8 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     inexpressible = reading.inexpressible
     if attended is None and reading.scaled_masks:
         raise NotAttention(
-            "a tensor scales masked scores, which may overflow in a row that has no key, and no such row could be ruled "
-            "out (if none occurs, say so: options={'assume_attended_rows': True})"
+            "a tensor scales masked scores, which may overflow in a row that has no key, and no such row could be "
+            "ruled out (if none occurs, say so: options={'assume_attended_rows': True})"
         )
     if attended is None:
         terms = _as_written_out(site, terms)
@@ -261,7 +261,7 @@ def _place_factor(mod: Scale, site: AttentionSite, reading: _Reading) -> bool:
     terms = reading.terms
     if any(not isinstance(term, Bias) for term in terms):
         reading.inexpressible = "a tensor scales the scores after a mask was applied"
-        reading.scaled_masks = True
+        reading.scaled_masks = any(isinstance(term, Fill) and math.isfinite(term.value) for term in terms)
         return True
     terms[:] = [term.scaled(mod) for term in terms if isinstance(term, Bias)]
     (reading.query_factors if axes <= set(site.query.axes) else reading.key_factors).append(mod)
