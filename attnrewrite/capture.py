@@ -526,7 +526,8 @@ def _say_what_is_read(ir: fx.GraphModule) -> None:
         if filled:
             number = numbers[node.target]
             number = node.args[-1] if number is None else number
-            if not isinstance(number, (bool, int, float)) or not value.is_contiguous():
+            dense = value.is_contiguous() or all(user.target is aten.where.self for user in node.users)
+            if not isinstance(number, (bool, int, float)) or not dense:
                 continue
             kind = {"dtype": value.dtype, "layout": value.layout, "device": value.device, "pin_memory": False}
             told = builder.insert(aten.full.default, (list(value.shape), number), kind, value)

@@ -19,7 +19,7 @@ from attnrewrite.patterns import GraphView, NearMiss, catalogue
 from attnrewrite.policy import Policy
 from attnrewrite.report import KernelVerdict, SiteReport
 from attnrewrite.simplify import canonical_scores
-from attnrewrite.site import AttentionSite, Bias, Fill, Floor, NotAttention, RoundingDecides, Scale, Zero
+from attnrewrite.site import AttentionSite, Bias, Fill, Floor, Narrow, NotAttention, RoundingDecides, Scale, Zero
 
 __all__ = ["Rewritten", "rewrite"]
 
@@ -299,6 +299,8 @@ def _mod_in_words(mod: Any) -> str:
         return f"fill {mod.value:g} where {'not ' * mod.invert}{mod.condition.node.name}"
     if isinstance(mod, Floor):
         return f"at least {mod.value:g}"
+    if isinstance(mod, Narrow):
+        return f"rounded to {mod.dtype}".replace("torch.", "")
     if isinstance(mod, Zero):
         return f"weights zero where {'not ' * mod.invert}{mod.condition.node.name}"
     if isinstance(mod, Scale):

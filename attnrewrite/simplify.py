@@ -44,6 +44,7 @@ from attnrewrite.site import (
     Elementwise,
     Fill,
     Floor,
+    Narrow,
     NotAttention,
     RoundingDecides,
     Scale,
@@ -67,8 +68,8 @@ class _Reading:
     key_factors: list[Scale] = field(default_factory=list)
     terms: list[Term] = field(default_factory=list)
     inexpressible: str = ""
-    scaled_masks: bool = False
-    """A tensor multiplies masked scores, which may overflow."""
+    overflows: str = ""
+    """What may make masked scores infinite."""
 
 
 def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
@@ -90,10 +91,10 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     attended = attended_everywhere(terms, positions) or _by_sink(site) or attended
     dtype = min((term.dtype for term in terms), key=lambda dtype: dtype.itemsize, default=site.softmax_dtype)
     inexpressible = reading.inexpressible
-    if attended is None and reading.scaled_masks:
+    if attended is None and reading.overflows:
         raise NotAttention(
-            "a tensor scales masked scores, which may overflow in a row that has no key, and no such row could be "
-            "ruled out (if none occurs, say so: options={'assume_attended_rows': True})"
+            f"{reading.overflows}, which may overflow in a row that has no key, and no such row could be ruled out "
+            "(if none occurs, say so: options={'assume_attended_rows': True})"
         )
     if attended is None:
         terms = _as_written_out(site, terms)
@@ -135,9 +136,6 @@ def _as_written_out(site: AttentionSite, terms: list[Term]) -> list[Term]:
         terms = [_infinite(term) for term in terms]
         if any(isinstance(term, Fill) and -math.inf < term.value < -ORDINARY for term in terms):
             raise NotAttention("exponentials of the scores themselves underflow where a finite number is filled in")
-    low_sink = isinstance(site.sink, Operand) or (site.sink is not None and -math.inf < site.sink <= UNDERFLOW)
-    if low_sink and not site.sink_is_shifted and any(_may_be_low(term) for term in terms):
-        raise NotAttention("the sink may be as low as the numbers that mask, and a row may have no key but the sink")
     if site.rounds_rows and site.differentiable and any(_may_be_low(term) for term in terms):
         raise NotAttention(
             "the logarithm of the sum of exponentials is rounded away in a row that finite numbers mask, and no such "
@@ -180,6 +178,8 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
             terms.append(mod)
         elif isinstance(mod, Floor):
             _put_floor(terms, mod)
+        elif isinstance(mod, Narrow):
+            _narrow(mod, reading)
         elif isinstance(mod.factor, (int, float)):
             if mod.divide and mod.factor == 0:
                 raise NotAttention("the scores are divided by zero")
@@ -190,7 +190,7 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
             assert isinstance(mod.factor, Operand)
             if mod.divide or not possible_values(mod.factor.node) <= {0.0, 1.0}:
                 reading.inexpressible = "the scores are multiplied by a tensor over query and key positions"
-                reading.scaled_masks = bool(terms)
+                reading.overflows = "a tensor scales masked scores" if terms else reading.overflows
             else:
                 terms.append(_Multiplied(mod.factor, 0.0, site.softmax_dtype, invert=True))
     if not math.isfinite(reading.scale):
@@ -227,6 +227,21 @@ def _infinite(term: Term) -> Term:
     return Fill(term.condition, -math.inf, term.dtype, term.invert) if low and isinstance(term, Fill) else term
 
 
+def _narrow(mod: Narrow, reading: _Reading) -> None:
+    """A large number may become infinite in a narrower dtype."""
+    terms = reading.terms
+    terms[:] = [
+        Fill(term.condition, as_stored(term.value, mod.dtype), term.dtype, term.invert)
+        if isinstance(term, Fill)
+        else term
+        for term in terms
+    ]
+    if any(isinstance(term, Floor) or (isinstance(term, Bias) and may_mask(term)) for term in terms):
+        reading.overflows = f"masked scores are rounded to {mod.dtype}".replace("torch.", "")
+    if reading.inexpressible and terms:
+        reading.overflows = f"masked scores are rounded to {mod.dtype}".replace("torch.", "")
+
+
 def _put_floor(terms: list[Term], floor: Floor) -> None:
     assert floor.value <= ABSORBING
     terms[:] = [
@@ -261,7 +276,8 @@ def _place_factor(mod: Scale, site: AttentionSite, reading: _Reading) -> bool:
     terms = reading.terms
     if any(not isinstance(term, Bias) for term in terms):
         reading.inexpressible = "a tensor scales the scores after a mask was applied"
-        reading.scaled_masks = any(isinstance(term, Fill) and math.isfinite(term.value) for term in terms)
+        if any(isinstance(term, Fill) and math.isfinite(term.value) for term in terms):
+            reading.overflows = "a tensor scales masked scores"
         return True
     terms[:] = [term.scaled(mod) for term in terms if isinstance(term, Bias)]
     (reading.query_factors if axes <= set(site.query.axes) else reading.key_factors).append(mod)
@@ -304,10 +320,11 @@ def _placed_weight_mods(
             zeroed = None if zeroed is None else negation(zeroed) if mod.invert else zeroed
             if zeroed is not None and kept is not None and conjunction([zeroed, kept]) is False:
                 # What is zeroed was masked: it is zero already, except in rows that have no key.
-                if masked_rows == "none" or (mod.multiplied and masked_rows == "NaN"):
+                if masked_rows == "none":
                     continue
                 if conjunction([negation(zeroed), negation(kept)]) is False:
-                    masked_rows = "zero"
+                    stays = mod.multiplied and masked_rows in ("NaN", "zero unless NaN")
+                    masked_rows = "zero unless NaN" if stays else "zero"
                     continue
         operand = mod.condition if isinstance(mod, Zero) else mod.factor
         axes = set(operand.axes) if isinstance(operand, Operand) else set()

@@ -23,6 +23,7 @@ __all__ = [
     "Elementwise",
     "Fill",
     "Floor",
+    "Narrow",
     "NotAttention",
     "RoundingDecides",
     "Scale",
@@ -94,13 +95,20 @@ class Floor:
 
 
 @dataclass(frozen=True)
+class Narrow:
+    """``scores.to(dtype)`` with a dtype that holds smaller numbers, or fewer of them."""
+
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Elementwise:
     """Any other function of one score (tanh, clamp), as the node that applies it to its first argument."""
 
     node: fx.Node
 
 
-ScoreMod = Scale | Bias | Fill | Floor | Elementwise
+ScoreMod = Scale | Bias | Fill | Floor | Narrow | Elementwise
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,7 @@ class CanonicalScores:
         dtype: the dtype in which the source adds the terms.
         attended: how it was proved that every row keeps a key, or None.
         masked_rows: what the source gives rows that have no key: "none" if there are none, "mean of value", "NaN",
-            "zero", or "zero where NaN" (zero if the mask is infinite, the mean of the values if it is finite).
+            "zero", "zero unless NaN", or "zero where NaN" (zero if the mask is infinite, else the mean of the values).
         fills_decide: rows without a key can come from fills alone, and all fill in the same value: the kernel is
             given such rows as rows that attend every key with a score of zero, and what the source gives them (the
             mean of the values, zero or NaN) is made from that.

@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from attnrewrite.analysis.scores import ScoreWalk, leads_to_product, read_scores
+from attnrewrite.analysis.scores import ScoreWalk, is_narrower, leads_to_product, read_scores
 from attnrewrite.analysis.views import Axis, Dim, Operand, Product, axes_of, is_product, peel
 from attnrewrite.analysis.weights import Softmax, WeightWalk, every_softmax, follow_weights, split_sink
 from attnrewrite.ir import tensor
-from attnrewrite.site import AttentionSite, NotAttention, Scale
+from attnrewrite.site import AttentionSite, Narrow, NotAttention, Scale
 
 from . import normalisations, score_functions
 from .base import Finding, GraphView, NearMiss, Specimen, reader_in_words
@@ -126,6 +126,8 @@ class SoftmaxAttention:
         else:
             dtype = _widest([dtype, query.dtype, key.dtype])
         query_axes = _query_axes(scores, key_axes, key)
+        own_dtype = tensor(softmax.node).dtype
+        narrowed = [Narrow(own_dtype)] if is_narrower(own_dtype, tensor(softmax.scores).dtype) else []
         alone = set(query.axes) == set(axes_of((scores.product.contracted,))) and query.node.op != "call_function"
         if alone and key.node is value.node:
             raise NotAttention("every key is scored by one and the same stored vector: this is pooling")
@@ -144,7 +146,7 @@ class SoftmaxAttention:
             query_axes=query_axes,
             key_axes=axes_of((key_dim,)),
             feature_axes=axes_of((scores.product.contracted,)),
-            mods=(*scores.mods, *softmax.fills),
+            mods=(*scores.mods, *narrowed, *softmax.fills),
             softmax_dtype=tensor(softmax.node).dtype,
             compute_dtype=dtype,
             dropout=walk.dropout,

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from attnrewrite.patterns import Specimen, specimens
+from torch import Tensor
 
-from tests.helpers import cast, gradients, relative_error, rewritten
+from tests.helpers import cast, gradients, relative_error, rewritten, rows
 
 pytestmark = pytest.mark.gpu
 
@@ -62,3 +63,35 @@ def test_through_inductor_and_cuda_graphs(name: str) -> None:
     for seed in range(3):
         inputs = cast(specimen.inputs(seed, LENGTH), torch.float32, "cuda")
         assert relative_error(compiled(*inputs).clone(), specimen.function(*inputs)) <= 1e-5
+
+
+def capped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, keep: Tensor) -> Tensor:
+    """Gemma 2's scores, with a learned bias."""
+    k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+    scores = torch.tanh(q @ k.mT * 0.1 / 3.0) * 3.0 + bias
+    position = torch.arange(q.shape[-2], device=q.device)
+    lowest = torch.finfo(q.dtype).min
+    scores = scores.masked_fill(position > position[:, None], lowest).masked_fill(~keep[:, None, None], lowest)
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("width", [16, 48, 128])
+def test_functions_of_the_scores(inner: str, width: int) -> None:
+    """FlexAttention, forwards and backwards, with rows that have no key."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 130, width), (2, 2, 130, width), (2, 2, 130, width), (4, 130, 130)]
+    inputs = [torch.randn(shape, generator=generator).cuda() for shape in shapes]
+    keep = torch.arange(130) >= torch.tensor([0, 7])[:, None]
+    inputs.append(keep.cuda())
+    with torch.no_grad():
+        (row,) = rows(capped, *inputs)
+        assert (row.status, row.kernel) == ("rewritten", "flex")
+        compiled = rewritten(capped, inner)
+        # Triton multiplies float32 in TF32 unless told otherwise.
+        assert relative_error(compiled(*inputs), capped(*inputs)) <= 5e-3
+    if inner == "eager":
+        return
+    torch._dynamo.reset()
+    actual = gradients(rewritten(capped, inner), inputs)
+    assert relative_error(actual, gradients(capped, inputs)) <= 1e-2

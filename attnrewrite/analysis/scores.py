@@ -28,9 +28,18 @@ from attnrewrite.analysis.views import (
     resolve,
 )
 from attnrewrite.ir import is_cast, is_tensor, same_shape, scalar, source_location, tensor
-from attnrewrite.site import Bias, Elementwise, Fill, Floor, NotAttention, Scale, ScoreMod
+from attnrewrite.site import Bias, Elementwise, Fill, Floor, Narrow, NotAttention, Scale, ScoreMod
 
-__all__ = ["BOUNDED", "FLOATING", "ScoreWalk", "leads_to_product", "node_in_words", "read_scores", "row_maximum"]
+__all__ = [
+    "BOUNDED",
+    "FLOATING",
+    "ScoreWalk",
+    "is_narrower",
+    "leads_to_product",
+    "node_in_words",
+    "read_scores",
+    "row_maximum",
+]
 
 aten = torch.ops.aten
 
@@ -198,7 +207,8 @@ def _read_step(node: fx.Node, source: fx.Node, layout: Layout, reader: _Reader, 
     target: Any = node.target
     if is_cast(node):
         _require_harmless_cast(node)
-        return [], ()
+        narrower = is_narrower(tensor(node).dtype, tensor(source).dtype)
+        return [Narrow(tensor(node).dtype)] if narrower else [], ()
     if is_layout_op(node):
         return [], ()
     dtype = tensor(node).dtype
@@ -366,6 +376,10 @@ def _maximum_layout(reduction: fx.Node, layout: Layout) -> Layout | None:
         elif keep:
             result.append(())
     return tuple(result)
+
+
+def is_narrower(dtype: torch.dtype, source: torch.dtype) -> bool:
+    return torch.promote_types(dtype, source) is not dtype
 
 
 def _require_harmless_cast(node: fx.Node) -> None:

@@ -24,7 +24,7 @@ from attnrewrite.ir import Builder, is_tensor, same, tensor
 from attnrewrite.kernels.base import Availability, Verdict
 from attnrewrite.kernels.layout import Plan, lay_out, modified, padded
 from attnrewrite.kernels.masking import Mask
-from attnrewrite.site import AttentionSite, Bias, Elementwise, Fill, Floor, Scale
+from attnrewrite.site import AttentionSite, Bias, Elementwise, Fill, Floor, Narrow, Scale
 
 __all__ = ["Flex"]
 
@@ -331,6 +331,8 @@ def _applied(graph: fx.Graph, score: fx.Node, mod: Any, entry: Any) -> fx.Node:
         return call(aten.where.ScalarSelf, (condition, mod.value, score))
     if isinstance(mod, Floor):
         return call(aten.clamp.default, (score, mod.value))
+    if isinstance(mod, Narrow):
+        return score
     assert isinstance(mod, Elementwise)
     arguments: Any = mod.node.args
     if mod.node.target in (aten.maximum.default, aten.max.other):

@@ -122,6 +122,8 @@ class Mask:
         """A fill replaces the score, a mask is added to it: the number must swallow any score, and stay finite."""
         if term.value == -math.inf:
             return -math.inf
+        if self._site.sink is not None and self._dtype is not torch.float16:
+            return max(term.value, ABSORBING)  # Beside the sink's score it is the number itself that counts.
         return -math.inf if self._dtype is torch.float16 else ABSORBING
 
     def _within_range(self, mask: fx.Node) -> fx.Node:
@@ -169,13 +171,16 @@ class Mask:
         rows = site.scores.masked_rows
         if site.rounds_rows and rows != "none":
             output = call(aten.mul.Tensor, output, self._keys_where_rounded(site.compute_dtype))
-        if rows in ("zero", "zero where NaN"):
+        if rows == "zero where NaN":
+            # Rows that minus infinity masks are zero with every kernel, unless they were opened.
             infinite = any(isinstance(term, Fill) and term.value == -math.inf for term in self._terms)
-            if self.opened_rows is not None and (rows == "zero" or infinite):
-                return call(aten.where.ScalarSelf, self.opened_rows, 0.0, output)
-            # Rows that minus infinity masks are zero with every kernel.
-            return call(aten.where.ScalarSelf, self._rows_without_key(), 0.0, output) if rows == "zero" else output
-        if rows != "NaN":
+            if self.opened_rows is None or not infinite:
+                return output
+            return call(aten.where.ScalarSelf, self.opened_rows, 0.0, output)
+        if rows in ("zero", "zero unless NaN"):
+            lost = self._rows_without_key() if self.opened_rows is None else self.opened_rows
+            output = call(aten.where.ScalarSelf, lost, 0.0, output)
+        if rows not in ("NaN", "zero unless NaN"):
             return output
         if self.opened_rows is None:
             return call(aten.mul.Tensor, output, self._nan_where_no_key(site.compute_dtype))
