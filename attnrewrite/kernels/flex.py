@@ -68,6 +68,8 @@ class Flex:
             widths = [axis.size for axis in (*site.feature_axes, *site.value_axes)]
             if any(not isinstance(width, int) for width in widths) or _narrow(site):
                 return Verdict.no(f"takes head sizes from {_SMALLEST_HEAD} on")
+        if site.is_causal or (site.fused and scores.masked_rows != "none"):
+            return Verdict.no("an existing fused call with a mask or is_causal has rules that are not written out here")
         if site.rounds_rows and scores.masked_rows != "none":
             return Verdict.no("what a row without a key gives is a matter of rounding here")
         if any(isinstance(mod, Scale) and _is_symbolic(mod.factor) for mod in site.mods):
