@@ -19,7 +19,7 @@ from attnrewrite.patterns import GraphView, NearMiss, catalogue
 from attnrewrite.policy import Policy
 from attnrewrite.report import KernelVerdict, SiteReport
 from attnrewrite.simplify import canonical_scores
-from attnrewrite.site import AttentionSite, Bias, Fill, Floor, Narrow, NotAttention, RoundingDecides, Scale, Zero
+from attnrewrite.site import AttentionSite, Bias, Fill, Floor, Narrow, NotAttention, RoundingDecides, Scale, Shift, Zero
 
 __all__ = ["Rewritten", "rewrite"]
 
@@ -268,7 +268,7 @@ def _row(name: str, site: AttentionSite) -> SiteReport:
         scale=site.describe_scale(),
         mask=_mask_in_words(site),
         score_mods=(
-            *(_mod_in_words(mod) for mod in site.mods if not isinstance(mod, Scale)),
+            *(_mod_in_words(mod) for mod in site.mods if not isinstance(mod, (Scale, Shift))),
             *([f"sink {getattr(site.sink, 'node', site.sink)}"] if site.sink is not None else []),
             *(_mod_in_words(mod) for mod in site.weight_mods),
             *(["NaN set to zero"] if site.nan_to_zero else []),

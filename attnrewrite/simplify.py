@@ -48,6 +48,7 @@ from attnrewrite.site import (
     NotAttention,
     RoundingDecides,
     Scale,
+    Shift,
     WeightMod,
     Zero,
 )
@@ -68,8 +69,10 @@ class _Reading:
     key_factors: list[Scale] = field(default_factory=list)
     terms: list[Term] = field(default_factory=list)
     inexpressible: str = ""
+    lifted: bool = False
+    """Masked scores had their maximum subtracted."""
     overflows: str = ""
-    """What may make masked scores infinite."""
+    """What may change scores that are all masked, by overflow or by making them ordinary again."""
 
 
 def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
@@ -93,7 +96,7 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     inexpressible = reading.inexpressible
     if attended is None and reading.overflows:
         raise NotAttention(
-            f"{reading.overflows}, which may overflow in a row that has no key, and no such row could be ruled out "
+            f"{reading.overflows}, which matters in a row that has no key, and no such row could be ruled out "
             "(if none occurs, say so: options={'assume_attended_rows': True})"
         )
     if attended is None:
@@ -136,6 +139,11 @@ def _as_written_out(site: AttentionSite, terms: list[Term]) -> list[Term]:
         terms = [_infinite(term) for term in terms]
         if any(isinstance(term, Fill) and -math.inf < term.value < -ORDINARY for term in terms):
             raise NotAttention("exponentials of the scores themselves underflow where a finite number is filled in")
+    if site.nan_to_zero and site.differentiable and any(isinstance(term, Bias) and may_mask(term) for term in terms):
+        raise NotAttention(
+            "NaN is replaced in rows without a key, whose gradient is NaN all the same where the mask was added (if no "
+            "such row occurs, say so: options={'assume_attended_rows': True})"
+        )
     if site.rounds_rows and site.differentiable and any(_may_be_low(term) for term in terms):
         raise NotAttention(
             "the logarithm of the sum of exponentials is rounded away in a row that finite numbers mask, and no such "
@@ -169,6 +177,8 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
         if isinstance(mod, Elementwise):
             _apply_function(mod, reading)
         elif isinstance(mod, Bias):
+            if reading.lifted:
+                reading.overflows = "a bias is added to masked scores whose maximum was subtracted"
             merged = _filled_by_bias(terms[-1], mod, positions) if terms else None
             if merged is not None:
                 terms[-1] = merged
@@ -180,6 +190,8 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
             _put_floor(terms, mod)
         elif isinstance(mod, Narrow):
             _narrow(mod, reading)
+        elif isinstance(mod, Shift):
+            reading.lifted |= any(_may_be_low(term) for term in terms if not isinstance(term, Floor))
         elif isinstance(mod.factor, (int, float)):
             if mod.divide and mod.factor == 0:
                 raise NotAttention("the scores are divided by zero")
@@ -191,6 +203,8 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
             if mod.divide or not possible_values(mod.factor.node) <= {0.0, 1.0}:
                 reading.inexpressible = "the scores are multiplied by a tensor over query and key positions"
                 reading.overflows = "a tensor scales masked scores" if terms else reading.overflows
+            elif any(value in (Kind.ANY, -math.inf) for term in terms for value in _values(term)):
+                raise NotAttention("zeros multiply scores that may be minus infinity, which gives NaN")
             else:
                 terms.append(_Multiplied(mod.factor, 0.0, site.softmax_dtype, invert=True))
     if not math.isfinite(reading.scale):

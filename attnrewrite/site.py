@@ -28,6 +28,7 @@ __all__ = [
     "RoundingDecides",
     "Scale",
     "ScoreMod",
+    "Shift",
     "WeightMod",
     "Zero",
 ]
@@ -95,6 +96,11 @@ class Floor:
 
 
 @dataclass(frozen=True)
+class Shift:
+    """``scores - maximum``: nothing to softmax, but it makes low scores ordinary again before more is added."""
+
+
+@dataclass(frozen=True)
 class Narrow:
     """``scores.to(dtype)`` with a dtype that holds smaller numbers, or fewer of them."""
 
@@ -108,7 +114,7 @@ class Elementwise:
     node: fx.Node
 
 
-ScoreMod = Scale | Bias | Fill | Floor | Narrow | Elementwise
+ScoreMod = Scale | Bias | Fill | Floor | Shift | Narrow | Elementwise
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from attnrewrite.analysis.scores import ScoreWalk, is_narrower, leads_to_product, read_scores
-from attnrewrite.analysis.views import Axis, Dim, Operand, Product, axes_of, is_product, peel
+from attnrewrite.analysis.views import Axis, Dim, Layout, Operand, Product, axes_of, is_product, peel, push
 from attnrewrite.analysis.weights import Softmax, WeightWalk, every_softmax, follow_weights, split_sink
 from attnrewrite.ir import tensor
 from attnrewrite.site import AttentionSite, Narrow, NotAttention, Scale
@@ -93,8 +93,13 @@ class SoftmaxAttention:
     def _read(self, softmax: Softmax, scores: ScoreWalk, walk: WeightWalk, key_dim: Dim, view: GraphView) -> _Reading:
         product = walk.product
         result = softmax.late or product.node
-        interior = view.ordered([*scores.nodes, *softmax.nodes, *walk.nodes, product.node, result])
-        if softmax.late is not None and list(product.node.users) != [softmax.late]:
+        interior = view.ordered([*scores.nodes, *softmax.nodes, *walk.nodes, product.node, *softmax.late_views, result])
+        result_layout: Layout | None = product.layout
+        for step in softmax.late_views:
+            result_layout = None if result_layout is None else push(step, result_layout)
+        if result_layout is None:
+            raise NotAttention("the result is reordered in a way that no layout expresses")
+        if softmax.late is not None and any(len(node.users) != 1 for node in (product.node, *softmax.late_views)):
             raise NotAttention("the product of exponentials and value is read before it is divided by their sum")
         for node in interior:
             if view.grad_region(node) != view.grad_region(product.node):
@@ -139,7 +144,7 @@ class SoftmaxAttention:
             pattern=self.name,
             anchor=softmax.node,
             result=result,
-            result_layout=product.layout,
+            result_layout=result_layout,
             query=query.resolved(),
             key=key.resolved(),
             value=value.resolved(),

@@ -28,7 +28,7 @@ from attnrewrite.analysis.views import (
     resolve,
 )
 from attnrewrite.ir import is_cast, is_tensor, same_shape, scalar, source_location, tensor
-from attnrewrite.site import Bias, Elementwise, Fill, Floor, Narrow, NotAttention, Scale, ScoreMod
+from attnrewrite.site import Bias, Elementwise, Fill, Floor, Narrow, NotAttention, Scale, ScoreMod, Shift
 
 __all__ = [
     "BOUNDED",
@@ -241,7 +241,7 @@ def _read_step(node: fx.Node, source: fx.Node, layout: Layout, reader: _Reader, 
         if first and target in _SUB and alpha == 1 and plain and not reader.sink:
             maximum = row_maximum(other, source, broadcast(layout, tensor(node).shape, tensor(source).shape), reader)
             if maximum is not None:
-                return [], maximum
+                return [Shift()], maximum
         if not is_tensor(other):
             steps = _shift(other, node, reader, plain)
         else:

@@ -56,7 +56,8 @@ class Softmax:
             are all minus infinity gives NaN in spite of it.
         underflows: the exponentials are taken of the scores themselves, so that a row whose scores are all far below
             zero is 0 / 0.
-        late: the division by the sum, where it comes after the product with the value: ``exp(x) @ v / exp(x).sum()``.
+        late: the division by the sum, where it comes after the product with the value: ``exp(x) @ v / exp(x).sum()``;
+            ``late_views`` lie between the two.
         rounds_rows: the logarithm of the sum is subtracted, which is rounded away beside scores that are all far below
             zero, so that such a row's weights are all 1.
         fills: what the exponentials are multiplied by before they are added up, as fills with minus infinity.
@@ -74,6 +75,7 @@ class Softmax:
     fills: tuple[Fill, ...] = ()
     layout: Layout = ()
     late: fx.Node | None = None
+    late_views: tuple[fx.Node, ...] = ()
 
 
 def every_softmax(graph: fx.Graph) -> Iterator[Softmax]:
@@ -147,20 +149,22 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
     args: Any = node.args
     numerator, denominator = args[:2]
     top = _exponentials(numerator)
+    late_views: tuple[fx.Node, ...] = ()
+    weight_views: tuple[fx.Node, ...] = ()
     late = top is None
     if top is None:
-        top = next(filter(None, map(_exponentials, factors_of(numerator))), None)
-    if top is None:
+        found = _exponentials_in_product(numerator)
+        if found is None:
+            return None
+        top, late_views, weight_views = found
+    total = _denominator(denominator, top)
+    if total is None or not same_shape(tensor(node).shape, tensor(numerator).shape):
         return None
-    rank = tensor(top.node).dim()
-    total = _denominator(denominator, top, rank)
-    if total is None or tensor(numerator).dim() != rank:
-        return None
-    dim, addends, bottom_nodes = total
+    dim, addends, bottom_nodes, kept_dim = total
     layout = fresh_layout(tensor(top.node).shape)
-    if not late and not same_shape(tensor(node).shape, tensor(top.node).shape):
-        return None
-    if late and not _divides_rows(node, numerator, denominator, top.node, layout, dim):
+    divided = _result_layout(numerator, top.node, layout, late_views, weight_views) if late else layout
+    sums = _sum_layout(bottom_nodes, layout, dim, kept_dim)
+    if divided is None or sums is None or not _divides_rows(divided, sums, layout, dim):
         return None
     keys = axes_of((layout[dim],))
     shifted, maximum = _without_maximum(top.argument, layout, keys, own_row=False)
@@ -204,6 +208,7 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
         tuple(nodes),
         sink,
         late=node if late else None,
+        late_views=late_views,
         sink_is_shifted=bool(maximum) and not any(part.target in BOUNDED for part in maximum),
         underflows=not exact and sink is None,
         fills=tuple(fills),
@@ -211,18 +216,62 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
     )
 
 
-def _divides_rows(
-    node: fx.Node, numerator: fx.Node, denominator: fx.Node, weights: fx.Node, layout: Layout, dim: int
-) -> bool:
-    """Whether each row of the product with the value is divided by the sum of its own exponentials."""
-    product = product_from_operand(numerator, weights, layout)
-    if product is None or not same_shape(tensor(node).shape, tensor(numerator).shape):
+def _exponentials_in_product(
+    numerator: fx.Node,
+) -> tuple[_Exponentials, tuple[fx.Node, ...], tuple[fx.Node, ...]] | None:
+    """The exponentials that a product multiplies, the views behind the product, and those in front, nearest first."""
+    product, late_views = _behind_views(numerator)
+    for factor in factors_of(product):
+        inner, views = _behind_views(factor)
+        top = _exponentials(inner)
+        if top is not None:
+            return top, late_views, views
+    return None
+
+
+def _behind_views(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    views: list[fx.Node] = []
+    while is_layout_op(node):
+        views.append(node)
+        node = node.all_input_nodes[0]
+    return node, tuple(reversed(views))
+
+
+def _result_layout(
+    numerator: fx.Node,
+    weights: fx.Node,
+    layout: Layout,
+    late_views: tuple[fx.Node, ...],
+    weight_views: tuple[fx.Node, ...],
+) -> Layout | None:
+    """The layout of the product with the value, behind its views, in terms of the axes of the exponentials."""
+    own = _pushed(weight_views, layout)
+    factor = weight_views[-1] if weight_views else weights
+    product = None if own is None else product_from_operand(_behind_views(numerator)[0], factor, own)
+    return None if product is None else _pushed(late_views, product.layout)
+
+
+def _pushed(views: tuple[fx.Node, ...], layout: Layout | None) -> Layout | None:
+    for view in views:
+        layout = None if layout is None else push(view, layout)
+    return layout
+
+
+def _sum_layout(nodes: list[fx.Node], layout: Layout, dim: int, kept: bool) -> Layout | None:
+    """The layout of the denominator: ``nodes`` lead from it to the sum, and further."""
+    place = next(place for place, node in enumerate(nodes) if node.target is aten.sum.dim_IntList)
+    own: Layout | None = (*layout[:dim], *([()] if kept else []), *layout[dim + 1 :])
+    return _pushed(tuple(node for node in reversed(nodes[:place]) if is_layout_op(node)), own)
+
+
+def _divides_rows(divided: Layout, sums: Layout, layout: Layout, dim: int) -> bool:
+    """Whether each row is divided by the sum of its own exponentials."""
+    if len(sums) > len(divided):
         return False
-    own = broadcast(product.layout, tensor(node).shape, tensor(denominator).shape)
-    rows = {axis for position, part in enumerate(layout) if position != dim for axis in part}
-    # The sums have kept their place among the dimensions of the exponentials, with one for the keys (_denominator).
-    expected = (*layout[:dim], (), *layout[dim + 1 :])
-    return own is not None and resolve(own) == resolve(expected) and set(axes_of(own)) == rows
+    expected = resolve(divided)[len(divided) - len(sums) :]
+    rows = {axis for position, part in enumerate(resolve(layout)) if position != dim for axis in part}
+    aligned = all(not own or own == other for own, other in zip(resolve(sums), expected, strict=True))
+    return aligned and set(axes_of(sums)) == rows
 
 
 def _exponentials(node: Any) -> _Exponentials | None:
@@ -250,8 +299,8 @@ def _exponentials(node: Any) -> _Exponentials | None:
     return None
 
 
-def _denominator(node: fx.Node, top: _Exponentials, rank: int) -> tuple[int, list[Any], list[fx.Node]] | None:
-    """``sum(exponentials, dim) + addends``: (dim, addends, nodes)."""
+def _denominator(node: fx.Node, top: _Exponentials) -> tuple[int, list[Any], list[fx.Node], bool] | None:
+    """``sum(exponentials, dim) + addends``: (dim, addends, nodes from the last on, whether dim was kept)."""
     addends: list[Any] = []
     nodes: list[fx.Node] = []
     current: Any = node
@@ -262,21 +311,29 @@ def _denominator(node: fx.Node, top: _Exponentials, rank: int) -> tuple[int, lis
             dims, keep = args[1], bool(args[2]) if len(args) > 2 else bool(current.kwargs.get("keepdim"))
             if not isinstance(dims, (list, tuple)) or len(dims) != 1 or not _same_up_to_casts(args[0], top, nodes):
                 return None
-            dim = int(dims[0]) % rank
-            own = tensor(node).shape
-            if len(own) != rank or not same(own[dim], 1) or (not keep and len(nodes) < 2):
-                return None
-            return dim, addends, nodes
-        if is_cast(current) or current.target in (aten.unsqueeze.default, aten.view.default, aten.expand.default):
+            return int(dims[0]) % tensor(top.node).dim(), addends, nodes, keep
+        if is_cast(current) or is_layout_op(current):
             current = args[0]
-        elif current.target in (aten.add.Tensor, aten.add.Scalar) and not current.kwargs:
+        elif current.target in (aten.add.Tensor, aten.add.Scalar) and not current.kwargs and not addends:
             first, second = args[:2]
             into_first = is_tensor(first) and _reaches_sum(first)
-            addends.append(second if into_first else first)
-            current = first if into_first else second
+            addend, current = (second, first) if into_first else (first, second)
+            # A tensor is read along the exponentials' own dimensions: the sum must have kept them.
+            if is_tensor(addend) and not (is_tensor(current) and _is_plain_sum(current, nodes[-1])):
+                return None
+            addends.append(addend)
         else:
             return None
     return None
+
+
+def _is_plain_sum(node: fx.Node, added: fx.Node) -> bool:
+    args: Any = node.args
+    while is_cast(node):
+        node = args[0]
+        args = node.args
+    keep = bool(args[2]) if len(args) > 2 else bool(node.kwargs.get("keepdim"))
+    return node.target is aten.sum.dim_IntList and keep and same_shape(tensor(node).shape, tensor(added).shape)
 
 
 def _reaches_sum(node: Any) -> bool:

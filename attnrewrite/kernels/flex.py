@@ -24,7 +24,7 @@ from attnrewrite.ir import Builder, is_tensor, same, tensor
 from attnrewrite.kernels.base import Availability, Verdict
 from attnrewrite.kernels.layout import Plan, lay_out, modified, padded
 from attnrewrite.kernels.masking import Mask
-from attnrewrite.site import AttentionSite, Bias, Elementwise, Fill, Floor, Narrow, Scale
+from attnrewrite.site import AttentionSite, Bias, Elementwise, Fill, Floor, Narrow, Scale, Shift
 
 __all__ = ["Flex"]
 
@@ -333,7 +333,7 @@ def _applied(graph: fx.Graph, score: fx.Node, mod: Any, entry: Any) -> fx.Node:
         return call(aten.where.ScalarSelf, (condition, mod.value, score))
     if isinstance(mod, Floor):
         return call(aten.clamp.default, (score, mod.value))
-    if isinstance(mod, Narrow):
+    if isinstance(mod, (Narrow, Shift)):
         return score
     assert isinstance(mod, Elementwise)
     arguments: Any = mod.node.args
