@@ -122,8 +122,10 @@ class Mask:
         """A fill replaces the score, a mask is added to it: the number must swallow any score, and stay finite."""
         if term.value == -math.inf:
             return -math.inf
-        if self._site.sink is not None and self._dtype is not torch.float16:
-            return max(term.value, ABSORBING)  # Beside the sink's score it is the number itself that counts.
+        assert self._site.scores is not None
+        if (self._site.sink is not None or self._site.scores.inexpressible) and self._dtype is not torch.float16:
+            # Beside a sink's score, and where the source's steps are repeated, it is the number itself that counts.
+            return max(term.value, ABSORBING)
         return -math.inf if self._dtype is torch.float16 else ABSORBING
 
     def _within_range(self, mask: fx.Node) -> fx.Node:
@@ -212,10 +214,16 @@ class Mask:
         if self.opened_rows is not None:
             finite = any(isinstance(term, Fill) and term.value != -math.inf for term in self._terms)
             rounded = self.opened_rows if finite else call(aten.zeros_like.default, self.opened_rows)
+            keys = call(aten.full.default, [], _key_length(self._site), dtype=torch.float32, device=self._site.device)
         else:
+            assert self.node is not None
             infinite = self._rows_without_key(-math.inf)
             rounded = call(aten.logical_and.default, self._rows_without_key(), call(aten.logical_not.default, infinite))
-        keys = call(aten.full.default, [], _key_length(self._site), dtype=torch.float32, device=self._site.device)
+            # Those that the row's highest number masks; lower ones have the weight 0.
+            highest = call(aten.mul.Scalar, call(aten.amax.default, self.node, [-1], True), 1 + 2.0**-16)
+            highest = call(aten.clamp.default, highest, torch.finfo(tensor(self.node).dtype).min)
+            keys = call(aten.sum.dim_IntList, call(aten.ge.Tensor, self.node, highest), [-1], True)
+            keys = call(aten.to.dtype, keys, torch.float32)
         factor = call(aten.where.ScalarOther, rounded, keys, 1.0)
         return factor if tensor(factor).dtype is dtype else call(aten.to.dtype, factor, dtype)
 
