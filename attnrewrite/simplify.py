@@ -69,6 +69,8 @@ class _Reading:
     key_factors: list[Scale] = field(default_factory=list)
     terms: list[Term] = field(default_factory=list)
     inexpressible: str = ""
+    shifted: bool = False
+    """A number that is the same for all keys of a row was added or subtracted."""
     lifted: bool = False
     """Masked scores had their maximum subtracted."""
     overflows: str = ""
@@ -191,6 +193,7 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
         elif isinstance(mod, Narrow):
             _narrow(mod, reading)
         elif isinstance(mod, Shift):
+            reading.shifted = True
             reading.lifted |= any(_may_be_low(term) for term in terms if not isinstance(term, Floor))
         elif isinstance(mod.factor, (int, float)):
             if mod.divide and mod.factor == 0:
@@ -203,13 +206,15 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
             if mod.divide or not possible_values(mod.factor.node) <= {0.0, 1.0}:
                 reading.inexpressible = "the scores are multiplied by a tensor over query and key positions"
                 reading.overflows = "a tensor scales masked scores" if terms else reading.overflows
-            elif any(value in (Kind.ANY, -math.inf) for term in terms for value in _values(term)):
+            elif any(value == -math.inf for term in terms for value in _values(term)):
                 raise NotAttention("zeros multiply scores that may be minus infinity, which gives NaN")
             else:
                 terms.append(_Multiplied(mod.factor, 0.0, site.softmax_dtype, invert=True))
     if not math.isfinite(reading.scale):
         raise NotAttention(f"the scale is {reading.scale}")
     if any(isinstance(term, _Multiplied) for term in terms):
+        if reading.shifted:
+            raise NotAttention("shifted scores are multiplied by zeros and ones, and a score of zero takes part")
         reading.inexpressible = "the scores are multiplied by zeros and ones, and a score of zero takes part"
         terms[:] = [term for term in terms if not isinstance(term, _Multiplied)]
     return reading

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.values import ABSORBING, ORDINARY, as_stored, constant_value, is_far_below
+from attnrewrite.analysis.values import ABSORBING, ORDINARY, as_stored, constant_value, is_far_below, possible_values
 from attnrewrite.analysis.views import (
     Axis,
     Dim,
@@ -161,6 +161,8 @@ def _walk(node: fx.Node, layout: Layout, reader: _Reader, plain: bool) -> ScoreW
 def _keeps_constants(mod: ScoreMod, reader: _Reader) -> bool:
     """Whether a number that is the same for all keys of a row is still so afterwards, or cancels all the same."""
     if isinstance(mod, Scale) and isinstance(mod.factor, Operand):
+        if possible_values(mod.factor.node) <= {0.0, 1.0}:
+            return True  # A mask, if large negative numbers are added where it is zero; else it is refused later.
         return not set(mod.factor.axes) & {leaf for axis in reader.key_axes for leaf in axis.leaves()}
     if isinstance(mod, Fill):
         return is_far_below(mod.value, mod.dtype)
@@ -257,7 +259,7 @@ def _shift(number: Any, node: fx.Node, reader: _Reader, plain: bool) -> list[Sco
     """A number of ordinary size that is added to all scores of a row is no change to their softmax."""
     if not plain or reader.sink or not isinstance(number, (int, float)) or not abs(number) <= ORDINARY:
         raise NotAttention(f"{node_in_words(node)} adds a number to the scores that softmax does not cancel")
-    return []
+    return [Shift()]
 
 
 def _function(node: fx.Node, source: fx.Node) -> ScoreMod:
