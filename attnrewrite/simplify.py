@@ -206,7 +206,7 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
             if mod.divide or not possible_values(mod.factor.node) <= {0.0, 1.0}:
                 reading.inexpressible = "the scores are multiplied by a tensor over query and key positions"
                 reading.overflows = "a tensor scales masked scores" if terms else reading.overflows
-            elif any(value == -math.inf for term in terms for value in _values(term)):
+            elif any(value in (Kind.ANY, -math.inf) for term in terms for value in _values(term)):
                 raise NotAttention("zeros multiply scores that may be minus infinity, which gives NaN")
             else:
                 terms.append(_Multiplied(mod.factor, 0.0, site.softmax_dtype, invert=True))
