@@ -27,7 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy
 
 from attnrewrite.batching import holds_vmap, written_out
-from attnrewrite.ir import Builder, is_view
+from attnrewrite.ir import Builder, is_view, same_shape
 from attnrewrite.openings import OPENINGS
 
 __all__ = ["CaptureError", "Captured", "capture"]
@@ -481,6 +481,7 @@ def _restore_calling_convention(
         # the place in the user's module that it comes from.
         constant = ir._buffers.pop(name)
         ir.__dict__[name] = constant
+    _say_what_is_copied(ir)
     _say_what_is_read(ir)
     ir.recompile()
     _copy_attributes(original, ir)
@@ -502,6 +503,23 @@ def _read_from_copy(graph: fx.Graph, updated: fx.Node) -> None:
     copied.meta["val"] = updated.meta["val"]
     for reader in readers:
         reader.replace_input_with(updated, copied)
+
+
+def _say_what_is_copied(ir: fx.GraphModule) -> None:
+    """``aten.copy``, which a slice assignment leaves, has no derivative; the conversions that it stands for have."""
+    aten = torch.ops.aten
+    for node in ir.graph.find_nodes(op="call_function", target=aten.copy.default):
+        builder = Builder(ir, before=node, like=node)
+        value, source = node.meta["val"], node.args[1]
+        if source.meta["val"].device != value.device:
+            source = builder.call(aten.to.device, source, value.device, value.dtype)
+        elif source.meta["val"].dtype is not value.dtype:
+            source = builder.call(aten.to.dtype, source, value.dtype)
+        if not same_shape(source.meta["val"].shape, value.shape):
+            source = builder.call(aten.expand.default, source, list(value.shape))
+        copied = builder.call(aten.clone.default, source, memory_format=torch.contiguous_format)
+        node.replace_all_uses_with(copied)
+        ir.graph.erase_node(node)
 
 
 def _say_what_is_read(ir: fx.GraphModule) -> None:

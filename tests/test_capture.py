@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from attnrewrite.backend import attnrewrite, collect_reports
 from attnrewrite.report import GraphReport
-from tests.helpers import gradients, relative_error, rewritten
+from tests.helpers import gradients, relative_error, rewritten, rows
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
@@ -478,3 +478,18 @@ def test_source_location_inside_a_checkpoint() -> None:
     (site,) = graph.sites
     assert site.location is not None
     assert site.location.line == inspect.getsourcelines(attention)[1] + 1
+
+
+def test_a_slice_assignment_in_training() -> None:
+    """DeepSeek's rotary embedding: functionalized, it is a copy, which has no derivative of its own."""
+
+    def attention(x: torch.Tensor, rotated: torch.Tensor) -> torch.Tensor:
+        query = x.new_zeros(2, 3, 6, 8)
+        query[..., :4] = x[..., :4]
+        query[..., 4:] = rotated.double()
+        return (query @ query.mT * 0.3).softmax(-1) @ x
+
+    inputs = torch.randn(2, 3, 6, 8), torch.randn(1, 1, 6, 4)
+    assert [row.status for row in rows(attention, *inputs)] == ["rewritten"]
+    actual = gradients(rewritten(attention, "aot_eager"), inputs)
+    assert relative_error(actual, gradients(attention, inputs)) <= 1e-4
