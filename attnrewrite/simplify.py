@@ -141,7 +141,8 @@ def _as_written_out(site: AttentionSite, terms: list[Term]) -> list[Term]:
         terms = [_infinite(term) for term in terms]
         if any(isinstance(term, Fill) and -math.inf < term.value < -ORDINARY for term in terms):
             raise NotAttention("exponentials of the scores themselves underflow where a finite number is filled in")
-    if site.nan_to_zero and site.differentiable and any(isinstance(term, Bias) and may_mask(term) for term in terms):
+    biases = [term for term in terms if isinstance(term, Bias)]
+    if site.nan_to_zero and site.differentiable and (_may_be_infinite(biases) or any(map(may_mask, biases))):
         raise NotAttention(
             "NaN is replaced in rows without a key, whose gradient is NaN all the same where the mask was added (if no "
             "such row occurs, say so: options={'assume_attended_rows': True})"
@@ -156,12 +157,15 @@ def _as_written_out(site: AttentionSite, terms: list[Term]) -> list[Term]:
 
 def _rows_without_key(site: AttentionSite, terms: list[Term]) -> str:
     """What the source gives rows that have no key, as far as softmax goes."""
-    values = [value for term in terms for value in _values(term)]
-    infinite = any(value in (Kind.ANY, Kind.LEARNED, -math.inf) for value in values) or _sum_may_overflow(terms)
+    infinite = _may_be_infinite(terms) or _sum_may_overflow(terms)
     floored = bool(terms) and isinstance(terms[-1], Floor)
     if floored or not (infinite or site.underflows):
         return "mean of value"
     return "zero where NaN" if site.nan_to_zero else "NaN"
+
+
+def _may_be_infinite(terms: Sequence[Term]) -> bool:
+    return any(value in (Kind.ANY, Kind.LEARNED, -math.inf) for term in terms for value in _values(term))
 
 
 def _kept_by_all(terms: list[Term], kept: Sequence[Formula | None]) -> Formula | None:

@@ -127,6 +127,24 @@ def test_rows_of_minus_infinity_in_a_mask_that_is_given() -> None:
     check_empty_rows(given, torch.float32, torch.zeros(kept.shape).masked_fill(~kept, -math.inf))
 
 
+@pytest.mark.parametrize("learned", [False, True], ids=["given", "learned"])
+def test_replaced_nan_keeps_its_gradient(learned: bool) -> None:
+    """The gradient of softmax is NaN in a row of minus infinity, whatever replaces its value."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return (q @ k.mT + mask).softmax(-1).nan_to_num() @ v
+
+    mask = torch.zeros(2, 1, 16, 16).masked_fill(~some_rows_without_a_key(), -math.inf)
+    mask = torch.nn.Parameter(mask) if learned else mask
+    inputs = [tensor.requires_grad_() for tensor in heads()]
+    (row,) = rows(attention, *inputs, mask)
+    assert row.status == "kept" and "NaN is replaced" in (row.reason or "")
+    with torch.no_grad():
+        (row,) = rows(attention, *inputs, mask)
+        assert row.status == "rewritten"
+        check_empty_rows(attention, torch.float32, mask)
+
+
 @pytest.mark.parametrize("attention", [added, filled])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_rows_of_the_lowest_number(attention: Callable[..., Tensor], dtype: torch.dtype) -> None:

@@ -80,25 +80,19 @@ class Spelling:
 _SCRIPT = """# {forms}
 if __name__ == "__main__":
     from tests.helpers import rewritten, rows
+    from tests.spellings.judge import prepared
 
     gradients = {self.gradients}
     dtype = {self.dtype}
 
-
-    def prepared(seed, dtype):
-        given = [t.detach().to(dtype) if t.is_floating_point() else t for t in inputs(seed)]
-        learned = [gradients and t.is_floating_point() or isinstance(t, nn.Parameter) for t in inputs(seed)]
-        return [nn.Parameter(t) if yes else t for t, yes in zip(given, learned)]
-
-
     with torch.set_grad_enabled(gradients):
-        for row in rows(attend, *prepared(0, dtype), dynamic={self.dynamic} or None):
+        for row in rows(attend, *prepared(inputs(0), dtype, gradients), dynamic={self.dynamic} or None):
             print(row.status, row.kernel, row.reason)
         new = rewritten(attend, dynamic={self.dynamic} or None)
         for seed in (0, 1):
-            print("float64  ", attend(*prepared(seed, torch.float64)))
-            print("eager    ", attend(*prepared(seed, dtype)))
-            print("rewritten", new(*prepared(seed, dtype)))
+            print("float64  ", attend(*prepared(inputs(seed), torch.float64, gradients)))
+            print("eager    ", attend(*prepared(inputs(seed), dtype, gradients)))
+            print("rewritten", new(*prepared(inputs(seed), dtype, gradients)))
 """
 
 _HEAD = """import math
@@ -289,6 +283,8 @@ class Draft:
             self.refuse("the logarithm of the sum is rounded away in rows that finite numbers mask")
         if self.gradients and empty and self._entangled(terms):
             self.refuse("a fill beside another mask, in training")
+        if self.gradients and empty and biases and "nan_to_num" in self.forms:
+            self.refuse("NaN is replaced where a mask was added, in training")
         if self.half and empty and {"any", "-1e9", "-1e4"} & set(biases):
             self.refuse("a finite mask is added in half precision")
         if "weights zeroed" in self.forms and empty and len(fills) + len(masking) > 1:

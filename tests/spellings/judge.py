@@ -16,7 +16,7 @@ from attnrewrite.backend import collect_reports
 from tests.helpers import outputs, rewritten
 from tests.spellings.forms import HALF, Spelling
 
-__all__ = ["NotASpelling", "Outcome", "judge"]
+__all__ = ["NotASpelling", "Outcome", "judge", "prepared"]
 
 Verdict = Literal["found", "kept", "wrong", "crashed", "taken"]
 
@@ -76,8 +76,7 @@ def judge(spelling: Spelling) -> Outcome:
     with collect_reports() as graphs:
         try:
             news = [
-                _run(function, _prepared(call, spelling.dtype, spelling.gradients), spelling.gradients)
-                for call in calls
+                _run(function, prepared(call, spelling.dtype, spelling.gradients), spelling.gradients) for call in calls
             ]
         except Exception as error:  # noqa: BLE001 - Whatever it is, it is the finding.
             return Outcome(spelling, "crashed", detail=f"{type(error).__name__}: {str(error)[:300]}")
@@ -105,7 +104,7 @@ def _eager(spelling: Spelling) -> tuple[Callable[..., Any], list[Sequence[Tensor
     attend, inputs = module["attend"], module["inputs"]
     calls = [inputs(0, 0), inputs(1, 3 if spelling.lengths else 0)]
     truths, owns = (
-        [_run(attend, _prepared(call, dtype, spelling.gradients), spelling.gradients) for call in calls]
+        [_run(attend, prepared(call, dtype, spelling.gradients), spelling.gradients) for call in calls]
         for dtype in (torch.float64, spelling.dtype)
     )
     return attend, calls, truths, owns
@@ -119,7 +118,8 @@ def _module(text: str) -> dict[str, Any]:
     return names
 
 
-def _prepared(call: Sequence[Tensor], dtype: torch.dtype, gradients: bool) -> list[Tensor]:
+def prepared(call: Sequence[Tensor], dtype: torch.dtype, gradients: bool) -> list[Tensor]:
+    """The tensors of a call in ``dtype``, those that no mask is made of with gradients where they are asked for."""
     return [_prepare(value, dtype, gradients) for value in call]
 
 
