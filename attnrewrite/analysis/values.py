@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.views import is_product
-from attnrewrite.ir import CAST_OPS, StoredPattern, is_tensor, tensor
+from attnrewrite.ir import CAST_OPS, VIEW_OPS, StoredPattern, is_tensor, tensor
 
 __all__ = [
     "ABSORBING",
@@ -184,38 +184,18 @@ _ARITHMETIC = {
     aten.mul.Scalar: _times,
 }
 
-MOVES = frozenset(
-    {
-        aten.view.default,
-        aten.reshape.default,
-        aten._unsafe_view.default,
-        aten.flatten.using_ints,
-        aten.unflatten.int,
-        aten.transpose.int,
-        aten.permute.default,
-        aten.unsqueeze.default,
-        aten.squeeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.expand.default,
-        aten.expand_as.default,
-        aten.select.int,
-        aten.slice.Tensor,
-        aten.narrow.default,
-        aten.clone.default,
-        aten.contiguous.default,
-        aten.alias.default,
-        aten.detach.default,
-        aten.lift_fresh_copy.default,
-        aten.repeat.default,
-        aten.repeat_interleave.self_int,
-        aten.index_select.default,
-        aten.index.Tensor,
-        aten.gather.default,
-        aten.roll.default,
-        aten.flip.default,
-    }
-)
+MOVES = VIEW_OPS | {
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.lift_fresh_copy.default,
+    aten.repeat.default,
+    aten.repeat_interleave.self_int,
+    aten.index_select.default,
+    aten.index.Tensor,
+    aten.gather.default,
+    aten.roll.default,
+    aten.flip.default,
+}
 """Operators that only move entries of their first argument about."""
 
 _ORDINARY = frozenset(

@@ -42,7 +42,7 @@ class Kernel(Protocol):
     """A fused attention kernel.
 
     ``supports`` decides from the site alone and touches no data. ``emit`` writes the call at the builder's insertion
-    point and returns the output in the kernel's own order of dimensions, (batch, heads, query length, value features).
+    point and returns the output with the shape and dtype of the source's result.
     """
 
     name: str

@@ -115,12 +115,7 @@ class Flex:
             node = _in_graph(builder, site, (query, key, value), output, score_mod, buffers)
         if scores.masked_rows not in ("none", "mean of value"):
             node = Mask(builder, site, plan.score_dims).with_source_rows(node, value, plan)
-        for mod in scores.output_mods:
-            node = modified(builder, node, mod, plan.output_dims)
-        dtype = tensor(site.result).dtype
-        if tensor(node).dtype is not dtype:
-            node = builder.call(aten.to.dtype, node, dtype)
-        return lay_out(builder, node, plan.output_dims, site.result_layout)
+        return plan.as_result(builder, site, node)
 
     def _operand(self, builder: Builder, site: AttentionSite, operand: Operand, dims: tuple[Dim, ...]) -> fx.Node:
         node = lay_out(builder, operand.node, operand.layout, dims, expand=True)

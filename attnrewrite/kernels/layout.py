@@ -121,3 +121,13 @@ class Plan:
             output_dims=(batch, query_heads, site.query_axes, site.value_axes),
             grouped=bool(group),
         )
+
+    def as_result(self, builder: Builder, site: AttentionSite, output: fx.Node) -> fx.Node:
+        """The kernel's output, whose dimensions are ``output_dims``, as the source's result."""
+        assert site.scores is not None
+        for mod in site.scores.output_mods:
+            output = modified(builder, output, mod, self.output_dims)
+        dtype = tensor(site.result).dtype
+        if tensor(output).dtype is not dtype:
+            output = builder.call(aten.to.dtype, output, dtype)
+        return lay_out(builder, output, self.output_dims, site.result_layout)

@@ -129,12 +129,7 @@ class TorchSDPA:
         )
         if not site.fused and mask.node is not None:
             output = mask.with_source_rows(output, value, plan)
-        for mod in scores.output_mods:
-            output = modified(builder, output, mod, plan.output_dims)
-        dtype = tensor(site.result).dtype
-        if tensor(output).dtype is not dtype:
-            output = builder.call(aten.to.dtype, output, dtype)
-        return lay_out(builder, output, plan.output_dims, site.result_layout)
+        return plan.as_result(builder, site, output)
 
     def _call(self, builder: Builder, args: tuple[Any, ...], kwargs: dict[str, Any], fake: torch.Tensor) -> fx.Node:
         return builder.insert(aten.scaled_dot_product_attention.default, args, kwargs, fake)
