@@ -19,8 +19,8 @@ from attnrewrite.analysis.formulas import Formula, conjunction, negation
 from attnrewrite.analysis.masks import (
     Positions,
     attended_everywhere,
+    band_of,
     in_words,
-    is_causal,
     kept_where,
     may_mask,
     truth,
@@ -35,10 +35,12 @@ from attnrewrite.analysis.values import (
     is_ordinary,
     possible_values,
 )
-from attnrewrite.analysis.views import Operand
+from attnrewrite.analysis.views import Operand, size_of
+from attnrewrite.ir import same
 from attnrewrite.policy import Policy
 from attnrewrite.site import (
     AttentionSite,
+    Band,
     Bias,
     CanonicalScores,
     Elementwise,
@@ -69,12 +71,18 @@ class _Reading:
     key_factors: list[Scale] = field(default_factory=list)
     terms: list[Term] = field(default_factory=list)
     inexpressible: str = ""
+    softcap: float | None = None
+    """What the scores are multiplied by after a tanh, where ``inexpressible`` is for nothing else."""
     shifted: bool = False
     """A number that is the same for all keys of a row was added or subtracted."""
     lifted: bool = False
     """Masked scores had their maximum subtracted."""
     overflows: str = ""
     """What may change scores that are all masked, by overflow or by making them ordinary again."""
+
+    def take_function(self, reason: str) -> None:
+        """The scores are no longer what a scale and a mask can say."""
+        self.inexpressible, self.softcap = reason, None
 
 
 def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
@@ -95,7 +103,7 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     attended = "the caller's word (assume_attended_rows)" if policy.assume_attended_rows else None
     attended = attended_everywhere(terms, positions) or _by_sink(site) or attended
     dtype = min((term.dtype for term in terms), key=lambda dtype: dtype.itemsize, default=site.softmax_dtype)
-    inexpressible = reading.inexpressible
+    inexpressible, refused = reading.inexpressible, ""
     if attended is None and reading.overflows:
         raise NotAttention(
             f"{reading.overflows}, which matters in a row that has no key, and no such row could be ruled out "
@@ -105,19 +113,19 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
         terms = _as_written_out(site, terms)
     if not site.fused:
         _check_rounding(terms, dtype, attended)
-        inexpressible = inexpressible or _no_mask(terms, attended, site.differentiable)
+        refused = _no_mask(terms, attended, site.differentiable)
+        inexpressible = inexpressible or refused
     masked = _kept_by_all(terms, kept)
     value_mods, output_mods, masked_rows = _placed_weight_mods(
         site, positions, masked, _rows_without_key(site, terms) if attended is None else "none"
     )
-    becomes_causal = (
-        not (inexpressible or site.is_causal)
-        and site.sink is None
-        and attended is not None
-        and masked is not None
-        and None not in kept
-        and is_causal(masked, positions)
-    )
+    band = None
+    if site.is_causal:
+        square = same(size_of(site.query_axes), size_of(site.key_axes))
+        band = Band((None, 0), (None, 0) if square else None)
+    elif attended is not None and masked is not None and None not in kept:
+        band = band_of(masked, positions)
+    becomes_causal = not inexpressible and site.sink is None and band is not None and band.is_causal
     return CanonicalScores(
         scale=None if site.default_scale else reading.scale,
         query_factors=tuple(reading.query_factors),
@@ -128,6 +136,8 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
         masked_rows=masked_rows,
         fills_decide=not (site.fused or inexpressible or site.sink is not None or attended) and _only_fills_mask(terms),
         is_causal=site.is_causal or becomes_causal,
+        band=band,
+        softcap=abs(reading.softcap) if reading.softcap and not refused else None,
         value_mods=value_mods,
         output_mods=output_mods,
         structure=_structure(site, terms, kept, positions),
@@ -204,11 +214,13 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
                 raise NotAttention("the scores are divided by zero")
             number = 1.0 / mod.factor if mod.divide else float(mod.factor)
             reading.scale *= number
+            if reading.softcap is not None:
+                reading.softcap *= number
             terms[:] = [_scaled(term, number) for term in terms]
         elif not _place_factor(mod, site, reading):
             assert isinstance(mod.factor, Operand)
             if mod.divide or not possible_values(mod.factor.node) <= {0.0, 1.0}:
-                reading.inexpressible = "the scores are multiplied by a tensor over query and key positions"
+                reading.take_function("the scores are multiplied by a tensor over query and key positions")
                 reading.overflows = "a tensor scales masked scores" if terms else reading.overflows
             elif any(value in (Kind.ANY, -math.inf) for term in terms for value in _values(term)):
                 raise NotAttention("zeros multiply scores that may be minus infinity, which gives NaN")
@@ -219,7 +231,7 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
     if any(isinstance(term, _Multiplied) for term in terms):
         if reading.shifted:
             raise NotAttention("shifted scores are multiplied by zeros and ones, and a score of zero takes part")
-        reading.inexpressible = "the scores are multiplied by zeros and ones, and a score of zero takes part"
+        reading.take_function("the scores are multiplied by zeros and ones, and a score of zero takes part")
         terms[:] = [term for term in terms if not isinstance(term, _Multiplied)]
     return reading
 
@@ -235,7 +247,9 @@ def _apply_function(mod: Elementwise, reading: _Reading) -> None:
     unbounded = target is aten.clamp.default and not (isinstance(low, (int, float)) and math.isfinite(low))
     if reading.terms and (target not in _BOUNDED or unbounded):
         raise NotAttention(f"{name} is applied to scores that are masked already")
-    reading.inexpressible = f"{name} of the scores needs a kernel with a score_mod"
+    caps = target is aten.tanh.default and not (reading.terms or reading.inexpressible)
+    reading.take_function(f"{name} of the scores needs a kernel with a score_mod")
+    reading.softcap = 1.0 if caps else None
     reading.terms.clear()
 
 
@@ -298,12 +312,13 @@ def _place_factor(mod: Scale, site: AttentionSite, reading: _Reading) -> bool:
         return False
     terms = reading.terms
     if any(not isinstance(term, Bias) for term in terms):
-        reading.inexpressible = "a tensor scales the scores after a mask was applied"
+        reading.take_function("a tensor scales the scores after a mask was applied")
         if any(isinstance(term, Fill) and math.isfinite(term.value) for term in terms):
             reading.overflows = "a tensor scales masked scores"
         return True
     terms[:] = [term.scaled(mod) for term in terms if isinstance(term, Bias)]
     (reading.query_factors if axes <= set(site.query.axes) else reading.key_factors).append(mod)
+    reading.softcap = None
     return True
 
 

@@ -18,6 +18,7 @@ from attnrewrite.ir import tensor
 
 __all__ = [
     "AttentionSite",
+    "Band",
     "Bias",
     "CanonicalScores",
     "Elementwise",
@@ -25,6 +26,7 @@ __all__ = [
     "Floor",
     "Narrow",
     "NotAttention",
+    "Reach",
     "RoundingDecides",
     "Scale",
     "ScoreMod",
@@ -132,6 +134,28 @@ class Zero:
 WeightMod = Scale | Zero
 
 
+Reach = tuple[int | None, int | None]
+"""How many positions before and after its own a query attends, both included; None where there is no bound."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """A mask that keeps the keys around the diagonal, which may be told in two ways.
+
+    Attributes:
+        from_first: the reach where the first query stands beside the first key; None if it is not known in numbers.
+        from_last: the reach where the last query stands beside the last key; None if it is not known in numbers.
+    """
+
+    from_first: Reach | None
+    from_last: Reach | None
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether exactly the keys up to the query's own position are kept, counted from the first."""
+        return self.from_first == (None, 0)
+
+
 @dataclass(frozen=True)
 class CanonicalScores:
     """``scale * query_factors * key_factors * (query @ key) + replay(terms)``.
@@ -149,6 +173,10 @@ class CanonicalScores:
             given such rows as rows that attend every key with a score of zero, and what the source gives them (the
             mean of the values, zero or NaN) is made from that.
         is_causal: the mask was proved to be causal from the first key on, and is asked of the kernel by name.
+        band: what all terms together were proved to be, every row with a key; a kernel with a window or a causal mask
+            of its own takes it in the terms' place.
+        softcap: where ``inexpressible`` is for nothing but a soft cap, its height: the scores that the terms apply to
+            are ``softcap * tanh(scale * (query @ key) / softcap)``.
         structure: the mask's structure in words.
         inexpressible: why the modifications are not of this form; a kernel that applies any function of the scores
             replays the site's own.
@@ -163,6 +191,8 @@ class CanonicalScores:
     masked_rows: str
     fills_decide: bool = False
     is_causal: bool = False
+    band: Band | None = None
+    softcap: float | None = None
     value_mods: tuple[WeightMod, ...] = ()
     output_mods: tuple[WeightMod, ...] = ()
     structure: tuple[str, ...] = ()

@@ -16,13 +16,13 @@ from attnrewrite.analysis.entries import Cases, Entries, expression_of
 from attnrewrite.analysis.formulas import AtLeast, Formula, Known, Some, negation, parts, symbols
 from attnrewrite.analysis.values import ORDINARY, Kind, is_far_below, is_ordinary, possible_values
 from attnrewrite.analysis.views import Axis, Dim, Operand
-from attnrewrite.site import Bias, Fill, ScoreMod
+from attnrewrite.site import Band, Bias, Fill, Reach, ScoreMod
 
 __all__ = [
     "Positions",
     "attended_everywhere",
+    "band_of",
     "in_words",
-    "is_causal",
     "kept_where",
     "may_mask",
     "truth",
@@ -107,12 +107,36 @@ def in_words(kept: Formula, positions: Positions) -> tuple[str, ...]:
     return tuple(sorted({_phrase(part, query, key, positions) for part in parts(kept)}))
 
 
-def is_causal(kept: Formula, positions: Positions) -> bool:
-    """Whether exactly the keys up to the query's own position are kept, counted from the first."""
-    if len(positions.query_axes) != 1 or len(positions.key_axes) != 1:
-        return False
-    query, key = positions.symbol(positions.query_axes[0]), positions.symbol(positions.key_axes[0])
-    return isinstance(kept, AtLeast) and bool(sympy.expand(kept.expression - (query - key)) == 0)
+def band_of(kept: Formula, positions: Positions) -> Band | None:
+    """The band that ``kept`` is; None if it is not exactly one."""
+    if len(positions.query_axes) != 1 or len(positions.key_axes) != 1 or kept is True:
+        return None
+    query, key = (positions.symbol(axes[0]) for axes in (positions.query_axes, positions.key_axes))
+    shift = positions.keys - positions.queries
+    left: list[Any] = []
+    right: list[Any] = []
+    for part in parts(kept):
+        if not isinstance(part, AtLeast):
+            return None
+        after, before = (sympy.expand(part.expression - gap) for gap in (query - key, key - query))
+        if not after.free_symbols & {query, key}:
+            right.append(after)
+        elif not before.free_symbols & {query, key}:
+            left.append(before)
+        else:
+            return None
+    first = _reach(left, right)
+    last = _reach([bound + shift for bound in left], [bound - shift for bound in right])
+    return Band(first, last) if first or last else None
+
+
+def _reach(left: list[Any], right: list[Any]) -> Reach | None:
+    """The tightest bound on each side, if all are numbers."""
+    bounds = [[sympy.expand(bound) for bound in side] for side in (left, right)]
+    if not all(bound.is_Integer for side in bounds for bound in side):
+        return None
+    before, after = (min(map(int, side), default=None) for side in bounds)
+    return before, after
 
 
 def _phrase(part: Formula, query: tuple[Any, ...], key: tuple[Any, ...], positions: Positions) -> str:
