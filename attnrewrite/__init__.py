@@ -3,6 +3,9 @@
 ``torch.compile(model, backend="attnrewrite")`` needs no import of this package. The names here are for the rest:
 
 - :func:`accelerate_attention`: the backend for one module class, module or function.
+- :func:`attention_backend`, :func:`set_attention_backend`, :func:`reset_attention_backend`: which kernels to use, for
+  models that are compiled already, too.
+- :func:`register_kernel`, :func:`unregister_kernel`: kernels of your own; see docs/kernels.md.
 - :func:`register_pattern`, :func:`unregister_pattern`: attentions that the catalogue lacks; see docs/patterns.md.
 - :func:`explain`: a :class:`RewriteReport` of what is rewritten in a model, into what, and why the rest is not.
 """
@@ -14,34 +17,48 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attnrewrite.decorator import accelerate_attention
-    from attnrewrite.errors import AttnRewriteError, OptionError
+    from attnrewrite.errors import AttnRewriteError, KernelError, OptionError
     from attnrewrite.explanation import explain
+    from attnrewrite.kernels import register_kernel, unregister_kernel
     from attnrewrite.patterns import PatternError, register_pattern, unregister_pattern
     from attnrewrite.report import GraphReport, RewriteReport, SiteReport
+    from attnrewrite.selection import attention_backend, reset_attention_backend, set_attention_backend
 
 __all__ = [
     "AttnRewriteError",
     "GraphReport",
+    "KernelError",
     "OptionError",
     "PatternError",
     "RewriteReport",
     "SiteReport",
     "accelerate_attention",
+    "attention_backend",
     "explain",
+    "register_kernel",
     "register_pattern",
+    "reset_attention_backend",
+    "set_attention_backend",
+    "unregister_kernel",
     "unregister_pattern",
 ]
 
 _HOMES = {
     "AttnRewriteError": "errors",
     "GraphReport": "report",
+    "KernelError": "errors",
     "OptionError": "errors",
     "PatternError": "patterns",
     "RewriteReport": "report",
     "SiteReport": "report",
     "accelerate_attention": "decorator",
+    "attention_backend": "selection",
     "explain": "explanation",
+    "register_kernel": "kernels",
     "register_pattern": "patterns",
+    "reset_attention_backend": "selection",
+    "set_attention_backend": "selection",
+    "unregister_kernel": "kernels",
     "unregister_pattern": "patterns",
 }
 

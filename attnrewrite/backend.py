@@ -20,11 +20,13 @@ from attnrewrite.analysis.scores import leads_to_product
 from attnrewrite.capture import CaptureError, capture
 from attnrewrite.constants import Constants
 from attnrewrite.dump import dump_graph, graph_source
+from attnrewrite.errors import KernelError
 from attnrewrite.inner import CompiledFn, InnerCompiler
 from attnrewrite.patterns import PatternError
 from attnrewrite.policy import Policy, debug_directory
 from attnrewrite.report import GraphReport, RewriteReport
 from attnrewrite.rewrite import Rewritten, rewrite
+from attnrewrite.variants import Variants
 from attnrewrite.verify import Original, verified
 
 __all__ = ["attnrewrite", "collect_reports"]
@@ -66,8 +68,17 @@ def attnrewrite(
 
     Raises:
         OptionError: an option is unknown or has a wrong value.
+        KernelError: with ``strict``, a site that no kernel that was asked for can serve.
     """
     policy = Policy.from_options(options, mode)
+    compiled, offered = _compiled(gm, example_inputs, policy)
+    if not offered:
+        return compiled
+    return Variants(gm, example_inputs, lambda gm, inputs: _compiled(gm, inputs, policy)[0]).add(compiled)
+
+
+def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy) -> tuple[CompiledFn, bool]:
+    """The compiled graph under the request in force, and whether it depends on that."""
     inner = InnerCompiler(policy)
     report = GraphReport(_graph_name(), inner_backend=inner.name, node_count=len(gm.graph.nodes))
     wanted = _collector.get() is not None or debug_directory() is not None
@@ -88,6 +99,8 @@ def attnrewrite(
         original = Original(captured.gm) if policy.verify else None
         try:
             rewritten = rewrite(captured.gm, policy)
+        except KernelError:
+            raise
         except Exception as error:  # A defect of ours must not break the user's model; it is reported.
             advice = "" if isinstance(error, PatternError) else ", please report this"
             log.warning("%s: rewriting failed%s", report.name, advice, exc_info=True)
@@ -121,7 +134,9 @@ def attnrewrite(
     report.seconds["inner"] = time.perf_counter() - start
     if original is not None and unchanged is not None:
         compiled = verified(original, report, unchanged, compiled)
-    return constants.guarded(compiled, gm.forward, report.name) if rewritten.changed else compiled
+    if rewritten.changed:
+        compiled = constants.guarded(compiled, gm.forward, report.name)
+    return compiled, rewritten.offered
 
 
 def _graph_name() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, overload
 
 import torch
@@ -21,12 +21,18 @@ T = TypeVar("T", bound=Callable[..., Any])
 def accelerate_attention(target: T, /) -> T: ...
 @overload
 def accelerate_attention(
-    *, fullgraph: bool = ..., dynamic: bool | None = ..., mode: str | None = ..., options: dict[str, Any] | None = ...
+    *,
+    kernels: str | Sequence[str] | None = ...,
+    fullgraph: bool = ...,
+    dynamic: bool | None = ...,
+    mode: str | None = ...,
+    options: dict[str, Any] | None = ...,
 ) -> Callable[[T], T]: ...
 def accelerate_attention(
     target: Any = None,
     /,
     *,
+    kernels: str | Sequence[str] | None = None,
     fullgraph: bool = False,
     dynamic: bool | None = None,
     mode: str | None = None,
@@ -40,11 +46,16 @@ def accelerate_attention(
 
     Args:
         target: an ``nn.Module`` class, an ``nn.Module`` or a function. Left out, a decorator is returned.
+        kernels: the kernels to use here, in order of preference, whatever a context manager, the options or the
+            environment ask for. Default None: nothing is asked for here.
         fullgraph, dynamic, mode, options: as for ``torch.compile``.
 
     Raises:
         TypeError: ``target`` is none of the three.
     """
+    if kernels is not None:
+        options = {**(options or {})}
+        options["kernel_rules"] = {**options.get("kernel_rules", {}), "*": kernels}
     arguments = {"fullgraph": fullgraph, "dynamic": dynamic, "mode": mode, "options": options}
     if target is None:
         return lambda target: _accelerate(target, arguments)

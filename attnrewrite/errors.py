@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch._dynamo.exc import ShortenTraceback
 
-__all__ = ["AttnRewriteError", "OptionError"]
+__all__ = ["AttnRewriteError", "KernelError", "OptionError"]
 
 
 class AttnRewriteError(Exception):
     """Base of the errors that attnrewrite raises for its callers' mistakes."""
 
 
-class OptionError(AttnRewriteError, ShortenTraceback, ValueError):
-    """An option, an environment variable or a backend's name that is not valid.
+class _RaisedInBackend(AttnRewriteError, ShortenTraceback):
+    """Raised while Dynamo compiles, and meant for the user.
 
     It derives from Dynamo's ``ShortenTraceback`` so that Dynamo hands it on as it is, without the frames of the
     compiler and without wrapping it into ``BackendCompilerFailed``
@@ -26,3 +26,11 @@ class OptionError(AttnRewriteError, ShortenTraceback, ValueError):
     def __str__(self) -> str:
         """The message alone: Dynamo adds a hint at its own stack trace to an exception's arguments."""
         return self._message
+
+
+class OptionError(_RaisedInBackend, ValueError):
+    """An option, an environment variable or a backend's name that is not valid."""
+
+
+class KernelError(_RaisedInBackend):
+    """A kernel was asked for with ``strict``, and cannot serve a site."""

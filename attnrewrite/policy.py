@@ -10,8 +10,31 @@ from pathlib import Path
 from typing import Any
 
 from attnrewrite.errors import OptionError
+from attnrewrite.kernels import kernel_named
 
-__all__ = ["OWN_OPTIONS", "Policy", "debug_directory", "debug_tensor_limit"]
+__all__ = [
+    "OWN_OPTIONS",
+    "Policy",
+    "Request",
+    "debug_directory",
+    "debug_tensor_limit",
+    "kernel_names",
+    "request_of_environment",
+]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Kernels that were asked for, in order.
+
+    Attributes:
+        origin: where, in the user's words: ``options['kernels']``, an environment variable, ...
+        strict: a site that none of them can serve is an error.
+    """
+
+    names: tuple[str, ...]
+    origin: str
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -25,6 +48,11 @@ class Policy:
             refusals that exist only for the sake of fully masked rows (see docs/exactness.md). Default False.
         verify: whether the first call of each compiled graph compares every rewritten site with the source
             (:mod:`attnrewrite.verify`). Default ``ATTNREWRITE_VERIFY``, which is False where it is unset.
+        kernels: the kernels to use, in order of preference; empty for the automatic choice.
+        kernel_rules: kernels for single sites: pairs of a glob, over the module's path or over "file:line", and names.
+            The first that matches holds. An option takes them as a dictionary.
+        strict: whether a site that no kernel that was asked for can serve is an error. Default False: the next willing
+            kernel takes it, with a warning.
         mode: ``torch.compile``'s mode, for Inductor only.
         inner_options: what is passed on to the inner compiler.
     """
@@ -32,6 +60,9 @@ class Policy:
     inner_backend: str | Callable[..., Any] = "inductor"
     assume_attended_rows: bool = False
     verify: bool = False
+    kernels: tuple[str, ...] = ()
+    kernel_rules: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    strict: bool = False
     mode: str | None = None
     inner_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -49,14 +80,79 @@ class Policy:
         for key, value in (options or {}).items():
             (own if key in OWN_OPTIONS else inner)[key] = value
         own.setdefault("verify", _verify_by_default())
-        for key in ("assume_attended_rows", "verify"):
+        for key in ("assume_attended_rows", "verify", "strict"):
             if not isinstance(own.get(key, False), bool):
                 raise OptionError(f"options[{key!r}] takes True or False; got {own[key]!r}")
+        if "kernels" in own:
+            own["kernels"] = kernel_names(own["kernels"], "options['kernels']")
+        if "kernel_rules" in own:
+            own["kernel_rules"] = _rules(own["kernel_rules"])
+        request_of_environment()  # Its mistakes are said now, and not in the middle of a graph.
         return Policy(mode=None if mode == "default" else mode, inner_options=inner, **own)
 
 
 OWN_OPTIONS = tuple(f.name for f in dataclasses.fields(Policy) if f.name not in ("mode", "inner_options"))
 """The keys of ``options`` that attnrewrite reads itself."""
+
+
+def kernel_names(value: Any, where: str) -> tuple[str, ...]:
+    """``value`` as names of kernels: one, several with commas between them, or a sequence.
+
+    Raises:
+        OptionError: it is something else, or a kernel of that name does not exist.
+    """
+    if isinstance(value, str):
+        value = [name.strip() for name in value.split(",") if name.strip()]
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(name, str) for name in value):
+        raise OptionError(f"{where} takes the name of a kernel, or several in order of preference; got {value!r}")
+    for name in value:
+        if name != "auto":
+            kernel_named(name, where)
+    return tuple(value)
+
+
+def _rules(value: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    if not isinstance(value, Mapping) or not all(isinstance(glob, str) for glob in value):
+        raise OptionError(
+            "options['kernel_rules'] takes a dictionary from globs over module paths or file:line to kernels, such as "
+            f"{{'*.attn1': 'flex'}}; got {value!r}"
+        )
+    return tuple((glob, kernel_names(names, f"options['kernel_rules'][{glob!r}]")) for glob, names in value.items())
+
+
+_DIFFSYNTH = {
+    "flash_attention_3": "_flash_3",
+    "flash_attention_2": "flash",
+    "sage_attention": "sage",
+    "xformers": "xformers",
+    "torch": "native",
+}
+"""https://github.com/modelscope/DiffSynth-Studio/blob/16ab67bf/diffsynth/core/attention/attention.py"""
+
+
+def request_of_environment() -> Request | None:
+    """What the environment asks for; None where it says nothing.
+
+    ``ATTNREWRITE_KERNELS=NAME[,NAME...]``; without it ``DIFFUSERS_ATTN_BACKEND`` with a name of diffusers' dispatcher,
+    then ``DIFFSYNTH_ATTENTION_IMPLEMENTATION`` with a name of DiffSynth-Studio's.
+
+    Raises:
+        OptionError: a variable names a kernel that does not exist.
+    """
+    if os.environ.get("ATTNREWRITE_KERNELS"):
+        return Request(kernel_names(os.environ["ATTNREWRITE_KERNELS"], "ATTNREWRITE_KERNELS"), "ATTNREWRITE_KERNELS")
+    if os.environ.get("DIFFUSERS_ATTN_BACKEND"):
+        name = os.environ["DIFFUSERS_ATTN_BACKEND"]
+        return Request(kernel_names([name], "DIFFUSERS_ATTN_BACKEND"), "DIFFUSERS_ATTN_BACKEND")
+    name = os.environ.get("DIFFSYNTH_ATTENTION_IMPLEMENTATION", "").lower()
+    if not name:
+        return None
+    if name not in _DIFFSYNTH:
+        raise OptionError(
+            f"DIFFSYNTH_ATTENTION_IMPLEMENTATION takes {', '.join(_DIFFSYNTH)}; got {name!r} (unset it, or name "
+            "kernels in ATTNREWRITE_KERNELS)"
+        )
+    return Request(kernel_names([_DIFFSYNTH[name]], name), f"DIFFSYNTH_ATTENTION_IMPLEMENTATION={name}")
 
 
 def _verify_by_default() -> bool:

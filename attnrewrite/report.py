@@ -46,6 +46,7 @@ class SiteReport:
     """One attention, or one near miss.
 
     Shapes are tuples of strings, since a size may be symbolic ("s37"); they read (batch..., heads, length, features).
+    ``requested``: the kernels that were asked for here, and where; empty for the automatic choice.
     ``nodes_before`` and ``nodes_after`` are the names of graph nodes: the left-hand sides of the lines in
     ``GraphReport.before_code`` and ``GraphReport.after_code`` that belong to this site.
     """
@@ -68,6 +69,7 @@ class SiteReport:
     grouping: str = ""
     proof: tuple[str, ...] = ()
     verdicts: tuple[KernelVerdict, ...] = ()
+    requested: str = ""
     nodes_before: tuple[str, ...] = ()
     nodes_after: tuple[str, ...] = ()
 

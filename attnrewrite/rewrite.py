@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import operator
 import time
 from collections.abc import Iterator
@@ -13,15 +15,19 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.views import Operand, is_layout_op, shape_of
+from attnrewrite.errors import KernelError
 from attnrewrite.ir import Builder, is_cast, is_tensor, source_location, tensor
-from attnrewrite.kernels import Kernel, registered_kernels
+from attnrewrite.kernels import Kernel, Verdict
 from attnrewrite.patterns import GraphView, NearMiss, catalogue
-from attnrewrite.policy import Policy
+from attnrewrite.policy import Policy, Request
 from attnrewrite.report import KernelVerdict, SiteReport
+from attnrewrite.selection import offered, request_for
 from attnrewrite.simplify import canonical_scores
 from attnrewrite.site import AttentionSite, Bias, Fill, Floor, Narrow, NotAttention, RoundingDecides, Scale, Shift, Zero
 
 __all__ = ["Rewritten", "rewrite"]
+
+log = logging.getLogger("attnrewrite")
 
 aten = torch.ops.aten
 
@@ -30,12 +36,14 @@ aten = torch.ops.aten
 class Rewritten:
     """What became of a graph: a row for each site, in graph order, and the seconds that each step took.
 
-    ``round_like_eager``: a site was kept because the rounding of its scores decides its result.
+    ``round_like_eager``: a site was kept because the rounding of its scores decides its result. ``offered``: kernels
+    were asked, so that what comes out depends on the kernels that the user asks for.
     """
 
     sites: list[SiteReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     round_like_eager: bool = False
+    offered: bool = False
 
     @property
     def changed(self) -> bool:
@@ -73,7 +81,12 @@ def rewrite(gm: fx.GraphModule, policy: Policy) -> Rewritten:
         row.mask = " + ".join(finding.scores.structure) or "none"
         result.add_time("simplify", start)
         start = time.perf_counter()
-        kernel, row.verdicts = _choose(finding)
+        result.offered = True
+        request = request_for(policy, row.location)
+        kernel, row.verdicts = _choose(finding, request)
+        if request is not None:
+            row.requested = f"{', '.join(request.names)} by {request.origin}"
+            _check_request(request, row, kernel)
         result.add_time("choose", start)
         if kernel is None:
             row.reason = _refusals(row.verdicts)
@@ -129,15 +142,40 @@ def _redirect(site: AttentionSite, replaced: dict[fx.Node, fx.Node]) -> None:
         site.sink = current(site.sink)
 
 
-def _choose(site: AttentionSite) -> tuple[Kernel | None, tuple[KernelVerdict, ...]]:
+def _choose(site: AttentionSite, request: Request | None) -> tuple[Kernel | None, tuple[KernelVerdict, ...]]:
     """The first willing kernel, and every answer given on the way."""
     verdicts = []
-    for kernel in registered_kernels():
-        verdict = kernel.supports(site)
+    for kernel in offered(request):
+        available = kernel.availability()
+        verdict = kernel.supports(site) if available.available else Verdict.no(f"not available: {available.detail}")
         verdicts.append(KernelVerdict(kernel.name, verdict.willing, verdict.reason))
         if verdict.willing:
             return kernel, tuple(verdicts)
     return None, tuple(verdicts)
+
+
+def _check_request(request: Request, row: SiteReport, kernel: Kernel | None) -> None:
+    """Says so where no kernel that was asked for serves the site.
+
+    Raises:
+        KernelError: with ``strict``.
+    """
+    asked = [verdict for verdict in row.verdicts if verdict.kernel in request.names]
+    if "auto" in request.names or any(verdict.willing for verdict in asked):
+        return
+    message = (
+        f"{', '.join(request.names)} was asked for by {request.origin} and cannot serve the attention at "
+        f"{row.location}: {_refusals(tuple(asked))}"
+    )
+    if request.strict:
+        raise KernelError(message)
+    instead = f"{kernel.name} takes it" if kernel else "it is left as it is"
+    _warn_once(f"{message}; {instead}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning("%s", message)
 
 
 def _refusals(verdicts: tuple[KernelVerdict, ...]) -> str:

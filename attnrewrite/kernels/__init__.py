@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from attnrewrite.kernels.base import Availability, Kernel, Verdict
-from attnrewrite.kernels.flex import Flex
-from attnrewrite.kernels.torch_sdpa import TorchMath, TorchSDPA
+from attnrewrite.kernels.registry import kernel_named, register_kernel, registered_kernels, unregister_kernel
 
-__all__ = ["Availability", "Kernel", "Verdict", "registered_kernels"]
-
-_KERNELS: list[Kernel] = [TorchSDPA(), TorchMath(), Flex()]
-
-
-def registered_kernels() -> tuple[Kernel, ...]:
-    """Every kernel that attnrewrite knows, in the order of preference."""
-    return tuple(_KERNELS)
+__all__ = [
+    "Availability",
+    "Kernel",
+    "Verdict",
+    "kernel_named",
+    "register_kernel",
+    "registered_kernels",
+    "unregister_kernel",
+]

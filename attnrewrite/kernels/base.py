@@ -41,11 +41,15 @@ class Availability:
 class Kernel(Protocol):
     """A fused attention kernel.
 
+    ``automatic``: it is asked for sites that nobody asked for another kernel at; otherwise it serves by name only.
+    ``needs`` says in a few words what must be there for it to run.
     ``supports`` decides from the site alone and touches no data. ``emit`` writes the call at the builder's insertion
     point and returns the output with the shape and dtype of the source's result.
     """
 
     name: str
+    automatic: bool
+    needs: str
 
     def availability(self) -> Availability: ...
 

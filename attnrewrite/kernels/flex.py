@@ -42,6 +42,8 @@ class Flex:
     """
 
     name = "flex"
+    automatic = True
+    needs = "PyTorch and Inductor"
 
     def availability(self) -> Availability:
         if torch.cuda.is_available():

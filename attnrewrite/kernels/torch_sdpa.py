@@ -37,6 +37,8 @@ class TorchSDPA:
     """
 
     name = "native"
+    automatic = True
+    needs = "PyTorch"
 
     def availability(self) -> Availability:
         return Availability(True, f"part of torch {torch.__version__}")

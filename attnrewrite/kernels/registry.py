@@ -1,0 +1,62 @@
+"""Every kernel by its name, in the order in which the automatic choice asks them."""
+
+from __future__ import annotations
+
+import difflib
+
+from attnrewrite.errors import OptionError
+from attnrewrite.kernels.base import Kernel
+from attnrewrite.kernels.flex import Flex
+from attnrewrite.kernels.torch_sdpa import TorchMath, TorchSDPA
+
+__all__ = ["kernel_named", "register_kernel", "registered_kernels", "unregister_kernel"]
+
+_KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (TorchSDPA(), TorchMath(), Flex())}
+_OWN = frozenset(_KERNELS)
+
+
+def registered_kernels() -> tuple[Kernel, ...]:
+    """Every kernel that attnrewrite knows, in the order of preference."""
+    return tuple(_KERNELS.values())
+
+
+def kernel_named(name: str, where: str = "") -> Kernel:
+    """The kernel of that name.
+
+    Raises:
+        OptionError: there is none; the message lists those that exist.
+    """
+    if name not in _KERNELS:
+        close = difflib.get_close_matches(name, _KERNELS, 1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        known = ", ".join(f"{kernel.name} ({kernel.needs})" for kernel in _KERNELS.values())
+        prefix = f"{where}: " if where else ""
+        raise OptionError(f"{prefix}unknown kernel {name!r}{hint}; there are auto, {known}")
+    return _KERNELS[name]
+
+
+def register_kernel(kernel: Kernel) -> None:
+    """Adds a kernel of your own; see docs/kernels.md for a worked example.
+
+    It is asked before all others if its ``automatic`` is true, and otherwise where it is named.
+
+    Raises:
+        OptionError: the name is taken, or is "auto".
+    """
+    if kernel.name in _KERNELS or kernel.name == "auto":
+        raise OptionError(f"the kernel name {kernel.name!r} is taken; choose another, or unregister_kernel it first")
+    others = dict(_KERNELS)
+    _KERNELS.clear()
+    _KERNELS.update({kernel.name: kernel, **others})
+
+
+def unregister_kernel(name: str) -> None:
+    """Takes a kernel of your own away.
+
+    Raises:
+        OptionError: there is none of that name, or it is one of attnrewrite's.
+    """
+    kernel_named(name, "unregister_kernel")
+    if name in _OWN:
+        raise OptionError(f"{name!r} is one of attnrewrite's kernels; ask for others by options['kernels']")
+    del _KERNELS[name]

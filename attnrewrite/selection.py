@@ -1,0 +1,164 @@
+"""Which kernels a site is offered, and in which order.
+
+First come those that the user asked for, at one of five levels. From the strongest: a rule for the site
+(``options["kernel_rules"]``, or ``kernels=`` of the decorator), the context manager :func:`attention_backend`,
+``options["kernels"]``, ``ATTNREWRITE_KERNELS``, then the variables that diffusers and DiffSynth-Studio read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnrewrite.errors import AttnRewriteError
+from attnrewrite.kernels import Kernel, kernel_named, registered_kernels
+from attnrewrite.policy import Policy, Request, kernel_names, request_of_environment
+from attnrewrite.report import SourceLocation
+
+__all__ = [
+    "attention_backend",
+    "offered",
+    "request_for",
+    "request_in_force",
+    "reset_attention_backend",
+    "set_attention_backend",
+]
+
+_in_force: ContextVar[Request | None] = ContextVar("attnrewrite_kernels", default=None)
+
+
+@contextlib.contextmanager
+def attention_backend(*names: str, strict: bool = False) -> Iterator[None]:
+    """Asks for kernels, in this order, for every compiled model that is called inside.
+
+    It holds in the thread (or asyncio task) that enters it, nests, and works on models that are compiled already: a
+    graph is compiled once more for each set of kernels that it is first called under, and not again on return.
+
+    Args:
+        names: kernels by name, the first willing one serves; ``"auto"`` is the automatic choice.
+        strict: a site that none of them can serve is an error; by default the next willing kernel takes it, and a
+            warning says why.
+
+    Raises:
+        OptionError: a name is unknown.
+        KernelError: on the first call of a model, with ``strict``.
+
+    Example::
+
+        with attnrewrite.attention_backend("_native_flash"):
+            compiled(x)
+    """
+    token = _in_force.set(Request(kernel_names(names, "attention_backend"), "attention_backend", strict))
+    try:
+        yield
+    finally:
+        _in_force.reset(token)
+
+
+def request_in_force() -> Request | None:
+    """What the context manager asks for here; the key of a compiled graph's variants."""
+    return _in_force.get()
+
+
+def request_for(policy: Policy, location: SourceLocation | None) -> Request | None:
+    """What is asked for at a site, None where nothing is: the strongest level that says anything."""
+    for pattern, names in policy.kernel_rules:
+        if _matches(pattern, location):
+            return Request(names, f"the rule for {pattern!r}", policy.strict)
+    if _in_force.get() is not None:
+        return _in_force.get()
+    if policy.kernels:
+        return Request(policy.kernels, "options['kernels']", policy.strict)
+    environment = request_of_environment()
+    return environment and Request(environment.names, environment.origin, environment.strict or policy.strict)
+
+
+def _matches(pattern: str, location: SourceLocation | None) -> bool:
+    """A rule is a glob over the module's path ("*.attn1") or over the line ("attention.py:120")."""
+    if location is None:
+        return pattern == "*"
+    line = f"{location.file}:{location.line}"
+    return any(
+        fnmatch.fnmatchcase(text, glob) for text in (location.module, line) for glob in (pattern, f"*/{pattern}")
+    )
+
+
+def offered(request: Request | None) -> list[Kernel]:
+    """The kernels that a site is offered: those that were asked for, then the automatic ones."""
+    names = request.names if request else ()
+    automatic = [kernel for kernel in registered_kernels() if kernel.automatic]
+    asked: list[Kernel] = []
+    for name in names:
+        asked += automatic if name == "auto" else [kernel_named(name)]
+    return list({kernel.name: kernel for kernel in (*asked, *automatic)}.values())
+
+
+# The kernels of one model.
+
+_wrapped: weakref.WeakKeyDictionary[nn.Module, list[tuple[nn.Module, str, Any]]] = weakref.WeakKeyDictionary()
+
+
+def set_attention_backend(model: nn.Module, *names: str, strict: bool = False) -> None:
+    """Every call of ``model`` runs under :func:`attention_backend` with these kernels, until it is reset.
+
+    Args:
+        model: a compiled module (``torch.compile(module)``, ``module.compile()`` or a class under
+            :func:`accelerate_attention`), or a module that holds compiled ones.
+
+    Raises:
+        OptionError: a name is unknown.
+        TypeError: nothing in ``model`` is compiled.
+    """
+    kernel_names(names, "set_attention_backend")
+    reset_attention_backend(model)
+    calls = [(module, _compiled_call(module)) for module in _compiled_modules(model)]
+    if not calls:
+        raise BackendTypeError(
+            f"set_attention_backend takes a compiled module, and nothing in {type(model).__name__} is compiled: call "
+            "torch.compile(model, backend='attnrewrite') or model.compile(backend='attnrewrite') first"
+        )
+    kept = []
+    for module, attribute in calls:
+        before = getattr(module, attribute)
+        kept.append((module, attribute, before))
+        object.__setattr__(module, attribute, _under(before, names, strict))
+    _wrapped[model] = kept
+
+
+def reset_attention_backend(model: nn.Module) -> None:
+    """Undoes :func:`set_attention_backend`; nothing happens where it was not called."""
+    for module, attribute, before in _wrapped.pop(model, []):
+        object.__setattr__(module, attribute, before)
+
+
+class BackendTypeError(AttnRewriteError, TypeError):
+    """A kernel was asked for on something that is not compiled."""
+
+
+def _compiled_modules(model: nn.Module) -> Iterator[nn.Module]:
+    if isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl is not None:
+        yield model
+        return
+    for child in model.children():
+        yield from _compiled_modules(child)
+
+
+def _compiled_call(module: nn.Module) -> str:
+    return "forward" if isinstance(module, torch._dynamo.OptimizedModule) else "_compiled_call_impl"
+
+
+def _under(call: Callable[..., Any], names: Sequence[str], strict: bool) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with attention_backend(*names, strict=strict):
+            return call(*args, **kwargs)
+
+    return wrapper
