@@ -75,6 +75,9 @@ class _Reading:
     """What the scores are multiplied by after a tanh, where ``inexpressible`` is for nothing else."""
     shifted: bool = False
     """A number that is the same for all keys of a row was added or subtracted."""
+    narrowed: str = ""
+    rounded_to: torch.dtype | None = None
+    """Masked scores were rounded to a dtype that still resolves them: what is added afterwards meets the infinities."""
     lifted: bool = False
     """Masked scores had their maximum subtracted."""
     overflows: str = ""
@@ -132,6 +135,7 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
         key_factors=tuple(reading.key_factors),
         terms=() if becomes_causal else tuple(terms),
         dtype=dtype,
+        rounded_to=reading.rounded_to,
         attended=attended,
         masked_rows=masked_rows,
         fills_decide=not (site.fused or inexpressible or site.sink is not None or attended) and _only_fills_mask(terms),
@@ -193,6 +197,8 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
         if isinstance(mod, Elementwise):
             _apply_function(mod, reading)
         elif isinstance(mod, Bias):
+            if reading.narrowed:
+                reading.overflows = reading.narrowed
             if reading.lifted:
                 reading.overflows = "a bias is added to masked scores whose maximum was subtracted"
             merged = _filled_by_bias(terms[-1], mod, positions) if terms else None
@@ -273,10 +279,21 @@ def _narrow(mod: Narrow, reading: _Reading) -> None:
         else term
         for term in terms
     ]
-    if any(isinstance(term, Floor) or (isinstance(term, Bias) and may_mask(term)) for term in terms):
-        reading.overflows = f"masked scores are rounded to {mod.dtype}".replace("torch.", "")
+    rounded = f"masked scores are rounded to {mod.dtype}".replace("torch.", "")
     if reading.inexpressible and terms:
-        reading.overflows = f"masked scores are rounded to {mod.dtype}".replace("torch.", "")
+        reading.overflows = rounded
+    if any(isinstance(term, Floor) or (isinstance(term, Bias) and may_mask(term)) for term in terms):
+        if mod.dtype.itemsize < 4 or any(_overflows(term, mod.dtype) for term in terms):
+            reading.overflows = rounded
+        else:
+            # No score is large enough to matter here: the mask, rounded as a whole, is infinite where the scores are.
+            reading.narrowed, reading.rounded_to = rounded, mod.dtype
+
+
+def _overflows(term: Term, dtype: torch.dtype) -> bool:
+    """Whether ``dtype`` makes an infinity of a number that the term is known to add."""
+    numbers = [value for value in _values(term) if isinstance(value, float) and math.isfinite(value)]
+    return isinstance(term, Floor) or any(math.isinf(as_stored(number, dtype)) for number in numbers)
 
 
 def _put_floor(terms: list[Term], floor: Floor) -> None:

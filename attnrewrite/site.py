@@ -166,6 +166,7 @@ class CanonicalScores:
         value_mods, output_mods: what is done to the value beforehand and to the output afterwards.
         terms: biases, fills and floors, in the order in which they apply; a factor includes the scaling after it.
         dtype: the dtype in which the source adds the terms.
+        rounded_to: the dtype that the masked scores are rounded to at last; None where that is no narrower one.
         attended: how it was proved that every row keeps a key, or None.
         masked_rows: what the source gives rows that have no key: "none" if there are none, "mean of value", "NaN",
             "zero", "zero unless NaN", or "zero where NaN" (zero if the mask is infinite, else the mean of the values).
@@ -189,6 +190,7 @@ class CanonicalScores:
     dtype: torch.dtype
     attended: str | None
     masked_rows: str
+    rounded_to: torch.dtype | None = None
     fills_decide: bool = False
     is_causal: bool = False
     band: Band | None = None

@@ -127,6 +127,22 @@ def test_rows_of_minus_infinity_in_a_mask_that_is_given() -> None:
     check_empty_rows(given, torch.float32, torch.zeros(kept.shape).masked_fill(~kept, -math.inf))
 
 
+@pytest.mark.parametrize("masked", [-math.inf, -1e300, -1e30, -3.4028235e38])
+def test_float64_scores_that_are_rounded_to_float32(masked: float) -> None:
+    """Eager gives NaN where float32 has no number for the mask, and the mean of the values where it has."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return (q @ k.mT + mask).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+    mask = torch.zeros(2, 1, 16, 16, dtype=torch.float64).masked_fill(~some_rows_without_a_key(), masked)
+    inputs = heads(dtype=torch.float64)
+    (row,) = rows(attention, *inputs, mask)
+    assert row.status == "rewritten"
+    lost = attention(*inputs, mask)[1, :, 5]
+    assert lost.isnan().all() if masked < -1e39 else relative_error(lost, inputs[2].mean(-2)[1]) < 1e-5
+    assert relative_error(rewritten(attention)(*inputs, mask), attention(*inputs, mask)) < 1e-5
+
+
 @pytest.mark.parametrize("learned", [False, True], ids=["given", "learned"])
 def test_replaced_nan_keeps_its_gradient(learned: bool) -> None:
     """The gradient of softmax is NaN in a row of minus infinity, whatever replaces its value."""

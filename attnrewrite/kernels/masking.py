@@ -91,11 +91,13 @@ class Mask:
         """What the source does to the scores, done to zeros."""
         call = self._builder.call
         total: fx.Node | None = None
+        # Rounded once, at the end, as the source rounds its masked scores.
+        wide = max((self._dtype, *(term.dtype for term in self._terms)), key=lambda dtype: dtype.itemsize)
         for term in self._terms:
             if isinstance(term, Bias):
-                bias = self._cast(self._laid_out(term.operand))
+                bias = self._cast(self._laid_out(term.operand), wide)
                 for scale in term.scales:
-                    bias = self._cast(modified(self._builder, bias, scale, self._dims))
+                    bias = self._cast(modified(self._builder, bias, scale, self._dims), wide)
                 if term.factor != 1:
                     bias = call(aten.mul.Scalar, bias, term.factor)
                 total = bias if total is None else call(aten.add.Tensor, total, bias)
@@ -110,13 +112,18 @@ class Mask:
             value = self._fill_value(term)
             if total is None:
                 filled = (0.0, value) if term.invert else (value, 0.0)
-                total = self._cast(call(aten.where.Scalar, condition, *filled))
+                total = self._cast(call(aten.where.Scalar, condition, *filled), wide)
             elif term.invert:
                 total = call(aten.where.ScalarOther, condition, total, value)
             else:
                 total = call(aten.where.ScalarSelf, condition, value, total)
         assert total is not None
-        return total
+        if self._after_fill is not None:
+            self._after_fill = self._cast(self._after_fill)
+        assert self._site.scores is not None
+        if self._site.scores.rounded_to is not None:
+            total = self._cast(total, self._site.scores.rounded_to)
+        return self._cast(total)
 
     def _fill_value(self, term: Fill) -> float:
         """A fill replaces the score, a mask is added to it: the number must swallow any score, and stay finite."""
@@ -139,8 +146,9 @@ class Mask:
         clamped = call(aten.clamp.default, mask, ABSORBING)
         return call(aten.where.self, call(aten.eq.Scalar, mask, -math.inf), mask, clamped)
 
-    def _cast(self, node: fx.Node) -> fx.Node:
-        return node if tensor(node).dtype is self._dtype else self._builder.call(aten.to.dtype, node, self._dtype)
+    def _cast(self, node: fx.Node, dtype: torch.dtype | None = None) -> fx.Node:
+        dtype = dtype or self._dtype
+        return node if tensor(node).dtype is dtype else self._builder.call(aten.to.dtype, node, dtype)
 
     def _open_filled_rows(self) -> None:
         """Rows whose keys are all filled attend every key, with a query of zero: that gives the mean of the values.
