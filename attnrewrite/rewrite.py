@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
-from attnrewrite.analysis.views import Operand, is_layout_op, shape_of
+from attnrewrite.analysis.views import Operand, axes_of, is_layout_op, shape_of
 from attnrewrite.errors import KernelError
 from attnrewrite.ir import Builder, is_cast, is_tensor, source_location, tensor
 from attnrewrite.kernels import Kernel, Verdict
@@ -71,6 +72,7 @@ def rewrite(gm: fx.GraphModule, policy: Policy) -> Rewritten:
         row = _row(name, finding)
         result.sites.append(row)
         try:
+            _require_sizes(finding)
             finding.scores = canonical_scores(finding, policy)
         except NotAttention as reason:
             row.reason = str(reason)
@@ -123,6 +125,10 @@ def _redirect(site: AttentionSite, replaced: dict[fx.Node, fx.Node]) -> None:
     def scaled(mod: Scale) -> Scale:
         return Scale(current(mod.factor), mod.divide) if isinstance(mod.factor, Operand) else mod
 
+    # Other sites, found later, may have divided the axes.
+    site.query_axes, site.key_axes, site.feature_axes = (
+        axes_of((axes,)) for axes in (site.query_axes, site.key_axes, site.feature_axes)
+    )
     site.query, site.key, site.value = current(site.query), current(site.key), current(site.value)
     mods: list[Any] = []
     for mod in site.mods:
@@ -140,6 +146,15 @@ def _redirect(site: AttentionSite, replaced: dict[fx.Node, fx.Node]) -> None:
     )
     if isinstance(site.sink, Operand):
         site.sink = current(site.sink)
+
+
+def _require_sizes(site: AttentionSite) -> None:
+    """Raises:
+    NotAttention: a size is known only once the data is there, and kernels decide by sizes.
+    """
+    axes = (*site.query.axes, *site.key.axes, *site.value.axes)
+    if has_free_unbacked_symbols([axis.size for axis in axes]):
+        raise NotAttention("a size depends on the data (a selection by a mask, say), and kernels decide by sizes")
 
 
 def _choose(site: AttentionSite, request: Request | None) -> tuple[Kernel | None, tuple[KernelVerdict, ...]]:

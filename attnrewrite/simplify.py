@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -107,6 +107,8 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     attended = attended_everywhere(terms, positions) or _by_sink(site) or attended
     dtype = min((term.dtype for term in terms), key=lambda dtype: dtype.itemsize, default=site.softmax_dtype)
     inexpressible, refused = reading.inexpressible, ""
+    if reading.lifted and (site.underflows or site.rounds_rows):
+        reading.overflows = "exponentials are taken of masked scores whose maximum was subtracted before"
     if attended is None and reading.overflows:
         raise NotAttention(
             f"{reading.overflows}, which matters in a row that has no key, and no such row could be ruled out "
@@ -161,6 +163,11 @@ def _as_written_out(site: AttentionSite, terms: list[Term]) -> list[Term]:
             "NaN is replaced in rows without a key, whose gradient is NaN all the same where the mask was added (if no "
             "such row occurs, say so: options={'assume_attended_rows': True})"
         )
+    if site.sink is not None and site.differentiable and not site.sink_is_shifted and any(map(_may_mask, terms)):
+        raise NotAttention(
+            "the sink may be minus infinity, too, and the gradient of a row that is masked altogether is not known "
+            "(if no such row occurs, say so: options={'assume_attended_rows': True})"
+        )
     if site.rounds_rows and site.differentiable and any(_may_be_low(term) for term in terms):
         raise NotAttention(
             "the logarithm of the sum of exponentials is rounded away in a row that finite numbers mask, and no such "
@@ -194,13 +201,13 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
     reading = _Reading()
     terms = reading.terms
     for mod in site.mods:
+        if reading.lifted and not isinstance(mod, Shift):
+            reading.overflows = "masked scores are changed further after their maximum was subtracted"
         if isinstance(mod, Elementwise):
             _apply_function(mod, reading)
         elif isinstance(mod, Bias):
             if reading.narrowed:
                 reading.overflows = reading.narrowed
-            if reading.lifted:
-                reading.overflows = "a bias is added to masked scores whose maximum was subtracted"
             merged = _filled_by_bias(terms[-1], mod, positions) if terms else None
             if merged is not None:
                 terms[-1] = merged
@@ -214,7 +221,7 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
             _narrow(mod, reading)
         elif isinstance(mod, Shift):
             reading.shifted = True
-            reading.lifted |= any(_may_be_low(term) for term in terms if not isinstance(term, Floor))
+            reading.lifted |= mod.by_maximum and any(_may_mask(term) for term in terms)
         elif isinstance(mod.factor, (int, float)):
             if mod.divide and mod.factor == 0:
                 raise NotAttention("the scores are divided by zero")
@@ -223,7 +230,7 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
             if reading.softcap is not None:
                 reading.softcap *= number
             terms[:] = [_scaled(term, number) for term in terms]
-        elif not _place_factor(mod, site, reading):
+        elif (reading.shifted and _zeroes_keys(mod, site)) or not _place_factor(mod, site, reading):
             assert isinstance(mod.factor, Operand)
             if mod.divide or not possible_values(mod.factor.node) <= {0.0, 1.0}:
                 reading.take_function("the scores are multiplied by a tensor over query and key positions")
@@ -231,11 +238,11 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
             elif any(value in (Kind.ANY, -math.inf) for term in terms for value in _values(term)):
                 raise NotAttention("zeros multiply scores that may be minus infinity, which gives NaN")
             else:
-                terms.append(_Multiplied(mod.factor, 0.0, site.softmax_dtype, invert=True))
+                terms.append(_Multiplied(mod.factor, 0.0, site.softmax_dtype, True, after_shift=reading.shifted))
     if not math.isfinite(reading.scale):
         raise NotAttention(f"the scale is {reading.scale}")
     if any(isinstance(term, _Multiplied) for term in terms):
-        if reading.shifted:
+        if any(isinstance(term, _Multiplied) and term.after_shift for term in terms):
             raise NotAttention("shifted scores are multiplied by zeros and ones, and a score of zero takes part")
         reading.take_function("the scores are multiplied by zeros and ones, and a score of zero takes part")
         terms[:] = [term for term in terms if not isinstance(term, _Multiplied)]
@@ -259,6 +266,10 @@ def _apply_function(mod: Elementwise, reading: _Reading) -> None:
     reading.terms.clear()
 
 
+def _may_mask(term: Term) -> bool:
+    return may_mask(term) if isinstance(term, Bias) else term.value < -ORDINARY
+
+
 def _may_be_low(term: Term) -> bool:
     """Whether a term may lower scores by a large and finite number."""
     return may_mask(term) if isinstance(term, Bias) else -math.inf < term.value < -ORDINARY
@@ -266,18 +277,14 @@ def _may_be_low(term: Term) -> bool:
 
 def _infinite(term: Term) -> Term:
     """What is far below zero has the exponential 0, as minus infinity has."""
-    low = isinstance(term, Fill) and term.value <= UNDERFLOW
-    return Fill(term.condition, -math.inf, term.dtype, term.invert) if low and isinstance(term, Fill) else term
+    return replace(term, value=-math.inf) if isinstance(term, Fill) and term.value <= UNDERFLOW else term
 
 
 def _narrow(mod: Narrow, reading: _Reading) -> None:
     """A large number may become infinite in a narrower dtype."""
     terms = reading.terms
     terms[:] = [
-        Fill(term.condition, as_stored(term.value, mod.dtype), term.dtype, term.invert)
-        if isinstance(term, Fill)
-        else term
-        for term in terms
+        replace(term, value=as_stored(term.value, mod.dtype)) if isinstance(term, Fill) else term for term in terms
     ]
     rounded = f"masked scores are rounded to {mod.dtype}".replace("torch.", "")
     if reading.inexpressible and terms:
@@ -298,10 +305,7 @@ def _overflows(term: Term, dtype: torch.dtype) -> bool:
 
 def _put_floor(terms: list[Term], floor: Floor) -> None:
     assert floor.value <= ABSORBING
-    terms[:] = [
-        Fill(term.condition, max(term.value, floor.value), term.dtype, term.invert) if isinstance(term, Fill) else term
-        for term in terms
-    ]
+    terms[:] = [replace(term, value=max(term.value, floor.value)) if isinstance(term, Fill) else term for term in terms]
     if any(isinstance(term, Bias) for term in terms):
         terms.append(floor)
 
@@ -316,9 +320,7 @@ def _scaled(term: Term, number: float) -> Term:
     if number <= 0:
         raise NotAttention("a filled mask is multiplied by a number that is not positive")
     value = as_stored(term.value * number, term.dtype)
-    if isinstance(term, Floor):
-        return Floor(value, term.dtype)
-    return Fill(term.condition, value, term.dtype, term.invert)
+    return replace(term, value=value)
 
 
 def _place_factor(mod: Scale, site: AttentionSite, reading: _Reading) -> bool:
@@ -341,7 +343,17 @@ def _place_factor(mod: Scale, site: AttentionSite, reading: _Reading) -> bool:
 
 @dataclass(frozen=True)
 class _Multiplied(Fill):
-    """``scores * mask`` with a mask of zeros and ones, of which a large negative number added next makes a fill."""
+    """``scores * mask`` with a mask of zeros and ones, of which a large negative number added next makes a fill.
+
+    ``after_shift``: a number was added to all scores before, which does not reach those that become zero.
+    """
+
+    after_shift: bool = False
+
+
+def _zeroes_keys(mod: Scale, site: AttentionSite) -> bool:
+    factor = mod.factor
+    return isinstance(factor, Operand) and bool(set(factor.axes) & set(site.key_axes)) and not mod.divide
 
 
 def _filled_by_bias(before: Term, bias: Bias, positions: Positions) -> Fill | None:

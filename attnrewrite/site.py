@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.views import Axis, Layout, Operand
+from attnrewrite.analysis.views import Axis, Layout, Operand, axes_of
 from attnrewrite.ir import tensor
 
 __all__ = [
@@ -99,7 +99,12 @@ class Floor:
 
 @dataclass(frozen=True)
 class Shift:
-    """``scores - maximum``: nothing to softmax, but it makes low scores ordinary again before more is added."""
+    """A number is added to all scores of a row, which is nothing to softmax.
+
+    ``by_maximum``: it is minus their maximum, which makes low scores ordinary again before more is added.
+    """
+
+    by_maximum: bool = False
 
 
 @dataclass(frozen=True)
@@ -213,6 +218,7 @@ class AttentionSite:
         query_axes: the axes that are query positions. Other axes that the key lacks are groups of query heads.
         key_axes: the axes that softmax runs over.
         feature_axes: the axes that query and key are contracted over.
+        weight_layout: the dimensions of the scores in the source. A batch or a head may be there that no operand has.
         mods: what is done to the scores, in the order in which it is done.
         sink: the score of one more key, whose value is zero: a number, or a tensor over all axes but the key's.
         sink_is_shifted: a row whose scores are all minus infinity gives NaN in spite of the sink.
@@ -246,6 +252,7 @@ class AttentionSite:
     mods: tuple[ScoreMod, ...]
     softmax_dtype: torch.dtype
     compute_dtype: torch.dtype
+    weight_layout: Layout = ()
     dropout: float = 0.0
     is_causal: bool = False
     default_scale: bool = False
@@ -268,9 +275,10 @@ class AttentionSite:
 
     @property
     def shared_axes(self) -> tuple[Axis, ...]:
-        """Batch and head axes that the key or the value has, in the query's order; then those that the query lacks."""
+        """Batch and head axes, those of query heads that share a key apart: in the query's order, then the others."""
         own = {*self.query_axes, *self.key_axes, *self.feature_axes, *self.value_axes}
         stored = dict.fromkeys(axis for axis in (*self.key.axes, *self.value.axes) if axis not in own)
+        stored |= dict.fromkeys(axis for axis in self._batch_axes if axis not in self.query.axes)
         query = [axis for axis in self.query.axes if axis in stored]
         return (*query, *(axis for axis in stored if axis not in query))
 
@@ -283,8 +291,13 @@ class AttentionSite:
     @property
     def value_axes(self) -> tuple[Axis, ...]:
         """The features of the value and of the result."""
-        rows = {*self.query.axes, *self.key.axes}
+        rows = {*self.query.axes, *self.key.axes, *self.key_axes, *self._batch_axes}
         return tuple(axis for axis in self.value.axes if axis not in rows)
+
+    @property
+    def _batch_axes(self) -> tuple[Axis, ...]:
+        positions = {*self.query_axes, *self.key_axes}
+        return tuple(axis for axis in axes_of(self.weight_layout) if axis not in positions)
 
     def describe_scale(self) -> str:
         parts: list[str] = []

@@ -151,6 +151,7 @@ def attention_site(
         mods=tuple(mods),
         softmax_dtype=torch.promote_types(dtype, torch.float32),
         compute_dtype=compute_dtype or dtype,
+        weight_layout=(*axes, positions, key_positions),
         dropout=dropout,
         is_causal=is_causal,
         default_scale=scale is None and not isinstance(width, int),

@@ -88,6 +88,7 @@ class FusedCall:
             mods=mods,
             softmax_dtype=torch.promote_types(dtype, torch.float32),
             compute_dtype=dtype,
+            weight_layout=(*batch, length, keys),
             dropout=arguments["dropout_p"],
             is_causal=arguments["is_causal"],
             default_scale=arguments["scale"] is None and not isinstance(q[-1], int),

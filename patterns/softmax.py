@@ -69,6 +69,12 @@ class SoftmaxAttention:
             sink_dim = (key_dim, keys, sink_first)
             key_dim = keys
         walks = follow_weights(softmax, layout, sink_dim)
+        if softmax.late is not None:
+            # The same exponentials may go into other products, which are divided elsewhere.
+            divided = softmax.late_views[0] if softmax.late_views else softmax.late
+            walks = [walk for walk in walks if walk.product.node is divided.args[0]]
+            if not walks:
+                raise NotAttention("the product of exponentials and value that is divided by their sum cannot be read")
         scores = read_scores(
             softmax.scores,
             (*layout[: softmax.dim], key_dim, *layout[softmax.dim + 1 :]),
@@ -130,6 +136,9 @@ class SoftmaxAttention:
             dtype = _widest([dtype, tensor(scores.product.node).dtype])
         else:
             dtype = _widest([dtype, query.dtype, key.dtype])
+        if any(isinstance(mod, Scale) and not isinstance(mod.factor, (int, float)) for mod in scores.mods):
+            # It is multiplied into query or key, and rounded there.
+            dtype = _widest([dtype, tensor(scores.product.node).dtype])
         query_axes = _query_axes(scores, key_axes, key)
         own_dtype = tensor(softmax.node).dtype
         narrowed = [Narrow(own_dtype)] if is_narrower(own_dtype, tensor(softmax.scores).dtype) else []
@@ -154,6 +163,7 @@ class SoftmaxAttention:
             mods=(*scores.mods, *narrowed, *softmax.fills),
             softmax_dtype=tensor(softmax.node).dtype,
             compute_dtype=dtype,
+            weight_layout=(*softmax.layout[: softmax.dim], key_dim, *softmax.layout[softmax.dim + 1 :]),
             dropout=walk.dropout,
             sink=_behind_views(softmax.sink),
             sink_is_shifted=softmax.sink_is_shifted and softmax.sink is not None,

@@ -162,7 +162,7 @@ def _keeps_constants(mod: ScoreMod, reader: _Reader) -> bool:
     """Whether a number that is the same for all keys of a row is still so afterwards, or cancels all the same."""
     if isinstance(mod, Scale) and isinstance(mod.factor, Operand):
         if possible_values(mod.factor.node) <= {0.0, 1.0}:
-            return True  # A mask, if large negative numbers are added where it is zero; else it is refused later.
+            return True  # A mask, if large negative numbers are added where it is zero; else `simplify` refuses it.
         return not set(mod.factor.axes) & {leaf for axis in reader.key_axes for leaf in axis.leaves()}
     if isinstance(mod, Fill):
         return is_far_below(mod.value, mod.dtype)
@@ -243,7 +243,7 @@ def _read_step(node: fx.Node, source: fx.Node, layout: Layout, reader: _Reader, 
         if first and target in _SUB and alpha == 1 and plain and not reader.sink:
             maximum = row_maximum(other, source, broadcast(layout, tensor(node).shape, tensor(source).shape), reader)
             if maximum is not None:
-                return [Shift()], maximum
+                return [Shift(by_maximum=True)], maximum
         if not is_tensor(other):
             steps = _shift(other, node, reader, plain)
         else:

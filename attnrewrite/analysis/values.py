@@ -119,6 +119,10 @@ def _values_of_call(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> fro
         return frozenset(_times(value, -1.0) for value in _values(args[0], memo))
     if target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
         return frozenset({Kind.INTEGER})
+    if target in _POWERS:
+        return _values_of_power(args[0], args[1], memo)
+    if target is aten.div.Tensor and not node.kwargs:
+        return _values_of_quotient(args[0], args[1], memo)
     if target in _COMPUTED or is_product(node):
         return frozenset({Kind.LEARNED})
     if target in _ORDINARY:
@@ -128,15 +132,42 @@ def _values_of_call(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> fro
     return frozenset({Kind.ANY})
 
 
+_POWERS = (aten.pow.Tensor_Tensor, aten.pow.Tensor_Scalar, aten.pow.Scalar)
+
+
+def _values_of_power(base: Any, exponent: Any, memo: dict[fx.Node, frozenset[Value]]) -> frozenset[Value]:
+    """A power is of ordinary size where nothing is divided by zero: of positive numbers, or by a positive number."""
+    bases, exponents = _values(base, memo), _values(exponent, memo)
+    positive = all(isinstance(value, float) and 0 < value <= ORDINARY for value in bases)
+    learned = all(value is Kind.LEARNED or isinstance(value, float) for value in bases)
+    raised = all(isinstance(value, float) and 0 <= value <= 4 for value in exponents)
+    safe = (positive and Kind.ANY not in exponents) or (learned and raised)
+    return frozenset({Kind.LEARNED if safe else Kind.ANY})
+
+
+def _values_of_quotient(dividend: Any, divisor: Any, memo: dict[fx.Node, frozenset[Value]]) -> frozenset[Value]:
+    """By a number it is a product; by a tensor only what is learned is expected to stay of ordinary size."""
+    number = constant_value(divisor)
+    dividends, divisors = _values(dividend, memo), _values(divisor, memo)
+    if number is not None:
+        return frozenset(_over(value, number) for value in dividends)
+    ordinary = all(value is not Kind.ANY and is_ordinary(value) for value in divisors)
+    learned = all(value in (Kind.LEARNED, Kind.INTEGER) for value in dividends)
+    return frozenset({Kind.LEARNED if ordinary and learned else Kind.ANY})
+
+
+def _over(value: Value, number: float) -> Value:
+    if number == 0:
+        return Kind.ANY
+    return value / number if isinstance(value, float) else _times(value, 1.0 / number)
+
+
 def _kind_of_input(node: fx.Node) -> Kind:
-    """A parameter holds learned numbers; a float tensor that the caller hands over may hold anything."""
-    value = tensor(node)
-    if not value.dtype.is_floating_point:
-        return Kind.INTEGER
+    """A parameter holds learned numbers; a tensor that the caller hands over may hold anything."""
     stored = node.meta.get("stored")
     if isinstance(stored, StoredPattern) and stored.holds_only_up_to(ORDINARY):
         return Kind.LEARNED
-    example = node.meta.get("example_value", value)
+    example = node.meta.get("example_value", tensor(node))
     return Kind.LEARNED if isinstance(example, torch.nn.Parameter) and example.requires_grad else Kind.ANY
 
 
@@ -206,17 +237,11 @@ _ORDINARY = frozenset(
         aten.silu.default,
         aten.abs.default,
         aten.exp.default,
-        aten.log.default,
-        aten.log2.default,
         aten.sqrt.default,
-        aten.pow.Tensor_Tensor,
-        aten.pow.Tensor_Scalar,
-        aten.pow.Scalar,
-        aten.div.Tensor,
         aten.clamp.default,
     }
 )
-"""Operators that make numbers of ordinary size from numbers of ordinary size."""
+"""Operators that make numbers of ordinary size from numbers of ordinary size; a logarithm does not, nor a quotient."""
 
 _COMPUTED = frozenset(
     {

@@ -597,6 +597,12 @@ def _may_pass(user: fx.Node, node: fx.Node) -> bool:
 def _step(user: fx.Node, node: fx.Node, layout: Layout, walk: WeightWalk) -> Layout:
     args: Any = user.args
     target: Any = user.target
+    if (
+        target is not aten.slice.Tensor
+        and not is_layout_op(user)
+        and not same_shape(tensor(user).shape, tensor(node).shape)
+    ):
+        raise NotAttention(f"{node_in_words(user)} broadcasts the attention weights")
     if target is aten.dropout.default:
         if args[2] and args[1] > 0:
             if walk.dropout:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnrewrite.analysis.masks import may_mask
 from attnrewrite.analysis.values import ABSORBING, FAR_BELOW, UNDERFLOW, Kind, possible_values
 from attnrewrite.analysis.views import Dim, Operand, size_of
 from attnrewrite.ir import Builder, same, tensor
@@ -130,21 +131,27 @@ class Mask:
         if term.value == -math.inf:
             return -math.inf
         assert self._site.scores is not None
-        if (self._site.sink is not None or self._site.scores.inexpressible) and self._dtype is not torch.float16:
+        if self._dtype is torch.float16:
+            return -math.inf
+        if sum(isinstance(term, Fill) or may_mask(term) for term in self._terms if not isinstance(term, Floor)) > 1:
+            # Which of its keys a row attends that all terms together mask depends on the numbers.
+            return term.value
+        if self._site.sink is not None or self._site.scores.inexpressible:
             # Beside a sink's score, and where the source's steps are repeated, it is the number itself that counts.
             return max(term.value, ABSORBING)
-        return -math.inf if self._dtype is torch.float16 else ABSORBING
+        return ABSORBING
 
     def _within_range(self, mask: fx.Node) -> fx.Node:
         """CUDA kernels multiply by log2(e): what overflows there would turn a mean of the values into 0."""
         assert self._site.scores is not None
         if self._site.device.type == "cpu" or self._site.fused or self._site.scores.masked_rows == "none":
             return mask
-        if not any(isinstance(term, Bias) and _may_be_below_absorbing(term) for term in self._terms):
+        if not any(_may_be_below_absorbing(term) for term in self._terms):
             return mask
+        # Drawn together, not cut off: a row attends its highest key.
         call = self._builder.call
-        clamped = call(aten.clamp.default, mask, ABSORBING)
-        return call(aten.where.self, call(aten.eq.Scalar, mask, -math.inf), mask, clamped)
+        below = call(aten.sub.Scalar, call(aten.mul.Scalar, mask, 0.25), 0.75 * 2.0**100)
+        return call(aten.where.self, call(aten.lt.Scalar, mask, -(2.0**100)), below, mask)
 
     def _cast(self, node: fx.Node, dtype: torch.dtype | None = None) -> fx.Node:
         dtype = dtype or self._dtype
@@ -254,7 +261,9 @@ def _dtype_of(term: Bias | Fill | Floor) -> torch.dtype | None:
     return term.operand.dtype if isinstance(term, Bias) else None
 
 
-def _may_be_below_absorbing(term: Bias) -> bool:
+def _may_be_below_absorbing(term: Bias | Fill | Floor) -> bool:
+    if not isinstance(term, Bias):
+        return -math.inf < term.value < ABSORBING
     return any(
         value is Kind.ANY or (isinstance(value, float) and -math.inf < (term.of(value) or 0.0) < ABSORBING)
         for value in possible_values(term.operand.node)
