@@ -276,9 +276,8 @@ def test_a_batch_that_only_the_value_has_drops_weights_of_its_own() -> None:
     assert not torch.equal(one, other)
 
 
-def test_sizes_that_depend_on_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
-
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_sizes_that_depend_on_the_data() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
         k, v = k[kept], v[kept]
         return (q @ k.mT).softmax(-1) @ v
