@@ -260,7 +260,7 @@ def test_two_threads_at_once(reports: list[GraphReport]) -> None:
 
 
 @pytest.mark.skipif(
-    torch.__version__ < (2, 13), reason="before torch 2.13 no thread may call what another is compiling beside it"
+    torch.__version__ < "2.13", reason="before torch 2.13 no thread may call what another is compiling beside it"
 )
 def test_two_threads_compile_at_once(reports: list[GraphReport]) -> None:
     counter = CompileCounterWithBackend("aot_eager")
