@@ -9,6 +9,7 @@ import torch
 from attnrewrite.patterns import Specimen, specimens
 from torch import Tensor
 
+from attnrewrite import KernelError, attention_backend
 from tests.helpers import cast, gradients, relative_error, rewritten, rows
 
 pytestmark = pytest.mark.gpu
@@ -95,3 +96,65 @@ def test_functions_of_the_scores(inner: str, width: int) -> None:
     torch._dynamo.reset()
     actual = gradients(rewritten(capped, inner), inputs)
     assert relative_error(actual, gradients(capped, inputs)) <= 1e-2
+
+
+@pytest.mark.parametrize("kernel", ["_native_flash", "_native_efficient", "_native_cudnn"])
+@every_specimen
+def test_single_back_ends(specimen: Specimen, kernel: str) -> None:
+    """Each back end of PyTorch's, where its own check lets it: values, rows without a key, gradients."""
+    inputs = cast(specimen.inputs(0, LENGTH), torch.float16, "cuda")
+    asked: Any = {"kernels": kernel, "strict": True}
+    try:
+        with torch.no_grad():
+            served = {row.kernel for row in rows(specimen.function, *inputs, **asked)}
+    except KernelError:
+        pytest.skip("the kernel is not willing")
+    if served == {None}:
+        pytest.skip("rounding decides a row without a key here")
+    assert served == {kernel}
+    for case in (inputs, cast(specimen.masked_rows(inputs), torch.float16, "cuda") if specimen.masked_rows else inputs):
+        expected = eager(specimen, case)
+        with torch.no_grad():
+            assert relative_error(rewritten(specimen.function, kernels=kernel)(*case), expected) <= 4e-3
+
+
+@every_specimen
+@pytest.mark.parametrize("kernel", ["native", "_native_flash", "_native_efficient", "_native_math"])
+def test_gradients_in_half_precision(specimen: Specimen, kernel: str) -> None:
+    """In the order of the catalogue, in one process: a back end may confuse calls of several layouts."""
+    inputs = cast(specimen.inputs(0, LENGTH), torch.float16, "cuda")
+    truth, own, expected = (
+        torch.cat([gradient.double().flatten() for gradient in gradients(function, given)])
+        for function, given in (
+            (specimen.function, cast(inputs, torch.float64, "cuda")),
+            (rewritten(specimen.function, "aot_eager", kernels=kernel), inputs),
+            (specimen.function, inputs),
+        )
+    )
+    assert relative_error(own, truth) <= 3 * relative_error(expected, truth) + 8e-3
+
+
+@pytest.mark.parametrize("kernel", ["_native_flash", "_native_efficient", "_native_cudnn"])
+@pytest.mark.parametrize("width", [40, 64, 77, 128])
+def test_single_back_ends_through_inductor(kernel: str, width: int) -> None:
+    """Sizes that PyTorch's selector pads, forwards and backwards, with CUDA graphs."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ((q @ k.mT) * 0.1).softmax(-1) @ v
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, 100, width), (2, 3, 77, width), (2, 3, 77, width)]
+    inputs = [torch.randn(shape, generator=generator).cuda().half() for shape in shapes]
+    with torch.no_grad():
+        (row,) = rows(attend, *inputs, kernels=kernel)
+        assert row.kernel == kernel
+        truth = attend(*(value.double() for value in inputs))
+        compiled: Any = torch.compile(attend, backend="attnrewrite", mode="reduce-overhead")
+        with attention_backend(kernel):
+            for _ in range(3):
+                assert relative_error(compiled(*inputs).double(), truth) <= 2e-3
+    if kernel == "_native_cudnn":
+        return
+    torch._dynamo.reset()
+    actual = gradients(rewritten(attend, "inductor", kernels=kernel, strict=True), inputs)
+    assert relative_error(actual, gradients(attend, inputs)) <= 1e-2

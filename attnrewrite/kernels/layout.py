@@ -70,6 +70,18 @@ def padded(builder: Builder, node: fx.Node, dim: int, value: float) -> fx.Node:
     return builder.insert(aten.constant_pad_nd.default, (node, pads, value), {}, fake.new_empty(shape))
 
 
+def padded_to(builder: Builder, node: fx.Node, dim: int, multiple: int) -> fx.Node:
+    """``node`` with zeros behind ``dim``, counted from the last, up to a multiple; itself if it is known to be one."""
+    size = tensor(node).shape[dim]
+    missing = -size % multiple
+    if same(missing, 0):
+        return node
+    shape = [*tensor(node).shape]
+    shape[dim] = size + missing
+    pads = [0, 0] * (-1 - dim) + [0, missing]
+    return builder.insert(aten.constant_pad_nd.default, (node, pads, 0.0), {}, tensor(node).new_empty(shape))
+
+
 def with_unit_stride(builder: Builder, node: fx.Node) -> fx.Node:
     """Fused kernels want the features of one position side by side."""
     if same(tensor(node).stride()[-1], 1) or same(tensor(node).shape[-1], 1):

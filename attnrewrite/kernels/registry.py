@@ -7,11 +7,15 @@ import difflib
 from attnrewrite.errors import OptionError
 from attnrewrite.kernels.base import Kernel
 from attnrewrite.kernels.flex import Flex
+from attnrewrite.kernels.torch_backends import CudnnAttention, EfficientAttention, FlashAttention
 from attnrewrite.kernels.torch_sdpa import TorchMath, TorchSDPA
 
 __all__ = ["kernel_named", "register_kernel", "registered_kernels", "unregister_kernel"]
 
-_KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (TorchSDPA(), TorchMath(), Flex())}
+_KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel
+    for kernel in (TorchSDPA(), TorchMath(), Flex(), FlashAttention(), EfficientAttention(), CudnnAttention())
+}
 _OWN = frozenset(_KERNELS)
 
 

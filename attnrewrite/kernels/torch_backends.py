@@ -1,0 +1,184 @@
+"""``_native_flash``, ``_native_efficient``, ``_native_cudnn``: single back ends of PyTorch's own fused attention.
+
+Each is called by the operator that its selector would call, and not by a switch of PyTorch's: AOTAutograd's cache does
+not see ``sdpa_kernel(...)``. PyTorch's own check says what a back end takes.
+
+Source: https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/transformers/cuda/sdp_utils.cpp
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from attnrewrite.analysis.views import size_of
+from attnrewrite.ir import Builder, Size, same, tensor
+from attnrewrite.kernels.base import Availability, Verdict
+from attnrewrite.kernels.layout import Plan, padded_to
+from attnrewrite.kernels.torch_sdpa import TorchSDPA
+from attnrewrite.site import AttentionSite
+
+__all__ = ["CudnnAttention", "EfficientAttention", "FlashAttention"]
+
+aten = torch.ops.aten
+
+
+class _Backend(TorchSDPA):
+    """One back end on CUDA. It serves by name; the automatic choice leaves it to PyTorch's selector."""
+
+    automatic = False
+    needs = "PyTorch and an NVIDIA GPU"
+    masks = True
+    grouped = True
+    multiple_of = 8
+    """Features are padded to a multiple of this, as PyTorch's selector does."""
+
+    def availability(self) -> Availability:
+        if not torch.cuda.is_available():
+            return Availability(False, "PyTorch sees no NVIDIA GPU")
+        return Availability(True, f"part of torch {torch.__version__}")
+
+    def supports(self, site: AttentionSite) -> Verdict:
+        verdict = super().supports(site)
+        if not verdict.willing:
+            return verdict
+        if site.device.type != "cuda":
+            return Verdict.no(f"runs on NVIDIA GPUs, not on {site.device.type}")
+        plan = Plan.of(site)
+        width, value_width = (size_of(dims[-1]) for dims in (plan.query_dims, plan.value_dims))
+        if not isinstance(width, int) or not isinstance(value_width, int):
+            return Verdict.no("the head size is not known in numbers")
+        assert site.scores is not None
+        if site.scores.scale is None:
+            return Verdict.no("the scale is not known in numbers")
+        if site.scores.terms and not self.masks:
+            return Verdict.no("takes no mask but a causal one")
+        if plan.grouped and not self.grouped:
+            return Verdict.no("takes as many key heads as query heads, and keys are not repeated here")
+        if site.sink is not None and not self.masks:
+            return Verdict.no("takes no mask, by which a sink is made")
+        if site.fused and site.scores.masked_rows != "none":
+            return Verdict.no(
+                "what the call gives rows whose keys are all masked depends on the back end that PyTorch's selector "
+                "picks (if none occurs, say so: options={'assume_attended_rows': True})"
+            )
+        refusal = self._torch_refuses(site, plan)
+        return Verdict.no(refusal) if refusal else Verdict.yes()
+
+    def check(self, parameters: Any, debug: bool) -> bool:
+        raise NotImplementedError
+
+    def _torch_refuses(self, site: AttentionSite, plan: Plan) -> str:
+        """What PyTorch's own check says of tensors of these sizes; a symbol stands for a size that it was seen with."""
+        assert site.scores is not None
+        with FakeTensorMode():
+            query, key, value = (
+                torch.empty(
+                    [_hint(size_of(dim)) for dim in dims[:-1]] + [_up(_hint(size_of(dims[-1])), self.multiple_of)],
+                    dtype=site.compute_dtype,
+                    device=site.device,
+                    requires_grad=site.differentiable,
+                )
+                for dims in (plan.query_dims, plan.key_dims, plan.value_dims)
+            )
+            mask = None
+            if site.scores.terms or site.sink is not None:
+                mask = query.new_empty([*query.shape[:3], key.shape[2]])
+        parameters = torch.backends.cuda.SDPAParams(
+            query, key, value, mask, site.dropout, site.scores.is_causal, plan.grouped
+        )
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            if self.check(parameters, True):
+                return ""
+        reasons = [str(message.message).split(" (Triggered")[0].strip() for message in said]
+        return f"PyTorch's check says: {reasons[-1] if reasons else 'no'}"
+
+    def _call(self, builder: Builder, args: tuple[Any, ...], kwargs: dict[str, Any], fake: torch.Tensor) -> fx.Node:
+        query, key, value, mask, dropout, causal = args
+        width = tensor(value).shape[-1]
+        query, key, value = (padded_to(builder, node, -1, self.multiple_of) for node in (query, key, value))
+        if mask is not None:
+            mask = self._bias(builder, mask, query, key)
+        target, arguments = self.operator(mask, dropout, causal)
+        result = builder.call(target, query, key, value, *arguments, scale=kwargs["scale"])
+        output = builder.insert(operator.getitem, (result, 0), {}, result.meta["val"][0])
+        if same(tensor(output).shape[-1], width):
+            return output
+        return builder.call(aten.slice.Tensor, output, -1, 0, width)
+
+    def operator(self, mask: fx.Node | None, dropout: float, causal: bool) -> tuple[Callable[..., Any], list[Any]]:
+        """The operator, and its arguments behind query, key and value."""
+        raise NotImplementedError
+
+    def _bias(self, builder: Builder, mask: fx.Node, query: fx.Node, key: fx.Node) -> fx.Node:
+        """The mask as numbers, of the full size, its rows aligned as PyTorch's selector aligns them."""
+        if tensor(mask).dtype is torch.bool:
+            mask = builder.call(aten.where.Scalar, mask, 0.0, -math.inf)
+            mask = builder.call(aten.to.dtype, mask, tensor(query).dtype)
+        keys = tensor(key).shape[-2]
+        aligned = padded_to(builder, mask, -1, 16)
+        if aligned is not mask:
+            mask = builder.call(aten.slice.Tensor, aligned, -1, 0, keys)
+        elif not same(tensor(mask).stride()[-1], 1):
+            mask = builder.call(aten.clone.default, mask, memory_format=torch.contiguous_format)
+        return builder.call(aten.expand.default, mask, [*tensor(query).shape[:3], keys])
+
+
+class FlashAttention(_Backend):
+    """FlashAttention-2 as PyTorch has it."""
+
+    name = "_native_flash"
+    masks = False
+
+    def check(self, parameters: Any, debug: bool) -> bool:
+        return bool(torch.backends.cuda.can_use_flash_attention(parameters, debug))
+
+    def operator(self, mask: fx.Node | None, dropout: float, causal: bool) -> tuple[Callable[..., Any], list[Any]]:
+        return aten._scaled_dot_product_flash_attention.default, [dropout, causal]
+
+
+class EfficientAttention(_Backend):
+    """xFormers' memory-efficient attention as PyTorch has it."""
+
+    name = "_native_efficient"
+    grouped = False
+
+    def check(self, parameters: Any, debug: bool) -> bool:
+        return bool(torch.backends.cuda.can_use_efficient_attention(parameters, debug))
+
+    def operator(self, mask: fx.Node | None, dropout: float, causal: bool) -> tuple[Callable[..., Any], list[Any]]:
+        return aten._scaled_dot_product_efficient_attention.default, [mask, True, dropout, causal]
+
+
+class CudnnAttention(_Backend):
+    """cuDNN's fused attention, without its backward pass."""
+
+    name = "_native_cudnn"
+
+    def supports(self, site: AttentionSite) -> Verdict:
+        if site.differentiable:
+            # Seen with torch 2.11 and cuDNN 9.19: right alone, wrong after calls of other layouts in one process.
+            return Verdict.no("its backward pass gave wrong gradients where calls of several layouts met")
+        return super().supports(site)
+
+    def check(self, parameters: Any, debug: bool) -> bool:
+        return bool(torch.backends.cuda.can_use_cudnn_attention(parameters, debug))
+
+    def operator(self, mask: fx.Node | None, dropout: float, causal: bool) -> tuple[Callable[..., Any], list[Any]]:
+        return aten._scaled_dot_product_cudnn_attention.default, [mask, True, dropout, causal]
+
+
+def _hint(size: Size) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
