@@ -197,17 +197,16 @@ class Limits:
         assert scores is not None
         if site.is_causal and scores.terms:
             return "the call has a mask and is_causal, and what both together mean is PyTorch's own"
-        if scores.band is not None:
-            reach = self._reach(scores.band)
-            if isinstance(reach, Asked):
-                return reach
-            if not scores.terms:
-                return reach
-        elif scores.is_causal:
+        reach = self._reach(scores.band) if scores.band is not None else None
+        if isinstance(reach, Asked):
+            return reach
+        if scores.is_causal and reach is None:
             return "a causal mask whose position is not known in numbers"
         if not scores.terms:
-            return Asked()
-        return self._mask(site)
+            return reach or Asked()
+        mask = self._mask(site)
+        # That it is a band says more than that it is a mask.
+        return reach if reach is not None and isinstance(mask, str) else mask
 
     def _mask(self, site: AttentionSite) -> Asked | str:
         scores = site.scores
@@ -215,8 +214,7 @@ class Limits:
         kind = mask_kind(site)
         if _KINDS.index(kind) > _KINDS.index(self.masks):
             takes = {"none": "no mask", "key padding": "no mask but key padding", "boolean": "no mask but a boolean one"}
-            words = " + ".join(scores.structure) or "bias"
-            return f"takes {takes[self.masks]}, and this site's ({words}) is {_in_words(kind)}"
+            return f"takes {takes[self.masks]}, and this site has {_in_words(kind)} ({_structure(site)})"
         if kind == "additive":
             for term in scores.terms:
                 if isinstance(term, Bias) and term.dtype.itemsize > site.compute_dtype.itemsize:
@@ -356,4 +354,10 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _in_words(kind: MaskKind) -> str:
-    return {"boolean": "over query and key positions", "additive": "added in numbers"}.get(kind, kind)
+    words = {"boolean": "one over query and key positions", "additive": "numbers that are added to the scores"}
+    return words.get(kind, "a key padding mask")
+
+
+def _structure(site: AttentionSite) -> str:
+    assert site.scores is not None
+    return " + ".join(site.scores.structure) or "bias"

@@ -43,13 +43,13 @@ class VendorCall:
     Attributes:
         vendor: what holds the function.
         function: its dotted path in the vendor's module.
-        args, kwargs: what it is called with.
+        args, kwargs: what it is called with; a call among them stands for its result.
         read: what of its result is wanted, as a tuple of tensors.
     """
 
     vendor: Vendor
     function: str
-    args: tuple[Any, ...]
+    args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     read: Callable[[Any], tuple[torch.Tensor, ...]] = lambda result: (result,)
 
@@ -59,7 +59,14 @@ class VendorCall:
         return f"{self.vendor.module}:{self.function}"
 
     def run(self) -> tuple[torch.Tensor, ...]:
-        return self.read(self.vendor.function(self.function)(*self.args, **self.kwargs))
+        return self.read(self._result())
+
+    def _result(self) -> Any:
+        def settled(value: Any) -> Any:
+            return value._result() if isinstance(value, VendorCall) else value
+
+        kwargs = {name: settled(value) for name, value in self.kwargs.items()}
+        return self.vendor.function(self.function)(*map(settled, self.args), **kwargs)
 
 
 def is_older(version: str, than: str) -> bool:

@@ -58,7 +58,7 @@ class XFormers(LibraryKernel):
     def _bias(self, query: Tensor, key: Tensor, mask: Tensor | None, request: Request) -> Any:
         if request.is_causal:
             name = "LowerTriangularFromBottomRightMask" if request.from_last else "LowerTriangularMask"
-            return self.vendor.function(f"attn_bias.{name}")()
+            return VendorCall(self.vendor, f"attn_bias.{name}")
         if mask is None:
             return None
         batch, queries, heads, _ = query.shape
