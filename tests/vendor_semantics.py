@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -97,11 +98,13 @@ def _pairs(starts: Tensor) -> list[tuple[int, int]]:
 
 
 def _gradients(run: Callable[..., tuple[Tensor, Tensor]], gradient: Tensor, *operands: Tensor) -> list[Tensor]:
-    leaves = [operand.detach().clone().requires_grad_() for operand in operands]
-    with torch.enable_grad():
-        output, _ = run(*leaves)
-        found = torch.autograd.grad(output, leaves, gradient)
-    return [part.to(own.dtype) for part, own in zip(found, operands, strict=True)]
+    def found() -> Any:
+        leaves = [operand.detach().double().requires_grad_() for operand in operands]
+        return torch.autograd.grad(run(*leaves)[0], leaves, gradient.double())
+
+    # An operator's body is run below autograd; another thread knows nothing of that.
+    with ThreadPoolExecutor(1) as thread:
+        return [part.to(own.dtype) for part, own in zip(thread.submit(found).result(), operands, strict=True)]
 
 
 def _window(left: int, right: int, causal: bool) -> tuple[int, int]:

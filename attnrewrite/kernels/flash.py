@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnrewrite.analysis.views import size_of
-from attnrewrite.kernels.library import LibraryKernel, Request, Saved
+from attnrewrite.kernels.library import LibraryKernel, Request, Saved, no_state
 from attnrewrite.kernels.limits import HALF, Asked, Capability, HeadSizes, Limits, Rule
 from attnrewrite.kernels.packing import Packed
 from attnrewrite.kernels.vendors import HubKernel, Package, VendorCall
@@ -184,7 +184,7 @@ class Flash3(_Flash):
 
         def read(result: Any) -> tuple[Tensor, ...]:
             output, logsumexp, *_ = result
-            return output.reshape(like.shape), logsumexp, like.new_empty((0,))
+            return output.reshape(like.shape), logsumexp, no_state(like)
 
         return VendorCall(self.vendor, f"{self.prefix}_flash_attn_forward", args, kwargs, read)
 
@@ -258,7 +258,7 @@ class Flash3Varlen(Flash3):
 
     def saved_like(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         batch, length, heads, _ = query.shape
-        return query.new_empty((heads, batch * length), dtype=torch.float32), query.new_empty((0,))
+        return query.new_empty((heads, batch * length), dtype=torch.float32), no_state(query)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +278,7 @@ class Flash4(_Flash):
 
         def read(result: Any) -> tuple[Tensor, ...]:
             output, logsumexp = result
-            return output, logsumexp, query.new_empty((0,))
+            return output, logsumexp, no_state(query)
 
         return VendorCall(self.vendor, f"{self.prefix}flash_attn_func", (query, key, value), kwargs, read)
 
@@ -368,9 +368,7 @@ _VARLEN_SOURCES = {
     "masks": "key padding is taken by leaving keys out: https://github.com/Dao-AILab/flash-attention/blob/v2.8.3/"
     "flash_attn/bert_padding.py#L98",
 }
-_FLASH_2_VARLEN = dataclasses.replace(
-    _FLASH_2, masks="key padding", sources={**_FLASH_2.sources, **_VARLEN_SOURCES}
-)
+_FLASH_2_VARLEN = dataclasses.replace(_FLASH_2, masks="key padding", sources={**_FLASH_2.sources, **_VARLEN_SOURCES})
 
 _FLASH_3 = Limits(
     devices=("cuda",),
@@ -400,9 +398,7 @@ _FLASH_3 = Limits(
         "deterministic": f"{_FA3_PYTHON} flash_attn_func",
     },
 )
-_FLASH_3_VARLEN = dataclasses.replace(
-    _FLASH_3, masks="key padding", sources={**_FLASH_3.sources, **_VARLEN_SOURCES}
-)
+_FLASH_3_VARLEN = dataclasses.replace(_FLASH_3, masks="key padding", sources={**_FLASH_3.sources, **_VARLEN_SOURCES})
 
 
 def _no_capped_gradient(site: AttentionSite, asked: Asked, capability: Capability | None) -> str | None:

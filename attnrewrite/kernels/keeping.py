@@ -2,7 +2,7 @@
 
 Kernels differ in what they give a row without a key, and some do not say. None of them is asked: such a row is given
 every key and a query of zero, from which any softmax makes the mean of the values; what the source gives instead (zero,
-NaN) is put in its place afterwards.
+NaN) is put in its place afterwards. Where numbers are added that may be minus infinity, NaN is put there all the same.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import fx
 
-from attnrewrite.analysis.values import ABSORBING, is_far_below, possible_values
+from attnrewrite.analysis.values import ABSORBING, Kind, is_far_below, is_ordinary, possible_values
 from attnrewrite.kernels.layout import Plan
 from attnrewrite.kernels.masking import Mask
-from attnrewrite.site import AttentionSite, Bias, Fill
+from attnrewrite.site import AttentionSite, Bias, Fill, Floor
 
 __all__ = ["KeepMask", "MaskKind", "mask_kind", "why_rows_stay_lost"]
 
@@ -71,7 +71,13 @@ def why_rows_stay_lost(site: AttentionSite, kind: MaskKind) -> str | None:
     fills = all(isinstance(term, Fill) and term.value == -math.inf for term in scores.terms)
     if site.fused and kind != "additive" and fills:
         return None
-    if not site.fused and kind != "additive" and not site.differentiable and not site.rounds_rows:
+    if site.fused or site.differentiable or site.rounds_rows:
+        return _words(site)
+    if kind == "additive":
+        # NaN times whatever the kernel gives is NaN; finite numbers that mask would leave it to the kernel.
+        if scores.masked_rows == "NaN" and all(map(_is_ordinary_or_infinite, scores.terms)):
+            return None
+    else:
         # One bias that swallows the scores of a whole row leaves them all the same: the mean of the values. With
         # gradients it is another matter: they pass through the addition, and a query of zero stops them.
         (first, *more) = scores.terms
@@ -79,7 +85,23 @@ def why_rows_stay_lost(site: AttentionSite, kind: MaskKind) -> str | None:
         single = isinstance(first, Bias) and len(possible_values(first.operand.node) - {0.0}) == 1
         if low is not None and single and -math.inf < low <= ABSORBING and scores.masked_rows == "mean of value":
             return None
-    return f"a row may have no key, and the source gives it something of its own ({scores.masked_rows})"
+    return _words(site)
+
+
+def _words(site: AttentionSite) -> str:
+    assert site.scores is not None
+    rows = site.scores.masked_rows
+    return f"a row may have no key, and what the source gives it ({rows}) is not restored for this kernel"
+
+
+def _is_ordinary_or_infinite(term: Bias | Fill | Floor) -> bool:
+    if not isinstance(term, Bias):
+        return term.value == -math.inf
+    values = [term.of(value) if isinstance(value, float) else value for value in possible_values(term.operand.node)]
+    return all(
+        value is Kind.LEARNED or (isinstance(value, float) and (value == -math.inf or is_ordinary(value)))
+        for value in values
+    )
 
 
 class KeepMask(Mask):

@@ -25,7 +25,7 @@ from attnrewrite.kernels.masking import Mask
 from attnrewrite.kernels.vendors import HubKernel, Vendor, VendorCall
 from attnrewrite.site import AttentionSite, WeightMod
 
-__all__ = ["LibraryKernel", "Request", "Saved"]
+__all__ = ["LibraryKernel", "Request", "Saved", "no_state"]
 
 aten = torch.ops.aten
 
@@ -62,6 +62,11 @@ class Saved(NamedTuple):
     output: Tensor
     logsumexp: Tensor
     state: Tensor
+
+
+def no_state(like: Tensor) -> Tensor:
+    """The state of a dropout that there is none of."""
+    return like.new_empty((0,), dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class LibraryKernel:
     def saved_like(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Empty tensors of the shape of ``logsumexp`` and ``state``."""
         batch, length, heads, _ = (query.shape[dim] for dim in self._as_bshd())
-        return query.new_empty((batch, heads, length), dtype=torch.float32), query.new_empty((0,))
+        return query.new_empty((batch, heads, length), dtype=torch.float32), no_state(query)
 
     # What all share.
 
@@ -183,7 +188,7 @@ class LibraryKernel:
         if self.limits.backward:
             output = builder.insert(operator.getitem, (output, 0), {}, output.meta["val"][0])
         output = self._permuted(builder, output)
-        if mask is not None and asked.opens_rows:
+        if mask is not None and asked.restores_rows:
             output = mask.with_source_rows(output, self._permuted(builder, value), plan)
         return plan.as_result(builder, site, output)
 

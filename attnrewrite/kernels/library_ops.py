@@ -69,9 +69,7 @@ def _define_backward(kernel: LibraryKernel, name: str, tags: list[torch.Tag]) ->
             call = kernel.backward_call(gradient.contiguous(), query, key, value, mask, saved, Request(*numbers))
             return tuple(result.contiguous() for result in call.run())
 
-    def fake_backward(
-        gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any
-    ) -> tuple[Tensor, ...]:
+    def fake_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, ...]:
         return tuple(part.new_empty(part.shape) for part in (query, key, value))
 
     saved = "Tensor output, Tensor logsumexp, Tensor state"
@@ -84,6 +82,7 @@ def _define_backward(kernel: LibraryKernel, name: str, tags: list[torch.Tag]) ->
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, key, value, mask, *numbers = inputs
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(query, key, value, mask, *output)
     ctx.numbers = numbers
 

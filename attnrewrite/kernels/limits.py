@@ -93,14 +93,14 @@ class Asked:
         left, right: how many positions before and after its own a query attends, both included; -1 for no bound.
         from_last: the last query stands beside the last key; else the first beside the first.
         mask: which kind of tensor says what the two bounds do not.
-        opens_rows: rows without a key can come, and are given every key and a query of zero: see ``keeping.py``.
+        restores_rows: rows without a key can come, and get what the source gives them: see ``keeping.py``.
     """
 
     left: int = -1
     right: int = -1
     from_last: bool = False
     mask: MaskKind = "none"
-    opens_rows: bool = False
+    restores_rows: bool = False
 
     @property
     def is_causal(self) -> bool:
@@ -213,18 +213,24 @@ class Limits:
         assert scores is not None
         kind = mask_kind(site)
         if _KINDS.index(kind) > _KINDS.index(self.masks):
-            takes = {"none": "no mask", "key padding": "no mask but key padding", "boolean": "no mask but a boolean one"}
+            takes = {
+                "none": "no mask",
+                "key padding": "no mask but key padding",
+                "boolean": "no mask but a boolean one",
+            }
             return f"takes {takes[self.masks]}, and this site has {_in_words(kind)} ({_structure(site)})"
         if kind == "additive":
             for term in scores.terms:
                 if isinstance(term, Bias) and term.dtype.itemsize > site.compute_dtype.itemsize:
-                    return f"a bias is added in {_name(term.dtype)}, and would be rounded to {_name(site.compute_dtype)}"
+                    return (
+                        f"a bias is added in {_name(term.dtype)}, and would be rounded to {_name(site.compute_dtype)}"
+                    )
             if site.differentiable:
                 return "gives no gradient for an additive mask"
         if scores.masked_rows == "none":
             return Asked(mask=kind)
         lost = why_rows_stay_lost(site, kind)
-        return Asked(mask=kind, opens_rows=True) if lost is None else f"{lost} {_ATTENDED}"
+        return Asked(mask=kind, restores_rows=True) if lost is None else f"{lost} {_ATTENDED}"
 
     def _reach(self, band: Band) -> Asked | str:
         square = band.from_first is not None and band.from_first == band.from_last
@@ -269,9 +275,7 @@ class Limits:
 
     def capability_in_words(self) -> str:
         """ "8.0 to 9.0", "9.0 or later", a list; empty if any will do."""
-        low, high = (
-            ".".join(map(str, bound)) if bound else "" for bound in (self.min_capability, self.max_capability)
-        )
+        low, high = (".".join(map(str, bound)) if bound else "" for bound in (self.min_capability, self.max_capability))
         if self.capabilities:
             return ", ".join(".".join(map(str, one)) for one in self.capabilities)
         if low == high:
@@ -298,7 +302,9 @@ class Limits:
             return "takes no symbolic sizes (compile with dynamic=False)"
         keys = size_of(site.key_axes)
         if self.key_multiple > 1 and not same(keys % self.key_multiple, 0):
-            return f"is right only where the number of keys is known to be a multiple of {self.key_multiple}, not {keys}"
+            return (
+                f"is right only where the number of keys is known to be a multiple of {self.key_multiple}, not {keys}"
+            )
         if site.group_axes and not self.grouped:
             return "takes as many key heads as query heads"
         return None
@@ -325,7 +331,7 @@ class Limits:
         if isinstance(asked, str):
             return asked
         # A row can lose its keys to a mask only; what else could come of it is not known here.
-        if scores.masked_rows != "none" and not asked.opens_rows:
+        if scores.masked_rows != "none" and not asked.restores_rows:
             return f"a row may have no key, and what this kernel gives it is not known {_ATTENDED}"
         return None
 

@@ -268,7 +268,14 @@ _LOW: dict[str, Any] = {"automatic": False, "lower_precision": True}
 
 def _second(name: str, limits: Limits) -> Sage:
     return Sage(
-        f"_sage_{name}", _TWO, limits, _BUILD, _REPOSITORY, function=f"sageattn_{name}", proved="2.2.0 (0116592)", **_LOW
+        f"_sage_{name}",
+        _TWO,
+        limits,
+        _BUILD,
+        _REPOSITORY,
+        function=f"sageattn_{name}",
+        proved="2.2.0 (0116592)",
+        **_LOW,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnrewrite.kernels.library import LibraryKernel, Request, Saved
+from attnrewrite.kernels.library import LibraryKernel, Request, Saved, no_state
 from attnrewrite.kernels.limits import HALF, HeadSizes, Limits
 from attnrewrite.kernels.packing import Packed
 from attnrewrite.kernels.vendors import Package, VendorCall
@@ -22,7 +22,9 @@ from attnrewrite.kernels.vendors import Package, VendorCall
 __all__ = ["VARLEN_KERNELS"]
 
 _PYTHON = "https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/attention/varlen.py"
-_NATIVE = "https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp"
+_NATIVE = (
+    "https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class TorchVarlen(LibraryKernel):
         )
 
         def read(result: Any) -> tuple[Tensor, ...]:
-            return result[0].reshape(query.shape), result[1], query.new_empty((0,))
+            return result[0].reshape(query.shape), result[1], no_state(query)
 
         return VendorCall(self.vendor, "aten._flash_attention_forward", args, kwargs, read)
 
@@ -71,7 +73,7 @@ class TorchVarlen(LibraryKernel):
 
     def saved_like(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         batch, length, heads, _ = query.shape
-        return query.new_empty((heads, batch * length), dtype=torch.float32), query.new_empty((0,))
+        return query.new_empty((heads, batch * length), dtype=torch.float32), no_state(query)
 
 
 _LIMITS = Limits(

@@ -129,7 +129,9 @@ def _probe(package: Package) -> Availability:
     version = package.version()
     if package.minimum_version:
         if not version:
-            return Availability(False, f"{package.distribution} does not say its version; it needs {package.how_to_get}")
+            return Availability(
+                False, f"{package.distribution} does not say its version; it needs {package.how_to_get}"
+            )
         if is_older(version, package.minimum_version):
             wanted = package.minimum_version
             return Availability(False, f"{package.distribution} {version} is too old, {wanted} or later is needed")

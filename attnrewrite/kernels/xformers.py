@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnrewrite.kernels.library import LibraryKernel, Request, Saved
+from attnrewrite.kernels.library import LibraryKernel, Request, Saved, no_state
 from attnrewrite.kernels.limits import HALF, Asked, Capability, HeadSizes, Limits, Rule
 from attnrewrite.kernels.vendors import Package, VendorCall
 from attnrewrite.site import AttentionSite
@@ -36,7 +36,7 @@ class XFormers(LibraryKernel):
         def read(result: Any) -> tuple[Tensor, ...]:
             output, logsumexp = result
             # The CUTLASS operator rounds the number of rows up to a multiple of 32.
-            return output, logsumexp[..., : query.shape[1]], query.new_empty((0,))
+            return output, logsumexp[..., : query.shape[1]], no_state(query)
 
         path = "memory_efficient_attention_forward_requires_grad"
         return VendorCall(self.vendor, path, (query, key, value), kwargs, read)
@@ -114,6 +114,7 @@ _LIMITS = Limits(
         "dropout": f"{_FMHA}/__init__.py#L411: not in the functions that hand out logarithms of sums",
         "grouped": "five dimensions, which are not written here",
         "deterministic": f"{_FMHA}/__init__.py#L199: this operator may be nondeterministic",
+        "minimum_version": "the release that was read",
     },
 )
 
