@@ -48,7 +48,8 @@ def _learned(parameter: torch.nn.Parameter, dtype: torch.dtype) -> torch.nn.Para
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
-    return q @ k.mT * q.shape[-1] ** -0.5
+    scale: float = q.shape[-1] ** -0.5
+    return q @ k.mT * scale
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ def window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def before_itself(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Keys before the query's own position, which no bound of a vendor's can say; the first query has one all the same."""
+    """Counted from the last key, what is kept ends before the query's own position, which no vendor's bound can say."""
     away = torch.arange(q.shape[-2])[:, None] + 2 - torch.arange(k.shape[-2])
     return _scores(q, k).masked_fill(away < 1, -math.inf).softmax(-1) @ v
 

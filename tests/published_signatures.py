@@ -5,7 +5,7 @@ Only the line of definition is taken over; annotations are left out where they n
 
 from __future__ import annotations
 
-# ruff: noqa: N801, N802, N803, ARG004
+# ruff: noqa: N803
 from dataclasses import dataclass
 from typing import Any
 

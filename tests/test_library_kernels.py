@@ -388,7 +388,7 @@ def test_gradients_are_the_sources(name: str, case: str, monkeypatch: pytest.Mon
 
 def between_projections(x: Tensor, weight: Tensor) -> Tensor:
     """Operands that lie in memory as (batch, length, heads, features), and a result that goes on as such."""
-    q, k, v = (part.unflatten(-1, (4, 16)).transpose(1, 2) for part in x.chunk(3, dim=-1))
+    q, k, v = (part.view(*x.shape[:2], 4, 16).transpose(1, 2) for part in x.chunk(3, dim=-1))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2) @ weight
 
 
@@ -569,7 +569,7 @@ def test_packing() -> None:
     assert packed.key.shape == (6, 1, 4), "nothing depends on the data but what is in it"
     gradient = packed.key.clone()
     gradient[3:] = torch.nan
-    _, dk, _ = packed.unpacked_gradients(packed.query, gradient, packed.value, like=(q, k, v))
+    _, dk, _ = packed.unpacked_gradients((packed.query, gradient, packed.value), like=(q, k, v))
     assert torch.equal(dk, k * keep[..., None, None])
 
 

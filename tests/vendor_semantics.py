@@ -7,6 +7,7 @@ without a key. It shows nothing of what a vendor's kernel computes.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -76,7 +77,7 @@ def _attend(
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, *numbers: Any, **more: Any) -> tuple[Tensor, Tensor]:
     """The same with operands (batch, length, heads, features)."""
-    output, logsumexp = _attend(*(part.transpose(1, 2) for part in (q, k, v)), *numbers, **more)
+    output, logsumexp = _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *numbers, **more)
     return output.transpose(1, 2).contiguous(), logsumexp
 
 
@@ -94,7 +95,7 @@ def _sequences(
 
 def _pairs(starts: Tensor) -> list[tuple[int, int]]:
     numbers = starts.tolist()
-    return list(zip(numbers[:-1], numbers[1:], strict=True))
+    return list(itertools.pairwise(numbers))
 
 
 def _gradients(run: Callable[..., tuple[Tensor, Tensor]], gradient: Tensor, *operands: Tensor) -> list[Tensor]:
@@ -159,8 +160,8 @@ def _flash_func(a: dict[str, Any]) -> Any:
 
 
 def _flash_4_backward(a: dict[str, Any]) -> Any:
-    bounds = (-1 if a[name] is None else a[name] for name in ("window_size_left", "window_size_right"))
-    left, right = _window(*bounds, a["causal"])
+    left, right = (-1 if a[name] is None else a[name] for name in ("window_size_left", "window_size_right"))
+    left, right = _window(left, right, a["causal"])
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return _dense(q, k, v, a["softmax_scale"], left, right, softcap=a["softcap"])

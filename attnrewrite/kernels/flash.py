@@ -140,7 +140,7 @@ class Flash2Varlen(Flash2):
             self.vendor,
             f"{self.prefix}_flash_attn_varlen_backward",
             args,
-            read=lambda _: tuple(packed.unpacked_gradients(*gradients, like=(query, key, value))),
+            read=lambda _: packed.unpacked_gradients(gradients, like=(query, key, value)),
         )
 
     def saved_like(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,7 +252,7 @@ class Flash3Varlen(Flash3):
         args = self._backward_args(request, flat, lengths, gradients)
 
         def read(_: Any) -> tuple[Tensor, ...]:
-            return tuple(packed.unpacked_gradients(*gradients, like=(query, key, value)))
+            return packed.unpacked_gradients(gradients, like=(query, key, value))
 
         return VendorCall(self.vendor, f"{self.prefix}_flash_attn_backward", args, read=read)
 
@@ -361,7 +361,7 @@ _FLASH_2 = Limits(
         "softcap_with_dropout": f"{_FA2_API}#L397",
         "grouped": f"{_FA2_API}#L395",
         "deterministic": f"{_FA2_PYTHON}#L1179: of the backward pass; the forward pass always is",
-        "minimum_version": "https://github.com/Dao-AILab/flash-attention/releases/tag/v2.7.0: arguments of the operators",
+        "minimum_version": "https://github.com/Dao-AILab/flash-attention/releases/tag/v2.7.0: the arguments",
     },
 )
 _VARLEN_SOURCES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,11 +52,12 @@ class Packed:
             flat_key, flat_value = flat_key[order], flat_value[order]
         return Packed(query.flatten(0, 1), flat_key, flat_value, offsets * queries, starts_k, queries, keys, order)
 
-    def unpacked_gradients(self, query: Tensor, key: Tensor, value: Tensor, like: tuple[Tensor, ...]) -> list[Tensor]:
-        """Gradients of the packed operands as gradients of the operands, which ``like`` are."""
+    def unpacked_gradients(self, gradients: Sequence[Tensor], like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Gradients of the packed query, key and value as gradients of those, which ``like`` are."""
+        query, key, value = gradients
         if self.order is not None:
             # Kernels leave what no sequence reaches as it was: memory that nothing was written to.
             reached = torch.arange(len(self.order), device=key.device) < self.starts_k[-1]
             key, value = (part.where(reached[:, None, None], 0) for part in (key, value))
             key, value = (torch.empty_like(part).index_copy_(0, self.order, part) for part in (key, value))
-        return [part.reshape(own.shape) for part, own in zip((query, key, value), like, strict=True)]
+        return tuple(part.reshape(own.shape) for part, own in zip((query, key, value), like, strict=True))

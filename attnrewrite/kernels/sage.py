@@ -123,7 +123,7 @@ _FIRST = Limits(
         "dtypes": f"{_SAGE1}:65 (float32 is taken, and its values rounded to float16)",
         "heads": f"{_SAGE1}:70",
         "value_heads": f"{_SAGE1}: one head size",
-        "min_capability": "https://github.com/thu-ml/SageAttention/tree/v1.0.6#base-environment: triton on Ampere or later",
+        "min_capability": "https://github.com/thu-ml/SageAttention#base-environment: Triton, Ampere or later",
         "masks": f"{_SAGE1}:17: there is no argument for one",
         "alignments": f"{_SAGE1}:42: only where qo_len == kv_len",
         "grouped": f"{_SAGE1}:58",
@@ -139,7 +139,7 @@ _FIRST_VARLEN = dataclasses.replace(
     sources={
         **_FIRST.sources,
         "heads": f"{_SAGE1}:163",
-        "key_multiple": "https://pypi.org/project/sageattention/1.0.6/ attn_qk_int8_block_varlen.py: as in the other form",
+        "key_multiple": "https://pypi.org/project/sageattention/1.0.6/ attn_qk_int8_block_varlen.py: as there",
         "cuda_graphs": "quant_per_block_varlen.py: sizes are read from the device",
     },
 )

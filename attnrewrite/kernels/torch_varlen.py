@@ -67,7 +67,7 @@ class TorchVarlen(LibraryKernel):
         )
 
         def read(result: Any) -> tuple[Tensor, ...]:
-            return tuple(packed.unpacked_gradients(*result, like=(query, key, value)))
+            return packed.unpacked_gradients(result, like=(query, key, value))
 
         return VendorCall(self.vendor, "aten._flash_attention_backward", args, kwargs, read)
 

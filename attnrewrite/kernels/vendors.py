@@ -1,4 +1,4 @@
-"""Where a third-party kernel's functions come from: an installed package, or a file that the package ``kernels`` fetches.
+"""Where a third-party kernel's functions come from: an installed package, or what the package ``kernels`` fetches.
 
 Nothing is imported before it is asked for, and nothing is fetched on the way through a graph.
 """
