@@ -465,9 +465,9 @@ class Aiter:
 
 
 class TorchNpu:
-    """torch-npu 2.13.0, the operators' schemas.
+    """torch-npu 2.13.0, the operators' schemas, as torch.ops.npu.npu_fusion_attention.default._schema gives them.
 
-    https://gitcode.com/ascend/op-plugin/blob/7.3.0/op_plugin/config/op_plugin_functions.yaml
+    https://pypi.org/project/torch-npu/2.13.0/
     """
 
     version = "2.13.0"
@@ -534,6 +534,15 @@ class TorchNpu:
         sink: Any = None,
     ) -> Any: ...
 
+
+class TorchNpuInference:
+    """The schema in the documentation of torchair, up to block_size; version 6.0.RC3 has scale_value for scale.
+
+    https://hiascend.com/document/detail/zh/Pytorch/60RC3/apiref/apilist/ptaoplist_000768.html
+    """
+
+    version = "torchair's documentation"
+
     @staticmethod
     def npu_fused_infer_attention_score(
         query: Any,
@@ -577,12 +586,12 @@ class TorchNpu:
 
 
 class TorchXla:
-    """torch-xla 2.9.0, torch_xla/experimental/custom_kernel.py
+    """torch-xla, torch_xla/experimental/custom_kernel.py
 
     https://github.com/pytorch/xla/blob/00a784387b723b32f2a1c646eef6d772c84603ae/torch_xla/experimental/custom_kernel.py
     """
 
-    version = "2.9.0"
+    version = "00a7843"
 
     @staticmethod
     def flash_attention(
@@ -679,7 +688,7 @@ PUBLISHED: dict[str, Published] = {
     "aiter": Published((Aiter,)),
     "aiter_fa2_hub": Published((Aiter,)),
     "_native_npu": Published((TorchNpu,)),
-    "_native_npu_inference": Published((TorchNpu,)),
+    "_native_npu_inference": Published((TorchNpuInference,)),
     "_native_xla": Published((TorchXla,)),
     "sage": _SAGE,
     "sage_varlen": _SAGE,

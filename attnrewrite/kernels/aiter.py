@@ -24,7 +24,7 @@ _CARD = "https://huggingface.co/kernels-community/aiter-flash-attn-ck/blob/main/
 _DISPATCH = "https://github.com/huggingface/diffusers/blob/main/src/diffusers/models/attention_dispatch.py"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Aiter(LibraryKernel):
     """Attributes:
     windows: the build takes a window.

@@ -44,7 +44,7 @@ def _deterministic() -> bool:
     return torch.are_deterministic_algorithms_enabled()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class _Flash(LibraryKernel):
     """Attributes:
     prefix: the path of the module that has the functions, inside the vendor's.
@@ -53,7 +53,7 @@ class _Flash(LibraryKernel):
     prefix: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Flash2(_Flash):
     """``_flash_attn_forward``: the package's own operator, which takes every argument and hands out what the backward
     pass needs."""
@@ -99,7 +99,7 @@ def _output_lse_state(result: Any) -> tuple[Tensor, ...]:
     return output, logsumexp, state
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Flash2Varlen(Flash2):
     """The form for sequences of many lengths, which takes key padding by leaving the keys out."""
 
@@ -149,7 +149,7 @@ class Flash2Varlen(Flash2):
         return query.new_empty((heads, batch * length), dtype=torch.float32), state
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Flash3(_Flash):
     """``_flash_attn_forward`` of the Hopper build, which serves both forms."""
 
@@ -223,7 +223,7 @@ class Flash3(_Flash):
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Flash3Varlen(Flash3):
     """The same for sequences of many lengths, which takes key padding by leaving the keys out."""
 
@@ -261,7 +261,7 @@ class Flash3Varlen(Flash3):
         return query.new_empty((heads, batch * length), dtype=torch.float32), no_state(query)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Flash4(_Flash):
     """FlashAttention 4, written in CuTe. Called bare it breaks graphs three times, hence the operator."""
 
@@ -315,7 +315,7 @@ class Flash4(_Flash):
         return (None if request.left < 0 else request.left), (None if request.right < 0 else request.right)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Flash4Hub(_Flash):
     """FlashAttention 4 from the Hub, called with no more than diffusers calls it with."""
 
@@ -349,18 +349,18 @@ _FLASH_2 = Limits(
     deterministic=True,
     minimum_version="2.7.0",
     sources={
-        "devices": f"{_FA2_API}#L379 (and CHECK_DEVICE, the CUDA build)",
+        "devices": f"{_FA2_API}#L378 (the CUDA build)",
         "dtypes": f"{_FA2_API}#L373",
         "heads": f"{_FA2_API}#L393-L394",
         "value_heads": f"{_FA2_API}#L418",
         "min_capability": f"{_FA2_API}#L370",
         "masks": f"{_FA2_PYTHON}#L1135-L1147: there is no argument for one",
         "alignments": f"{_FA2_PYTHON}#L1154-L1163: aligned to the bottom right corner",
-        "window": f"{_FA2_PYTHON}#L1165-L1167",
+        "window": f"{_FA2_PYTHON}#L1166-L1168",
         "softcap": f"{_FA2_PYTHON}#L1143",
         "softcap_with_dropout": f"{_FA2_API}#L397",
         "grouped": f"{_FA2_API}#L395",
-        "deterministic": f"{_FA2_PYTHON}#L1179: of the backward pass; the forward pass always is",
+        "deterministic": f"{_FA2_PYTHON}#L1182: of the backward pass; the forward pass always is",
         "minimum_version": "https://github.com/Dao-AILab/flash-attention/releases/tag/v2.7.0: the arguments",
     },
 )
@@ -430,19 +430,19 @@ _FLASH_4 = Limits(
         ),
     ),
     sources={
-        "devices": f"{_FA4_WHEEL}:838-856",
-        "dtypes": f"{_FA4_WHEEL}:805",
+        "devices": f"{_FA4_WHEEL}:827",
+        "dtypes": f"{_FA4_WHEEL}:801",
         "heads": f"{_FA4_WHEEL}:128-133",
         "heads_by_major": f"{_FA4_WHEEL}:134-138",
         "value_heads": "no statement of which pairs the backward pass takes",
-        "min_capability": f"{_FA4_WHEEL}:128 (head sizes are checked from 9.0 on), :2286 (backward)",
-        "max_capability": f"{_FA4_WHEEL}:861 (the head sizes of 12.x are not checked)",
+        "min_capability": f"{_FA4_WHEEL}:128 (head sizes are checked from 9.0 on), :2288 (backward)",
+        "max_capability": f"{_FA4_WHEEL}:859 (the head sizes of 12.x are not checked)",
         "masks": f"{_FA4_WHEEL}:4145: mask_mod is a CuTe function, a tensor is not taken",
-        "alignments": "https://github.com/Dao-AILab/flash-attention/blob/main/flash_attn/cute/mask.py: from the last",
+        "alignments": "https://pypi.org/project/flash-attn-4/4.0.0b36/ flash_attn/cute/mask.py:300: from the last",
         "window": f"{_FA4_WHEEL}:438-459",
         "softcap": f"{_FA4_WHEEL}:4155",
         "dropout": f"{_FA4_WHEEL}:4145: there is no argument for it",
-        "grouped": f"{_FA4_WHEEL}:857",
+        "grouped": f"{_FA4_WHEEL}:846",
         "deterministic": f"{_FA4_WHEEL}:2352: not on 12.x",
         "minimum_version": f"{_FA4_WHEEL}: flash_attn_func returns (output, lse) whatever is asked",
     },

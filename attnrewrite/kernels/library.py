@@ -69,7 +69,7 @@ def no_state(like: Tensor) -> Tensor:
     return like.new_empty((0,), dtype=torch.int64)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class LibraryKernel:
     """A kernel of another package.
 

@@ -33,7 +33,8 @@ def define_operators(kernel: LibraryKernel) -> None:
 
     def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *numbers: Any) -> Any:
         with torch.no_grad():
-            results = kernel.forward_call(query, key, value, mask, Request(*numbers)).run()
+            operands = [_aligned(part) for part in (query, key, value)]
+            results = kernel.forward_call(*operands, mask, Request(*numbers)).run()
         # The layout that the fake promises; nothing is copied where the vendor's is that one already.
         results = tuple(result.contiguous() for result in results)
         return results if backward else results[0]
@@ -66,7 +67,8 @@ def _define_backward(kernel: LibraryKernel, name: str, tags: list[torch.Tag]) ->
     ) -> Any:
         saved = Saved(output, logsumexp, state)
         with torch.no_grad():
-            call = kernel.backward_call(gradient.contiguous(), query, key, value, mask, saved, Request(*numbers))
+            operands = [_aligned(part) for part in (query, key, value)]
+            call = kernel.backward_call(gradient.contiguous(), *operands, mask, saved, Request(*numbers))
             return tuple(result.contiguous() for result in call.run())
 
     def fake_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, ...]:
@@ -78,6 +80,19 @@ def _define_backward(kernel: LibraryKernel, name: str, tags: list[torch.Tag]) ->
     tags = [tag for tag in tags if tag is not torch.Tag.nondeterministic_seeded]
     definition = torch.library.custom_op(f"{name}_backward", backward, mutates_args=(), schema=schema, tags=tags)
     definition.register_fake(fake_backward)
+
+
+def _aligned(operand: Tensor) -> Tensor:
+    """The operand, copied if its rows do not begin at multiples of 16 bytes, which kernels for CUDA load at once.
+
+    Some check it, some take it for granted: a view that begins in the middle of a row would be read wrongly.
+    """
+    if not operand.is_cuda:
+        return operand
+    size = operand.element_size()
+    strides = zip(operand.shape[:-1], operand.stride()[:-1], strict=True)
+    fits = operand.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for length, stride in strides if length > 1)
+    return operand if fits else operand.clone(memory_format=torch.contiguous_format)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

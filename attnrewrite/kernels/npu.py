@@ -2,7 +2,7 @@
 
 Sources, to which the limits refer:
 https://www.hiascend.com/document/detail/zh/Pytorch/730/apiref/torchnpuCustomsapi/docs/context/torch_npu-npu_fusion_attention.md
-https://gitcode.com/ascend/op-plugin (the schemas, torch-npu 2.13.0)
+torch-npu 2.13.0, the operators' schemas
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _mask_arguments(query: Tensor, key: Tensor, mask: Tensor | None, request: Re
     return {"atten_mask": mask.logical_not().expand(shape).contiguous(), "sparse_mode": 0}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class NpuFusion(LibraryKernel):
     """``npu_fusion_attention`` and ``npu_fusion_attention_grad``."""
 
@@ -101,7 +101,7 @@ class NpuFusion(LibraryKernel):
         return rows, torch.empty((3,), dtype=torch.int64)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class NpuInference(LibraryKernel):
     """``npu_fused_infer_attention_score``: without a backward pass, and with a path of its own for one query."""
 
@@ -159,6 +159,7 @@ _INFERENCE = dataclasses.replace(
         **{name: text.replace(_FUSION, _INFER) for name, text in _LIMITS.sources.items()},
         "dropout": f"{_INFER}: there is no argument for it",
         "backward": f"{_INFER}: for inference",
+        "minimum_version": "its argument scale_value has become scale since 6.0.RC3; calls of today's say scale",
     },
 )
 
@@ -176,6 +177,6 @@ NPU_KERNELS: tuple[LibraryKernel, ...] = (
         _PIP,
         "https://gitcode.com/ascend/op-plugin",
         automatic=False,
-        proved="2.13.0",
+        proved="torchair's documentation",
     ),
 )

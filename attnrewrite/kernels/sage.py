@@ -33,13 +33,17 @@ _SAGE3 = (
     "https://github.com/thu-ml/SageAttention/blob/27b740fc52c1a05813786ea44e94ebf27eef73bf"
     "/sageattention3_blackwell/sageattn3/api.py"
 )
+_SAGE3_SETUP = (
+    "https://github.com/thu-ml/SageAttention/blob/117f2f3b0485208ba5403e9f98b0ceadfcd92527"
+    "/sageattention3_blackwell/setup.py"
+)
 _DISPATCH = "https://github.com/huggingface/diffusers/blob/main/src/diffusers/models/attention_dispatch.py"
 
 _SECOND = "2.0.0"
 """The first release of the second generation."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Sage(LibraryKernel):
     """``sageattn`` and the functions that it chooses from, which take the same arguments.
 
@@ -68,7 +72,7 @@ class Sage(LibraryKernel):
         return VendorCall(self.vendor, self.function, (query, key, value), kwargs)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class SageVarlen(Sage):
     """``sageattn_varlen``, which takes key padding by leaving the keys out."""
 
@@ -93,7 +97,7 @@ class SageVarlen(Sage):
         return VendorCall(self.vendor, self.function, (packed.query, packed_key, packed.value), kwargs, read)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Sage3(LibraryKernel):
     """``sageattn3_blackwell``: scores and weights in four bits."""
 
@@ -119,14 +123,14 @@ _FIRST = Limits(
     key_multiple=64,
     minimum_version="1.0.6",
     sources={
-        "devices": f"{_SAGE1}:64",
-        "dtypes": f"{_SAGE1}:65 (float32 is taken, and its values rounded to float16)",
-        "heads": f"{_SAGE1}:70",
+        "devices": f"{_SAGE1}:76",
+        "dtypes": f"{_SAGE1}:77 (float32 is taken, and its values rounded to float16)",
+        "heads": f"{_SAGE1}:82",
         "value_heads": f"{_SAGE1}: one head size",
         "min_capability": "https://github.com/thu-ml/SageAttention#base-environment: Triton, Ampere or later",
         "masks": f"{_SAGE1}:17: there is no argument for one",
-        "alignments": f"{_SAGE1}:42: only where qo_len == kv_len",
-        "grouped": f"{_SAGE1}:58",
+        "alignments": f"{_SAGE1}:51: only where qo_len == kv_len",
+        "grouped": f"{_SAGE1}:70",
         "key_multiple": "https://pypi.org/project/sageattention/1.0.6/ attn_qk_int8_per_block.py:14-32: scores of keys "
         "beyond the last are not masked; 28% error at 77 keys, measured on an H100",
         "backward": f"{_SAGE1}: none",
@@ -138,9 +142,9 @@ _FIRST_VARLEN = dataclasses.replace(
     cuda_graphs=False,
     sources={
         **_FIRST.sources,
-        "heads": f"{_SAGE1}:163",
+        "heads": f"{_SAGE1}:186",
         "key_multiple": "https://pypi.org/project/sageattention/1.0.6/ attn_qk_int8_block_varlen.py: as there",
-        "cuda_graphs": "quant_per_block_varlen.py: sizes are read from the device",
+        "cuda_graphs": "https://pypi.org/project/sageattention/1.0.6/ quant_per_block_varlen.py:62: a size on the device",
     },
 )
 
@@ -235,7 +239,7 @@ _THIRD = Limits(
     devices=("cuda",),
     dtypes=HALF,
     heads=HeadSizes(only=(64, 128)),
-    capabilities=((12, 0),),
+    capabilities=((10, 0), (12, 0)),
     alignments=("square",),
     any_scale=False,
     sources={
@@ -243,13 +247,19 @@ _THIRD = Limits(
         "dtypes": f"{_SAGE3}#L136 and {_DISPATCH} _check_qkv_dtype_bf16_or_fp16",
         "heads": f"{_DISPATCH} _check_head_dim_64_or_128: others fail, or are computed in full precision unasked",
         "value_heads": f"{_SAGE3}: one head size",
-        "capabilities": "https://github.com/thu-ml/SageAttention/tree/main/sageattention3_blackwell: sm120",
+        "capabilities": f"{_SAGE3_SETUP}: Unsupported GPU otherwise",
         "masks": f"{_SAGE3}#L129: the argument attn_mask is not used",
         "alignments": "no statement for lengths that differ",
         "any_scale": f"{_SAGE3}#L125: made from the head size",
         "grouped": "no statement",
         "backward": f"{_SAGE3}: none",
     },
+)
+
+_THIRD_HUB = dataclasses.replace(
+    _THIRD,
+    capabilities=((12, 0),),
+    sources={**_THIRD.sources, "capabilities": f"{_DISPATCH} _check_head_dim_64_or_128: the SM120 kernel"},
 )
 
 # Kernels.
@@ -309,7 +319,7 @@ SAGE_KERNELS: tuple[LibraryKernel, ...] = (
     Sage3(
         "sage_blackwell_hub",
         _HUB_BLACKWELL,
-        _THIRD,
+        _THIRD_HUB,
         _FETCHED,
         f"https://huggingface.co/{_HUB_BLACKWELL.module}",
         order="BHSD",

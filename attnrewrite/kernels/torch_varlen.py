@@ -27,7 +27,7 @@ _NATIVE = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class TorchVarlen(LibraryKernel):
     """``aten._flash_attention_forward`` and its backward pass, with cumulative lengths."""
 
@@ -100,7 +100,7 @@ _LIMITS = Limits(
         "softcap": f"{_PYTHON} varlen_attn: there is no argument for it",
         "dropout": f"{_PYTHON} _varlen_attn: hardcoded to 0.0",
         "grouped": f"{_PYTHON} varlen_attn: enable_gqa",
-        "deterministic": f"{_NATIVE} mha_varlen_bwd: globalContext().deterministicAlgorithms()",
+        "deterministic": "aten/src/ATen/native/transformers/cuda/attention_backward.cu: deterministicAlgorithms()",
         "minimum_version": "the oldest PyTorch that is accepted",
     },
 )

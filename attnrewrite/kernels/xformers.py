@@ -6,6 +6,7 @@ Source, to which the limits refer: https://github.com/facebookresearch/xformers/
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ _ALIGNED = 8
 """Rows of a bias must begin at multiples of 16 bytes: cutlass.py, ``_check_bias_alignment``."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class XFormers(LibraryKernel):
     """The package chooses between its own operators by what it is given."""
 
@@ -71,7 +72,7 @@ class XFormers(LibraryKernel):
 
 def _why_broken(module: Any) -> str | None:
     """The package imports without its compiled part, and every operator raises then."""
-    library = __import__("xformers._cpp_lib", fromlist=["_cpp_lib"])
+    library: Any = importlib.import_module("xformers._cpp_lib")
     error = getattr(library, "_cpp_library_load_exception", None)
     if error is not None:
         return " ".join(str(error).split())
@@ -99,7 +100,7 @@ _LIMITS = Limits(
         Rule(
             "after compute capability 9.0 neither a mask nor float32",
             _only_flash_after_hopper,
-            f"{_FMHA}/cutlass.py#L168: CUDA_MAXIMUM_COMPUTE_CAPABILITY",
+            f"{_FMHA}/cutlass.py#L170: CUDA_MAXIMUM_COMPUTE_CAPABILITY",
         ),
     ),
     sources={

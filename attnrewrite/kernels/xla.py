@@ -1,6 +1,7 @@
 """``torch_xla.experimental.custom_kernel.flash_attention``: FlashAttention in Pallas, for TPUs.
 
-Source, to which the limits refer: https://github.com/pytorch/xla/blob/v2.9.0/torch_xla/experimental/custom_kernel.py
+Source, to which the limits refer:
+https://github.com/pytorch/xla/blob/00a784387b723b32f2a1c646eef6d772c84603ae/torch_xla/experimental/custom_kernel.py
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from attnrewrite.site import AttentionSite
 
 __all__ = ["XLA_KERNELS"]
 
-_KERNEL = "https://github.com/pytorch/xla/blob/v2.9.0/torch_xla/experimental/custom_kernel.py"
+_KERNEL = (
+    "https://github.com/pytorch/xla/blob/00a784387b723b32f2a1c646eef6d772c84603ae"
+    "/torch_xla/experimental/custom_kernel.py"
+)
 _PALLAS = "https://github.com/jax-ml/jax/blob/main/jax/experimental/pallas/ops/tpu/flash_attention.py"
 
 _BLOCK = 512
 """Keys are taken in blocks of up to this many: ``DEFAULT_BLOCK_SIZES``."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class XlaFlash(LibraryKernel):
     """The forward pass; its scale is 1 unless it is given one."""
 
@@ -83,7 +87,7 @@ XLA_KERNELS: tuple[LibraryKernel, ...] = (
         _PIP,
         "https://github.com/pytorch/xla",
         automatic=False,
-        proved="2.9.0",
+        proved="00a7843",
         order="BHSD",
     ),
 )
