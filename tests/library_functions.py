@@ -60,6 +60,10 @@ def scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT * 0.3).softmax(-1) @ v
 
 
+def turned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT * -0.3).softmax(-1) @ v
+
+
 def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -182,6 +186,7 @@ CASES: dict[str, Case] = {
     for case in (
         Case("plain", plain),
         Case("scale", scaled),
+        Case("negative scale", turned),
         Case("call", call),
         Case("cross", plain, (2, 4, 4, 64, 256, 64, 64)),
         Case("77 keys", plain, (2, 4, 4, 128, 77, 64, 64)),

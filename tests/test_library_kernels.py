@@ -125,6 +125,7 @@ ACCEPTED: dict[str, set[str]] = {
 
 REASONS = {
     "scale": "scales by one over the root",
+    "negative scale": "takes a positive scale",
     "causal from first": "counts causal masks and windows from|only where there are as many keys",
     "causal from last": "counts causal masks and windows from|only where there are as many keys",
     "window": "no window",

@@ -33,8 +33,8 @@ def define_operators(kernel: LibraryKernel) -> None:
 
     def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *numbers: Any) -> Any:
         with torch.no_grad():
-            operands = [_aligned(part) for part in (query, key, value)]
-            results = kernel.forward_call(*operands, mask, Request(*numbers)).run()
+            query, key, value = (_aligned(part) for part in (query, key, value))
+            results = kernel.forward_call(query, key, value, mask, Request(*numbers)).run()
         # The layout that the fake promises; nothing is copied where the vendor's is that one already.
         results = tuple(result.contiguous() for result in results)
         return results if backward else results[0]
@@ -67,8 +67,8 @@ def _define_backward(kernel: LibraryKernel, name: str, tags: list[torch.Tag]) ->
     ) -> Any:
         saved = Saved(output, logsumexp, state)
         with torch.no_grad():
-            operands = [_aligned(part) for part in (query, key, value)]
-            call = kernel.backward_call(gradient.contiguous(), *operands, mask, saved, Request(*numbers))
+            query, key, value = (_aligned(part) for part in (query, key, value))
+            call = kernel.backward_call(gradient.contiguous(), query, key, value, mask, saved, Request(*numbers))
             return tuple(result.contiguous() for result in call.run())
 
     def fake_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, ...]:

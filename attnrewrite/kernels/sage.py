@@ -144,7 +144,7 @@ _FIRST_VARLEN = dataclasses.replace(
         **_FIRST.sources,
         "heads": f"{_SAGE1}:186",
         "key_multiple": "https://pypi.org/project/sageattention/1.0.6/ attn_qk_int8_block_varlen.py: as there",
-        "cuda_graphs": "https://pypi.org/project/sageattention/1.0.6/ quant_per_block_varlen.py:62: a size on the device",
+        "cuda_graphs": "https://pypi.org/project/sageattention/1.0.6/ quant_per_block_varlen.py:62",
     },
 )
 
