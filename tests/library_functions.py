@@ -73,18 +73,19 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def causal_from_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    position = torch.arange(q.shape[-2])[:, None] + k.shape[-2] - q.shape[-2]
-    return _scores(q, k).masked_fill(torch.arange(k.shape[-2]) > position, -math.inf).softmax(-1) @ v
+    position = torch.arange(q.shape[-2], device=q.device)[:, None] + k.shape[-2] - q.shape[-2]
+    later = torch.arange(k.shape[-2], device=q.device) > position
+    return _scores(q, k).masked_fill(later, -math.inf).softmax(-1) @ v
 
 
 def window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    away = torch.arange(q.shape[-2])[:, None] - torch.arange(k.shape[-2])
+    away = torch.arange(q.shape[-2], device=q.device)[:, None] - torch.arange(k.shape[-2], device=q.device)
     return _scores(q, k).masked_fill((away > 5) | (away < -2), -math.inf).softmax(-1) @ v
 
 
 def before_itself(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Counted from the last key, what is kept ends before the query's own position, which no vendor's bound can say."""
-    away = torch.arange(q.shape[-2])[:, None] + 2 - torch.arange(k.shape[-2])
+    away = torch.arange(q.shape[-2], device=q.device)[:, None] + 2 - torch.arange(k.shape[-2], device=q.device)
     return _scores(q, k).masked_fill(away < 1, -math.inf).softmax(-1) @ v
 
 
@@ -106,7 +107,7 @@ def padded_call(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
 
 
 def padded_and_causal(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    later = torch.arange(k.shape[-2]) > torch.arange(q.shape[-2])[:, None]
+    later = torch.arange(k.shape[-2], device=q.device) > torch.arange(q.shape[-2], device=q.device)[:, None]
     return _scores(q, k).masked_fill(later | ~keep[:, None, None], -math.inf).softmax(-1) @ v
 
 
@@ -123,7 +124,7 @@ def capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def capped_and_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    later = torch.arange(k.shape[-2]) > torch.arange(q.shape[-2])[:, None]
+    later = torch.arange(k.shape[-2], device=q.device) > torch.arange(q.shape[-2], device=q.device)[:, None]
     return ((_scores(q, k) / 5).tanh() * 5).masked_fill(later, -math.inf).softmax(-1) @ v
 
 

@@ -68,21 +68,11 @@ def serve(name: str, function: Callable[..., Any], inputs: tuple[Any, ...]) -> N
         pytest.skip(f"{name}: {row.reason}")
 
 
-def on_device(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The case's own positions are made where the default device is."""
-
-    def placed(*inputs: Any) -> Tensor:
-        with torch.device("cuda"):
-            return function(*inputs)
-
-    return placed
-
-
 @every_runnable
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.exact])
 @pytest.mark.parametrize("dtype", list(ERROR), ids=lambda dtype: str(dtype)[6:])
 def test_cases(name: str, case: str, dtype: torch.dtype) -> None:
-    function, inputs = on_device(CASES[case].function), on_gpu(CASES[case].inputs(dtype))
+    function, inputs = CASES[case].function, on_gpu(CASES[case].inputs(dtype))
     with only(name), torch.no_grad():
         before = [part.clone() for part in inputs]
         serve(name, function, inputs)
@@ -146,7 +136,7 @@ def test_gradients(name: str, shape: tuple[Any, ...]) -> None:
 @every_runnable
 @pytest.mark.parametrize("case", ["causal from last", "window", "softcap", "padding", "padding, lost rows", "grouped"])
 def test_gradients_of_cases(name: str, case: str) -> None:
-    function = on_device(CASES[case].function)
+    function = CASES[case].function
     inputs = on_gpu(CASES[case].inputs(torch.bfloat16))
     with only(name) as kernel:
         if not kernel.limits.backward:
@@ -160,7 +150,7 @@ def test_gradients_of_cases(name: str, case: str) -> None:
 @every_runnable
 @pytest.mark.parametrize("case", ["plain", "causal", "padding"])
 def test_in_cuda_graphs(name: str, case: str) -> None:
-    function = on_device(CASES[case].function)
+    function = CASES[case].function
     with only(name), torch.no_grad():
         serve(name, function, on_gpu(CASES[case].inputs(torch.bfloat16)))
         torch._dynamo.reset()
