@@ -1,0 +1,160 @@
+"""The table of kernels, docs/kernels.md, made from what the kernels say of themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from attnrewrite.kernels.limits import Limits
+
+__all__ = ["kernel_table"]
+
+_HEADER = """# Kernels
+
+Made by `attnrewrite.kernels.table.kernel_table`; a test holds it against the kernels. A kernel that is asked for
+something beyond its limits refuses, and says which limit; nothing is dropped. Names are those of diffusers' attention
+dispatcher, where it has one.
+
+- *masks*: the most general mask beside causality and windows. *key padding*: keys of a batch entry that no query
+  attends; *boolean*: any; *additive*: numbers, without a gradient. Each includes those before it. Rows that may lose
+  every key get what the source gives them, or the site is refused.
+- *causal*: where causal masks and windows count from: *first* (query 0 stands beside key 0), *last* (the last query
+  beside the last key), *square* (only where the two are the same).
+- *chosen*: *automatic*, or *by name* only: fetched from a network, lower precision than the operands, or not yet run.
+- *state*: the hardware that it was run on, or the version of the vendor's published signature that its call was held
+  against, without the vendor's code having been run.
+"""
+
+_COLUMNS = (
+    "kernel",
+    "package",
+    "dtypes",
+    "head sizes",
+    "GPU",
+    "masks",
+    "causal",
+    "window",
+    "soft cap",
+    "dropout",
+    "GQA",
+    "backward",
+    "CUDA graphs",
+    "chosen",
+    "state",
+)
+
+
+def kernel_table(kernels: Iterable[Any]) -> str:
+    """docs/kernels.md for ``kernels``, any objects with a name; what they say beyond that is taken where they say it.
+
+    Read are ``limits`` (:class:`attnrewrite.kernels.limits.Limits`), ``older`` (those of an older version), ``needs``,
+    ``source``, ``automatic``, ``lower_precision``, ``proved`` and ``run_on``.
+    """
+    kernels = list(kernels)
+    rows = [_row(kernel) for kernel in kernels]
+    lines = [_HEADER, _line(_COLUMNS), _line(["---"] * len(_COLUMNS)), *map(_line, rows)]
+    lines += ["", "## How to get them, further limits, and where each limit comes from"]
+    for kernel in kernels:
+        lines += _details(kernel)
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _row(kernel: Any) -> list[str]:
+    limits: Limits | None = getattr(kernel, "limits", None)
+    known = [""] * 11 if limits is None else _cells(limits)
+    return [f"[`{kernel.name}`](#{kernel.name})", _package(kernel), *known, _chosen(kernel), _state(kernel)]
+
+
+def _cells(limits: Limits) -> list[str]:
+    heads = str(limits.heads)
+    if limits.heads.only and len(limits.heads.only) > 4:
+        heads = f"{limits.heads.only[0]} to {limits.heads.only[-1]}, see below"
+    return [
+        ", ".join(_name(dtype) for dtype in limits.dtypes),
+        heads,
+        limits.capability_in_words() or "any",
+        limits.masks,
+        ", ".join(limits.alignments) or "no",
+        _yes(limits.window),
+        _yes(limits.softcap),
+        _yes(limits.dropout),
+        _yes(limits.grouped),
+        ("deterministic, if asked" if limits.deterministic else "yes") if limits.backward else "no",
+        _yes(limits.cuda_graphs),
+    ]
+
+
+def _details(kernel: Any) -> list[str]:
+    lines = ["", f"### {kernel.name}", ""]
+    for words, name in (("To get it", "needs"), ("Code", "source")):
+        text = getattr(kernel, name, "")
+        lines += [f"- {words}: {text}"] if text else []
+    if getattr(kernel, "lower_precision", False):
+        lines.append("- Computes in fewer bits than its operands have.")
+    limits: Limits | None = getattr(kernel, "limits", None)
+    if limits is None:
+        return lines
+    lines += _further(limits)
+    older: Limits | None = getattr(kernel, "older", None)
+    if older is not None:
+        lines.append(f"- Before version 2 ({older.minimum_version} is the oldest taken): {_differences(older, limits)}")
+        lines += [f"  - {field}: {text}" for field, text in older.sources.items() if limits.sources.get(field) != text]
+    lines.append("- Sources:")
+    lines += [f"  - {field}: {text}" for field, text in limits.sources.items()]
+    lines += [f"  - {rule.words}: {rule.source}" for rule in limits.rules]
+    return lines
+
+
+def _further(limits: Limits) -> list[str]:
+    lines = [f"- Devices: {', '.join(limits.devices)}"]
+    if limits.minimum_version:
+        lines.append(f"- Oldest version: {limits.minimum_version}")
+    if limits.heads.only and len(limits.heads.only) > 4:
+        lines.append(f"- Head sizes: {limits.heads}")
+    lines += [f"- Head sizes on compute capability {major}: {heads}" for major, heads in limits.heads_by_major.items()]
+    lines.append(f"- Value head size: {limits.value_heads or 'as the query'}")
+    if limits.key_multiple > 1:
+        lines.append(f"- Keys: a number that is known to be a multiple of {limits.key_multiple}")
+    if not limits.any_scale:
+        lines.append("- Scale: one over the root of the head size only")
+    if not limits.symbolic:
+        lines.append("- No symbolic sizes")
+    return lines + [f"- {rule.words[0].upper()}{rule.words[1:]}" for rule in limits.rules]
+
+
+def _differences(older: Limits, newer: Limits) -> str:
+    names = dict(zip(_COLUMNS[2:13], zip(_cells(older), _cells(newer), strict=True), strict=True))
+    words = [f"{name} {old}" for name, (old, new) in names.items() if old != new]
+    if older.key_multiple > 1:
+        words.append(f"a number of keys that is known to be a multiple of {older.key_multiple}")
+    return "; ".join(words)
+
+
+def _package(kernel: Any) -> str:
+    vendor = getattr(kernel, "vendor", None)
+    return getattr(vendor, "distribution", None) or getattr(vendor, "module", None) or "torch"
+
+
+def _chosen(kernel: Any) -> str:
+    return "automatic" if getattr(kernel, "automatic", True) else "by name"
+
+
+def _state(kernel: Any) -> str:
+    run_on, proved = getattr(kernel, "run_on", ""), getattr(kernel, "proved", "")
+    if run_on:
+        return f"*run on real hardware* ({run_on})"
+    return f"*call proved against the published signature* ({proved})" if proved else ""
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

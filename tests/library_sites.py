@@ -1,0 +1,101 @@
+"""Sites of small functions, as if their tensors were on another device, and graphs that a kernel was put into."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from attnrewrite import kernels
+from attnrewrite.ir import Builder
+from attnrewrite.kernels import Availability, Kernel, Verdict
+from attnrewrite.site import AttentionSite
+from tests.helpers import rows
+
+__all__ = ["Placed", "placed", "served_by", "site_of"]
+
+
+@dataclasses.dataclass
+class Placed(AttentionSite):
+    """A site whose tensors claim to be on ``place``. Nothing else of them is changed."""
+
+    place: str = "cuda"
+
+    @property
+    def device(self) -> torch.device:
+        # The types that another package names cannot be said here; kernels read no more than the type's name.
+        return cast(torch.device, SimpleNamespace(type=self.place))
+
+
+def placed(site: AttentionSite, place: str) -> Placed:
+    own = {field.name: getattr(site, field.name) for field in dataclasses.fields(AttentionSite)}
+    return Placed(**own, place=place)
+
+
+class _Recorder:
+    """Takes no site and keeps them all."""
+
+    name = "recorder"
+
+    def __init__(self) -> None:
+        self.sites: list[AttentionSite] = []
+
+    def availability(self) -> Availability:
+        return Availability(True, "")
+
+    def supports(self, site: AttentionSite) -> Verdict:
+        self.sites.append(site)
+        return Verdict.no("recorded")
+
+    def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
+        raise NotImplementedError
+
+
+@contextmanager
+def _only(kernel: Kernel) -> Iterator[None]:
+    before = kernels._KERNELS[:]
+    kernels._KERNELS[:] = [kernel]
+    try:
+        yield
+    finally:
+        kernels._KERNELS[:] = before
+
+
+def site_of(function: Callable[..., Any], *inputs: Any, place: str = "cuda", **settings: Any) -> AttentionSite:
+    """The one site of ``function``, on ``place``."""
+    recorder = _Recorder()
+    with _only(recorder):
+        rows(function, *inputs, **settings)
+    (site,) = recorder.sites
+    return placed(site, place)
+
+
+class _Forced:
+    """A kernel that is asked what it would say on a device that is not here, and emits if it is willing."""
+
+    def __init__(self, kernel: Any, place: str, capability: tuple[int, int] | None) -> None:
+        self.name = kernel.name
+        self._kernel, self._place, self._capability = kernel, place, capability
+
+    def availability(self) -> Availability:
+        return Availability(True, "")
+
+    def supports(self, site: AttentionSite) -> Verdict:
+        verdict: Verdict = self._kernel.verdict(placed(site, self._place), self._capability)
+        return verdict
+
+    def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
+        node: fx.Node = self._kernel.emit(placed(site, self._place), builder)
+        return node
+
+
+@contextmanager
+def served_by(kernel: Any, place: str, capability: tuple[int, int] | None) -> Iterator[None]:
+    """In it, ``kernel`` is the only one, and is told that sites are on ``place``."""
+    with _only(_Forced(kernel, place, capability)):
+        yield
