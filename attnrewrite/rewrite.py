@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from attnrewrite.analysis.views import Operand, axes_of, is_layout_op, shape_of
 from attnrewrite.errors import KernelError
 from attnrewrite.ir import Builder, is_cast, is_tensor, source_location, tensor
-from attnrewrite.kernels import Kernel, Verdict
+from attnrewrite.kernels import Kernel, Verdict, made_ready
 from attnrewrite.patterns import GraphView, NearMiss, catalogue
 from attnrewrite.policy import Policy, Request
 from attnrewrite.report import KernelVerdict, SiteReport
@@ -161,8 +161,10 @@ def _choose(site: AttentionSite, request: Request | None) -> tuple[Kernel | None
     """The first willing kernel, and every answer given on the way."""
     verdicts = []
     for kernel in offered(request):
-        available = kernel.availability()
-        verdict = kernel.supports(site) if available.available else Verdict.no(f"not available: {available.detail}")
+        verdict = kernel.supports(site)
+        if verdict.willing:
+            available = made_ready(kernel, asked=request is not None and kernel.name in request.names)
+            verdict = verdict if available.available else Verdict.no(f"not available: {available.detail}")
         verdicts.append(KernelVerdict(kernel.name, verdict.willing, verdict.reason))
         if verdict.willing:
             return kernel, tuple(verdicts)

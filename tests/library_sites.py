@@ -11,13 +11,13 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from attnrewrite import kernels
+from attnrewrite import attention_backend
 from attnrewrite.ir import Builder
-from attnrewrite.kernels import Availability, Kernel, Verdict
+from attnrewrite.kernels import Availability, Kernel, Verdict, registry
 from attnrewrite.site import AttentionSite
 from tests.helpers import rows
 
-__all__ = ["Placed", "placed", "served_by", "site_of"]
+__all__ = ["Placed", "only", "placed", "served_by", "site_of"]
 
 
 @dataclasses.dataclass
@@ -41,6 +41,8 @@ class _Recorder:
     """Takes no site and keeps them all."""
 
     name = "recorder"
+    automatic = True
+    needs = "nothing"
 
     def __init__(self) -> None:
         self.sites: list[AttentionSite] = []
@@ -57,19 +59,24 @@ class _Recorder:
 
 
 @contextmanager
-def _only(kernel: Kernel) -> Iterator[None]:
-    before = kernels._KERNELS[:]
-    kernels._KERNELS[:] = [kernel]
+def only(kernel: Kernel) -> Iterator[None]:
+    """In it, ``kernel`` is the only one, and nothing is compiled yet."""
+    before = dict(registry._KERNELS)
+    registry._KERNELS.clear()
+    registry._KERNELS[kernel.name] = kernel
+    torch._dynamo.reset()
     try:
-        yield
+        with attention_backend(kernel.name):
+            yield
     finally:
-        kernels._KERNELS[:] = before
+        registry._KERNELS.clear()
+        registry._KERNELS.update(before)
 
 
 def site_of(function: Callable[..., Any], *inputs: Any, place: str = "cuda", **settings: Any) -> AttentionSite:
     """The one site of ``function``, on ``place``."""
     recorder = _Recorder()
-    with _only(recorder):
+    with only(recorder):
         rows(function, *inputs, **settings)
     (site,) = recorder.sites
     return placed(site, place)
@@ -77,6 +84,9 @@ def site_of(function: Callable[..., Any], *inputs: Any, place: str = "cuda", **s
 
 class _Forced:
     """A kernel that is asked what it would say on a device that is not here, and emits if it is willing."""
+
+    automatic = True
+    needs = "nothing"
 
     def __init__(self, kernel: Any, place: str, capability: tuple[int, int] | None) -> None:
         self.name = kernel.name
@@ -97,5 +107,5 @@ class _Forced:
 @contextmanager
 def served_by(kernel: Any, place: str, capability: tuple[int, int] | None) -> Iterator[None]:
     """In it, ``kernel`` is the only one, and is told that sites are on ``place``."""
-    with _only(_Forced(kernel, place, capability)):
+    with only(_Forced(kernel, place, capability)):
         yield

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnrewrite import kernels
 from attnrewrite.kernels.library import LibraryKernel
 from attnrewrite.kernels.library_kernels import LIBRARY_KERNELS
 from tests.helpers import gradients, relative_error, rewritten, rows
 from tests.library_functions import CASES
+from tests.library_sites import only as only_kernel
 
 pytestmark = pytest.mark.gpu
 
@@ -38,12 +38,8 @@ def only(name: str) -> Iterator[LibraryKernel]:
     available = kernel.availability()
     if not available.available:
         pytest.skip(f"{name}: {available.detail}")
-    before = kernels._KERNELS[:]
-    kernels._KERNELS[:] = [kernel]
-    try:
+    with only_kernel(kernel):
         yield kernel
-    finally:
-        kernels._KERNELS[:] = before
 
 
 def on_gpu(inputs: tuple[Any, ...]) -> tuple[Any, ...]:

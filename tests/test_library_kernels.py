@@ -290,13 +290,9 @@ def test_xla_does_not_pad_keys() -> None:
     assert "pads more than 512 keys" in KERNELS["_native_xla"].verdict(site, None).reason
 
 
-def test_only_what_may_be_chosen_unasked_is_automatic() -> None:
-    automatic = {name for name, kernel in KERNELS.items() if kernel.automatic}
-    assert automatic == {
-        *("flash_4", "_flash_3", "_flash_varlen_3", "flash", "flash_varlen", "varlen", "xformers"),
-    }
+def test_only_what_was_run_and_is_exact_is_chosen_unasked() -> None:
+    assert not any(kernel.automatic and (kernel.lower_precision or not kernel.run_on) for kernel in LIBRARY_KERNELS)
     assert {name for name in KERNELS if KERNELS[name].lower_precision} == {name for name in KERNELS if "sage" in name}
-    assert not any(kernel.automatic and kernel.lower_precision for kernel in LIBRARY_KERNELS)
 
 
 @every_kernel

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from attnrewrite.kernels.base import Availability, Kernel, Verdict
-from attnrewrite.kernels.registry import kernel_named, register_kernel, registered_kernels, unregister_kernel
+from attnrewrite.kernels.registry import (
+    kernel_named,
+    made_ready,
+    register_kernel,
+    registered_kernels,
+    unregister_kernel,
+)
 
 __all__ = [
     "Availability",
     "Kernel",
     "Verdict",
     "kernel_named",
+    "made_ready",
     "register_kernel",
     "registered_kernels",
     "unregister_kernel",

@@ -88,14 +88,13 @@ _HUB = HubKernel("kernels-community/aiter-flash-attn-ck", 1)
 
 AITER_KERNELS: tuple[LibraryKernel, ...] = (
     # Not run on such hardware yet: by name only.
-    Aiter("aiter", _PACKAGE, _LIMITS, _PIP, "https://github.com/ROCm/aiter", automatic=False, proved="e11da61"),
+    Aiter("aiter", _PACKAGE, _LIMITS, _PIP, "https://github.com/ROCm/aiter", proved="e11da61"),
     Aiter(
         "aiter_fa2_hub",
         _HUB,
         _HUB_LIMITS,
         "pip install 'kernels>=0.12'; fetched from the Hugging Face Hub when asked for by name",
         f"https://huggingface.co/{_HUB.module}",
-        automatic=False,
         proved="e11da61",
         windows=False,
     ),

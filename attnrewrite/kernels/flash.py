@@ -483,7 +483,6 @@ def _hub(repository: str) -> dict[str, Any]:
     return {
         "needs": "pip install 'kernels>=0.12'; fetched from the Hugging Face Hub when asked for by name",
         "source": f"https://huggingface.co/{repository}",
-        "automatic": False,
         "prefix": "flash_attn_interface.",
     }
 

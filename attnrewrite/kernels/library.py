@@ -91,7 +91,7 @@ class LibraryKernel:
     limits: Limits
     needs: str
     source: str
-    automatic: bool = True
+    automatic: bool = False
     lower_precision: bool = False
     proved: str = ""
     run_on: str = ""

@@ -167,16 +167,13 @@ _PIP = "pip install torch-npu (the version of PyTorch), and CANN"
 _PACKAGE = Package("torch_npu", "torch-npu", _PIP, "2.11.0")
 
 NPU_KERNELS: tuple[LibraryKernel, ...] = (
-    NpuFusion(
-        "_native_npu", _PACKAGE, _LIMITS, _PIP, "https://gitcode.com/ascend/op-plugin", automatic=False, proved="2.13.0"
-    ),
+    NpuFusion("_native_npu", _PACKAGE, _LIMITS, _PIP, "https://gitcode.com/ascend/op-plugin", proved="2.13.0"),
     NpuInference(
         "_native_npu_inference",
         _PACKAGE,
         _INFERENCE,
         _PIP,
         "https://gitcode.com/ascend/op-plugin",
-        automatic=False,
         proved="torchair's documentation",
     ),
 )

@@ -5,17 +5,25 @@ from __future__ import annotations
 import difflib
 
 from attnrewrite.errors import OptionError
-from attnrewrite.kernels.base import Kernel
+from attnrewrite.kernels.base import Availability, Kernel
 from attnrewrite.kernels.flex import Flex
+from attnrewrite.kernels.library import LibraryKernel
+from attnrewrite.kernels.library_kernels import LIBRARY_KERNELS
 from attnrewrite.kernels.torch_backends import CudnnAttention, EfficientAttention, FlashAttention
 from attnrewrite.kernels.torch_sdpa import TorchMath, TorchSDPA
 
-__all__ = ["kernel_named", "register_kernel", "registered_kernels", "unregister_kernel"]
+__all__ = ["kernel_named", "made_ready", "register_kernel", "registered_kernels", "unregister_kernel"]
 
-_KERNELS: dict[str, Kernel] = {
-    kernel.name: kernel
-    for kernel in (TorchSDPA(), TorchMath(), Flex(), FlashAttention(), EfficientAttention(), CudnnAttention())
-}
+_BUILT_IN: tuple[Kernel, ...] = (
+    TorchSDPA(),
+    TorchMath(),
+    Flex(),
+    FlashAttention(),
+    EfficientAttention(),
+    CudnnAttention(),
+    *LIBRARY_KERNELS,
+)
+_KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _BUILT_IN}
 _OWN = frozenset(_KERNELS)
 
 
@@ -37,6 +45,11 @@ def kernel_named(name: str, where: str = "") -> Kernel:
         prefix = f"{where}: " if where else ""
         raise OptionError(f"{prefix}unknown kernel {name!r}{hint}; there are auto, {known}")
     return _KERNELS[name]
+
+
+def made_ready(kernel: Kernel, asked: bool) -> Availability:
+    """Whether the kernel can be called now; one that was ``asked`` for by name is fetched if need be."""
+    return kernel.prepare() if asked and isinstance(kernel, LibraryKernel) else kernel.availability()
 
 
 def register_kernel(kernel: Kernel) -> None:

@@ -273,7 +273,7 @@ _HUB = HubKernel("SageAttention/sage-attention", 3)
 _HUB_BLACKWELL = HubKernel("SageAttention/sage-blackwell", 1)
 _FETCHED = "pip install 'kernels>=0.12'; fetched from the Hugging Face Hub when asked for by name"
 _REPOSITORY = "https://github.com/thu-ml/SageAttention"
-_LOW: dict[str, Any] = {"automatic": False, "lower_precision": True}
+_LOW: dict[str, Any] = {"lower_precision": True}
 
 
 def _second(name: str, limits: Limits) -> Sage:

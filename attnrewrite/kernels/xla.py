@@ -86,7 +86,6 @@ XLA_KERNELS: tuple[LibraryKernel, ...] = (
         _LIMITS,
         _PIP,
         "https://github.com/pytorch/xla",
-        automatic=False,
         proved="00a7843",
         order="BHSD",
     ),
