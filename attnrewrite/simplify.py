@@ -50,6 +50,7 @@ from attnrewrite.site import (
     NotAttention,
     RoundingDecides,
     Scale,
+    ScoreMod,
     Shift,
     WeightMod,
     Zero,
@@ -78,8 +79,8 @@ class _Reading:
     narrowed: str = ""
     rounded_to: torch.dtype | None = None
     """Masked scores were rounded to a dtype that still resolves them: what is added afterwards meets the infinities."""
-    lifted: bool = False
-    """Masked scores had their maximum subtracted."""
+    lifted: str = ""
+    """Masked scores had their maximum subtracted: what became of a row that is masked altogether."""
     overflows: str = ""
     """What may change scores that are all masked, by overflow or by making them ordinary again."""
 
@@ -163,7 +164,12 @@ def _as_written_out(site: AttentionSite, terms: list[Term]) -> list[Term]:
             "NaN is replaced in rows without a key, whose gradient is NaN all the same where the mask was added (if no "
             "such row occurs, say so: options={'assume_attended_rows': True})"
         )
-    if site.sink is not None and site.differentiable and not site.sink_is_shifted and any(map(_may_mask, terms)):
+    if (
+        site.sink is not None
+        and site.differentiable
+        and not site.sink_is_shifted
+        and any(isinstance(term, Fill) and _may_mask(term) for term in terms)
+    ):
         raise NotAttention(
             "the sink may be minus infinity, too, and the gradient of a row that is masked altogether is not known "
             "(if no such row occurs, say so: options={'assume_attended_rows': True})"
@@ -201,7 +207,7 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
     reading = _Reading()
     terms = reading.terms
     for mod in site.mods:
-        if reading.lifted and not isinstance(mod, Shift):
+        if reading.lifted and not _keeps_lifted(mod, reading.lifted):
             reading.overflows = "masked scores are changed further after their maximum was subtracted"
         if isinstance(mod, Elementwise):
             _apply_function(mod, reading)
@@ -221,7 +227,8 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
             _narrow(mod, reading)
         elif isinstance(mod, Shift):
             reading.shifted = True
-            reading.lifted |= mod.by_maximum and any(_may_mask(term) for term in terms)
+            if mod.by_maximum and any(map(_may_mask, terms)):
+                reading.lifted = "to zero" if any(map(_may_be_low, terms)) else "to NaN"
         elif isinstance(mod.factor, (int, float)):
             if mod.divide and mod.factor == 0:
                 raise NotAttention("the scores are divided by zero")
@@ -264,6 +271,23 @@ def _apply_function(mod: Elementwise, reading: _Reading) -> None:
     reading.take_function(f"{name} of the scores needs a kernel with a score_mod")
     reading.softcap = 1.0 if caps else None
     reading.terms.clear()
+
+
+def _keeps_lifted(mod: ScoreMod, lifted: str) -> bool:
+    """Whether rows that were masked altogether, and lifted, stay what the terms give that were there before.
+
+    Zeros stay zeros under a factor; the terms must not overflow under it. NaN stays NaN, unless it is filled.
+    """
+    if isinstance(mod, Shift):
+        return True
+    if lifted == "to NaN":
+        return isinstance(mod, (Scale, Bias, Narrow))
+    return (
+        isinstance(mod, Scale)
+        and isinstance(mod.factor, (int, float))
+        and mod.factor > 0
+        and (1 / mod.factor if mod.divide else mod.factor) <= 1
+    )
 
 
 def _may_mask(term: Term) -> bool:

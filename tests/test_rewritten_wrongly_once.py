@@ -93,6 +93,8 @@ _after_maximum("maximum_before_a_floor", _fill(-math.inf), lambda s, m: s.clamp(
 _after_maximum("maximum_between_bias_and_fill", lambda s, m: s + m * LOWEST, _fill(LOWEST))
 _after_maximum("maximum_before_a_factor", _fill(LOWEST), lambda s, m: s / 0.5)
 _after_maximum("maximum_before_a_narrower_dtype", _fill(LOWEST), lambda s, m: s.bfloat16())
+_after_maximum("maximum_before_a_factor_below_one", _fill(LOWEST), lambda s, m: s * 0.5)
+_after_maximum("maximum_of_minus_infinity_before_a_bias", _fill(-math.inf), lambda s, m: (s + m * -3.0) * 2)
 _after_maximum("maximum_and_temperature_by_hand", _fill(-1e9), lambda s, m: s / 2, by_hand=True)
 
 
@@ -131,6 +133,12 @@ class LeftPadding(nn.Module):
 _PADDED = torch.ones(BATCH, KEYS, dtype=torch.long)
 _PADDED[1, :2] = 0
 _CASES["left_padding"] = (LeftPadding(), (_normal(BATCH, HEADS, KEYS, WIDTH), K, V, _PADDED))
+
+
+@_case(Q.double(), K.double(), V.double(), MASKED, OTHER)
+def fills_of_float64(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    s = (q @ k.mT).masked_fill(a, torch.finfo(torch.float64).min)
+    return s.masked_fill(b, -math.inf).softmax(-1) @ v
 
 
 # What looks like a learned bias, and masks.

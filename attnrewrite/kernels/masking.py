@@ -112,8 +112,7 @@ class Mask:
             condition = self._condition(term.condition)
             value = self._fill_value(term)
             if total is None:
-                filled = (0.0, value) if term.invert else (value, 0.0)
-                total = self._cast(call(aten.where.Scalar, condition, *filled), wide)
+                total = self._filled(condition, value, term.invert, wide)
             elif term.invert:
                 total = call(aten.where.ScalarOther, condition, total, value)
             else:
@@ -125,6 +124,15 @@ class Mask:
         if self._site.scores.rounded_to is not None:
             total = self._cast(total, self._site.scores.rounded_to)
         return self._cast(total)
+
+    def _filled(self, condition: fx.Node, value: float, invert: bool, dtype: torch.dtype) -> fx.Node:
+        call = self._builder.call
+        if dtype is torch.float64:
+            # Two numbers make a float32, which may not hold them.
+            zero = call(aten.full.default, [], 0.0, dtype=dtype, device=self._site.device)
+            where = aten.where.ScalarOther if invert else aten.where.ScalarSelf
+            return call(where, condition, *((zero, value) if invert else (value, zero)))
+        return self._cast(call(aten.where.Scalar, condition, *((0.0, value) if invert else (value, 0.0))), dtype)
 
     def _fill_value(self, term: Fill) -> float:
         """A fill replaces the score, a mask is added to it: the number must swallow any score, and stay finite."""
