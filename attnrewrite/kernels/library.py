@@ -25,9 +25,11 @@ from attnrewrite.kernels.masking import Mask
 from attnrewrite.kernels.vendors import HubKernel, Vendor, VendorCall
 from attnrewrite.site import AttentionSite, WeightMod
 
-__all__ = ["LibraryKernel", "Request", "Saved", "no_state"]
+__all__ = ["RUN_ON", "LibraryKernel", "Request", "Saved", "no_state"]
 
 aten = torch.ops.aten
+
+RUN_ON = "NVIDIA H100, torch 2.11"
 
 _BSHD = (0, 2, 1, 3)
 """(batch, heads, length, features), which a plan's dimensions are, as (batch, length, heads, features); and back."""

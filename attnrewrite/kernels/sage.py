@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnrewrite.analysis.views import size_of
 from attnrewrite.ir import same
-from attnrewrite.kernels.library import LibraryKernel, Request
+from attnrewrite.kernels.library import RUN_ON, LibraryKernel, Request
 from attnrewrite.kernels.limits import HALF, Asked, Capability, HeadSizes, Limits, Rule
 from attnrewrite.kernels.packing import Packed
 from attnrewrite.kernels.vendors import HubKernel, Package, VendorCall, is_older
@@ -273,6 +273,7 @@ _HUB = HubKernel("SageAttention/sage-attention", 3)
 _HUB_BLACKWELL = HubKernel("SageAttention/sage-blackwell", 1)
 _FETCHED = "pip install 'kernels>=0.12'; fetched from the Hugging Face Hub when asked for by name"
 _REPOSITORY = "https://github.com/thu-ml/SageAttention"
+_RUN_1 = f"{RUN_ON}: version 1.0.6"
 _LOW: dict[str, Any] = {"lower_precision": True}
 
 
@@ -290,7 +291,17 @@ def _second(name: str, limits: Limits) -> Sage:
 
 
 SAGE_KERNELS: tuple[LibraryKernel, ...] = (
-    Sage("sage", _ANY, _SECOND_LIMITS, _PIP, _REPOSITORY, older=_FIRST, proved="1.0.6, 2.2.0 (0116592)", **_LOW),
+    Sage(
+        "sage",
+        _ANY,
+        _SECOND_LIMITS,
+        _PIP,
+        _REPOSITORY,
+        older=_FIRST,
+        proved="1.0.6, 2.2.0 (0116592)",
+        run_on=_RUN_1,
+        **_LOW,
+    ),
     SageVarlen(
         "sage_varlen",
         _ANY,
@@ -300,6 +311,7 @@ SAGE_KERNELS: tuple[LibraryKernel, ...] = (
         function="sageattn_varlen",
         older=_FIRST_VARLEN,
         proved="1.0.6, 2.2.0 (0116592)",
+        run_on=_RUN_1,
         **_LOW,
     ),
     _second("qk_int8_pv_fp8_cuda", _FP8_CUDA),

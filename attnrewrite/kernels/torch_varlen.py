@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnrewrite.kernels.library import LibraryKernel, Request, Saved, no_state
+from attnrewrite.kernels.library import RUN_ON, LibraryKernel, Request, Saved, no_state
 from attnrewrite.kernels.limits import HALF, HeadSizes, Limits
 from attnrewrite.kernels.packing import Packed
 from attnrewrite.kernels.vendors import Package, VendorCall
@@ -120,5 +120,6 @@ VARLEN_KERNELS: tuple[LibraryKernel, ...] = (
         "part of PyTorch",
         "https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/attention/varlen.py",
         proved="2.13.0",
+        run_on=RUN_ON,
     ),
 )
