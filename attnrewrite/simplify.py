@@ -207,7 +207,7 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
     reading = _Reading()
     terms = reading.terms
     for mod in site.mods:
-        if reading.lifted and not _keeps_lifted(mod, reading.lifted):
+        if reading.lifted and not _keeps_lifted(mod, reading):
             reading.overflows = "masked scores are changed further after their maximum was subtracted"
         if isinstance(mod, Elementwise):
             _apply_function(mod, reading)
@@ -273,21 +273,31 @@ def _apply_function(mod: Elementwise, reading: _Reading) -> None:
     reading.terms.clear()
 
 
-def _keeps_lifted(mod: ScoreMod, lifted: str) -> bool:
+def _keeps_lifted(mod: ScoreMod, reading: _Reading) -> bool:
     """Whether rows that were masked altogether, and lifted, stay what the terms give that were there before.
 
-    Zeros stay zeros under a factor; the terms must not overflow under it. NaN stays NaN, unless it is filled.
+    Zeros stay zeros under a factor, if the terms do not overflow under it. NaN stays NaN, unless it is filled.
     """
     if isinstance(mod, Shift):
         return True
-    if lifted == "to NaN":
+    if reading.lifted == "to NaN":
         return isinstance(mod, (Scale, Bias, Narrow))
-    return (
-        isinstance(mod, Scale)
-        and isinstance(mod.factor, (int, float))
-        and mod.factor > 0
-        and (1 / mod.factor if mod.divide else mod.factor) <= 1
-    )
+    if not isinstance(mod, Scale) or not isinstance(mod.factor, (int, float)) or mod.factor <= 0:
+        return False
+    number = 1 / mod.factor if mod.divide else mod.factor
+    return not any(_may_overflow(term, number) for term in reading.terms)
+
+
+def _may_overflow(term: Term, number: float) -> bool:
+    """Whether a term that is finite may become infinite when it is multiplied further; its steps so far count."""
+    if not isinstance(term, Bias):
+        return math.isfinite(term.value) and not math.isfinite(as_stored(term.value * number, term.dtype))
+    factor = term.factor * number
+    for scale in term.scales:
+        if not isinstance(scale.factor, (int, float)):
+            return True
+        factor *= 1 / scale.factor if scale.divide else scale.factor
+    return abs(factor) > 1
 
 
 def _may_mask(term: Term) -> bool:

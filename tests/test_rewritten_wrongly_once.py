@@ -98,6 +98,13 @@ _after_maximum("maximum_of_minus_infinity_before_a_bias", _fill(-math.inf), lamb
 _after_maximum("maximum_and_temperature_by_hand", _fill(-1e9), lambda s, m: s / 2, by_hand=True)
 
 
+@_case(Q, K, V, MASKED)
+def precision_bottleneck_relaxation(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
+    """CogView, LayoutLMv3."""
+    s = (q @ k.mT + torch.zeros(masked.shape).masked_fill(masked, LOWEST)) / 32
+    return ((s - s.amax(-1, keepdim=True)) * 32).softmax(-1) @ v
+
+
 # Which keys a row attends that several masks cover together depends on their numbers.
 
 
@@ -257,6 +264,12 @@ def test_no_graph_is_given_up() -> None:
     for name, (function, inputs) in _CASES.items():
         torch._dynamo.reset()
         assert rows(function, *inputs), name
+
+
+def test_a_relaxed_softmax_is_rewritten() -> None:
+    function, inputs = _CASES["precision_bottleneck_relaxation"]
+    (row,) = rows(function, *inputs)
+    assert row.status == "rewritten"
 
 
 def test_a_tensor_factor_is_not_rounded_with_the_query() -> None:
