@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from rich.console import Console
 
 from tests.coverage.machine import describe
@@ -46,6 +47,7 @@ def main(
         old = json.loads(json_file.read_text())["rows"] if only and json_file and json_file.exists() else []
         console = Console(soft_wrap=True, highlight=False)
         start = time.perf_counter()
+        torch.set_num_threads(1)  # A fork waits forever for threads of OpenMP that only its parent has.
         warm_up()
         for name in only or CASES:
             row = {**measured(name, gradients, timeout), "commit": results["commit"]}
