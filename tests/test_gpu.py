@@ -123,6 +123,7 @@ def test_single_back_ends(specimen: Specimen, kernel: str) -> None:
 def test_gradients_in_half_precision(specimen: Specimen, kernel: str) -> None:
     """In the order of the catalogue, in one process: a back end may confuse calls of several layouts."""
     inputs = cast(specimen.inputs(0, LENGTH), torch.float16, "cuda")
+    eager(specimen, inputs)
     truth, own, expected = (
         torch.cat([gradient.double().flatten() for gradient in gradients(function, given)])
         for function, given in (
@@ -132,6 +133,22 @@ def test_gradients_in_half_precision(specimen: Specimen, kernel: str) -> None:
         )
     )
     assert relative_error(own, truth) <= 3 * relative_error(expected, truth) + 8e-3
+
+
+def test_gradients_in_two_layouts() -> None:
+    """cuDNN's plans do not tell gradients of the output apart that are laid out differently."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ((q @ k.mT) * 0.1).softmax(-1) @ v
+
+    def heads_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v).transpose(1, 2).contiguous()
+
+    generator = torch.Generator().manual_seed(0)
+    for function in (attend, heads_last, attend, heads_last):
+        inputs = [torch.randn((2, 3, 64, 64), generator=generator).cuda().half() for _ in range(3)]
+        actual = gradients(rewritten(function, "inductor"), inputs)
+        assert relative_error(actual, gradients(function, inputs)) <= 1e-2
 
 
 @pytest.mark.parametrize("kernel", ["_native_flash", "_native_efficient", "_native_cudnn"])

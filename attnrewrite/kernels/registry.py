@@ -16,10 +16,10 @@ __all__ = ["kernel_named", "made_ready", "register_kernel", "registered_kernels"
 
 _BUILT_IN: tuple[Kernel, ...] = (
     TorchSDPA(),
-    TorchMath(),
-    Flex(),
     FlashAttention(),
     EfficientAttention(),
+    TorchMath(),
+    Flex(),
     CudnnAttention(),
     *LIBRARY_KERNELS,
 )

@@ -31,9 +31,10 @@ aten = torch.ops.aten
 
 
 class _Backend(TorchSDPA):
-    """One back end on CUDA. It serves by name; the automatic choice leaves it to PyTorch's selector."""
+    """One back end on CUDA. It is asked where PyTorch's selector cannot be left to choose, or by name."""
 
-    automatic = False
+    automatic = True
+    selects = False
     needs = "PyTorch and an NVIDIA GPU"
     masks = True
     grouped = True
@@ -162,11 +163,14 @@ class CudnnAttention(_Backend):
     """cuDNN's fused attention, without its backward pass."""
 
     name = "_native_cudnn"
+    automatic = False
 
     def supports(self, site: AttentionSite) -> Verdict:
         if site.differentiable:
-            # Seen with torch 2.11 and cuDNN 9.19: right alone, wrong after calls of other layouts in one process.
-            return Verdict.no("its backward pass gave wrong gradients where calls of several layouts met")
+            # See `_cudnn_may_serve` of torch_sdpa.py.
+            return Verdict.no(
+                "its backward pass gives wrong gradients where gradients come in two layouts in one process"
+            )
         return super().supports(site)
 
     def check(self, parameters: Any, debug: bool) -> bool:
