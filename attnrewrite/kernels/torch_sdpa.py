@@ -61,8 +61,8 @@ class TorchSDPA:
             )
         if self.selects and _cudnn_may_serve(site):
             return Verdict.no(
-                "PyTorch's selector may pick cuDNN, whose backward pass gives wrong gradients where gradients come in two "
-                "layouts in one process"
+                "PyTorch's selector may pick cuDNN, whose backward pass gives wrong gradients where gradients come in "
+                "two layouts in one process"
             )
         if _backward_loses_rows(site):
             return Verdict.no(
@@ -188,12 +188,13 @@ def _cudnn_may_serve(site: AttentionSite) -> bool:
 
     Its plans are kept by shape and by the layouts of query, key and value, and not by that of the output's gradient
     (``MHAParams`` in https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/cudnn/MHA.cpp): after a call
-    with the one layout, a call with the other was off by 100% and more (torch 2.11, cuDNN 9.19, H100). A fused call that
-    is in the source has this already.
+    with the one layout, a call with the other was off by 100% and more (torch 2.11, cuDNN 9.19, H100). A fused call
+    that is in the source has this already.
     """
     if not site.differentiable or site.fused or site.device.type != "cuda" or site.compute_dtype.itemsize > 2:
         return False
-    return torch.backends.cuda.cudnn_sdp_enabled() and torch.cuda.get_device_capability(site.device)[0] >= 9
+    enabled = bool(torch.backends.cuda.cudnn_sdp_enabled())  # type: ignore[no-untyped-call]
+    return enabled and torch.cuda.get_device_capability(site.device)[0] >= 9
 
 
 def _backward_loses_rows(site: AttentionSite) -> bool:
