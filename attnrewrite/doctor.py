@@ -45,8 +45,8 @@ _SDPA_BACKENDS = {
 _CUDA_ONLY = ("cudnn", "efficient")
 
 PACKAGES_NOTE = (
-    "This version of attnrewrite calls PyTorch's own scaled_dot_product_attention only; "
-    "the packages below are looked for, but not used yet."
+    "Kernels of these packages serve where they are asked for by name, by options={'kernels': ...} or "
+    "attnrewrite.attention_backend(...)."
 )
 
 
