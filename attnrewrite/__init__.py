@@ -5,7 +5,7 @@
 - :func:`accelerate_attention`: the backend for one module class, module or function.
 - :func:`attention_backend`, :func:`set_attention_backend`, :func:`reset_attention_backend`: which kernels to use, for
   models that are compiled already, too.
-- :func:`register_kernel`, :func:`unregister_kernel`: kernels of your own; see docs/kernels.md.
+- :func:`register_kernel`, :func:`unregister_kernel`: kernels of your own; see docs/options.md.
 - :func:`register_pattern`, :func:`unregister_pattern`: attentions that the catalogue lacks; see docs/patterns.md.
 - :func:`explain`: a :class:`RewriteReport` of what is rewritten in a model, into what, and why the rest is not.
 """

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from attnrewrite.errors import AttnRewriteError
+from attnrewrite.policy import kernel_names
 
 __all__ = ["accelerate_attention"]
 
@@ -54,6 +55,7 @@ def accelerate_attention(
         TypeError: ``target`` is none of the three.
     """
     if kernels is not None:
+        kernels = kernel_names(kernels, "accelerate_attention(kernels=...)")
         options = {**(options or {})}
         options["kernel_rules"] = {**options.get("kernel_rules", {}), "*": kernels}
     arguments = {"fullgraph": fullgraph, "dynamic": dynamic, "mode": mode, "options": options}

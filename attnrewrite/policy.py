@@ -101,6 +101,8 @@ def kernel_names(value: Any, where: str) -> tuple[str, ...]:
     Raises:
         OptionError: it is something else, or a kernel of that name does not exist.
     """
+    if isinstance(value, tuple) and len(value) == 1:
+        (value,) = value
     if isinstance(value, str):
         value = [name.strip() for name in value.split(",") if name.strip()]
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(name, str) for name in value):

@@ -36,14 +36,14 @@ _in_force: ContextVar[Request | None] = ContextVar("attnrewrite_kernels", defaul
 
 
 @contextlib.contextmanager
-def attention_backend(*names: str, strict: bool = False) -> Iterator[None]:
+def attention_backend(*names: str | Sequence[str], strict: bool = False) -> Iterator[None]:
     """Asks for kernels, in this order, for every compiled model that is called inside.
 
     It holds in the thread (or asyncio task) that enters it, nests, and works on models that are compiled already: a
     graph is compiled once more for each set of kernels that it is first called under, and not again on return.
 
     Args:
-        names: kernels by name, the first willing one serves; ``"auto"`` is the automatic choice.
+        names: kernels by name, or one list of them; the first willing one serves, ``"auto"`` is the automatic choice.
         strict: a site that none of them can serve is an error; by default the next willing kernel takes it, and a
             warning says why.
 
@@ -106,7 +106,7 @@ def offered(request: Request | None) -> list[Kernel]:
 _wrapped: weakref.WeakKeyDictionary[nn.Module, list[tuple[nn.Module, str, Any]]] = weakref.WeakKeyDictionary()
 
 
-def set_attention_backend(model: nn.Module, *names: str, strict: bool = False) -> None:
+def set_attention_backend(model: nn.Module, *names: str | Sequence[str], strict: bool = False) -> None:
     """Every call of ``model`` runs under :func:`attention_backend` with these kernels, until it is reset.
 
     Args:
@@ -118,6 +118,11 @@ def set_attention_backend(model: nn.Module, *names: str, strict: bool = False) -
         TypeError: nothing in ``model`` is compiled.
     """
     kernel_names(names, "set_attention_backend")
+    if not isinstance(model, nn.Module):
+        raise BackendTypeError(
+            f"set_attention_backend takes a compiled nn.Module, not {model!r}; call a compiled function within "
+            "attention_backend(...)"
+        )
     reset_attention_backend(model)
     calls = [(module, _compiled_call(module)) for module in _compiled_modules(model)]
     if not calls:
@@ -155,7 +160,7 @@ def _compiled_call(module: nn.Module) -> str:
     return "forward" if isinstance(module, torch._dynamo.OptimizedModule) else "_compiled_call_impl"
 
 
-def _under(call: Callable[..., Any], names: Sequence[str], strict: bool) -> Callable[..., Any]:
+def _under(call: Callable[..., Any], names: Sequence[str | Sequence[str]], strict: bool) -> Callable[..., Any]:
     @functools.wraps(call)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         with attention_backend(*names, strict=strict):

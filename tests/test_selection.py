@@ -314,6 +314,22 @@ def test_kernels_of_a_model_that_is_not_compiled() -> None:
         attnrewrite.set_attention_backend(Model(), "flex")
 
 
+def test_kernels_of_a_function() -> None:
+    with pytest.raises(TypeError, match="set_attention_backend takes a compiled"):
+        attnrewrite.set_attention_backend(compiled(in_float64), "flex")
+
+
+def test_names_in_a_list(reports: list[GraphReport]) -> None:
+    with attnrewrite.attention_backend(["_native_math", "flex"]):
+        compiled()(inputs())
+    assert kernels(reports) == ["_native_math"] * 2
+
+
+def test_the_decorator_checks_its_names() -> None:
+    with pytest.raises(attnrewrite.OptionError, match=r"accelerate_attention\(kernels=...\): unknown kernel 'nope'"):
+        attnrewrite.accelerate_attention(kernels="nope")
+
+
 # Kernels of one's own.
 
 
@@ -341,6 +357,15 @@ def _known() -> tuple[Kernel, ...]:
     from attnrewrite.kernels import registered_kernels
 
     return registered_kernels()
+
+
+def test_a_kernel_that_lacks_a_part() -> None:
+    class Half:
+        name = "half"
+
+    half: Any = Half()
+    with pytest.raises(attnrewrite.OptionError, match="lacks automatic"):
+        attnrewrite.register_kernel(half)
 
 
 def test_a_kernel_of_ones_own_is_asked_first(reports: list[GraphReport]) -> None:

@@ -24,6 +24,7 @@ _BUILT_IN: tuple[Kernel, ...] = (
     *LIBRARY_KERNELS,
 )
 _KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _BUILT_IN}
+_CONTRACT = ("name", "automatic", "needs", "availability", "supports", "emit")
 _OWN = frozenset(_KERNELS)
 
 
@@ -53,13 +54,16 @@ def made_ready(kernel: Kernel, asked: bool) -> Availability:
 
 
 def register_kernel(kernel: Kernel) -> None:
-    """Adds a kernel of your own; see docs/kernels.md for a worked example.
+    """Adds a kernel of your own: an object that keeps the contract :class:`attnrewrite.kernels.Kernel`.
 
     It is asked before all others if its ``automatic`` is true, and otherwise where it is named.
 
     Raises:
-        OptionError: the name is taken, or is "auto".
+        OptionError: the name is taken, or is "auto", or the object lacks a part of the contract.
     """
+    missing = [name for name in _CONTRACT if not hasattr(kernel, name)]
+    if missing:
+        raise OptionError(f"register_kernel takes an object with {', '.join(_CONTRACT)}; {kernel!r} lacks {missing[0]}")
     if kernel.name in _KERNELS or kernel.name == "auto":
         raise OptionError(f"the kernel name {kernel.name!r} is taken; choose another, or unregister_kernel it first")
     others = dict(_KERNELS)

@@ -57,7 +57,7 @@ def markdown(results: Row) -> str:
         "# Coverage",
         "Real model classes in small configurations with random weights, with the attention code that they have when "
         "no fused kernel is asked for: what is rewritten, and whether it is right. The tables are written by",
-        "```\n" + results["command"] + "\n```",
+        "```\npython -m tests.coverage --json docs/benchmarks/coverage_cpu.json --write docs/coverage.md\n```",
         f"with torch {versions['torch']} on {results['device']}; the raw data, with the source line of every site "
         "that was left, are in [benchmarks/coverage_cpu.json](benchmarks/coverage_cpu.json). "
         "`tests/coverage/requirements.txt` installs the packages.",
