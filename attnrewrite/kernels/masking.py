@@ -92,8 +92,11 @@ class Mask:
         """What the source does to the scores, done to zeros."""
         call = self._builder.call
         total: fx.Node | None = None
-        # Rounded once, at the end, as the source rounds its masked scores.
-        wide = max((self._dtype, *(term.dtype for term in self._terms)), key=lambda dtype: dtype.itemsize)
+        assert self._site.scores is not None
+        wide = self._dtype
+        if self._site.scores.rounded_to is not None:
+            # Rounded once, at the end, as the source rounds its masked scores.
+            wide = max((wide, *(term.dtype for term in self._terms)), key=lambda dtype: dtype.itemsize)
         for term in self._terms:
             if isinstance(term, Bias):
                 bias = self._cast(self._laid_out(term.operand), wide)
@@ -120,7 +123,6 @@ class Mask:
         assert total is not None
         if self._after_fill is not None:
             self._after_fill = self._cast(self._after_fill)
-        assert self._site.scores is not None
         if self._site.scores.rounded_to is not None:
             total = self._cast(total, self._site.scores.rounded_to)
         return self._cast(total)

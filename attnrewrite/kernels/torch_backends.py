@@ -139,6 +139,13 @@ class FlashAttention(_Backend):
     name = "_native_flash"
     masks = False
 
+    def supports(self, site: AttentionSite) -> Verdict:
+        assert site.scores is not None
+        if site.scores.is_causal and not same(size_of(site.query_axes), size_of(site.key_axes)):
+            # PyTorch's check sees one pair of lengths, and this kernel counts from the last key.
+            return Verdict.no("takes a causal mask only where there are known to be as many keys as queries")
+        return super().supports(site)
+
     def check(self, parameters: Any, debug: bool) -> bool:
         return bool(torch.backends.cuda.can_use_flash_attention(parameters, debug))
 
