@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ __all__ = [
     "Size",
     "StoredPattern",
     "Triangle",
+    "Written",
     "is_cast",
     "is_view",
     "regions",
@@ -168,6 +170,30 @@ def _module_path(path: str) -> str:
     return path.strip(".")
 
 
+Written = dict[Any, fx.Node]
+"""Calls that were written, by what they call with which arguments."""
+
+
+def _key_of(target: Any, args: Any, kwargs: Any) -> Any:
+    """What tells calls apart; None for a call that may give something else the next time."""
+    if target is not operator.getitem:
+        schema = getattr(target, "_schema", None)
+        if schema is None or schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
+            return None
+    return target, _frozen(args), _frozen(kwargs)
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_frozen, value))
+    if isinstance(value, dict):
+        return tuple((key, _frozen(value[key])) for key in sorted(value))
+    # A number's type is part of what it says (1, 1.0 and True are equal), and so is the sign of a zero.
+    return type(value), repr(value)
+
+
 class Builder:
     """Writes nodes at one place of a graph, with their fake values, and symbolic sizes as the nodes that carry them.
 
@@ -175,8 +201,13 @@ class Builder:
     written out over nodes that carry the symbols.
     """
 
-    def __init__(self, gm: fx.GraphModule, before: fx.Node, like: fx.Node) -> None:
-        """``before``: new nodes go in front of it. ``like``: whose source location and tags they inherit."""
+    def __init__(self, gm: fx.GraphModule, before: fx.Node, like: fx.Node, written: Written | None = None) -> None:
+        """
+        Args:
+            before: new nodes go in front of it.
+            like: whose source location and tags they inherit.
+            written: what was written in front of ``before`` already, of which equal calls are taken and not repeated.
+        """
         self.graph = gm.graph
         self._gm = gm
         self.created: list[fx.Node] = []
@@ -187,10 +218,14 @@ class Builder:
             if key in ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id", "custom", "seq_nr")
         }
         self._fake_mode = _fake_mode_of(gm.graph)
+        self._written: Written = {} if written is None else written
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A new call of an operator; sizes among the arguments may be SymInts."""
         args, kwargs = fx.node.map_aggregate((args, kwargs), self._as_argument)
+        found = self._found(_key_of(target, args, kwargs))
+        if found is not None:
+            return found
         fakes = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
         with self._evaluating():
             value = target(*fakes[0], **fakes[1])
@@ -199,11 +234,22 @@ class Builder:
     def insert(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> fx.Node:
         """A new call whose fake value the caller knows already."""
         args, kwargs = fx.node.map_aggregate((args, kwargs), self._as_argument)
+        key = _key_of(target, args, kwargs)
+        found = self._found(key)
+        if found is not None:
+            return found
         with self.graph.inserting_before(self._before):
             node = self.graph.call_function(target, args, kwargs)
         node.meta = {**self._meta, "val": value}
         self.created.append(node)
+        if key is not None:
+            self._written[key] = node
         return node
+
+    def _found(self, key: Any) -> fx.Node | None:
+        """An equal call that was written before."""
+        node = None if key is None else self._written.get(key)
+        return node if node is not None and not node._erased and node < self._before else None
 
     def submodule(self, name: str, module: fx.GraphModule) -> fx.Node:
         """A node that stands for a graph of its own, which a higher-order operator takes."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 from attnrewrite.errors import OptionError
 from attnrewrite.kernels import kernel_named
 
@@ -16,6 +18,7 @@ __all__ = [
     "OWN_OPTIONS",
     "Policy",
     "Request",
+    "cache_directory",
     "debug_directory",
     "debug_tensor_limit",
     "kernel_names",
@@ -53,6 +56,8 @@ class Policy:
             The first that matches holds. An option takes them as a dictionary.
         strict: whether a site that no kernel that was asked for can serve is an error. Default False: the next willing
             kernel takes it, with a warning.
+        autotune: whether the automatic choice times the willing kernels on each site's own shapes. Default
+            ``ATTNREWRITE_AUTOTUNE``, which is False where it is unset.
         mode: ``torch.compile``'s mode, for Inductor only.
         inner_options: what is passed on to the inner compiler.
     """
@@ -63,6 +68,7 @@ class Policy:
     kernels: tuple[str, ...] = ()
     kernel_rules: tuple[tuple[str, tuple[str, ...]], ...] = ()
     strict: bool = False
+    autotune: bool = False
     mode: str | None = None
     inner_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -79,8 +85,9 @@ class Policy:
         inner: dict[str, Any] = {}
         for key, value in (options or {}).items():
             (own if key in OWN_OPTIONS else inner)[key] = value
-        own.setdefault("verify", _verify_by_default())
-        for key in ("assume_attended_rows", "verify", "strict"):
+        own.setdefault("verify", _switch("ATTNREWRITE_VERIFY"))
+        own.setdefault("autotune", _switch("ATTNREWRITE_AUTOTUNE"))
+        for key in ("assume_attended_rows", "verify", "strict", "autotune"):
             if not isinstance(own.get(key, False), bool):
                 raise OptionError(f"options[{key!r}] takes True or False; got {own[key]!r}")
         if "kernels" in own:
@@ -89,6 +96,18 @@ class Policy:
             own["kernel_rules"] = _rules(own["kernel_rules"])
         request_of_environment()  # Its mistakes are said now, and not in the middle of a graph.
         return Policy(mode=None if mode == "default" else mode, inner_options=inner, **own)
+
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether Inductor puts what it compiles into CUDA graphs, where a call costs the host next to nothing."""
+        if self.inner_backend != "inductor":
+            return False
+        if self.mode in ("reduce-overhead", "max-autotune"):
+            return True
+        import torch._inductor.config
+
+        return bool(self.inner_options.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs))
 
 
 OWN_OPTIONS = tuple(f.name for f in dataclasses.fields(Policy) if f.name not in ("mode", "inner_options"))
@@ -157,12 +176,18 @@ def request_of_environment() -> Request | None:
     return Request(kernel_names([_DIFFSYNTH[name]], name), f"DIFFSYNTH_ATTENTION_IMPLEMENTATION={name}")
 
 
-def _verify_by_default() -> bool:
-    """``ATTNREWRITE_VERIFY=1``: every graph is verified, unless its options say otherwise. Default 0."""
-    value = os.environ.get("ATTNREWRITE_VERIFY", "")
+def _switch(name: str) -> bool:
+    """An environment variable that is 1 or 0; 0 where it is unset or empty."""
+    value = os.environ.get(name, "")
     if value not in ("", "0", "1"):
-        raise OptionError(f"ATTNREWRITE_VERIFY takes 1 or 0; got {value!r}")
+        raise OptionError(f"{name} takes 1 or 0; got {value!r}")
     return value == "1"
+
+
+def cache_directory() -> Path:
+    """``ATTNREWRITE_CACHE_DIR=DIR``: where measurements are kept; default: the user's cache directory."""
+    value = os.environ.get("ATTNREWRITE_CACHE_DIR", "")
+    return Path(value) if value else platformdirs.user_cache_path("attnrewrite")
 
 
 def debug_directory() -> Path | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import logging
 import operator
 import time
 from collections.abc import Iterator
@@ -16,19 +14,16 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
 from attnrewrite.analysis.views import Operand, axes_of, is_layout_op, shape_of
-from attnrewrite.errors import KernelError
-from attnrewrite.ir import Builder, is_cast, is_tensor, source_location, tensor
-from attnrewrite.kernels import Kernel, Verdict, made_ready
+from attnrewrite.choose import choose
+from attnrewrite.ir import Builder, Written, is_cast, is_tensor, regions, source_location, tensor
+from attnrewrite.kernels import Kernel
 from attnrewrite.patterns import GraphView, NearMiss, catalogue
-from attnrewrite.policy import Policy, Request
-from attnrewrite.report import KernelVerdict, SiteReport
-from attnrewrite.selection import offered, request_for
+from attnrewrite.policy import Policy
+from attnrewrite.report import SiteReport
 from attnrewrite.simplify import canonical_scores
 from attnrewrite.site import AttentionSite, Bias, Fill, Floor, Narrow, NotAttention, RoundingDecides, Scale, Shift, Zero
 
-__all__ = ["Rewritten", "rewrite"]
-
-log = logging.getLogger("attnrewrite")
+__all__ = ["Rewritten", "read_sites", "rewrite"]
 
 aten = torch.ops.aten
 
@@ -61,6 +56,7 @@ def rewrite(gm: fx.GraphModule, policy: Policy) -> Rewritten:
     findings = list(_find(gm))
     result.add_time("find", start)
     replaced: dict[fx.Node, fx.Node] = {}
+    written = _WrittenByRegion(gm.graph)
     for index, finding in enumerate(findings):
         name = f"site{index}"
         if isinstance(finding, NearMiss):
@@ -84,23 +80,33 @@ def rewrite(gm: fx.GraphModule, policy: Policy) -> Rewritten:
         result.add_time("simplify", start)
         start = time.perf_counter()
         result.offered = True
-        request = request_for(policy, row.location)
-        kernel, row.verdicts = _choose(finding, request)
-        if request is not None:
-            row.requested = f"{', '.join(request.names)} by {request.origin}"
-            _check_request(request, row, kernel)
+        kernel = choose(gm, finding, row, policy)
         result.add_time("choose", start)
         if kernel is None:
-            row.reason = _refusals(row.verdicts)
             continue
         start = time.perf_counter()
         row.status, row.kernel = "rewritten", kernel.name
-        row.nodes_after = _splice(gm, finding, kernel, replaced)
+        row.nodes_after = _splice(gm, finding, kernel, replaced, written)
         result.add_time("splice", start)
     if result.changed:
         gm.graph.lint()
         gm.recompile()
     return result
+
+
+def read_sites(gm: fx.GraphModule, policy: Policy) -> list[AttentionSite]:
+    """The attentions of the IR graph, simplified, without rewriting them.
+
+    Raises:
+        NotAttention: one is not what it looked like.
+    """
+    sites = [finding for finding in _find(gm) if isinstance(finding, AttentionSite)]
+    for site in sites:
+        _redirect(site, {})
+        site.for_inductor = policy.inner_backend == "inductor"
+        _require_sizes(site)
+        site.scores = canonical_scores(site, policy)
+    return sites
 
 
 def _find(gm: fx.GraphModule) -> Iterator[AttentionSite | NearMiss]:
@@ -157,60 +163,33 @@ def _require_sizes(site: AttentionSite) -> None:
         raise NotAttention("a size depends on the data (a selection by a mask, say), and kernels decide by sizes")
 
 
-def _choose(site: AttentionSite, request: Request | None) -> tuple[Kernel | None, tuple[KernelVerdict, ...]]:
-    """The first willing kernel, and every answer given on the way."""
-    verdicts = []
-    for kernel in offered(request):
-        verdict = kernel.supports(site)
-        if verdict.willing:
-            available = made_ready(kernel, asked=request is not None and kernel.name in request.names)
-            verdict = verdict if available.available else Verdict.no(f"not available: {available.detail}")
-        verdicts.append(KernelVerdict(kernel.name, verdict.willing, verdict.reason))
-        if verdict.willing:
-            return kernel, tuple(verdicts)
-    return None, tuple(verdicts)
-
-
-def _check_request(request: Request, row: SiteReport, kernel: Kernel | None) -> None:
-    """Says so where no kernel that was asked for serves the site.
-
-    Raises:
-        KernelError: with ``strict``.
-    """
-    asked = [verdict for verdict in row.verdicts if verdict.kernel in request.names]
-    if "auto" in request.names or any(verdict.willing for verdict in asked):
-        return
-    message = (
-        f"{', '.join(request.names)} was asked for by {request.origin} and cannot serve the attention at "
-        f"{row.location}: {_refusals(tuple(asked))}"
-    )
-    if request.strict:
-        raise KernelError(message)
-    instead = f"{kernel.name} takes it" if kernel else "it is left as it is"
-    _warn_once(f"{message}; {instead}")
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    log.warning("%s", message)
-
-
-def _refusals(verdicts: tuple[KernelVerdict, ...]) -> str:
-    """Each reason once, behind the kernels that gave it."""
-    kernels: dict[str, list[str]] = {}
-    for verdict in verdicts:
-        kernels.setdefault(verdict.reason, []).append(verdict.kernel)
-    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in kernels.items())
-
-
 # Splicing.
 
 
+class _WrittenByRegion:
+    """What kernels were given for earlier sites, such as a mask that all layers share, and later ones take again.
+
+    Only within a region: what was written where gradients are off has none, and what a checkpoint holds is made anew.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._regions = regions(graph)
+        self._written: dict[Any, Written] = {}
+
+    def of(self, node: fx.Node) -> Written:
+        tags = tuple(str(node.meta.get(tag)) for tag in ("recompute", "ac_graph_id", "custom"))
+        return self._written.setdefault((self._regions[node], tags), {})
+
+
 def _splice(
-    gm: fx.GraphModule, site: AttentionSite, kernel: Kernel, replaced: dict[fx.Node, fx.Node]
+    gm: fx.GraphModule,
+    site: AttentionSite,
+    kernel: Kernel,
+    replaced: dict[fx.Node, fx.Node],
+    written: _WrittenByRegion,
 ) -> tuple[str, ...]:
     """Puts the kernel's nodes in the site's place and removes what served only the site."""
-    builder = Builder(gm, before=site.result, like=site.anchor)
+    builder = Builder(gm, before=site.result, like=site.anchor, written=written.of(site.result))
     autocast = None
     if site.in_autocast and not site.fused:
         # The kernel's operands and mask have the dtypes that they should have; autocast would round the mask.

@@ -20,16 +20,18 @@ from torch import nn
 
 from attnrewrite.errors import AttnRewriteError
 from attnrewrite.kernels import Kernel, kernel_named, registered_kernels
+from attnrewrite.kernels.costs import CostTable
 from attnrewrite.policy import Policy, Request, kernel_names, request_of_environment
 from attnrewrite.report import SourceLocation
 
 __all__ = [
     "attention_backend",
-    "offered",
+    "named",
     "request_for",
     "request_in_force",
     "reset_attention_backend",
     "set_attention_backend",
+    "standing",
 ]
 
 _in_force: ContextVar[Request | None] = ContextVar("attnrewrite_kernels", default=None)
@@ -91,14 +93,23 @@ def _matches(pattern: str, location: SourceLocation | None) -> bool:
     )
 
 
-def offered(request: Request | None) -> list[Kernel]:
-    """The kernels that a site is offered: those that were asked for, then the automatic ones."""
+def named(request: Request | None) -> tuple[list[Kernel], list[Kernel]]:
+    """The kernels that were asked for by name: before the automatic choice, and after it."""
     names = request.names if request else ()
-    automatic = [kernel for kernel in registered_kernels() if kernel.automatic]
-    asked: list[Kernel] = []
-    for name in names:
-        asked += automatic if name == "auto" else [kernel_named(name)]
-    return list({kernel.name: kernel for kernel in (*asked, *automatic)}.values())
+    place = names.index("auto") if "auto" in names else len(names)
+    before, after = names[:place], names[place + 1 :]
+    return [kernel_named(name) for name in before], [kernel_named(name) for name in after if name != "auto"]
+
+
+def standing(table: CostTable | None) -> list[Kernel]:
+    """The kernels that need not be asked for, in their standing order.
+
+    After the automatic ones come those that ``table`` knows the times of, unless they compute in lower precision.
+    """
+    kernels = registered_kernels()
+    measured = [] if table is None else [kernel for kernel in kernels if kernel.name in table.rows]
+    exact = [kernel for kernel in measured if not getattr(kernel, "lower_precision", False)]
+    return list(dict.fromkeys([*(kernel for kernel in kernels if kernel.automatic), *exact]))
 
 
 # The kernels of one model.

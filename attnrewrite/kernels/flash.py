@@ -22,7 +22,7 @@ from attnrewrite.kernels.packing import Packed
 from attnrewrite.kernels.vendors import HubKernel, Package, VendorCall
 from attnrewrite.site import AttentionSite
 
-__all__ = ["FLASH_KERNELS"]
+__all__ = ["FLASH_4_PACKAGE", "FLASH_KERNELS"]
 
 _FA2_API = "https://github.com/Dao-AILab/flash-attention/blob/v2.8.3/csrc/flash_attn/flash_api.cpp"
 _FA2_PYTHON = "https://github.com/Dao-AILab/flash-attention/blob/v2.8.3/flash_attn/flash_attn_interface.py"
@@ -487,7 +487,7 @@ _PACKAGE_3 = Package(
     _BUILD_3,
     parameters=(("_flash_attn_forward", "window_size_left"), ("_flash_attn_backward", "window_size_left")),
 )
-_PACKAGE_4 = Package("flash_attn.cute.interface", "flash-attn-4", _PIP_4, "4.0.0b36")
+FLASH_4_PACKAGE = Package("flash_attn.cute.interface", "flash-attn-4", _PIP_4, "4.0.0b36")
 _REPOSITORY = "https://github.com/Dao-AILab/flash-attention"
 
 
@@ -504,7 +504,7 @@ _HUB_3 = HubKernel("kernels-community/flash-attn3", 1)
 _HUB_4 = HubKernel("kernels-community/flash-attn4", 0, "0.12.3")
 
 FLASH_KERNELS: tuple[LibraryKernel, ...] = (
-    Flash4("flash_4", _PACKAGE_4, _FLASH_4, _PIP_4, _REPOSITORY, proved="4.0.0b36", run_on=RUN_ON),
+    Flash4("flash_4", FLASH_4_PACKAGE, _FLASH_4, _PIP_4, _REPOSITORY, proved="4.0.0b36", run_on=RUN_ON),
     Flash3("_flash_3", _PACKAGE_3, _FLASH_3, _BUILD_3, _REPOSITORY, proved="3.0.0 (01afd16)"),
     Flash3Varlen("_flash_varlen_3", _PACKAGE_3, _FLASH_3_VARLEN, _BUILD_3, _REPOSITORY, proved="3.0.0 (01afd16)"),
     Flash2("flash", _PACKAGE_2, _FLASH_2, _PIP_2, _REPOSITORY, proved="2.8.3.post2"),

@@ -1,7 +1,9 @@
-"""``flex``: PyTorch's FlexAttention, which applies any function to each score.
+"""``flex``, ``flex_flash``: PyTorch's FlexAttention, which applies any function to each score.
 
 It takes what no mask and no scale can say: tanh soft-capping, clamped scores, factors over query and key positions. The
-operator is inserted as it stands in a traced graph, with the source's own arithmetic as its ``score_mod``.
+operator is inserted as it stands in a traced graph. Masks that only keep keys or not, and bands around the diagonal, go
+into its block mask, so that blocks without a key are skipped; for anything else the source's own arithmetic is its
+``score_mod``.
 
 Source: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_higher_order_ops/flex_attention.py
 """
@@ -11,27 +13,37 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from attnrewrite.analysis.values import ABSORBING, constant_value
-from attnrewrite.analysis.views import Dim, Operand
+from attnrewrite.analysis.views import Dim, Operand, size_of
 from attnrewrite.ir import Builder, is_tensor, same, tensor
 from attnrewrite.kernels.base import Availability, Verdict
+from attnrewrite.kernels.flash import FLASH_4_PACKAGE
+from attnrewrite.kernels.flex_blocks import Blocks, blocks_of_band, blocks_of_mask, placeholders_first, whole_block
+from attnrewrite.kernels.keeping import KeepMask
 from attnrewrite.kernels.layout import Plan, lay_out, modified, padded
+from attnrewrite.kernels.limits import HALF, Asked, HeadSizes, Limits
 from attnrewrite.kernels.masking import Mask
-from attnrewrite.site import AttentionSite, Bias, Elementwise, Fill, Floor, Narrow, Scale, Shift
+from attnrewrite.site import AttentionSite, Bias, Elementwise, Fill, Floor, Narrow, Scale, Shift, WeightMod
 
-__all__ = ["Flex"]
+__all__ = ["Flex", "FlexFlash"]
 
 aten = torch.ops.aten
 
 _SMALLEST_HEAD = 16
 """Triton multiplies matrices of 16 columns and more."""
+
+_BLOCK_MASKS = Limits(
+    devices=("cpu", "cuda"), dtypes=(), heads=HeadSizes(), masks="boolean", alignments=("first", "last"), window=True
+)
+"""What a block mask says by itself."""
 
 
 class Flex:
@@ -44,6 +56,7 @@ class Flex:
     name = "flex"
     automatic = True
     needs = "PyTorch and Inductor"
+    kernel_options: ClassVar[dict[str, Any]] = {}
 
     def availability(self) -> Availability:
         if torch.cuda.is_available():
@@ -53,8 +66,6 @@ class Flex:
         return Availability(True, f"part of torch {torch.__version__}; without a backward pass on the CPU")
 
     def supports(self, site: AttentionSite) -> Verdict:
-        scores = site.scores
-        assert scores is not None
         if any(same(axis.size, 0) for axis in site.key_axes):
             return Verdict.no("there is no key to attend to")
         if site.compute_dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -70,14 +81,20 @@ class Flex:
             widths = [axis.size for axis in (*site.feature_axes, *site.value_axes)]
             if any(not isinstance(width, int) for width in widths) or _narrow(site):
                 return Verdict.no(f"takes head sizes from {_SMALLEST_HEAD} on")
+        if site.dropout:
+            return Verdict.no("FlexAttention has no dropout")
+        return Verdict.yes() if _by_blocks(site) is not None else self._supports_steps(site)
+
+    def _supports_steps(self, site: AttentionSite) -> Verdict:
+        """Whether the source's steps can be its function of the scores."""
+        scores = site.scores
+        assert scores is not None
         if site.is_causal or (site.fused and scores.masked_rows != "none"):
             return Verdict.no("an existing fused call with a mask or is_causal has rules that are not written out here")
         if site.rounds_rows and scores.masked_rows != "none":
             return Verdict.no("what a row without a key gives is a matter of rounding here")
         if any(isinstance(mod, Scale) and _is_symbolic(mod.factor) for mod in site.mods):
             return Verdict.no("a factor of the scores is a symbolic number, which a score_mod does not take")
-        if site.dropout:
-            return Verdict.no("FlexAttention has no dropout")
         if site.sink is not None and not all(isinstance(axis.size, int) for axis in site.key_axes):
             return Verdict.no("a sink beside a function of the scores needs a number of keys that is known")
         floored = any(isinstance(mod, Floor) for mod in site.mods) and scores.masked_rows != "none"
@@ -89,38 +106,81 @@ class Flex:
         return Verdict.yes()
 
     def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
+        asked = _by_blocks(site)
+        return self._emit_steps(site, builder) if asked is None else self._emit_blocks(site, builder, asked)
+
+    def _emit_blocks(self, site: AttentionSite, builder: Builder, asked: Asked) -> fx.Node:
+        """The mask as a block mask, the scale as a number."""
+        scores = site.scores
+        assert scores is not None and scores.scale is not None
+        plan = Plan.of(site)
+        query, key, value = (
+            self._operand(builder, site, operand, dims, factors)
+            for operand, dims, factors in (
+                (site.query, plan.query_dims, scores.query_factors),
+                (site.key, plan.key_dims, scores.key_factors),
+                (site.value, plan.value_dims, scores.value_mods),
+            )
+        )
+        mask = None
+        if asked.mask != "none":
+            mask = KeepMask(builder, site, plan.score_dims)
+            assert mask.node is not None
+            if mask.opened_rows is not None:
+                query = builder.call(aten.where.ScalarSelf, mask.opened_rows, 0.0, query)
+            blocks = blocks_of_mask(builder, site, mask.node)
+        elif asked.is_bounded:
+            blocks = blocks_of_band(builder, site, asked)
+        else:
+            blocks = whole_block(builder, site.device)
+        call = _Call((query, key, value), _softcap(scores.softcap), blocks, scores.scale)
+        output = self._in_graph(builder, site, call)
+        if mask is not None and asked.restores_rows:
+            output = mask.with_source_rows(output, value, plan)
+        return plan.as_result(builder, site, output)
+
+    def _emit_steps(self, site: AttentionSite, builder: Builder) -> fx.Node:
+        """The source's steps, one by one, as the function of the scores."""
         scores = site.scores
         assert scores is not None
         plan = Plan.of(site)
         query, key, value = (
-            self._operand(builder, site, operand, dims)
-            for operand, dims in (
-                (site.query, plan.query_dims),
-                (site.key, plan.key_dims),
-                (site.value, plan.value_dims),
+            self._operand(builder, site, operand, dims, factors)
+            for operand, dims, factors in (
+                (site.query, plan.query_dims, ()),
+                (site.key, plan.key_dims, ()),
+                (site.value, plan.value_dims, scores.value_mods),
             )
         )
-        for mod in scores.value_mods:
-            value = modified(builder, value, mod, plan.value_dims)
         if site.sink is not None:
             # One more key, whose score is the sink's and whose value adds nothing.
             key, value = padded(builder, key, -2, 0.0), padded(builder, value, -2, 0.0)
         score_mod, buffers = _score_mod(builder, site, plan.score_dims)
-        batch, heads, length, _ = tensor(query).shape
-        output = tensor(query).new_empty((batch, heads, length, tensor(value).shape[-1]))
         if site.device.type == "cpu" and site.for_inductor:
             # Inductor's C++ template fails where it meets operands that the graph computes.
             _no_block_mask()  # Not to be made within the call: that may come from where vmap does not work.
             operator_ = torch.ops.attnrewrite.flex_attention.default
+            output = _output_like(query, value)
             node = builder.insert(operator_, (query, key, value, buffers, score_mod.code), {}, output)
         else:
-            node = _in_graph(builder, site, (query, key, value), output, score_mod, buffers)
+            blocks = whole_block(builder, site.device)
+            call = _Call((query, key, value), score_mod, blocks, 1.0, tuple(buffers))
+            node = self._in_graph(builder, site, call)
         if scores.masked_rows not in ("none", "mean of value"):
             node = Mask(builder, site, plan.score_dims).with_source_rows(node, value, plan)
         return plan.as_result(builder, site, node)
 
-    def _operand(self, builder: Builder, site: AttentionSite, operand: Operand, dims: tuple[Dim, ...]) -> fx.Node:
+    def _operand(
+        self,
+        builder: Builder,
+        site: AttentionSite,
+        operand: Operand,
+        dims: tuple[Dim, ...],
+        factors: Sequence[WeightMod],
+    ) -> fx.Node:
         node = lay_out(builder, operand.node, operand.layout, dims, expand=True)
+        for factor in factors:
+            node = modified(builder, node, factor, dims)
         if tensor(node).dtype is not site.compute_dtype:
             node = builder.call(aten.to.dtype, node, site.compute_dtype)
         static = all(isinstance(size, int) for size in (*tensor(node).shape, *tensor(node).stride()))
@@ -128,34 +188,120 @@ class Flex:
             return node
         return builder.call(aten.clone.default, node, memory_format=torch.contiguous_format)
 
+    def _in_graph(self, builder: Builder, site: AttentionSite, call: _Call) -> fx.Node:
+        """The higher-order operator, as it stands in a graph that was traced with ``flex_attention`` in it."""
+        options: dict[str, Any] = {
+            "PRESCALE_QK": False,
+            "ROWS_GUARANTEED_SAFE": False,
+            "BLOCKS_ARE_CONTIGUOUS": False,
+            "WRITE_DQ": True,
+            "OUTPUT_LOGSUMEXP": site.differentiable and site.device.type != "cpu",
+            "OUTPUT_MAX": False,
+            **self.kernel_options,
+        }
+        query, _, value = call.operands
+        output = _output_like(query, value)
+        rows = output.new_empty(output.shape[:-1], dtype=torch.float32)
+        module = builder.submodule("score_mod", call.score_mod)
+        blocks = call.blocks.as_argument(builder)
+        result = builder.insert(
+            torch.ops.higher_order.flex_attention,
+            (*call.operands, module, blocks, call.scale, options, call.buffers, call.blocks.buffers),
+            {},
+            (output, rows, rows),
+        )
+        return builder.insert(operator.getitem, (result, 0), {}, output)
 
-def _in_graph(
-    builder: Builder,
-    site: AttentionSite,
-    operands: tuple[fx.Node, fx.Node, fx.Node],
-    output: torch.Tensor,
-    score_mod: fx.GraphModule,
-    buffers: list[fx.Node],
-) -> fx.Node:
-    """The higher-order operator, as it stands in a graph that was traced with ``flex_attention`` in it."""
-    options = {
-        "PRESCALE_QK": False,
-        "ROWS_GUARANTEED_SAFE": False,
-        "BLOCKS_ARE_CONTIGUOUS": False,
-        "WRITE_DQ": True,
-        "OUTPUT_LOGSUMEXP": site.differentiable and site.device.type != "cpu",
-        "OUTPUT_MAX": False,
-    }
-    rows = output.new_empty(output.shape[:-1], dtype=torch.float32)
-    module = builder.submodule("score_mod", score_mod)
-    no_mask = _empty_block_mask(builder, site)
-    result = builder.insert(
-        torch.ops.higher_order.flex_attention,
-        (*operands, module, no_mask, 1.0, options, tuple(buffers), ()),
-        {},
-        (output, rows, rows),
-    )
-    return builder.insert(operator.getitem, (result, 0), {}, output)
+
+class FlexFlash(Flex):
+    """FlexAttention with FlashAttention 4 as its back end, which is made for PyTorch's functions of the scores.
+
+    Source: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_inductor/kernel/flex/flex_flash_attention.py
+    """
+
+    name = "flex_flash"
+    automatic = False
+    needs = "pip install flash-attn-4, and an NVIDIA GPU of compute capability 9.0 or later"
+    kernel_options: ClassVar[dict[str, Any]] = {"BACKEND": "FLASH"}
+
+    def availability(self) -> Availability:
+        return FLASH_4_PACKAGE.availability()
+
+    def supports(self, site: AttentionSite) -> Verdict:
+        scores = site.scores
+        assert scores is not None
+        if site.device.type != "cuda":
+            return Verdict.no(f"runs on NVIDIA GPUs, not on {site.device.type}")
+        available = self.availability()
+        if not available.available:
+            return Verdict.no(f"not available: {available.detail}")
+        if not site.for_inductor:
+            return Verdict.no("is made by Inductor (use options={'inner_backend': 'inductor'})")
+        if site.compute_dtype not in HALF:
+            return Verdict.no(f"takes bfloat16 and float16, not {site.compute_dtype}".replace("torch.", ""))
+        if torch.cuda.is_available() and torch.cuda.get_device_capability(site.device)[0] < 9:
+            return Verdict.no("needs a GPU of compute capability 9.0 or later")
+        if site.differentiable:
+            return Verdict.no("its backward pass is not tested (run it under torch.no_grad())")
+        axes = (*site.query.axes, *site.key.axes, *site.value.axes)
+        if not all(isinstance(axis.size, int) for axis in axes):
+            return Verdict.no("takes no symbolic sizes (compile with dynamic=False)")
+        if _by_blocks(site) is None:
+            return Verdict.no("reads no tensors in its function of the scores: takes masks and soft caps only")
+        sizes = {size_of(site.feature_axes), size_of(site.value_axes)}
+        if not sizes <= {64, 128}:
+            return Verdict.no(f"takes head sizes 64 and 128, not {', '.join(map(str, sorted(map(int, sizes))))}")
+        return super().supports(site)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the operator is called with.
+
+    Attributes:
+        operands: query, key and value, (batch, heads, length, features); key and value may have fewer heads.
+        score_mod: ``score_mod(score, batch, head, query, key, *buffers)``.
+        blocks: the block mask.
+        scale: of the products, before ``score_mod``.
+        buffers: what ``score_mod`` reads.
+    """
+
+    operands: tuple[fx.Node, fx.Node, fx.Node]
+    score_mod: fx.GraphModule
+    blocks: Blocks
+    scale: float
+    buffers: tuple[fx.Node, ...] = ()
+
+
+def _by_blocks(site: AttentionSite) -> Asked | None:
+    """What a block mask is asked for in place of the site's terms; None where the source's steps must be repeated."""
+    scores = site.scores
+    assert scores is not None
+    if site.device.type == "cpu" and site.for_inductor:
+        return None  # That goes another way, see `emit`.
+    if site.sink is not None or scores.scale is None or (scores.inexpressible and scores.softcap is None):
+        return None
+    asked = _BLOCK_MASKS.asked(site)
+    if not isinstance(asked, Asked) or (scores.masked_rows != "none" and not asked.restores_rows):
+        return None
+    return asked
+
+
+def _softcap(height: float | None) -> fx.GraphModule:
+    """``score_mod`` of a soft cap, or of nothing."""
+    graph = fx.Graph()
+    score: Any = graph.placeholder("score")
+    for name in ("batch", "head", "query", "key"):
+        graph.placeholder(name)
+    if height is not None:
+        score = graph.call_function(aten.tanh.default, (graph.call_function(aten.div.Tensor, (score, height)),))
+        score = graph.call_function(aten.mul.Tensor, (score, height))
+    graph.output(score)
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def _output_like(query: fx.Node, value: fx.Node) -> torch.Tensor:
+    return tensor(query).new_empty((*tensor(query).shape[:-1], tensor(value).shape[-1]))
 
 
 @torch.library.custom_op("attnrewrite::flex_attention", mutates_args=(), device_types="cpu")
@@ -230,29 +376,6 @@ def _no_block_mask() -> Any:
     return _create_empty_block_mask(probe, probe)
 
 
-def _empty_block_mask(builder: Builder, site: AttentionSite) -> tuple[Any, ...]:
-    """What ``flex_attention`` passes on where no block mask is given: one block that holds everything.
-
-    Its fields differ from one version of PyTorch to the next, so that PyTorch's own function makes it.
-    """
-    *fields, _ = _no_block_mask().as_tuple()
-    everything = fx.Graph()
-    for name in ("batch", "head", "query", "key"):
-        everything.placeholder(name)
-    always: Any = {"dtype": torch.bool, "device": site.device}
-    everything.output(everything.call_function(aten.full.default, ([], True), always))
-    mask_mod = builder.submodule("mask_mod", fx.GraphModule(torch.nn.Module(), everything))
-    return (*(_stored(builder, field, site.device) for field in fields), mask_mod)
-
-
-def _stored(builder: Builder, field: Any, device: torch.device) -> Any:
-    if not isinstance(field, torch.Tensor):
-        return field
-    number = int(field.flatten()[0])
-    kind = {"dtype": field.dtype, "device": device}
-    return builder.call(aten.full.default, [*field.shape], number, **kind)
-
-
 # The function of the scores.
 
 
@@ -297,10 +420,14 @@ def _score_mod(builder: Builder, site: AttentionSite, dims: tuple[Dim, ...]) -> 
             score = graph.call_function(aten.where.self, (last, sink, score))
         else:
             score = graph.call_function(aten.where.ScalarSelf, (last, sink, score))
-    infinite = graph.call_function(aten.eq.Scalar, (score, -math.inf))
-    bounded = graph.call_function(aten.clamp.default, (score, ABSORBING))
-    graph.output(graph.call_function(aten.where.self, (infinite, score, bounded)))
-    _placeholders_first(graph)
+    scores = site.scores
+    assert scores is not None
+    if scores.masked_rows != "none" or scores.inexpressible:
+        infinite = graph.call_function(aten.eq.Scalar, (score, -math.inf))
+        bounded = graph.call_function(aten.clamp.default, (score, ABSORBING))
+        score = graph.call_function(aten.where.self, (infinite, score, bounded))
+    graph.output(score)
+    placeholders_first(graph)
     return fx.GraphModule(torch.nn.Module(), graph), buffers
 
 
@@ -339,9 +466,3 @@ def _applied(graph: fx.Graph, score: fx.Node, mod: Any, entry: Any) -> fx.Node:
         return call(aten.clamp.default, (score, low))
     target: Any = mod.node.target
     return call(target, (score, *arguments[1:]), mod.node.kwargs)
-
-
-def _placeholders_first(graph: fx.Graph) -> None:
-    first = next(node for node in graph.nodes if node.op != "placeholder")
-    for node in [node for node in graph.nodes if node.op == "placeholder"]:
-        first.prepend(node)

@@ -6,7 +6,7 @@ import difflib
 
 from attnrewrite.errors import OptionError
 from attnrewrite.kernels.base import Availability, Kernel
-from attnrewrite.kernels.flex import Flex
+from attnrewrite.kernels.flex import Flex, FlexFlash
 from attnrewrite.kernels.library import LibraryKernel
 from attnrewrite.kernels.library_kernels import LIBRARY_KERNELS
 from attnrewrite.kernels.torch_backends import CudnnAttention, EfficientAttention, FlashAttention
@@ -20,6 +20,7 @@ _BUILT_IN: tuple[Kernel, ...] = (
     EfficientAttention(),
     TorchMath(),
     Flex(),
+    FlexFlash(),
     CudnnAttention(),
     *LIBRARY_KERNELS,
 )

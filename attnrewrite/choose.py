@@ -1,0 +1,134 @@
+"""choose: which kernel takes a site. Each is asked; of those that nobody named, the fastest willing one serves."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+
+from torch import fx
+
+from attnrewrite.autotune import tuned
+from attnrewrite.errors import KernelError
+from attnrewrite.kernels import Kernel, Verdict, made_ready
+from attnrewrite.kernels.costs import CostTable, Workload, cost_table
+from attnrewrite.policy import Policy, Request
+from attnrewrite.report import KernelVerdict, SiteReport
+from attnrewrite.selection import named, request_for, standing
+from attnrewrite.site import AttentionSite
+
+__all__ = ["choose", "willing_kernels"]
+
+log = logging.getLogger("attnrewrite")
+
+
+def choose(gm: fx.GraphModule, site: AttentionSite, row: SiteReport, policy: Policy) -> Kernel | None:
+    """The kernel for a site, None if none is willing; the row gets every answer, and the reason if there is none.
+
+    Raises:
+        KernelError: with ``strict``, none that was asked for is willing.
+    """
+    request = request_for(policy, row.location)
+    verdicts: dict[str, KernelVerdict] = {}
+    before, after = named(request)
+    kernel = _first_willing(site, before, verdicts, by_name=True)
+    if kernel is None:
+        kernel = _automatic(gm, site, policy, verdicts)
+    if kernel is None:
+        kernel = _first_willing(site, after, verdicts, by_name=True)
+    row.verdicts = tuple(verdicts.values())
+    if request is not None:
+        row.requested = f"{', '.join(request.names)} by {request.origin}"
+        _check_request(request, row, kernel)
+    if kernel is None:
+        row.reason = _refusals(row.verdicts)
+    return kernel
+
+
+def _first_willing(
+    site: AttentionSite, kernels: list[Kernel], verdicts: dict[str, KernelVerdict], by_name: bool = False
+) -> Kernel | None:
+    for kernel in kernels:
+        if _ask(site, kernel, verdicts, by_name):
+            return kernel
+    return None
+
+
+def _ask(site: AttentionSite, kernel: Kernel, verdicts: dict[str, KernelVerdict], by_name: bool = False) -> bool:
+    if kernel.name not in verdicts:
+        verdict = kernel.supports(site)
+        if verdict.willing:
+            available = made_ready(kernel, asked=by_name)
+            verdict = verdict if available.available else Verdict.no(f"not available: {available.detail}")
+        verdicts[kernel.name] = KernelVerdict(kernel.name, verdict.willing, verdict.reason)
+    return verdicts[kernel.name].willing
+
+
+def willing_kernels(site: AttentionSite, kernels: list[Kernel], verdicts: dict[str, KernelVerdict]) -> list[Kernel]:
+    """Those of ``kernels`` that take the site; every answer goes into ``verdicts``."""
+    return [kernel for kernel in kernels if _ask(site, kernel, verdicts)]
+
+
+def _automatic(
+    gm: fx.GraphModule, site: AttentionSite, policy: Policy, verdicts: dict[str, KernelVerdict]
+) -> Kernel | None:
+    """The fastest willing kernel, by measurement: here and now, or in the table for devices of this kind."""
+    table = cost_table(site.device) if site.for_inductor else None
+    if not policy.autotune and table is None:
+        return _first_willing(site, standing(None), verdicts)
+    willing = willing_kernels(site, standing(table), verdicts)
+    if len(willing) < 2:
+        return willing[0] if willing else None
+    workload = Workload.of(site)
+    if policy.autotune:
+        milliseconds, source = tuned(gm, site, willing, policy), "measured here"
+    else:
+        assert table is not None
+        milliseconds, source = _estimates(table, willing, workload, policy.cuda_graphs), f"measured on {table.device}"
+    # A kernel of the user's own comes first unless it was measured, and so does PyTorch's choice where it was not.
+    if willing[0].name not in milliseconds:
+        return willing[0]
+    for name, time in milliseconds.items():
+        verdicts[name] = KernelVerdict(name, True, f"about {time:.3g} ms, {source}")
+    return min((kernel for kernel in willing if kernel.name in milliseconds), key=_by(milliseconds))
+
+
+def _estimates(table: CostTable, kernels: list[Kernel], workload: Workload, cuda_graphs: bool) -> dict[str, float]:
+    found = {kernel.name: table.milliseconds(kernel.name, workload, cuda_graphs) for kernel in kernels}
+    return {name: time for name, time in found.items() if time is not None}
+
+
+def _by(milliseconds: dict[str, float]) -> Callable[[Kernel], float]:
+    return lambda kernel: milliseconds[kernel.name]
+
+
+def _check_request(request: Request, row: SiteReport, kernel: Kernel | None) -> None:
+    """Says so where no kernel that was asked for serves the site.
+
+    Raises:
+        KernelError: with ``strict``.
+    """
+    asked = [verdict for verdict in row.verdicts if verdict.kernel in request.names]
+    if "auto" in request.names or any(verdict.willing for verdict in asked):
+        return
+    message = (
+        f"{', '.join(request.names)} was asked for by {request.origin} and cannot serve the attention at "
+        f"{row.location}: {_refusals(tuple(asked))}"
+    )
+    if request.strict:
+        raise KernelError(message)
+    instead = f"{kernel.name} takes it" if kernel else "it is left as it is"
+    _warn_once(f"{message}; {instead}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning("%s", message)
+
+
+def _refusals(verdicts: tuple[KernelVerdict, ...]) -> str:
+    """Each reason once, behind the kernels that gave it."""
+    kernels: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        kernels.setdefault(verdict.reason, []).append(verdict.kernel)
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in kernels.items())
