@@ -64,7 +64,7 @@ def _measured(
             try:
                 runs[kernel.name] = _run_of(cut_out(gm, site, kernel), site, policy)
                 runs[kernel.name]()
-            except Exception as error:  # Any package may fail in its own way; the others serve.
+            except Exception as error:  # noqa: BLE001 - Any package may fail in its own way.
                 runs.pop(kernel.name, None)
                 log.warning("autotuning %s: %s failed and is left out: %s", where, kernel.name, error)
         progress.update(task, description=f"attnrewrite: timing {', '.join(runs)} for {where}")

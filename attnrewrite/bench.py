@@ -34,7 +34,7 @@ from attnrewrite.capture import capture
 from attnrewrite.policy import Policy
 from attnrewrite.rewrite import rewrite
 
-__all__ = ["PassBenchmark", "PassTimes", "measure_pass", "print_pass_benchmark", "run_pass_benchmark"]
+__all__ = ["PassBenchmark", "PassTimes", "environment", "measure_pass", "print_pass_benchmark", "run_pass_benchmark"]
 
 STEPS = ("find", "simplify", "choose", "splice")
 """The steps whose sum is the time of the pass, as ``GraphReport.seconds`` names them."""
@@ -160,8 +160,8 @@ def run_pass_benchmark(
     measure_pass(2, 1, dynamic)  # What is loaded and filled on first use belongs to no graph.
     start = time.perf_counter()
     times = [measure_pass(count, repeats, dynamic) for count in sorted(blocks)]
-    environment = {**_environment(command), "dynamic": dynamic, "seconds": round(time.perf_counter() - start, 1)}
-    return PassBenchmark(times, environment)
+    about = {**environment(command), "dynamic": dynamic, "seconds": round(time.perf_counter() - start, 1)}
+    return PassBenchmark(times, about)
 
 
 def measure_pass(blocks: int, repeats: int, dynamic: bool = False) -> PassTimes:
@@ -243,7 +243,7 @@ def print_pass_benchmark(result: PassBenchmark, console: Console | None = None) 
     console.print(f"CPU time of all of it: {cpu[0]:.2f} s and {cpu[1]:.2f} s, {cpu[1] / cpu[0]:.1f} times.")
 
 
-def _environment(command: Sequence[str] | None) -> dict[str, Any]:
+def environment(command: Sequence[str] | None) -> dict[str, Any]:
     commit = _git("rev-parse", "HEAD")
     words = [Path(sys.argv[0]).name, *sys.argv[1:]] if command is None else command
     return {

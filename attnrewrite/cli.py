@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ import click
 
 __all__ = ["main"]
 
+_FILE: Any = click.Path(dir_okay=False, path_type=Path)
 _RETURNS = "return model, (model, args), (model, args, kwargs), or a dict with the keys model, args, kwargs"
 
 
@@ -111,7 +113,7 @@ def explain(
 
 @main.group()
 def bench() -> None:
-    """Measure attnrewrite itself."""
+    """Measure attnrewrite itself, and the kernels of this machine."""
 
 
 @bench.command("pass")
@@ -133,16 +135,82 @@ def bench_pass(repeats: int, blocks: tuple[int, ...], dynamic: bool, path: Path 
     """
     from attnrewrite.bench import print_pass_benchmark, run_pass_benchmark
 
-    if path is not None and not path.parent.is_dir():
-        raise _BadInput(f"the data could not be written to {path}: {path.parent} is no directory")
+    _check_writable(path)
     result = run_pass_benchmark(blocks, repeats, dynamic)
     print_pass_benchmark(result)
-    if path is not None:
-        try:
-            result.save(path)
-        except OSError as error:
-            raise _BadInput(f"the data could not be written to {path}: {error.strerror or error}") from error
-        click.echo(f"Wrote {path}", err=True)
+    _write(path, result.save)
+
+
+@bench.command("sites")
+@click.option(
+    "--grid",
+    "grids",
+    type=click.Choice(["small", "main", "other", "training"]),
+    multiple=True,
+    help="Which attentions; give it once for each (default: main on a GPU, small on a CPU).",
+)
+@click.option("--kernels", metavar="NAME[,NAME...]", help="Which kernels (default: every exact one that can run here).")
+@click.option("--device", metavar="DEVICE", default="", help="Default: the GPU if there is one, else the CPU.")
+@click.option("--seconds", type=click.FloatRange(min=0.01), default=0.5, help="For the calls of a site (default 0.5).")
+@click.option("--workers", type=click.IntRange(min=1), default=1, help="Processes that compile at once (default 1).")
+@click.option("--json", "path", type=_FILE, help="Write the raw data here.")
+@click.option("--table", type=_FILE, help="Write the times as a table for the automatic choice here.")
+@click.option("--plot", type=_FILE, help="Draw the times into this file (.png, .svg, .pdf); needs matplotlib.")
+def bench_sites(
+    grids: tuple[str, ...],
+    kernels: str | None,
+    device: str,
+    seconds: float,
+    workers: int,
+    path: Path | None,
+    table: Path | None,
+    plot: Path | None,
+) -> None:
+    """Time every willing kernel on a grid of attentions, in turns, and compare the automatic choice with the best.
+
+    The table has the median milliseconds of a call; the fastest kernel is bold, the automatic choice has a star. The
+    raw data have spread, peak memory, times within CUDA graphs and errors against float64, too.
+    """
+    for file in (path, table, plot):
+        _check_writable(file)
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise _BadInput("--plot needs matplotlib: pip install matplotlib")
+
+    import torch
+
+    from attnrewrite.bench_sites import GRIDS, plot_sites, print_sites_benchmark, run_sites_benchmark
+    from attnrewrite.errors import AttnRewriteError
+
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if place.startswith("cuda") and not torch.cuda.is_available():
+        raise _BadInput("--device cuda: PyTorch sees no GPU here; leave it out, or see attnrewrite doctor")
+    cases = [case for grid in grids or (("small",) if place == "cpu" else ("main",)) for case in GRIDS[grid]]
+    names = [name.strip() for name in (kernels or "").split(",") if name.strip()]
+    try:
+        result = run_sites_benchmark(cases, names, place, seconds, workers)
+    except AttnRewriteError as error:
+        raise _BadInput(str(error)) from error
+    print_sites_benchmark(result)
+    _write(path, result.save)
+    _write(table, result.save_table)
+    _write(plot, lambda file: plot_sites(result, file))
+
+
+def _check_writable(path: Path | None) -> None:
+    """Before the work is done, and not after it."""
+    if path is not None and not path.parent.is_dir():
+        raise _BadInput(f"the data could not be written to {path}: {path.parent} is no directory")
+
+
+def _write(path: Path | None, save: Callable[[Path], None]) -> None:
+    if path is None:
+        return
+    try:
+        save(path)
+    except (OSError, ValueError) as error:  # matplotlib raises ValueError for a format that it does not know.
+        words = getattr(error, "strerror", None) or error
+        raise _BadInput(f"the data could not be written to {path}: {words}") from error
+    click.echo(f"Wrote {path}", err=True)
 
 
 def _load(target: str, traceback: bool) -> Callable[[], Any]:

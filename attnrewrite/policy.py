@@ -97,7 +97,6 @@ class Policy:
         request_of_environment()  # Its mistakes are said now, and not in the middle of a graph.
         return Policy(mode=None if mode == "default" else mode, inner_options=inner, **own)
 
-
     @property
     def cuda_graphs(self) -> bool:
         """Whether Inductor puts what it compiles into CUDA graphs, where a call costs the host next to nothing."""

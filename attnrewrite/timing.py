@@ -138,15 +138,16 @@ def compiled_alone(alone: Standalone, inputs: Sequence[Tensor], policy: Policy) 
     inner = InnerCompiler(replace(policy, mode=None, inner_options=without_graphs))
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     fakes = [mode.from_tensor(value, static_shapes=True) for value in inputs]
-    # A compilation of its own, whatever is being compiled around it; all of it now, as PyTorch does not expect a backward
-    # pass to be compiled while a forward pass is.
+    # A compilation of its own, whatever is being compiled around it; all of it now, as PyTorch does not expect a
+    # backward pass to be compiled while a forward pass is.
     whole = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
     with tracing(TracingContext(mode)), whole:
         compiled = inner.compile(alone.module, fakes, keep_attention=True, round_like_eager=False)
 
     def call(*values: Tensor) -> Tensor:
-        result = compiled(*values)
-        return result[0] if isinstance(result, (tuple, list)) else result
+        result: Any = compiled(*values)
+        output: Tensor = result[0] if isinstance(result, (tuple, list)) else result
+        return output
 
     return call
 
@@ -216,15 +217,15 @@ class _CudaClock:
         self._cache = torch.empty(_CACHE_BYTES, dtype=torch.int8, device=device)
 
     def time(self, run: Callable[[], Any]) -> Callable[[], float]:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         self._cache.zero_()
-        start.record()  # type: ignore[no-untyped-call]
+        start.record()
         run()
-        end.record()  # type: ignore[no-untyped-call]
+        end.record()
 
         def read() -> float:
-            end.synchronize()  # type: ignore[no-untyped-call]
-            return float(start.elapsed_time(end))  # type: ignore[no-untyped-call]
+            end.synchronize()
+            return float(start.elapsed_time(end))
 
         return read
 
@@ -261,7 +262,7 @@ def _memory_of(run: Callable[[], Any], device: torch.device) -> int | None:
 def _captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Any] | None:
     """A replay of the call; None where it cannot be captured."""
     graph = torch.cuda.CUDAGraph()
-    side = torch.cuda.Stream(device)
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
         for _ in range(2):

@@ -1,7 +1,7 @@
 """How long kernels take, as measured on devices of one kind, and what that says of a site that was not measured.
 
-A table is what ``attnrewrite bench sites --json`` wrote on a device: ``cost_tables/<family>.json``. A site's time is that
-of the nearest row, in proportion to its work; a kernel that was not measured on such sites has none.
+A table is what ``attnrewrite bench sites --table`` wrote on a device: ``cost_tables/<family>.json``. A site's time is
+that of the nearest row, in proportion to its work; a kernel that was not measured on such sites has none.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class CostTable:
 
     @staticmethod
     def from_json(text: str) -> CostTable:
-        """From what ``attnrewrite bench sites --json`` writes."""
+        """From what ``attnrewrite bench sites --table`` writes."""
         data = json.loads(text)
         rows: dict[str, list[_Row]] = {}
         for site in data["sites"]:

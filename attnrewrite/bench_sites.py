@@ -1,0 +1,591 @@
+"""``attnrewrite bench sites``: every willing kernel on a grid of attentions, and what the automatic choice makes of it.
+
+Each attention is written naively, captured as any model is, and given to each kernel as the rewritten graph would have
+it, compiled by Inductor. The kernels of one attention are timed in turns, in one process. With workers, several
+processes compile at the same time, and afterwards one after the other measures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import itertools
+import json
+import math
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, fx
+
+from attnrewrite.bench import environment
+from attnrewrite.capture import capture
+from attnrewrite.choose import choose, willing_kernels
+from attnrewrite.kernels import Kernel, kernel_named, registered_kernels
+from attnrewrite.kernels.costs import Workload, device_family
+from attnrewrite.policy import Policy
+from attnrewrite.report import KernelVerdict, SiteReport
+from attnrewrite.rewrite import read_sites
+from attnrewrite.site import AttentionSite
+from attnrewrite.timing import Standalone, compiled_alone, cut_out, time_together
+
+__all__ = ["GRIDS", "Case", "SitesBenchmark", "plot_sites", "print_sites_benchmark", "run_sites_benchmark"]
+
+_REFERENCE_BYTES = 2**28
+"""How large the float64 scores of the reference may become at one time."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention of the grid.
+
+    Attributes:
+        mask: "none", "causal", "window" (of an eighth of the keys), "key padding" (a quarter of the keys, and one more
+            for each entry of the batch), "additive" (a bias of the scores' full size) or "softcap" (beside a causal
+            mask).
+        backward: the backward pass is timed with it.
+    """
+
+    batch: int
+    heads: int
+    queries: int
+    head_dim: int
+    keys: int = 0
+    key_heads: int = 0
+    mask: str = "none"
+    dtype: str = "bfloat16"
+    backward: bool = False
+
+    def __str__(self) -> str:
+        heads = f"{self.heads}/{self.key_heads}" if self.key_heads else f"{self.heads}"
+        length = f"{self.queries}x{self.keys}" if self.keys else f"{self.queries}"
+        passes = " backward" if self.backward else ""
+        return f"{self.batch},{heads},{length},{self.head_dim} {self.mask} {self.dtype}{passes}"
+
+    def inputs(self, device: torch.device) -> list[Tensor]:
+        """Query, key, value, and what the mask needs; the same numbers every time."""
+        generator = torch.Generator(device).manual_seed(0)
+        kind: Any = {"device": device, "generator": generator, "dtype": getattr(torch, self.dtype)}
+        keys, key_heads = self.keys or self.queries, self.key_heads or self.heads
+        query = torch.randn(self.batch, self.heads, self.queries, self.head_dim, **kind)
+        key, value = (torch.randn(self.batch, key_heads, keys, self.head_dim, **kind) for _ in range(2))
+        values = [part.requires_grad_(self.backward) for part in (query, key, value)]
+        if self.mask == "key padding":
+            lengths = torch.tensor([keys - keys // 4 - entry for entry in range(self.batch)], device=device)
+            values.append(torch.arange(keys, device=device) < lengths[:, None])
+        if self.mask == "additive":
+            values.append(torch.randn(self.batch, self.heads, self.queries, keys, **kind))
+        return values
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, *mask: Tensor) -> Tensor:
+        """The attention as a model might write it."""
+        if self.key_heads:
+            key, value = (part.repeat_interleave(self.heads // self.key_heads, dim=1) for part in (key, value))
+        scores = query @ key.transpose(-1, -2) * self.head_dim**-0.5
+        rows = torch.arange(query.shape[-2], device=query.device)[:, None]
+        columns = torch.arange(key.shape[-2], device=query.device)
+        return self.masked(scores, rows, columns, *mask).softmax(-1) @ value
+
+    def masked(self, scores: Tensor, rows: Tensor, columns: Tensor, *mask: Tensor) -> Tensor:
+        """``scores`` of these positions under the mask."""
+        if self.mask == "softcap":
+            scores = 30.0 * torch.tanh(scores / 30.0)
+        if self.mask in ("causal", "softcap"):
+            scores = scores.masked_fill(columns > rows, -math.inf)
+        elif self.mask == "window":
+            reach = (self.keys or self.queries) // 8
+            scores = scores.masked_fill((columns > rows) | (rows - columns >= reach), -math.inf)
+        elif self.mask == "key padding":
+            scores = scores.masked_fill(~mask[0][:, None, None, :], -math.inf)
+        elif self.mask == "additive":
+            scores = scores + mask[0]
+        return scores
+
+
+def _grid(shapes: Iterable[dict[str, Any]], masks: Sequence[str], dtypes: Sequence[str], **more: Any) -> list[Case]:
+    return [
+        Case(mask=mask, dtype=dtype, **more, **shape) for shape, mask, dtype in itertools.product(shapes, masks, dtypes)
+    ]
+
+
+def _shape(batch: int, heads: int, queries: int, head_dim: int, **more: int) -> dict[str, Any]:
+    return {"batch": batch, "heads": heads, "queries": queries, "head_dim": head_dim, **more}
+
+
+_MASKS = ("none", "causal", "key padding", "additive")
+_HALF = ("bfloat16", "float16")
+_MAIN = (
+    _shape(2, 16, 1024, 64),
+    _shape(1, 24, 4096, 128),
+    _shape(1, 24, 16384, 128),
+    _shape(2, 8, 4096, 40),
+    _shape(2, 32, 2048, 128, key_heads=8),
+    _shape(2, 10, 4096, 64, keys=77),
+)
+_OTHER = (
+    _shape(8, 12, 512, 64),
+    _shape(1, 16, 256, 64),
+    _shape(4, 16, 1024, 80),
+    _shape(2, 8, 1024, 160),
+    _shape(1, 8, 2048, 256),
+    _shape(16, 32, 1, 128, keys=2048, key_heads=8),
+    _shape(1, 40, 8192, 128),
+)
+_BANDS = (_shape(1, 24, 4096, 128), _shape(2, 32, 2048, 128, key_heads=8), _shape(2, 16, 1024, 64))
+_CPU = (_shape(2, 8, 256, 64), _shape(1, 8, 1024, 64), _shape(1, 8, 512, 128, key_heads=2), _shape(1, 8, 1024, 40))
+
+GRIDS: dict[str, list[Case]] = {
+    "small": _grid(_CPU, _MASKS, ("float32",)),
+    "main": _grid(_MAIN, _MASKS, _HALF),
+    "other": [
+        *_grid(_OTHER, _MASKS, ("bfloat16",)),
+        *_grid(_BANDS, ("window", "softcap"), ("bfloat16",)),
+        *_grid((_MAIN[0], _MAIN[3]), _MASKS, ("float32",)),
+    ],
+    "training": _grid((*(_MAIN[place] for place in (0, 1, 3, 4, 5)), _OTHER[0]), _MASKS, ("bfloat16",), backward=True),
+}
+"""By name. "small" suits a CPU; "main", "other" and "training" a GPU."""
+
+
+@dataclass(frozen=True)
+class SitesBenchmark:
+    """What was measured.
+
+    Attributes:
+        sites: for each case its ``name``, its ``workload``, under ``kernels`` each kernel's times in milliseconds (or
+            why it has none), and under ``auto`` the automatic choice.
+    """
+
+    sites: list[dict[str, Any]]
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.environment, "sites": self.sites}
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    def save_table(self, path: Path) -> None:
+        """Only what :class:`attnrewrite.kernels.costs.CostTable` reads."""
+        kept = ("device", "torch", "command", "commit")
+        times = ("call_ms", "graph_ms")
+        sites = [
+            {
+                "workload": site["workload"],
+                "kernels": {
+                    kernel: {name: found[name] for name in times if found.get(name) is not None}
+                    for kernel, found in site["kernels"].items()
+                    if "call_ms" in found
+                },
+            }
+            for site in self.sites
+        ]
+        lines = ",\n".join(json.dumps(site) for site in sites)
+        head = json.dumps({name: self.environment[name] for name in kept if name in self.environment}, indent=1)
+        path.write_text(f'{head[:-2]},\n "sites": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+def run_sites_benchmark(
+    cases: Sequence[Case],
+    kernels: Sequence[str] = (),
+    device: str = "",
+    seconds: float = 0.5,
+    workers: int = 1,
+    command: Sequence[str] | None = None,
+) -> SitesBenchmark:
+    """Measures every willing kernel on every case.
+
+    Args:
+        cases: such as ``GRIDS["main"]``.
+        kernels: which ones; default: every exact kernel that is available. Kernels that compute in lower precision, or
+            are fetched from a network, are measured only if they are named.
+        device: default: the accelerator if there is one, else "cpu".
+        seconds: about how long the calls of one case are timed; default 0.5.
+        workers: processes that compile at the same time; default 1: this one.
+        command: what is recorded as the command; default ``sys.argv``.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    start = time.perf_counter()
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("attnrewrite bench sites", total=2 * len(cases))
+
+        def step() -> None:
+            progress.advance(task)
+
+        if workers == 1:
+            measured = _measure_all(cases, kernels, place, seconds, step)
+        else:
+            measured = _measure_in_processes(cases, kernels, place, seconds, workers, step)
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" else None
+    about = {
+        **environment(command),
+        **({"device": name} if name else {}),
+        "family": device_family(place),
+        "seconds": round(time.perf_counter() - start, 1),
+        "packages": {kernel.name: kernel.availability().detail for kernel in registered_kernels()},
+    }
+    return SitesBenchmark(measured, about)
+
+
+# One process.
+
+
+def _measure_all(
+    cases: Sequence[Case], kernels: Sequence[str], device: torch.device, seconds: float, step: Callable[[], None]
+) -> list[dict[str, Any]]:
+    prepared = []
+    for case in cases:
+        prepared.append(_prepare(case, kernels, device))
+        step()
+    measured = []
+    for one in prepared:
+        measured.append(one.measure(seconds))
+        step()
+    return measured
+
+
+@dataclass
+class _Prepared:
+    """A case with its kernels compiled.
+
+    Attributes:
+        calls: the compiled calls, by kernel, each with the standalone graph that says what it reads.
+        kernels: what is known of kernels without times: why they refuse, or how they failed.
+        auto: the automatic choice, for calls and within CUDA graphs.
+    """
+
+    case: Case
+    device: torch.device
+    workload: Workload
+    gm: fx.GraphModule
+    calls: dict[str, tuple[Standalone, Callable[..., Tensor]]]
+    kernels: dict[str, dict[str, Any]]
+    auto: dict[str, str]
+
+    def measure(self, seconds: float) -> dict[str, Any]:
+        inputs = self.case.inputs(self.device)
+        reference = _reference(self.case, inputs)
+        runs: dict[str, Callable[[], Any]] = {}
+        for name, (alone, call) in self.calls.items():
+            runs[name] = run = _run_of(self.case, call, _values(self.gm, alone, inputs), inputs)
+            self.kernels[name] = {"error": _errors(run(), reference)}
+        del reference
+        for name, times in time_together(runs, self.device, seconds).items():
+            self.kernels[name] |= {
+                "call_ms": times.call_ms,
+                "call_spread_ms": _spread(times.call),
+                "graph_ms": times.graph_ms,
+                "graph_spread_ms": _spread(times.graph),
+                "memory_bytes": times.memory,
+                "calls": len(times.call),
+            }
+        runs.clear()
+        _free(self.device)
+        workload = dataclasses.asdict(self.workload)
+        return {"name": str(self.case), "workload": workload, "kernels": self.kernels, "auto": self._auto()}
+
+    def _auto(self) -> dict[str, Any]:
+        """The automatic choice, and its time over that of the fastest kernel that is exact."""
+        found: dict[str, Any] = {}
+        for what, name in self.auto.items():
+            times = {
+                kernel: row[f"{what}_ms"]
+                for kernel, row in self.kernels.items()
+                if row.get(f"{what}_ms") is not None and not _is_coarse(kernel)
+            }
+            best = min(times, key=times.__getitem__, default=None)
+            found[what] = {"kernel": name, "best": best}
+            if best is not None and name in times:
+                found[what]["over_best"] = times[name] / times[best]
+        return found
+
+
+def _prepare(case: Case, names: Sequence[str], device: torch.device) -> _Prepared:
+    # Every row of the grid keeps a key; only that a bias may be minus infinity everywhere is not known.
+    policy = Policy(assume_attended_rows=True)
+    inputs = case.inputs(device)
+    gm, site = _captured(case, inputs, policy)
+    verdicts: dict[str, KernelVerdict] = {}
+    willing = willing_kernels(site, _candidates(names), verdicts)
+    kernels: dict[str, dict[str, Any]] = {
+        name: {"refused": verdict.reason} for name, verdict in verdicts.items() if not verdict.willing
+    }
+    calls: dict[str, tuple[Standalone, Callable[..., Tensor]]] = {}
+    for kernel in willing:
+        try:
+            alone = cut_out(gm, site, kernel)
+            values = _values(gm, alone, inputs)
+            with torch.set_grad_enabled(case.backward):
+                call = compiled_alone(alone, values, policy)
+            _run_of(case, call, values, inputs)()
+            calls[kernel.name] = alone, call
+        except Exception as error:  # noqa: BLE001 - The row says so; the others are measured.
+            kernels[kernel.name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+        _free(device)
+    auto = {}
+    for what, mode in (("call", None), ("graph", "reduce-overhead")):
+        row = SiteReport(str(case), "", "kept", None)
+        chosen = choose(gm, site, row, dataclasses.replace(policy, mode=mode))
+        auto[what] = chosen.name if chosen else ""
+    return _Prepared(case, device, Workload.of(site), gm, calls, kernels, auto)
+
+
+def _candidates(names: Sequence[str]) -> list[Kernel]:
+    if names:
+        return [kernel_named(name, "bench sites") for name in names]
+    return [kernel for kernel in registered_kernels() if not _is_coarse(kernel.name) and "hub" not in kernel.name]
+
+
+def _is_coarse(name: str) -> bool:
+    return bool(getattr(kernel_named(name), "lower_precision", False))
+
+
+def _captured(case: Case, inputs: Sequence[Tensor], policy: Policy) -> tuple[fx.GraphModule, AttentionSite]:
+    found: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        found.append(capture(gm, example_inputs).gm)
+        # Nothing is computed: the naive scores may not fit into memory.
+        return lambda *values: (values[0].new_empty(()),)
+
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(case.backward):
+        torch.compile(case.attention, backend=backend, fullgraph=True, dynamic=False)(*inputs)
+    torch._dynamo.reset()
+    (site,) = read_sites(found[0], policy)
+    return found[0], site
+
+
+def _values(gm: fx.GraphModule, alone: Standalone, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The values of the standalone graph's inputs, computed from the case's own."""
+    names = ("query", "key", "value", "mask")
+    given = dict(zip(names, inputs, strict=False))
+    # Dynamo orders a graph's inputs by their first use, and names them after the function's parameters.
+    known: dict[fx.Node, Any] = {
+        node: next(given[name] for name in names if node.name.lower().startswith(f"l_{name}_"))
+        for node in gm.graph.find_nodes(op="placeholder")
+    }
+
+    def value(node: fx.Node) -> Any:
+        if node not in known:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+            assert callable(node.target)
+            known[node] = node.target(*args, **kwargs)
+        return known[node]
+
+    return [value(node) for node in alone.inputs]
+
+
+def _run_of(
+    case: Case, call: Callable[..., Tensor], values: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> Callable[[], tuple[Tensor, ...]]:
+    """The output, and with a backward pass the gradients of query, key and value, of the output's sum of squares."""
+
+    def run() -> tuple[Tensor, ...]:
+        with torch.set_grad_enabled(case.backward):
+            output = call(*values)
+            if not case.backward:
+                return (output,)
+            return (output, *torch.autograd.grad(output, list(inputs[:3]), output.detach()))
+
+    return run
+
+
+def _reference(case: Case, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The same in float64, some rows of some heads at a time."""
+    query, key, value, *mask = (part.detach() for part in inputs)
+    groups = case.heads // (case.key_heads or case.heads)
+    parts = [part.double().requires_grad_(case.backward) for part in (query, key, value)]
+    output = torch.empty_like(query, dtype=torch.float64)
+    keys = key.shape[-2]
+    some = max(1, _REFERENCE_BYTES // (8 * keys))
+    columns = torch.arange(keys, device=query.device)
+    gradients = [torch.zeros_like(part) for part in parts]
+    for batch, head in itertools.product(range(case.batch), range(case.heads)):
+        for first in range(0, case.queries, some):
+            chosen = slice(first, first + some)
+            own = [parts[0][batch, head, chosen], *(part[batch, head // groups] for part in parts[1:])]
+            scores = own[0] @ own[1].transpose(-1, -2) * case.head_dim**-0.5
+            rows = torch.arange(case.queries, device=query.device)[chosen, None]
+            of_batch = [part[batch : batch + 1] for part in mask]
+            if case.mask == "additive":
+                of_batch = [mask[0][batch, head, chosen].double()]
+            result = case.masked(scores, rows, columns, *of_batch).reshape(scores.shape).softmax(-1) @ own[2]
+            output[batch, head, chosen] = result.detach()
+            if case.backward:
+                found = torch.autograd.grad(result, parts, result.detach())
+                for total, part in zip(gradients, found, strict=True):
+                    total += part
+    return (output, *gradients) if case.backward else (output,)
+
+
+def _errors(found: Sequence[Tensor], reference: Sequence[Tensor]) -> list[float]:
+    """The largest difference from float64, relative to its largest number: of the output, then of the gradients."""
+    return [
+        ((ours.double() - exact).abs().max() / exact.abs().max()).item()
+        for ours, exact in zip(found, reference, strict=True)
+    ]
+
+
+def _spread(times: Sequence[float]) -> tuple[float, float] | None:
+    """The middle half: the first and the third quartile."""
+    if len(times) < 4:
+        return None
+    first, _, third = statistics.quantiles(times, n=4)
+    return first, third
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# Several processes.
+
+
+def _measure_in_processes(
+    cases: Sequence[Case],
+    kernels: Sequence[str],
+    device: torch.device,
+    seconds: float,
+    workers: int,
+    step: Callable[[], None],
+) -> list[dict[str, Any]]:
+    context = multiprocessing.get_context("spawn")
+    compiled, alone, answers = context.Barrier(workers), context.Lock(), context.Queue()
+    shares = [list(range(first, len(cases), workers)) for first in range(workers)]
+    processes = [
+        context.Process(
+            target=_work,
+            args=([(place, cases[place]) for place in share], kernels, str(device), seconds, compiled, alone, answers),
+        )
+        for share in shares
+    ]
+    for process in processes:
+        process.start()
+    found: dict[int, dict[str, Any]] = {}
+    for place, answer in _answers(answers, processes, 2 * len(cases)):
+        step()
+        if answer is not None:
+            found[place] = answer
+    for process in processes:
+        process.join()
+    return [found[place] for place in range(len(cases)) if place in found]
+
+
+def _answers(answers: Any, processes: Sequence[Any], count: int) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Raises:
+    RuntimeError: a worker ended before its time.
+    """
+    import queue
+
+    for _ in range(count):
+        while True:
+            try:
+                yield answers.get(timeout=5)
+                break
+            except queue.Empty:
+                if any(process.exitcode for process in processes):
+                    raise RuntimeError(
+                        "a worker of bench sites failed; its error is above. Try fewer workers"
+                    ) from None
+
+
+def _work(
+    cases: Sequence[tuple[int, Case]],
+    kernels: Sequence[str],
+    device: str,
+    seconds: float,
+    compiled: Any,
+    alone: Any,
+    answers: Any,
+) -> None:
+    place = torch.device(device)
+    prepared = []
+    try:
+        for number, case in cases:
+            prepared.append((number, _prepare(case, kernels, place)))
+            answers.put((number, None))
+    except BaseException:
+        compiled.abort()
+        raise
+    compiled.wait()
+    with alone:
+        for number, one in prepared:
+            answers.put((number, one.measure(seconds)))
+
+
+# What is shown.
+
+
+def print_sites_benchmark(result: SitesBenchmark, console: Console | None = None) -> None:
+    """Prints a table: each kernel's median milliseconds, the fastest in bold, the automatic choice marked with *."""
+    names = _measured_names(result.sites)
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("batch,heads,length,head_dim")
+    for name in (*names, "auto / best"):
+        table.add_column(name, justify="right")
+    for site in result.sites:
+        auto = site["auto"].get("call", {})
+        cells = []
+        for name in names:
+            time_ = site["kernels"].get(name, {}).get("call_ms")
+            text = "" if time_ is None else f"{time_:.3f}" + "*" * (name == auto.get("kernel"))
+            cells.append(f"[bold]{text}[/bold]" if name == auto.get("best") else text)
+        over = auto.get("over_best")
+        table.add_row(site["name"], *cells, "" if over is None else f"{over:.2f}")
+    console = console or (Console() if sys.stdout.isatty() else Console(width=40 + 20 * len(names)))
+    console.print(table)
+    for what, words in (("call", "calls"), ("graph", "replays of CUDA graphs")):
+        ratios = [site["auto"][what]["over_best"] for site in result.sites if "over_best" in site["auto"].get(what, {})]
+        if ratios:
+            within = sum(ratio <= 1.05 for ratio in ratios)
+            console.print(
+                f"{words}: the automatic choice is within 5% of the fastest exact kernel at {within} of {len(ratios)} "
+                f"sites; at most {max(ratios):.2f} times its time."
+            )
+
+
+def _measured_names(sites: Sequence[dict[str, Any]]) -> list[str]:
+    measured = {name for site in sites for name, row in site["kernels"].items() if "call_ms" in row}
+    return [kernel.name for kernel in registered_kernels() if kernel.name in measured]
+
+
+def plot_sites(result: SitesBenchmark, path: Path) -> None:
+    """Draws each kernel's time over that of the fastest, site by site, into a file of matplotlib's (.png, .svg, .pdf).
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    from matplotlib import pyplot
+
+    names = _measured_names(result.sites)
+    figure, axes = pyplot.subplots(figsize=(10, 1.5 + 0.28 * len(result.sites)), layout="constrained")
+    rows = range(len(result.sites))
+    for place, name in enumerate(names):
+        points = []
+        for row, site in zip(rows, result.sites, strict=True):
+            times = {other: found["call_ms"] for other, found in site["kernels"].items() if "call_ms" in found}
+            if name in times:
+                points.append((times[name] / min(times.values()), row))
+        ratios, places = zip(*points, strict=True)
+        axes.scatter(ratios, places, label=name, s=28, color=f"C{place}", marker="osD^vP*X"[place % 8])
+    axes.set_yticks(list(rows), [site["name"] for site in result.sites], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel(f"time over that of the fastest kernel, {result.environment.get('device', '')}")
+    axes.grid(axis="x", which="both", alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(path)
+    pyplot.close(figure)
