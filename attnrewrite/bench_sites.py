@@ -43,6 +43,8 @@ __all__ = ["GRIDS", "Case", "SitesBenchmark", "plot_sites", "print_sites_benchma
 
 _REFERENCE_BYTES = 2**28
 """How large the float64 scores of the reference may become at one time."""
+_MATH_BYTES = 2**33
+"""Above this, attention that keeps its scores is not measured."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ class Case:
         length = f"{self.queries}x{self.keys}" if self.keys else f"{self.queries}"
         passes = " backward" if self.backward else ""
         return f"{self.batch},{heads},{length},{self.head_dim} {self.mask} {self.dtype}{passes}"
+
+    @property
+    def score_bytes(self) -> int:
+        """What the scores take in float32."""
+        return 4 * self.batch * self.heads * self.queries * (self.keys or self.queries)
 
     def inputs(self, device: torch.device) -> list[Tensor]:
         """Query, key, value, and what the mask needs; the same numbers every time."""
@@ -277,8 +284,14 @@ class _Prepared:
         reference = _reference(self.case, inputs)
         runs: dict[str, Callable[[], Any]] = {}
         for name, (alone, call) in self.calls.items():
-            runs[name] = run = _run_of(self.case, call, _values(self.gm, alone, inputs), inputs)
-            self.kernels[name] = {"error": _errors(run(), reference)}
+            run = _run_of(self.case, call, _values(self.gm, alone, inputs), inputs)
+            try:
+                self.kernels[name] = {"error": _errors(run(), reference)}
+            except torch.OutOfMemoryError as error:
+                self.kernels[name] = {"failed": _in_words(error)}
+            else:
+                runs[name] = run
+            _free(self.device)
         del reference
         for name, times in time_together(runs, self.device, seconds).items():
             self.kernels[name] |= {
@@ -322,6 +335,11 @@ def _prepare(case: Case, names: Sequence[str], device: torch.device) -> _Prepare
     }
     calls: dict[str, tuple[Standalone, Callable[..., Tensor]]] = {}
     for kernel in willing:
+        if kernel.name == "_native_math" and case.score_bytes > _MATH_BYTES:
+            kernels[kernel.name] = {
+                "failed": f"left out: its scores alone would take {case.score_bytes / 2**30:.0f} GiB"
+            }
+            continue
         try:
             alone = cut_out(gm, site, kernel)
             values = _values(gm, alone, inputs)
@@ -330,7 +348,7 @@ def _prepare(case: Case, names: Sequence[str], device: torch.device) -> _Prepare
             _run_of(case, call, values, inputs)()
             calls[kernel.name] = alone, call
         except Exception as error:  # noqa: BLE001 - The row says so; the others are measured.
-            kernels[kernel.name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+            kernels[kernel.name] = {"failed": _in_words(error)}
         _free(device)
     auto = {}
     for what, mode in (("call", None), ("graph", "reduce-overhead")):
@@ -338,6 +356,10 @@ def _prepare(case: Case, names: Sequence[str], device: torch.device) -> _Prepare
         chosen = choose(gm, site, row, dataclasses.replace(policy, mode=mode))
         auto[what] = chosen.name if chosen else ""
     return _Prepared(case, device, Workload.of(site), gm, calls, kernels, auto)
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
 def _candidates(names: Sequence[str]) -> list[Kernel]:

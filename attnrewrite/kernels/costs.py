@@ -114,6 +114,11 @@ class _Row:
     call: float
     graph: float | None
 
+    @property
+    def waits_for_host(self) -> bool:
+        """Whether the device waits while the host starts the call."""
+        return self.graph is not None and self.call > 1.15 * self.graph
+
 
 @dataclass(frozen=True)
 class CostTable:
@@ -150,12 +155,16 @@ class CostTable:
         near = min(rows, key=lambda row: row.workload.distance(workload), default=None)
         if near is None or near.workload.distance(workload) > _FARTHEST:
             return None
-        device = (near.call if near.graph is None else near.graph) * workload.work / near.workload.work
+        ratio = workload.work / near.workload.work
+        if near.graph is None:
+            return near.call * ratio
         if cuda_graphs:
-            return device
-        # A call takes the host a time of its own, which no row is below.
-        least = min(row.call for row in rows if row.workload.backward == workload.backward)
-        return max(device, least) if near.graph is not None else device
+            return near.graph * ratio
+        if near.waits_for_host:
+            return max(near.graph * ratio, near.call)
+        # What the host needs for a call shows only where the device has less to do.
+        least = min((row.call for row in rows if row.waits_for_host), default=0.0)
+        return max(near.call * ratio, least if ratio < 1 else 0.0)
 
 
 def device_family(device: torch.device) -> str:

@@ -49,13 +49,14 @@ class Blocks:
 
     def as_argument(self, builder: Builder) -> tuple[Any, ...]:
         """The block mask as the operator takes it, in the order of the installed version of PyTorch."""
-        from torch.nn.attention.flex_attention import BlockMask
+        from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
         # Stand-ins, which say where PyTorch puts what.
         stand_ins = {name: torch.empty((1,) * (4 if name.endswith("indices") else 3)) for name in _TABLES}
         kept = {name: stand_in for name, stand_in in stand_ins.items() if name in self.tables}
         all_tables: dict[str, Any] = {name: kept.get(name) for name in _TABLES}
-        _, _, *fields, _ = BlockMask(seq_lengths=(1, 1), **all_tables, BLOCK_SIZE=self.block).as_tuple()
+        probe = BlockMask(seq_lengths=(1, 1), **all_tables, BLOCK_SIZE=self.block, mask_mod=noop_mask)
+        _, _, *fields, _ = probe.as_tuple()
         found = {id(stand_in): self.tables[name] for name, stand_in in kept.items()}
         mask_mod = builder.submodule("mask_mod", self.mask_mod)
         return (*self.lengths, *(found.get(id(field), field) for field in fields), mask_mod)
