@@ -230,9 +230,9 @@ def run_sites_benchmark(
             progress.advance(task)
 
         if workers == 1:
-            measured = _measure_all(cases, kernels, place, seconds, step)
+            rows = _measure_all(cases, kernels, place, seconds, step)
         else:
-            measured = _measure_in_processes(cases, kernels, place, seconds, workers, step)
+            rows = _measure_in_processes(cases, kernels, place, seconds, workers, step)
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else None
     about = {
         **environment(command),
@@ -241,7 +241,8 @@ def run_sites_benchmark(
         "seconds": round(time.perf_counter() - start, 1),
         "packages": {kernel.name: kernel.availability().detail for kernel in registered_kernels()},
     }
-    return SitesBenchmark(measured, about)
+    failed = {row["name"]: row["failed"] for row in rows if "failed" in row}
+    return SitesBenchmark([row for row in rows if "failed" not in row], {**about, "failed": failed})
 
 
 # One process.
@@ -485,7 +486,8 @@ def _measure_in_processes(
     step: Callable[[], None],
 ) -> list[dict[str, Any]]:
     context = multiprocessing.get_context("spawn")
-    compiled, alone, answers = context.Barrier(workers), context.Lock(), context.Queue()
+    compiled: Any = context.Barrier(workers)
+    alone, answers = context.Lock(), context.Queue()
     shares = [list(range(first, len(cases), workers)) for first in range(workers)]
     processes = [
         context.Process(
@@ -534,18 +536,24 @@ def _work(
     answers: Any,
 ) -> None:
     place = torch.device(device)
-    prepared = []
-    try:
-        for number, case in cases:
+    prepared: list[tuple[int, _Prepared]] = []
+    failed: list[tuple[int, dict[str, Any]]] = []
+    for number, case in cases:
+        try:
             prepared.append((number, _prepare(case, kernels, place)))
-            answers.put((number, None))
-    except BaseException:
-        compiled.abort()
-        raise
+        except Exception as error:  # noqa: BLE001 - A kernel may take the device along; the other processes go on.
+            failed.append((number, {"name": str(case), "failed": _in_words(error)}))
+        answers.put((number, None))
     compiled.wait()
+    for number, row in failed:
+        answers.put((number, row))
     with alone:
         for number, one in prepared:
-            answers.put((number, one.measure(seconds)))
+            try:
+                row = one.measure(seconds)
+            except Exception as error:  # noqa: BLE001 - As above.
+                row = {"name": str(one.case), "failed": _in_words(error)}
+            answers.put((number, row))
 
 
 # What is shown.
@@ -569,6 +577,8 @@ def print_sites_benchmark(result: SitesBenchmark, console: Console | None = None
         table.add_row(site["name"], *cells, "" if over is None else f"{over:.2f}")
     console = console or (Console() if sys.stdout.isatty() else Console(width=40 + 20 * len(names)))
     console.print(table)
+    for name, words in result.environment.get("failed", {}).items():
+        console.print(f"{name} failed: {words}", markup=False)
     for what, words in (("call", "calls"), ("graph", "replays of CUDA graphs")):
         ratios = [site["auto"][what]["over_best"] for site in result.sites if "over_best" in site["auto"].get(what, {})]
         if ratios:

@@ -26,7 +26,13 @@ from attnrewrite.analysis.views import Dim, Operand, size_of
 from attnrewrite.ir import Builder, is_tensor, same, tensor
 from attnrewrite.kernels.base import Availability, Verdict
 from attnrewrite.kernels.flash import FLASH_4_PACKAGE
-from attnrewrite.kernels.flex_blocks import Blocks, blocks_of_band, blocks_of_mask, placeholders_first, whole_block
+from attnrewrite.kernels.flex_blocks import (
+    Blocks,
+    blocks_of_band,
+    blocks_of_mask,
+    placeholders_first,
+    whole_block,
+)
 from attnrewrite.kernels.keeping import KeepMask
 from attnrewrite.kernels.layout import Plan, lay_out, modified, padded
 from attnrewrite.kernels.limits import HALF, Asked, HeadSizes, Limits
@@ -83,6 +89,8 @@ class Flex:
                 return Verdict.no(f"takes head sizes from {_SMALLEST_HEAD} on")
         if site.dropout:
             return Verdict.no("FlexAttention has no dropout")
+        if site.device.type == "cuda" and not all(map(_indexed_in_32_bits, _read_by_position(site))):
+            return Verdict.no("a mask or a bias has 2**31 entries or more, and the kernel counts them in 32 bits")
         return Verdict.yes() if _by_blocks(site) is not None else self._supports_steps(site)
 
     def _supports_steps(self, site: AttentionSite) -> Verdict:
@@ -247,7 +255,7 @@ class FlexFlash(Flex):
         if not all(isinstance(axis.size, int) for axis in axes):
             return Verdict.no("takes no symbolic sizes (compile with dynamic=False)")
         if _by_blocks(site) is None:
-            return Verdict.no("reads no tensors in its function of the scores: takes masks and soft caps only")
+            return Verdict.no("takes masks that keep keys or not, bands and soft caps only")
         sizes = {size_of(site.feature_axes), size_of(site.value_axes)}
         if not sizes <= {64, 128}:
             return Verdict.no(f"takes head sizes 64 and 128, not {', '.join(map(str, sorted(map(int, sizes))))}")
@@ -285,6 +293,24 @@ def _by_blocks(site: AttentionSite) -> Asked | None:
     if not isinstance(asked, Asked) or (scores.masked_rows != "none" and not asked.restores_rows):
         return None
     return asked
+
+
+def _read_by_position(site: AttentionSite) -> list[Operand]:
+    """What the functions of the scores may read."""
+    operands: list[Operand] = [site.sink] if isinstance(site.sink, Operand) else []
+    for mod in site.mods:
+        if isinstance(mod, Fill):
+            operands.append(mod.condition)
+        elif isinstance(mod, Bias):
+            operands += [mod.operand, *(scale.factor for scale in mod.scales if isinstance(scale.factor, Operand))]
+        elif isinstance(mod, Scale) and isinstance(mod.factor, Operand):
+            operands.append(mod.factor)
+    return operands
+
+
+def _indexed_in_32_bits(operand: Operand) -> bool:
+    """Where sizes are symbols this is a guard: the kernel reads and writes beyond its memory otherwise (torch 2.11)."""
+    return bool(math.prod(axis.size for axis in operand.resolved().axes) < 2**31)
 
 
 def _softcap(height: float | None) -> fx.GraphModule:

@@ -74,6 +74,30 @@ _TABLES = (
 )
 
 
+@torch.library.custom_op("attnrewrite::stored", mutates_args=())
+def _stored(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same tensors, contiguous in memory.
+
+    Inductor lays out what it computes as it likes, with any stride for a dimension of size one, and puts what it can
+    into the function that reads it. FlexAttention's kernel reads tables by strides that it takes for granted, with
+    wrong results for all but the first entry of a batch, and does not compile where a mask is a function of positions
+    alone (torch 2.11). What another operator has stored is left as it is.
+    """
+    return [part.clone(memory_format=torch.contiguous_format) for part in parts]
+
+
+@_stored.register_fake
+def _(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [part.new_empty(part.shape) for part in parts]
+
+
+def stored(builder: Builder, parts: list[fx.Node]) -> list[fx.Node]:
+    """Nodes for the same values, as they are in memory and in no other way."""
+    result = builder.call(torch.ops.attnrewrite.stored.default, parts)
+    fakes = result.meta["val"]
+    return [builder.insert(operator.getitem, (result, place), {}, fake) for place, fake in enumerate(fakes)]
+
+
 def whole_block(builder: Builder, device: torch.device) -> Blocks:
     """One block that holds everything, which ``flex_attention`` passes on where no block mask is given."""
     kind: Any = {"dtype": torch.int32, "device": device}
@@ -113,7 +137,11 @@ def blocks_of_mask(builder: Builder, site: AttentionSite, keep: fx.Node) -> Bloc
     some = builder.call(aten.gt.Scalar, counts, 0)
     partial = builder.call(aten.logical_and.default, some, builder.call(aten.logical_not.default, full))
     tables = _tables(builder, site, partial, full, _blocks(queries) if every_query else None)
-    return Blocks(tables, (queries, keys), (BLOCK, BLOCK), *_reading(builder, keep))
+    own = [place for place, size in enumerate(tensor(keep).shape) if not same(size, 1)]
+    (buffer,) = stored(
+        builder, [builder.call(aten.reshape.default, keep, [tensor(keep).shape[place] for place in own])]
+    )
+    return Blocks(tables, (queries, keys), (BLOCK, BLOCK), _reading(own), (buffer,))
 
 
 def blocks_of_band(builder: Builder, site: AttentionSite, asked: Asked) -> Blocks:
@@ -184,7 +212,7 @@ def _tables(
                 chosen = builder.call(aten.expand.default, chosen, [batch, heads, rows, columns])
             turned = builder.call(aten.transpose.int, chosen, -1, -2)
             tables[f"{prefix}q_num_blocks"], tables[f"{prefix}q_indices"] = _ordered(builder, turned, None)
-    return tables
+    return dict(zip(tables, stored(builder, list(tables.values())), strict=True))
 
 
 def _ordered(builder: Builder, chosen: fx.Node, rows: Size | None) -> tuple[fx.Node, fx.Node]:
@@ -199,11 +227,7 @@ def _ordered(builder: Builder, chosen: fx.Node, rows: Size | None) -> tuple[fx.N
         batch, heads, _, columns = tensor(chosen).shape
         count = call(aten.expand.default, count, [batch, heads, rows])
         indices = call(aten.expand.default, indices, [batch, heads, rows, columns])
-    # The kernels step through the tables by their sizes.
-    return (
-        call(aten.clone.default, count, memory_format=torch.contiguous_format),
-        call(aten.clone.default, indices, memory_format=torch.contiguous_format),
-    )
+    return count, indices
 
 
 def _mask_graph() -> fx.Graph:
@@ -213,19 +237,16 @@ def _mask_graph() -> fx.Graph:
     return graph
 
 
-def _reading(builder: Builder, keep: fx.Node) -> tuple[fx.GraphModule, tuple[fx.Node, ...]]:
-    """``mask_mod`` that reads the mask itself."""
+def _reading(own: list[int]) -> fx.GraphModule:
+    """``mask_mod`` that reads a mask with these of the four dimensions."""
     graph = _mask_graph()
     positions = list(graph.nodes)
-    own = [place for place, size in enumerate(tensor(keep).shape) if not same(size, 1)]
-    mask = builder.call(aten.reshape.default, keep, [tensor(keep).shape[place] for place in own])
-    buffer = graph.placeholder("keep")
-    entry: Any = buffer
+    entry: Any = graph.placeholder("keep")
     if own:
-        entry = graph.call_function(aten.index.Tensor, (buffer, [positions[place] for place in own]))
+        entry = graph.call_function(aten.index.Tensor, (entry, [positions[place] for place in own]))
     graph.output(entry)
     placeholders_first(graph)
-    return fx.GraphModule(torch.nn.Module(), graph), (mask,)
+    return fx.GraphModule(torch.nn.Module(), graph)
 
 
 def placeholders_first(graph: fx.Graph) -> None:
