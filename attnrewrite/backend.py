@@ -133,7 +133,7 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy)
     compiled = inner.compile(result, example_inputs, keep_attention=keep_attention, round_like_eager=round_like_eager)
     report.seconds["inner"] = time.perf_counter() - start
     if original is not None and unchanged is not None:
-        compiled = verified(original, report, unchanged, compiled)
+        compiled = verified(original, captured.gm, report, unchanged, compiled)
     if rewritten.changed:
         compiled = constants.guarded(compiled, gm.forward, report.name)
     return compiled, rewritten.offered

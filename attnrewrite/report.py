@@ -47,6 +47,7 @@ class SiteReport:
 
     Shapes are tuples of strings, since a size may be symbolic ("s37"); they read (batch..., heads, length, features).
     ``requested``: the kernels that were asked for here, and where; empty for the automatic choice.
+    ``tolerance``: the largest relative error that a lower-precision kernel was admitted with; 0 for any other kernel.
     ``nodes_before`` and ``nodes_after`` are the names of graph nodes: the left-hand sides of the lines in
     ``GraphReport.before_code`` and ``GraphReport.after_code`` that belong to this site.
     """
@@ -70,6 +71,7 @@ class SiteReport:
     proof: tuple[str, ...] = ()
     verdicts: tuple[KernelVerdict, ...] = ()
     requested: str = ""
+    tolerance: float = 0.0
     nodes_before: tuple[str, ...] = ()
     nodes_after: tuple[str, ...] = ()
 

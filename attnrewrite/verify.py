@@ -113,43 +113,69 @@ class Verification:
 
 
 class Original:
-    """A copy of the captured graph, made before it is rewritten in place."""
+    """A copy of a graph, which others that were made of the same captured graph are compared with."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self._rewritten = gm
-        self._twins: dict[fx.Node, fx.Node] = {}
+    def __init__(self, gm: fx.GraphModule, rows: Sequence[SiteReport] = ()) -> None:
+        """Args:
+        gm: the captured graph before it is rewritten in place, or one that was rewritten already.
+        rows: the sites of the latter.
+        """
+        copies: dict[fx.Node, fx.Node] = {}
         graph = fx.Graph()
-        graph.output(graph.graph_copy(gm.graph, self._twins))
+        graph.output(graph.graph_copy(gm.graph, copies))
         self.gm = fx.GraphModule(gm, graph)
-        self._by_name = {node.name: twin for node, twin in self._twins.items()}
+        self._by_name = {node.name: copy for node, copy in copies.items()}
+        self._place = {node: place for place, node in enumerate(graph.nodes)}
+        self._came = {name for row in rows for name in row.nodes_after}
+        # Found now: the nodes of the graph itself may change.
+        self._replacements = {row.name: self._replacement(row) for row in rows if row.status == "rewritten"}
 
-    def compare(self, sites: Sequence[SiteReport], inputs: Sequence[Any]) -> Verification:
-        """Compares the graph, which has been rewritten since, with this copy.
+    def compare(self, other: fx.GraphModule, sites: Sequence[SiteReport], inputs: Sequence[Any]) -> Verification:
+        """Compares a graph whose sites were rewritten with this one.
 
         Args:
-            sites: the report's rows, of which those that were rewritten are compared.
+            other: made of the captured graph that this one was made of.
+            sites: its rows, of which those that were rewritten are compared.
             inputs: what the compiled graph is called with.
         """
-        result = Verification()
-        plan = _Plan(self.gm, self._rewritten, self._twins, self._by_name, sites)
-        with _without_traces(self._devices()) as autocast:
-            run = _Run(plan, autocast, result)
+        came = {name for row in sites for name in row.nodes_after} | self._came
+        common = {name: node for name, node in self._by_name.items() if name not in came}
+        twins = {node: common[node.name] for node in other.graph.nodes if node.name in common}
+        results = {row.name: self._result(row) for row in sites}
+        verification = Verification()
+        plan = _Plan(self.gm, other, twins, results, sites)
+        with _without_traces(_devices(self.gm, other)) as autocast:
+            run = _Run(plan, autocast, verification)
             try:
                 run(inputs)
             except _SourceError as error:
-                result.unable = str(error)
-        return result
+                verification.unable = str(error)
+        return verification
 
-    def _devices(self) -> set[torch.device]:
-        values = [node.meta.get("val") for gm in (self.gm, self._rewritten) for node in gm.graph.nodes]
-        return {value.device for value in values if isinstance(value, torch.Tensor)}
+    def _result(self, row: SiteReport) -> fx.Node | None:
+        """The node of this graph that holds the result of the site."""
+        if row.name in self._replacements:
+            return self._replacements[row.name]
+        nodes = [self._by_name[name] for name in row.nodes_before if name in self._by_name]
+        return max(nodes, key=self._place.__getitem__, default=None)
+
+    def _replacement(self, row: SiteReport) -> fx.Node | None:
+        return _read_outside([self._by_name[name] for name in row.nodes_after if name in self._by_name])
 
 
-def verified(original: Original, report: GraphReport, unchanged: CompiledFn, rewritten: CompiledFn) -> CompiledFn:
+def _devices(*gms: fx.GraphModule) -> set[torch.device]:
+    values = [node.meta.get("val") for gm in gms for node in gm.graph.nodes]
+    return {value.device for value in values if isinstance(value, torch.Tensor)}
+
+
+def verified(
+    original: Original, gm: fx.GraphModule, report: GraphReport, unchanged: CompiledFn, rewritten: CompiledFn
+) -> CompiledFn:
     """A callable whose first call compares the two graphs and decides which of the compiled ones serves all calls.
 
     Args:
         original: the captured graph, copied before rewriting.
+        gm: the graph that was rewritten.
         report: its rows are compared; what is found is written into it.
         unchanged, rewritten: the graph as Dynamo gave it, and the rewritten one, compiled.
     """
@@ -162,7 +188,7 @@ def verified(original: Original, report: GraphReport, unchanged: CompiledFn, rew
         if pending is not None and not any(isinstance(value, FakeTensor) for value in inputs):
             with lock:
                 if pending is not None:
-                    result = pending.compare(report.sites, inputs)
+                    result = pending.compare(gm, report.sites, inputs)
                     _tell(result, report)
                     chosen = unchanged if result.failed else rewritten
                     pending = None
@@ -284,13 +310,18 @@ class _Plan:
         source: fx.GraphModule,
         rewritten: fx.GraphModule,
         twins: dict[fx.Node, fx.Node],
-        by_name: dict[str, fx.Node],
+        results: dict[str, fx.Node | None],
         rows: Sequence[SiteReport],
     ) -> None:
+        """Args:
+        twins: nodes of the rewritten graph that came from the same node as one of the source.
+        results: by the name of a site, the node of the source that holds its result.
+        rows: the rewritten graph's sites.
+        """
         self.source = source
         self.skipped: list[SiteCheck] = []
         self._place = {node: place for place, node in enumerate(source.graph.nodes)}
-        self._sites = self._matched(rewritten, by_name, rows)
+        self._sites = self._matched(rewritten, results, rows)
         self._value_of: dict[fx.Node, fx.Node] = {}
         self._twins = twins
         ours = self._own_steps(rewritten)
@@ -302,7 +333,7 @@ class _Plan:
         self.outputs = self._own_outputs(rewritten)
 
     def _matched(
-        self, rewritten: fx.GraphModule, by_name: dict[str, fx.Node], rows: Sequence[SiteReport]
+        self, rewritten: fx.GraphModule, results: dict[str, fx.Node | None], rows: Sequence[SiteReport]
     ) -> list[_Site]:
         nodes = {node.name: node for node in rewritten.graph.nodes}
         sites = []
@@ -311,11 +342,11 @@ class _Plan:
                 continue
             created = tuple(nodes[name] for name in row.nodes_after if name in nodes)
             output = _read_outside(created)
-            originals = [by_name[name] for name in row.nodes_before if name in by_name]
-            if output is None or not originals:
+            result = results[row.name]
+            if output is None or result is None:
                 self.skipped.append(SiteCheck(row, row.name, skipped="its nodes could not be matched, not compared"))
                 continue
-            sites.append(_Site(row, max(originals, key=self._place.__getitem__), output, created))
+            sites.append(_Site(row, result, output, created))
         return sites
 
     def _own_steps(self, rewritten: fx.GraphModule) -> dict[fx.Node, list[_Step]]:
@@ -480,7 +511,9 @@ class _Run:
         expected = self._values[site.result]
         found = self._difference(site.replacement, expected)
         inputs = tuple(_described(node, self._values[node]) for node in site.inputs if _is_tensor(node))
-        self._result.checks.append(SiteCheck(site.row, site.what, found, _allowed(expected, site.row.dtype), inputs))
+        # What the user's tolerance admitted is not thrown out here.
+        allowed = max(_allowed(expected, site.row.dtype), site.row.tolerance)
+        self._result.checks.append(SiteCheck(site.row, site.what, found, allowed, inputs))
 
     def _difference(self, ours: fx.Node, expected: torch.Tensor) -> Difference:
         if ours in self._errors:
