@@ -25,7 +25,8 @@ from attnrewrite.inner import CompiledFn, InnerCompiler
 from attnrewrite.patterns import PatternError
 from attnrewrite.policy import Policy, debug_directory
 from attnrewrite.report import GraphReport, RewriteReport
-from attnrewrite.rewrite import Rewritten, rewrite
+from attnrewrite.rewrite import Rewritten, as_asked, rewrite
+from attnrewrite.tolerance import Admission, admitted
 from attnrewrite.variants import Variants
 from attnrewrite.verify import Original, verified
 
@@ -64,7 +65,8 @@ def attnrewrite(
         example_inputs: its inputs.
         mode: Inductor's mode; default None.
         options: ``inner_backend`` (default ``"inductor"``), ``assume_attended_rows`` (default False), ``verify``
-            (default False), and whatever the inner backend takes; see docs/options.md.
+            (default False), ``tolerance`` (default None), ``kernels`` and the like, and whatever the inner backend
+            takes; see docs/options.md.
 
     Raises:
         OptionError: an option is unknown or has a wrong value.
@@ -85,6 +87,7 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy)
     before = after = result = gm
     rewritten = Rewritten()
     original: Original | None = None
+    admission: Admission | None = None
     constants = Constants(gm, example_inputs)
     try:
         captured = capture(gm, example_inputs)
@@ -98,7 +101,11 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy)
             before = fx.GraphModule(captured.gm, copy.deepcopy(captured.gm.graph))
         original = Original(captured.gm) if policy.verify else None
         try:
-            rewritten = rewrite(captured.gm, policy)
+            if policy.tolerance is not None:
+                start = time.perf_counter()
+                admission = admitted(captured.gm, policy, example_inputs, policy.tolerance)
+                report.seconds["tolerance"] = time.perf_counter() - start
+            rewritten = rewrite(captured.gm, policy, as_asked if admission is None else admission.asking)
         except KernelError:
             raise
         except Exception as error:  # A defect of ours must not break the user's model; it is reported.
@@ -109,6 +116,9 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy)
         else:
             report.sites = rewritten.sites
             report.seconds.update(rewritten.seconds)
+            if admission is not None:
+                admission.tell(report.sites)
+                report.notes += admission.notes
             keep_attention = _holds_softmax_of_product(captured.gm)
             # Where nothing was rewritten the inner compiler gets what it would get without us.
             result = captured.gm if rewritten.changed else gm

@@ -354,7 +354,7 @@ def _prepare(case: Case, names: Sequence[str], device: torch.device) -> _Prepare
     auto = {}
     for what, mode in (("call", None), ("graph", "reduce-overhead")):
         row = SiteReport(str(case), "", "kept", None)
-        chosen = choose(gm, site, row, dataclasses.replace(policy, mode=mode))
+        chosen = choose(gm, site, None, row, dataclasses.replace(policy, mode=mode))
         auto[what] = chosen.name if chosen else ""
     return _Prepared(case, device, Workload.of(site), gm, calls, kernels, auto)
 

@@ -14,7 +14,7 @@ from attnrewrite.kernels import Kernel, Verdict, made_ready
 from attnrewrite.kernels.costs import CostTable, Workload, cost_table
 from attnrewrite.policy import Policy, Request
 from attnrewrite.report import KernelVerdict, SiteReport
-from attnrewrite.selection import named, request_for, standing
+from attnrewrite.selection import named, standing
 from attnrewrite.site import AttentionSite
 
 __all__ = ["choose", "willing_kernels"]
@@ -22,13 +22,14 @@ __all__ = ["choose", "willing_kernels"]
 log = logging.getLogger("attnrewrite")
 
 
-def choose(gm: fx.GraphModule, site: AttentionSite, row: SiteReport, policy: Policy) -> Kernel | None:
+def choose(
+    gm: fx.GraphModule, site: AttentionSite, request: Request | None, row: SiteReport, policy: Policy
+) -> Kernel | None:
     """The kernel for a site, None if none is willing; the row gets every answer, and the reason if there is none.
 
     Raises:
         KernelError: with ``strict``, none that was asked for is willing.
     """
-    request = request_for(policy, row.location)
     verdicts: dict[str, KernelVerdict] = {}
     before, after = named(request)
     kernel = _first_willing(site, before, verdicts, by_name=True)

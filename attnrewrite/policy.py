@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -51,6 +52,8 @@ class Policy:
             refusals that exist only for the sake of fully masked rows (see docs/exactness.md). Default False.
         verify: whether the first call of each compiled graph compares every rewritten site with the source
             (:mod:`attnrewrite.verify`). Default ``ATTNREWRITE_VERIFY``, which is False where it is unset.
+        tolerance: the largest error, relative to the largest number of a site's result, with which a kernel of lower
+            precision is let in (:mod:`attnrewrite.tolerance`). Default None: such kernels serve by name only.
         kernels: the kernels to use, in order of preference; empty for the automatic choice.
         kernel_rules: kernels for single sites: pairs of a glob, over the module's path or over "file:line", and names.
             The first that matches holds. An option takes them as a dictionary.
@@ -65,6 +68,7 @@ class Policy:
     inner_backend: str | Callable[..., Any] = "inductor"
     assume_attended_rows: bool = False
     verify: bool = False
+    tolerance: float | None = None
     kernels: tuple[str, ...] = ()
     kernel_rules: tuple[tuple[str, tuple[str, ...]], ...] = ()
     strict: bool = False
@@ -90,6 +94,8 @@ class Policy:
         for key in ("assume_attended_rows", "verify", "strict", "autotune"):
             if not isinstance(own.get(key, False), bool):
                 raise OptionError(f"options[{key!r}] takes True or False; got {own[key]!r}")
+        if "tolerance" in own:
+            own["tolerance"] = _tolerance(own["tolerance"])
         if "kernels" in own:
             own["kernels"] = kernel_names(own["kernels"], "options['kernels']")
         if "kernel_rules" in own:
@@ -129,6 +135,17 @@ def kernel_names(value: Any, where: str) -> tuple[str, ...]:
         if name != "auto":
             kernel_named(name, where)
     return tuple(value)
+
+
+def _tolerance(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise OptionError(
+            "options['tolerance'] takes a number above 0, the largest error relative to the largest number of an "
+            f"attention's result, such as 1e-2; got {value!r}"
+        )
+    return float(value)
 
 
 def _rules(value: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:

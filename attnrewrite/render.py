@@ -88,12 +88,12 @@ def _meaning(site: SiteReport) -> list[str]:
 
 
 def _why(site: SiteReport) -> list[str]:
-    """The reason, the proof, and what the other kernels answered."""
+    """The reason, the proof, and what the kernels answered."""
     lines = [site.reason] if site.reason else []
     lines += site.proof
     for verdict in site.verdicts:
-        if not verdict.willing and verdict.reason and verdict.reason not in site.reason:
-            lines.append(f"not {verdict.kernel}: {verdict.reason}")
+        if verdict.reason and verdict.reason not in site.reason:
+            lines.append(f"{'' if verdict.willing else 'not '}{verdict.kernel}: {verdict.reason}")
     return lines
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +18,13 @@ from attnrewrite.choose import choose
 from attnrewrite.ir import Builder, Written, is_cast, is_tensor, regions, source_location, tensor
 from attnrewrite.kernels import Kernel
 from attnrewrite.patterns import GraphView, NearMiss, catalogue
-from attnrewrite.policy import Policy
+from attnrewrite.policy import Policy, Request
 from attnrewrite.report import SiteReport
+from attnrewrite.selection import request_for
 from attnrewrite.simplify import canonical_scores
 from attnrewrite.site import AttentionSite, Bias, Fill, Floor, Narrow, NotAttention, RoundingDecides, Scale, Shift, Zero
 
-__all__ = ["Rewritten", "read_sites", "rewrite"]
+__all__ = ["Rewritten", "as_asked", "read_sites", "rewrite"]
 
 aten = torch.ops.aten
 
@@ -49,8 +50,19 @@ class Rewritten:
         self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
 
 
-def rewrite(gm: fx.GraphModule, policy: Policy) -> Rewritten:
-    """Replaces, in place, each attention of the IR graph that a kernel is willing to take."""
+Asking = Callable[[str, AttentionSite, Request | None], Request | None]
+
+
+def as_asked(name: str, site: AttentionSite, request: Request | None) -> Request | None:
+    """Nothing is asked for beyond what the user asked for."""
+    return request
+
+
+def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Rewritten:
+    """Replaces, in place, each attention of the IR graph that a kernel is willing to take.
+
+    ``asking`` may change what the user asked for at a site; it is given the site's name in the report.
+    """
     result = Rewritten()
     start = time.perf_counter()
     findings = list(_find(gm))
@@ -80,7 +92,8 @@ def rewrite(gm: fx.GraphModule, policy: Policy) -> Rewritten:
         result.add_time("simplify", start)
         start = time.perf_counter()
         result.offered = True
-        kernel = choose(gm, finding, row, policy)
+        request = asking(name, finding, request_for(policy, row.location))
+        kernel = choose(gm, finding, request, row, policy)
         result.add_time("choose", start)
         if kernel is None:
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attnrewrite.kernels.base import Availability, Kernel, Verdict
 from attnrewrite.kernels.registry import (
+    is_fetched,
     kernel_named,
     made_ready,
     register_kernel,
@@ -15,6 +16,7 @@ __all__ = [
     "Availability",
     "Kernel",
     "Verdict",
+    "is_fetched",
     "kernel_named",
     "made_ready",
     "register_kernel",

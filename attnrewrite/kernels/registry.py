@@ -11,8 +11,9 @@ from attnrewrite.kernels.library import LibraryKernel
 from attnrewrite.kernels.library_kernels import LIBRARY_KERNELS
 from attnrewrite.kernels.torch_backends import CudnnAttention, EfficientAttention, FlashAttention
 from attnrewrite.kernels.torch_sdpa import TorchMath, TorchSDPA
+from attnrewrite.kernels.vendors import HubKernel
 
-__all__ = ["kernel_named", "made_ready", "register_kernel", "registered_kernels", "unregister_kernel"]
+__all__ = ["is_fetched", "kernel_named", "made_ready", "register_kernel", "registered_kernels", "unregister_kernel"]
 
 _BUILT_IN: tuple[Kernel, ...] = (
     TorchSDPA(),
@@ -54,17 +55,28 @@ def made_ready(kernel: Kernel, asked: bool) -> Availability:
     return kernel.prepare() if asked and isinstance(kernel, LibraryKernel) else kernel.availability()
 
 
+def is_fetched(kernel: Kernel) -> bool:
+    """Whether the kernel comes over a network, for which it must be asked for by name."""
+    return isinstance(kernel, LibraryKernel) and isinstance(kernel.vendor, HubKernel)
+
+
 def register_kernel(kernel: Kernel) -> None:
     """Adds a kernel of your own: an object that keeps the contract :class:`attnrewrite.kernels.Kernel`.
 
     It is asked before all others if its ``automatic`` is true, and otherwise where it is named.
 
     Raises:
-        OptionError: the name is taken, or is "auto", or the object lacks a part of the contract.
+        OptionError: the name is taken, or is "auto", or the object lacks a part of the contract, or it computes in
+            lower precision and would be asked unasked.
     """
     missing = [name for name in _CONTRACT if not hasattr(kernel, name)]
     if missing:
         raise OptionError(f"register_kernel takes an object with {', '.join(_CONTRACT)}; {kernel!r} lacks {missing[0]}")
+    if kernel.automatic and getattr(kernel, "lower_precision", False):
+        raise OptionError(
+            f"the kernel {kernel.name!r} has both automatic and lower_precision; set automatic to False, and let "
+            "options['tolerance'] or its name choose it"
+        )
     if kernel.name in _KERNELS or kernel.name == "auto":
         raise OptionError(f"the kernel name {kernel.name!r} is taken; choose another, or unregister_kernel it first")
     others = dict(_KERNELS)
