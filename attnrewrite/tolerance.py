@@ -226,7 +226,8 @@ class _Trials:
                 )
             found = Original(self._exact, self._exactly.sites).compare(trial, rows, self._inputs)
         if found.unable:
-            self.notes.append(f"not applied, since the rewritten graph did not run either: {found.unable}")
+            note = f"not applied, since the rewritten graph did not run either: {found.unable}"
+            self.notes += [] if note in self.notes else [note]
             return Verification()
         return found
 

@@ -36,7 +36,7 @@ def rounded(operand: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("attnrewrite_test::rounded_attention", mutates_args=())
 def rounded_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, levels: int) -> Tensor:
-    """SageAttention's idea: the mean of the keys subtracted, and products of whole numbers; a block of queries at once."""
+    """SageAttention's idea: the mean of the keys subtracted, products of whole numbers, a block of queries at once."""
     key, key_step = rounded(key - key.mean(-2, keepdim=True), levels)
     blocks = []
     for first in range(0, query.shape[-2], 256):
@@ -135,7 +135,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (layer(x).unflatten(-1, (4, 16)).transpose(1, 2) for layer in (self.query, self.key, self.value))
-        return ((q @ k.mT / 4).softmax(-1) @ v).transpose(1, 2).flatten(-2)
+        result: Tensor = (q @ k.mT / 4).softmax(-1) @ v
+        return result.transpose(1, 2).flatten(-2)
 
 
 class Model(nn.Module):
@@ -500,7 +501,7 @@ def test_auto_among_the_names() -> None:
 
 
 @pytest.mark.usefixtures("int8")
-def test_switching_kernels(caplog: pytest.LogCaptureFixture) -> None:
+def test_switching_kernels() -> None:
     model, x = Model().eval(), sequence()
     with torch.no_grad(), collect_reports() as graphs:
         expected = model(x)
@@ -602,7 +603,7 @@ def test_sage(cudagraphs: bool) -> None:
     if not available.available:
         pytest.skip(f"sage: {available.detail}")
     model = Cross()
-    settings = {"inner": "inductor", "triton.cudagraphs": cudagraphs}
+    settings: dict[str, Any] = {"inner": "inductor", "triton.cudagraphs": cudagraphs}
     q, k, v = torch.randn(3, 2, 8, 512, 64, device="cuda", dtype=torch.float16)
     expected = model(q, k, v)
     with torch.no_grad(), collect_reports() as graphs:

@@ -1,4 +1,4 @@
-"""SageAttention 1, 2 and 3: products in eight or four bits. Only ever used when asked for by name.
+"""SageAttention 1, 2 and 3: products in eight or four bits. Used by name or within a tolerance.
 
 Sources, to which the limits refer:
 https://pypi.org/project/sageattention/1.0.6/ sageattention/core.py (1)

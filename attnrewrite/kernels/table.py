@@ -22,7 +22,9 @@ dispatcher, where it has one.
   every key get what the source gives them, or the site is refused.
 - *causal*: where causal masks and windows count from: *first* (query 0 stands beside key 0), *last* (the last query
   beside the last key), *square* (only where the two are the same).
-- *chosen*: *automatic*, or *by name* only, as are all kernels of other packages: `options={'kernels': ...}`.
+- *chosen*: *automatic*, or *by name* only, as are all kernels of other packages: `options={'kernels': ...}`. Those
+  that compute in fewer bits than their operands have serve within `options={'tolerance': ...}`, too, unless they are
+  fetched over a network.
 - *state*: the hardware that it was run on, or the version of the vendor's published signature that its call was held
   against, without the vendor's code having been run.
 """
