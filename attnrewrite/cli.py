@@ -48,8 +48,10 @@ def doctor(as_json: bool) -> None:
     diagnosis = diagnose()
     if as_json:
         click.echo(diagnosis.to_json())
-    else:
+    elif sys.stdout.isatty():
         print_diagnosis(diagnosis)
+    else:  # as in `explain`
+        click.echo(diagnosis.to_text(), nl=False)
 
 
 @main.command()

@@ -24,7 +24,7 @@ from rich.text import Text
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-__all__ = ["Check", "Diagnosis", "diagnose", "print_diagnosis"]
+__all__ = ["Check", "Diagnosis", "KernelCheck", "diagnose", "print_diagnosis"]
 
 _OLDEST_TORCH = (2, 11)
 
@@ -60,13 +60,21 @@ class Check:
 
 
 @dataclass(frozen=True)
+class KernelCheck(Check):
+    """A kernel. ``package`` is what it is part of, "" where it is PyTorch; ``how_to_get`` a command or a page."""
+
+    package: str = ""
+    how_to_get: str = ""
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """All that ``attnrewrite doctor`` found."""
 
     system: tuple[Check, ...]
     devices: tuple[Check, ...]
     compilers: tuple[Check, ...]
-    kernels: tuple[Check, ...]
+    kernels: tuple[KernelCheck, ...]
     sdpa_backends: tuple[Check, ...]
     packages: tuple[Check, ...]
     packages_note: str = PACKAGES_NOTE
@@ -111,11 +119,28 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> Non
         ("Python and PyTorch", diagnosis.system, ""),
         ("Devices", diagnosis.devices, ""),
         ("Inner compiler", diagnosis.compilers, ""),
-        ("Kernels of attnrewrite", diagnosis.kernels, ""),
+        ("Kernels of PyTorch", tuple(kernel for kernel in diagnosis.kernels if not kernel.package), ""),
         ("Back ends of PyTorch's scaled_dot_product_attention", diagnosis.sdpa_backends, ""),
-        ("Optional kernel packages", diagnosis.packages, diagnosis.packages_note),
+        ("Kernels of other packages", tuple(_by_package(diagnosis.kernels)), diagnosis.packages_note),
     ]
     (console or Console()).print(Group(*(_section(title, checks, note) for title, checks, note in sections)))
+
+
+def _by_package(kernels: tuple[KernelCheck, ...]) -> Iterator[Check]:
+    """Each kernel that can run, then one line for each package that others wait for."""
+    others = [kernel for kernel in kernels if kernel.package]
+    yield from (kernel for kernel in others if kernel.ok)
+    waiting: dict[tuple[str, str], list[KernelCheck]] = {}
+    for kernel in others:
+        if not kernel.ok:
+            # Kernels of one package may be had in different ways, which makes no second line.
+            reason = kernel.detail.removesuffix(f" ({kernel.how_to_get})")
+            waiting.setdefault((kernel.package, reason), []).append(kernel)
+    for (package, reason), group in waiting.items():
+        what = reason.removeprefix("the package ").removeprefix(f"{package} ").removeprefix("is ")
+        names = ", ".join(kernel.name for kernel in group)
+        ways = dict.fromkeys(kernel.how_to_get for kernel in group)
+        yield Check(package, False, f"{what}: {names} ({'; or '.join(ways)})")
 
 
 def _section(title: str, checks: tuple[Check, ...], note: str) -> RenderableType:
@@ -181,12 +206,16 @@ def _compilers() -> Iterator[Check]:
         yield Check("inductor on cuda", False, "triton is not installed: pip install triton")
 
 
-def _kernels() -> Iterator[Check]:
+def _kernels() -> Iterator[KernelCheck]:
     from attnrewrite.kernels import registered_kernels
+    from attnrewrite.kernels.library import LibraryKernel
 
     for kernel in registered_kernels():
         found = kernel.availability()
-        yield Check(kernel.name, found.available, found.detail)
+        name, how = "", kernel.needs
+        if isinstance(kernel, LibraryKernel) and kernel.vendor.package.distribution != "torch":
+            name, how = kernel.vendor.package.distribution, kernel.vendor.package.how_to_get
+        yield KernelCheck(kernel.name, found.available, found.detail, name, how)
 
 
 def _sdpa_backends() -> Iterator[Check]:

@@ -13,7 +13,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from attnrewrite.cli import main
-from attnrewrite.doctor import PACKAGES_NOTE, diagnose
+from attnrewrite.doctor import PACKAGES_NOTE, Diagnosis, KernelCheck, diagnose
+from attnrewrite.kernels import registered_kernels
 
 ZOO = """
 import torch
@@ -221,6 +222,40 @@ def test_doctor_names_what_runs_here() -> None:
     assert result.exit_code == 0, result.output
     for expected in (torch.__version__, "cpu", "flash-attn", "sageattention", "asked for by name", "math on cpu"):
         assert expected in result.stdout
+
+
+def test_doctor_keeps_to_a_page_where_there_is_no_terminal() -> None:
+    lines = run("doctor").stdout.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert len(lines) < 60, "a line for each package that is missing, not one for each kernel"
+
+
+def lines_of(*kernels: KernelCheck) -> list[str]:
+    """The lines on kernels of other packages."""
+    text = Diagnosis((), (), (), kernels, (), ()).to_text()
+    return [" ".join(line.split()) for line in text.partition("attention_backend(...).\n")[2].strip().splitlines()]
+
+
+def test_kernels_that_wait_for_one_package_share_a_line() -> None:
+    missing = "the package flash-attn is not installed"
+    assert lines_of(
+        KernelCheck("native", True, "part of torch"),
+        KernelCheck("flash", False, f"{missing} (pip install flash-attn)", "flash-attn", "pip install flash-attn"),
+        KernelCheck("sage", True, "sageattention 1.0.6", "sageattention", "pip install sageattention"),
+        KernelCheck("flash_varlen", False, f"{missing} (built)", "flash-attn", "built"),
+        KernelCheck("aiter", False, "amd-aiter is installed but of no use: old", "amd-aiter", "pip install amd-aiter"),
+    ) == [
+        "yes sage sageattention 1.0.6",
+        "no flash-attn not installed: flash, flash_varlen (pip install flash-attn; or built)",
+        "no amd-aiter installed but of no use: old: aiter (pip install amd-aiter)",
+    ]
+
+
+def test_doctor_names_every_kernel() -> None:
+    text = run("doctor").stdout
+    assert all(kernel.name in text for kernel in registered_kernels())
+    listed = json.loads(run("doctor", "--json").stdout)["kernels"]
+    assert [check["name"] for check in listed] == [kernel.name for kernel in registered_kernels()]
 
 
 def test_doctor_json_is_the_diagnosis() -> None:

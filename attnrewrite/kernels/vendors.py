@@ -29,6 +29,10 @@ class Vendor(Protocol):
     def module(self) -> str:
         """The module's name, or the repository's."""
 
+    @property
+    def package(self) -> Package:
+        """The package that has to be installed: that of the functions, or the one that fetches them."""
+
     def availability(self) -> Availability: ...
 
     def version(self) -> str: ...
@@ -97,6 +101,10 @@ class Package:
     minimum_version: str = ""
     parameters: tuple[tuple[str, str], ...] = ()
     broken: Callable[[Any], str | None] | None = None
+
+    @property
+    def package(self) -> Package:
+        return self
 
     def availability(self) -> Availability:
         return _probe(self)
