@@ -56,7 +56,8 @@ def markdown(results: Row) -> str:
     parts = [
         "# Coverage",
         "Real model classes in small configurations with random weights, with the attention code that they have when "
-        "no fused kernel is asked for: what is rewritten, and whether it is right. The tables are written by",
+        "no fused kernel is asked for: what is rewritten in inference, and whether it is right. The tables are written "
+        "by",
         "```\npython -m tests.coverage --json docs/benchmarks/coverage_cpu.json --write docs/coverage.md\n```",
         f"with torch {versions['torch']} on {results['device']}; the raw data, with the source line of every site "
         "that was left, are in [benchmarks/coverage_cpu.json](benchmarks/coverage_cpu.json). "
@@ -77,6 +78,8 @@ def markdown(results: Row) -> str:
 
 _LEGEND = """\
 - **sites**: the attentions that the model has, counted by hand from its configuration.
+- **rewritten**: how many of them are rewritten in inference, without gradients. What is kept where gradients are taken is
+  listed under [What was not rewritten](#what-was-not-rewritten), after "with gradients".
 - **error**: the largest difference of any output from eager, relative to the largest number of that output, in float32
   with the inner backend `aot_eager`.
 - **gradients**: the largest error of the gradient of any parameter, relative to the largest number of that gradient
