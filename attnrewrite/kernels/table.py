@@ -15,7 +15,7 @@ _HEADER = """# Kernels
 
 Made by `attnrewrite.kernels.table.kernel_table`; a test holds it against the kernels. A kernel that is asked for
 something beyond its limits refuses, and says which limit; nothing is dropped. Names are those of diffusers' attention
-dispatcher, where it has one.
+dispatcher, where it has one. A kernel of your own: [own_kernel.md](own_kernel.md).
 
 - *masks*: the most general mask beside causality and windows. *key padding*: keys of a batch entry that no query
   attends; *boolean*: any; *additive*: numbers, without a gradient. Each includes those before it. Rows that may lose

@@ -78,8 +78,8 @@ def markdown(results: Row) -> str:
 
 _LEGEND = """\
 - **sites**: the attentions that the model has, counted by hand from its configuration.
-- **rewritten**: how many of them are rewritten in inference, without gradients. What is kept where gradients are taken is
-  listed under [What was not rewritten](#what-was-not-rewritten), after "with gradients".
+- **rewritten**: how many of them are rewritten in inference, without gradients. What is kept where gradients are taken
+  is listed under [What was not rewritten](#what-was-not-rewritten), after "with gradients".
 - **error**: the largest difference of any output from eager, relative to the largest number of that output, in float32
   with the inner backend `aot_eager`.
 - **gradients**: the largest error of the gradient of any parameter, relative to the largest number of that gradient
