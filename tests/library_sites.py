@@ -17,7 +17,7 @@ from attnrewrite.kernels import Availability, Kernel, Verdict, registry
 from attnrewrite.site import AttentionSite
 from tests.helpers import rows
 
-__all__ = ["Placed", "only", "placed", "served_by", "site_of"]
+__all__ = ["Placed", "only", "placed", "served_by", "site_of", "site_where_it_is"]
 
 
 @dataclasses.dataclass
@@ -73,13 +73,18 @@ def only(kernel: Kernel) -> Iterator[None]:
         registry._KERNELS.update(before)
 
 
-def site_of(function: Callable[..., Any], *inputs: Any, place: str = "cuda", **settings: Any) -> AttentionSite:
-    """The one site of ``function``, on ``place``."""
+def site_where_it_is(function: Callable[..., Any], *inputs: Any, **settings: Any) -> AttentionSite:
+    """The one site of ``function``."""
     recorder = _Recorder()
     with only(recorder):
         rows(function, *inputs, **settings)
     (site,) = recorder.sites
-    return placed(site, place)
+    return site
+
+
+def site_of(function: Callable[..., Any], *inputs: Any, place: str = "cuda", **settings: Any) -> AttentionSite:
+    """The one site of ``function``, on ``place``."""
+    return placed(site_where_it_is(function, *inputs, **settings), place)
 
 
 class _Forced:

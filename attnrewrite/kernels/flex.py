@@ -37,6 +37,8 @@ from attnrewrite.kernels.keeping import KeepMask
 from attnrewrite.kernels.layout import Plan, lay_out, modified, padded
 from attnrewrite.kernels.limits import HALF, Asked, HeadSizes, Limits
 from attnrewrite.kernels.masking import Mask
+from attnrewrite.kernels.torch_limits import FLEX
+from attnrewrite.kernels.torch_sdpa import TESTED_ON
 from attnrewrite.site import AttentionSite, Bias, Elementwise, Fill, Floor, Narrow, Scale, Shift, WeightMod
 
 __all__ = ["Flex", "FlexFlash"]
@@ -63,6 +65,8 @@ class Flex:
     automatic = True
     needs = "PyTorch and Inductor"
     kernel_options: ClassVar[dict[str, Any]] = {}
+    limits = FLEX
+    run_on = TESTED_ON
 
     def availability(self) -> Availability:
         if torch.cuda.is_available():

@@ -76,12 +76,12 @@ class Rule:
 
     Attributes:
         words: the limit, for the table.
-        refusal: the sentence for a site that it forbids, else None.
+        refusal: the sentence for a site that it forbids, else None. None in its place: PyTorch's own check refuses.
         source: where the vendor states it.
     """
 
     words: str
-    refusal: Callable[[AttentionSite, Asked, Capability | None], str | None]
+    refusal: Callable[[AttentionSite, Asked, Capability | None], str | None] | None
     source: str
 
 
@@ -128,6 +128,7 @@ class Limits:
         capabilities: if not empty, only these.
         masks: the most general mask beside causality and window: "none", "key padding" (keys of a batch entry, the
             same for all its queries), "boolean", "additive". The later ones include those before.
+        mask_gradient: what is added can have a gradient.
         alignments: where causal masks and windows count from: "first" (the first query stands beside the first key),
             "last" (the last beside the last), "square" (only where both are the same). Empty: no causal mask.
         window: a bound on either side, other than causal.
@@ -155,6 +156,7 @@ class Limits:
     max_capability: Capability | None = None
     capabilities: tuple[Capability, ...] = ()
     masks: MaskKind = "none"
+    mask_gradient: bool = False
     alignments: tuple[str, ...] = ()
     window: bool = False
     softcap: bool = False
@@ -191,6 +193,19 @@ class Limits:
             or self._rule_refusal(site, capability)
         )
 
+    def machine_refusal(self, site: AttentionSite, capability: Capability | None) -> str | None:
+        """The first limit of hardware, dtype or head size that the site is beyond, whatever its scores are."""
+        return (
+            self.device_refusal(site)
+            or self._capability_refusal(site, capability)
+            or self._dtype_refusal(site)
+            or self._head_refusal(site, capability)
+        )
+
+    def rule_refusal(self, site: AttentionSite, asked: Asked, capability: Capability | None) -> str | None:
+        refusals = (rule.refusal(site, asked, capability) for rule in self.rules if rule.refusal)
+        return next((refusal for refusal in refusals if refusal), None)
+
     def asked(self, site: AttentionSite) -> Asked | str:
         """What the kernel is asked for in place of the site's mask, or why it cannot be."""
         scores = site.scores
@@ -225,7 +240,7 @@ class Limits:
                     return (
                         f"a bias is added in {_name(term.dtype)}, and would be rounded to {_name(site.compute_dtype)}"
                     )
-            if site.differentiable:
+            if site.differentiable and not self.mask_gradient:
                 return "gives no gradient for an additive mask"
         if scores.masked_rows == "none":
             return Asked(mask=kind)
@@ -282,20 +297,27 @@ class Limits:
             return low
         return f"{low} to {high}" if low and high else f"{low} or later" if low else f"up to {high}"
 
-    def _operand_refusal(self, site: AttentionSite, capability: Capability | None) -> str | None:
-        if site.compute_dtype not in self.dtypes:
-            return f"takes {', '.join(map(_name, self.dtypes))}, not {_name(site.compute_dtype)}"
+    def _dtype_refusal(self, site: AttentionSite) -> str | None:
+        if site.compute_dtype in self.dtypes:
+            return None
+        return f"takes {', '.join(map(_name, self.dtypes))}, not {_name(site.compute_dtype)}"
+
+    def _head_refusal(self, site: AttentionSite, capability: Capability | None) -> str | None:
         heads = self.heads_by_major.get(capability[0], self.heads) if capability else self.heads
         size, value_size = size_of(site.feature_axes), size_of(site.value_axes)
         refusal = heads.refusal(size)
         if refusal:
             return refusal
         if self.value_heads is not None:
-            refusal = self.value_heads.refusal(value_size, "value head size")
-            if refusal:
-                return refusal
-        elif not same(size, value_size):
+            return self.value_heads.refusal(value_size, "value head size")
+        if not same(size, value_size):
             return f"takes values of the query's head size, {size}, not {value_size}"
+        return None
+
+    def _operand_refusal(self, site: AttentionSite, capability: Capability | None) -> str | None:
+        refusal = self._dtype_refusal(site) or self._head_refusal(site, capability)
+        if refusal:
+            return refusal
         if any(same(axis.size, 0) for axis in _axes(site)):
             return "an operand is empty"
         if not self.symbolic and not all(isinstance(axis.size, int) for axis in _axes(site)):
@@ -350,8 +372,7 @@ class Limits:
     def _rule_refusal(self, site: AttentionSite, capability: Capability | None) -> str | None:
         asked = self.asked(site)
         assert isinstance(asked, Asked)
-        refusals = (rule.refusal(site, asked, capability) for rule in self.rules)
-        return next((refusal for refusal in refusals if refusal), None)
+        return self.rule_refusal(site, asked, capability)
 
 
 def _axes(site: AttentionSite) -> tuple[Axis, ...]:

@@ -22,6 +22,9 @@ from attnrewrite.analysis.views import size_of
 from attnrewrite.ir import Builder, Size, same, tensor
 from attnrewrite.kernels.base import Availability, Verdict
 from attnrewrite.kernels.layout import Plan, padded_to
+from attnrewrite.kernels.library import RUN_ON
+from attnrewrite.kernels.limits import Asked, Capability
+from attnrewrite.kernels.torch_limits import CUDNN, EFFICIENT, FLASH, PADDED_TO
 from attnrewrite.kernels.torch_sdpa import TorchSDPA
 from attnrewrite.site import AttentionSite
 
@@ -36,10 +39,7 @@ class _Backend(TorchSDPA):
     automatic = True
     selects = False
     needs = "PyTorch and an NVIDIA GPU"
-    masks = True
-    grouped = True
-    multiple_of = 8
-    """Features are padded to a multiple of this, as PyTorch's selector does."""
+    run_on = RUN_ON
 
     def availability(self) -> Availability:
         if not torch.cuda.is_available():
@@ -50,28 +50,33 @@ class _Backend(TorchSDPA):
         verdict = super().supports(site)
         if not verdict.willing:
             return verdict
-        if site.device.type != "cuda":
-            return Verdict.no(f"runs on NVIDIA GPUs, not on {site.device.type}")
-        plan = Plan.of(site)
-        width, value_width = (size_of(dims[-1]) for dims in (plan.query_dims, plan.value_dims))
-        if not isinstance(width, int) or not isinstance(value_width, int):
-            return Verdict.no("the head size is not known in numbers")
+        refusal = self._torch_refuses(site, Plan.of(site))
+        return Verdict.no(refusal) if refusal else verdict
+
+    def verdict(self, site: AttentionSite, capability: Capability | None) -> Verdict:
+        """All but PyTorch's own check, which asks the GPU that is here."""
+        verdict = super().verdict(site, capability)
+        if not verdict.willing:
+            return verdict
+        # These rules ask nothing of the mask.
+        refusal = self.limits.machine_refusal(site, capability) or self.limits.rule_refusal(site, Asked(), capability)
+        if refusal:
+            return Verdict.no(refusal)
         assert site.scores is not None
         if site.scores.scale is None:
             return Verdict.no("the scale is not known in numbers")
-        if site.scores.terms and not self.masks:
+        if site.scores.terms and self.limits.masks == "none":
             return Verdict.no("takes no mask but a causal one")
-        if plan.grouped and not self.grouped:
+        if site.group_axes and not self.limits.grouped:
             return Verdict.no("takes as many key heads as query heads, and keys are not repeated here")
-        if site.sink is not None and not self.masks:
+        if site.sink is not None and self.limits.masks == "none":
             return Verdict.no("takes no mask, by which a sink is made")
         if site.fused and site.scores.masked_rows != "none":
             return Verdict.no(
                 "what the call gives rows whose keys are all masked depends on the back end that PyTorch's selector "
                 "picks (if none occurs, say so: options={'assume_attended_rows': True})"
             )
-        refusal = self._torch_refuses(site, plan)
-        return Verdict.no(refusal) if refusal else Verdict.yes()
+        return Verdict.yes()
 
     def check(self, parameters: Any, debug: bool) -> bool:
         raise NotImplementedError
@@ -82,7 +87,7 @@ class _Backend(TorchSDPA):
         with FakeTensorMode():
             query, key, value = (
                 torch.empty(
-                    [_hint(size_of(dim)) for dim in dims[:-1]] + [_up(_hint(size_of(dims[-1])), self.multiple_of)],
+                    [_hint(size_of(dim)) for dim in dims[:-1]] + [_up(_hint(size_of(dims[-1])), PADDED_TO)],
                     dtype=site.compute_dtype,
                     device=site.device,
                     requires_grad=site.differentiable,
@@ -105,7 +110,7 @@ class _Backend(TorchSDPA):
     def _call(self, builder: Builder, args: tuple[Any, ...], kwargs: dict[str, Any], fake: torch.Tensor) -> fx.Node:
         query, key, value, mask, dropout, causal = args
         width = tensor(value).shape[-1]
-        query, key, value = (padded_to(builder, node, -1, self.multiple_of) for node in (query, key, value))
+        query, key, value = (padded_to(builder, node, -1, PADDED_TO) for node in (query, key, value))
         if mask is not None:
             mask = self._bias(builder, mask, query, key)
         target, arguments = self.operator(mask, dropout, causal)
@@ -137,14 +142,14 @@ class FlashAttention(_Backend):
     """FlashAttention-2 as PyTorch has it."""
 
     name = "_native_flash"
-    masks = False
+    limits = FLASH
 
-    def supports(self, site: AttentionSite) -> Verdict:
+    def verdict(self, site: AttentionSite, capability: Capability | None) -> Verdict:
         assert site.scores is not None
         if site.scores.is_causal and not same(size_of(site.query_axes), size_of(site.key_axes)):
             # PyTorch's check sees one pair of lengths, and this kernel counts from the last key.
             return Verdict.no("takes a causal mask only where there are known to be as many keys as queries")
-        return super().supports(site)
+        return super().verdict(site, capability)
 
     def check(self, parameters: Any, debug: bool) -> bool:
         return bool(torch.backends.cuda.can_use_flash_attention(parameters, debug))
@@ -157,7 +162,7 @@ class EfficientAttention(_Backend):
     """xFormers' memory-efficient attention as PyTorch has it."""
 
     name = "_native_efficient"
-    grouped = False
+    limits = EFFICIENT
 
     def check(self, parameters: Any, debug: bool) -> bool:
         return bool(torch.backends.cuda.can_use_efficient_attention(parameters, debug))
@@ -171,14 +176,15 @@ class CudnnAttention(_Backend):
 
     name = "_native_cudnn"
     automatic = False
+    limits = CUDNN
 
-    def supports(self, site: AttentionSite) -> Verdict:
+    def verdict(self, site: AttentionSite, capability: Capability | None) -> Verdict:
         if site.differentiable:
             # See `_cudnn_may_serve` of torch_sdpa.py.
             return Verdict.no(
                 "its backward pass gives wrong gradients where gradients come in two layouts in one process"
             )
-        return super().supports(site)
+        return super().verdict(site, capability)
 
     def check(self, parameters: Any, debug: bool) -> bool:
         return bool(torch.backends.cuda.can_use_cudnn_attention(parameters, debug))

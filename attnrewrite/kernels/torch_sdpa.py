@@ -18,14 +18,16 @@ from attnrewrite.analysis.views import Dim, Operand
 from attnrewrite.ir import Builder, same, tensor
 from attnrewrite.kernels.base import Availability, Verdict
 from attnrewrite.kernels.layout import Plan, lay_out, modified, padded, with_unit_stride
+from attnrewrite.kernels.limits import Capability, Limits, capability_of
 from attnrewrite.kernels.masking import Mask
+from attnrewrite.kernels.torch_limits import MATH, NATIVE
 from attnrewrite.site import AttentionSite, Bias, Fill, WeightMod
 
-__all__ = ["TorchMath", "TorchSDPA"]
+__all__ = ["TESTED_ON", "TorchMath", "TorchSDPA"]
 
 aten = torch.ops.aten
 
-_TESTED_DEVICES = ("cpu", "cuda")
+TESTED_ON = "NVIDIA H100, torch 2.11; x86 CPU, torch 2.13"
 
 
 class TorchSDPA:
@@ -41,11 +43,17 @@ class TorchSDPA:
     """PyTorch's selector picks the back end."""
     automatic = True
     needs = "PyTorch"
+    limits: Limits = NATIVE
+    run_on = TESTED_ON
 
     def availability(self) -> Availability:
         return Availability(True, f"part of torch {torch.__version__}")
 
     def supports(self, site: AttentionSite) -> Verdict:
+        return self.verdict(site, capability_of(site.device))
+
+    def verdict(self, site: AttentionSite, capability: Capability | None) -> Verdict:
+        """What the kernel would say of the site on a GPU of this compute capability; None if it is none, or unknown."""
         scores = site.scores
         assert scores is not None
         if scores.inexpressible:
@@ -59,7 +67,7 @@ class TorchSDPA:
                 "the call has not four dimensions, so PyTorch's MATH serves it, and what the fused kernels give rows "
                 "whose keys are all masked is something else"
             )
-        if self.selects and _cudnn_may_serve(site):
+        if self.selects and _cudnn_may_serve(site, capability):
             return Verdict.no(
                 "PyTorch's selector may pick cuDNN, whose backward pass gives wrong gradients where gradients come in "
                 "two layouts in one process"
@@ -76,7 +84,7 @@ class TorchSDPA:
         scores = site.scores
         assert scores is not None
         if (
-            site.device.type not in _TESTED_DEVICES
+            site.device.type not in NATIVE.devices
             and scores.masked_rows != "none"
             and not site.fused
             and not scores.fills_decide
@@ -161,8 +169,9 @@ class TorchMath(TorchSDPA):
     """
 
     name = "_native_math"
+    limits = MATH
 
-    def supports(self, site: AttentionSite) -> Verdict:
+    def verdict(self, site: AttentionSite, capability: Capability | None) -> Verdict:
         assert site.scores is not None
         if site.scores.inexpressible:
             return Verdict.no(site.scores.inexpressible)
@@ -183,7 +192,7 @@ class TorchMath(TorchSDPA):
         return builder.insert(operator.getitem, (result, 0), {}, fake)
 
 
-def _cudnn_may_serve(site: AttentionSite) -> bool:
+def _cudnn_may_serve(site: AttentionSite, capability: Capability | None) -> bool:
     """Training in half precision on GPUs where PyTorch prefers cuDNN.
 
     Its plans are kept by shape and by the layouts of query, key and value, and not by that of the output's gradient
@@ -194,7 +203,7 @@ def _cudnn_may_serve(site: AttentionSite) -> bool:
     if not site.differentiable or site.fused or site.device.type != "cuda" or site.compute_dtype.itemsize > 2:
         return False
     enabled = bool(torch.backends.cuda.cudnn_sdp_enabled())  # type: ignore[no-untyped-call]
-    return enabled and torch.cuda.get_device_capability(site.device)[0] >= 9
+    return enabled and (capability is None or capability[0] >= 9)
 
 
 def _backward_loses_rows(site: AttentionSite) -> bool:

@@ -1,0 +1,246 @@
+"""What PyTorch's own kernels take, each limit with its source.
+
+What a back end takes is asked of PyTorch's own check as well, which knows the build and the GPU: these limits are never
+wider than that check is on a GPU that they name, and a site beyond them is refused before PyTorch is asked.
+
+Sources are functions where they are C++ files of which no header is installed: lines move from one version to the next.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attnrewrite.analysis.views import size_of
+from attnrewrite.kernels.limits import HALF, Asked, Capability, HeadSizes, Limits, Rule
+from attnrewrite.site import AttentionSite
+
+__all__ = ["CUDNN", "EFFICIENT", "FLASH", "FLEX", "FLEX_SMALLEST_HEAD", "MATH", "NATIVE", "PADDED_TO"]
+
+PADDED_TO = 8
+"""Head sizes are padded to a multiple of this, as PyTorch's selector does."""
+
+FLEX_SMALLEST_HEAD = 16
+"""Triton multiplies matrices of 16 columns and more."""
+
+_TORCH = "https://github.com/pytorch/pytorch/blob/v2.13.0"
+_DISPATCH = f"{_TORCH}/aten/src/ATen/native/transformers/attention.cpp"
+_CUDA = f"{_TORCH}/aten/src/ATen/native/transformers/cuda/attention.cu"
+_CUDA_BACKWARD = f"{_TORCH}/aten/src/ATen/native/transformers/cuda/attention_backward.cu"
+_CHECKS = f"{_TORCH}/aten/src/ATen/native/transformers/cuda/sdp_utils.cpp"
+_SHARED_CHECKS = f"{_TORCH}/aten/src/ATen/native/transformers/sdp_utils_cpp.h"
+_FUNCTIONAL = f"{_TORCH}/torch/nn/functional.py#L6343"
+_FLEX = f"{_TORCH}/torch/nn/attention/flex_attention.py"
+_FLEX_CPU = f"{_TORCH}/torch/_inductor/kernel/flex/flex_cpu.py"
+_FLEX_CUDA = f"{_TORCH}/torch/_inductor/kernel/flex/flex_attention.py"
+
+_FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def _one_head_size(site: AttentionSite, asked: Asked, capability: Capability | None) -> str | None:
+    size, value_size = size_of(site.feature_axes), size_of(site.value_axes)
+    up = [-(-one // PADDED_TO) for one in (size, value_size)]
+    return None if up[0] == up[1] else f"takes values of the query's head size, {size}, not {value_size}"
+
+
+def _no_bfloat16_before_ampere(site: AttentionSite, asked: Asked, capability: Capability | None) -> str | None:
+    if site.compute_dtype is not torch.bfloat16 or capability is None or capability >= (8, 0):
+        return None
+    own = ".".join(map(str, capability))
+    return f"takes no bfloat16 before compute capability 8.0, and this GPU has {own}"
+
+
+NATIVE = Limits(
+    devices=("cpu", "cuda"),
+    dtypes=_FLOATING,
+    heads=HeadSizes(),
+    value_heads=HeadSizes(),
+    masks="additive",
+    mask_gradient=True,
+    alignments=("first",),
+    dropout=True,
+    grouped=True,
+    backward=True,
+    deterministic=True,
+    sources={
+        "devices": "those that it was run on; on another a site is refused where a bias may take every key from a row",
+        "dtypes": f"{_DISPATCH} scaled_dot_product_attention: what no fused kernel takes goes to MATH",
+        "heads": f"{_DISPATCH} pad_last_dim",
+        "value_heads": f"{_DISPATCH} scaled_dot_product_attention: what no fused kernel takes goes to MATH",
+        "masks": f"{_DISPATCH} validate_sdpa_input: of the query's dtype, or float32 on the CPU",
+        "mask_gradient": f"{_DISPATCH} scaled_dot_product_attention: with a gradient of the mask, MATH on the CPU",
+        "alignments": f"{_FUNCTIONAL}: tril(diagonal=0)",
+        "window": f"{_FUNCTIONAL}: there is no argument for it; it is a mask",
+        "dropout": f"{_FUNCTIONAL}: dropout_p",
+        "grouped": f"{_FUNCTIONAL}: enable_gqa",
+        "deterministic": f"{_CUDA_BACKWARD} deterministicAlgorithms(); then cuDNN is not selected",
+    },
+)
+
+MATH = Limits(
+    devices=NATIVE.devices,
+    dtypes=_FLOATING,
+    heads=HeadSizes(),
+    value_heads=HeadSizes(),
+    masks="additive",
+    mask_gradient=True,
+    alignments=("first",),
+    dropout=True,
+    grouped=True,
+    backward=True,
+    deterministic=True,
+    sources={
+        **dict.fromkeys(
+            ("dtypes", "heads", "value_heads", "masks", "mask_gradient", "alignments", "dropout", "grouped"),
+            f"{_DISPATCH} _scaled_dot_product_attention_math: matrix products and a softmax",
+        ),
+        "devices": NATIVE.sources["devices"],
+        "deterministic": "as those of matrix products",
+    },
+)
+
+FLASH = Limits(
+    devices=("cuda", "rocm"),
+    dtypes=HALF,
+    heads=HeadSizes(largest=256),
+    value_heads=HeadSizes(largest=256),
+    min_capability=(8, 0),
+    max_capability=(12, 1),
+    alignments=("square",),
+    dropout=True,
+    grouped=True,
+    backward=True,
+    deterministic=True,
+    rules=(
+        Rule(
+            f"the value head size is the query's, both padded to a multiple of {PADDED_TO}",
+            _one_head_size,
+            f"{_CHECKS} check_head_dim_size_flash",
+        ),
+        Rule(
+            "no training of head sizes over 192 on some GPUs that are not those of data centres",
+            None,
+            f"{_CHECKS} check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120",
+        ),
+    ),
+    sources={
+        "devices": f"{_CHECKS} check_all_tensors_on_device",
+        "dtypes": f"{_CHECKS} check_dtypes_low_precision",
+        "heads": f"{_CHECKS} check_head_dim_size_flash",
+        "value_heads": f"{_CHECKS} check_head_dim_size_flash",
+        "min_capability": f"{_CHECKS} check_flash_attention_hardware_support",
+        "max_capability": f"{_CHECKS} check_flash_attention_hardware_support",
+        "masks": f"{_SHARED_CHECKS}#L260",
+        "alignments": f"{_CHECKS} check_flash_causal_non_square_seqlens",
+        "window": f"{_CUDA} _scaled_dot_product_flash_attention_cuda: there is no argument for it",
+        "dropout": f"{_CUDA} _scaled_dot_product_flash_attention_cuda: dropout_p",
+        "grouped": f"{_CHECKS} can_use_flash_attention: backend_supports_grouped_query_attention",
+        "deterministic": f"{_CUDA_BACKWARD} deterministicAlgorithms()",
+    },
+)
+
+EFFICIENT = Limits(
+    devices=("cuda", "rocm"),
+    dtypes=(torch.bfloat16, torch.float16, torch.float32),
+    heads=HeadSizes(),
+    value_heads=HeadSizes(),
+    min_capability=(5, 0),
+    max_capability=(12, 1),
+    masks="additive",
+    mask_gradient=True,
+    alignments=("first",),
+    dropout=True,
+    backward=True,
+    deterministic=True,
+    rules=(
+        Rule(
+            "no bfloat16 before compute capability 8.0",
+            _no_bfloat16_before_ampere,
+            f"{_CHECKS} can_use_mem_efficient_attention",
+        ),
+    ),
+    sources={
+        "devices": f"{_CHECKS} check_all_tensors_on_device",
+        "dtypes": f"{_CHECKS} can_use_mem_efficient_attention",
+        "heads": f"{_CHECKS} check_head_dim_size_mem_efficient: a multiple of 8 at most, to which they are padded",
+        "value_heads": f"{_CHECKS} check_head_dim_size_mem_efficient",
+        "min_capability": f"{_CHECKS} check_mem_efficient_hardware_support",
+        "max_capability": f"{_CHECKS} check_mem_efficient_hardware_support",
+        "masks": f"{_CUDA} _scaled_dot_product_efficient_attention_cuda: attn_bias, of the query's dtype",
+        "mask_gradient": f"{_CUDA_BACKWARD} _scaled_dot_product_efficient_attention_backward_cuda: grad_bias",
+        "alignments": f"{_CUDA} _scaled_dot_product_efficient_attention_cuda: CausalFromTopLeft",
+        "window": f"{_CUDA} _scaled_dot_product_efficient_attention_cuda: there is no argument for it; it is a mask",
+        "dropout": f"{_CUDA} _scaled_dot_product_efficient_attention_cuda: dropout_p",
+        "grouped": f"{_SHARED_CHECKS}#L397: only where the kernel says so, and not in PyTorch 2.11",
+        "deterministic": f"{_CUDA_BACKWARD} _efficient_attention_backward: num_splits_key = 1",
+    },
+)
+
+CUDNN = Limits(
+    devices=("cuda", "rocm"),
+    dtypes=HALF,
+    heads=HeadSizes(largest=256),
+    value_heads=HeadSizes(largest=256),
+    min_capability=(8, 0),
+    max_capability=(12, 1),
+    masks="additive",
+    alignments=("first",),
+    dropout=True,
+    grouped=True,
+    rules=(
+        Rule(
+            "head sizes over 128, one key, and dropout: as far as the version of cuDNN goes",
+            None,
+            f"{_CHECKS} check_cudnn_tensor_shapes",
+        ),
+    ),
+    sources={
+        "devices": f"{_CHECKS} check_all_tensors_on_device",
+        "dtypes": f"{_CHECKS} check_dtypes_low_precision",
+        "heads": f"{_CHECKS} check_cudnn_tensor_shapes: a multiple of 8, to which they are padded",
+        "value_heads": f"{_CHECKS} check_cudnn_tensor_shapes",
+        "min_capability": f"{_CHECKS} check_cudnn_hardware_support",
+        "max_capability": f"{_CHECKS} check_cudnn_hardware_support",
+        "masks": f"{_CUDA} _scaled_dot_product_cudnn_attention_cuda: attn_bias, of the query's dtype",
+        "alignments": f"{_TORCH}/aten/src/ATen/native/cudnn/MHA.cpp set_causal_mask: from the first",
+        "window": f"{_CUDA} _scaled_dot_product_cudnn_attention_cuda: there is no argument for it; it is a mask",
+        "dropout": f"{_CUDA} _scaled_dot_product_cudnn_attention_cuda: dropout_p",
+        "grouped": f"{_CHECKS} can_use_cudnn_attention",
+        "backward": f"{_TORCH}/aten/src/ATen/native/cudnn/MHA.cpp MHAParams: plans do not tell gradients of two "
+        "layouts apart, and wrong ones were measured on an H100",
+    },
+)
+
+FLEX = Limits(
+    devices=("cpu", "cuda"),
+    dtypes=(torch.bfloat16, torch.float16, torch.float32),
+    heads=HeadSizes(smallest=FLEX_SMALLEST_HEAD),
+    value_heads=HeadSizes(smallest=FLEX_SMALLEST_HEAD),
+    masks="additive",
+    mask_gradient=True,
+    alignments=("first", "last"),
+    window=True,
+    softcap=True,
+    grouped=True,
+    backward=True,
+    rules=(
+        Rule(
+            "on the CPU: any head size, no backward pass, and AVX2",
+            None,
+            f"{_FLEX_CPU}#L98-L103",
+        ),
+    ),
+    sources={
+        "devices": f"{_FLEX_CUDA}#L154-L163, {_FLEX_CPU}",
+        "dtypes": f"{_FLEX_CPU}#L265",
+        "heads": f"{_FLEX_CUDA}#L155-L162: tl.dot takes 16 and more",
+        "value_heads": f"{_FLEX_CUDA}#L155-L162: tl.dot takes 16 and more",
+        **dict.fromkeys(
+            ("masks", "alignments", "window", "softcap"),
+            f"{_FLEX}#L2168: score_mod, any function of a score and of its place",
+        ),
+        "mask_gradient": f"{_FLEX_CUDA} flex_attention_backward: gradients of what the score_mod reads",
+        "dropout": f"{_FLEX}#L2168: there is no argument for it",
+        "grouped": f"{_FLEX}#L2168: enable_gqa",
+        "deterministic": "gradients of what the score_mod reads are added up in any order",
+    },
+)
