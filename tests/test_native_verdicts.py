@@ -7,6 +7,7 @@ constraints, need one, and so do the tests that are marked ``gpu``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnrewrite.kernels import Verdict, kernel_named
@@ -69,7 +71,8 @@ def filled(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
 
 def filled_beside_a_sink(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     scores = (q @ k.mT * 0.3).masked_fill(~keep, torch.finfo(q.dtype).min)
-    return torch.cat([scores, scores.new_zeros(*scores.shape[:-1], 1)], dim=-1).softmax(-1)[..., :-1] @ v
+    sink = v[:, :, :1, :1].expand(-1, -1, q.shape[-2], -1)
+    return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1] @ v
 
 
 def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -131,10 +134,15 @@ class Case(NamedTuple):
         return [*inputs, extra[what]()]
 
     def site(self) -> AttentionSite:
-        torch._dynamo.reset()
-        settings: Any = {"assume_attended_rows": self.attended}
-        with torch.set_grad_enabled(self.training):
-            return site_of(self.function, *self.inputs(), place=self.place, **settings)
+        return recorded(self)
+
+
+@functools.cache
+def recorded(case: Case) -> AttentionSite:
+    torch._dynamo.reset()
+    settings: Any = {"assume_attended_rows": case.attended}
+    with torch.set_grad_enabled(case.training):
+        return site_of(case.function, *case.inputs(), place=case.place, **settings)
 
 
 def asked(name: str, site: AttentionSite, capability: tuple[int, int] | None) -> Verdict:
@@ -512,8 +520,9 @@ def test_training_in_half_precision_here(dtype: torch.dtype) -> None:
     (row,) = rows(plain, *inputs)
     if torch.cuda.get_device_capability()[0] >= 9:
         assert row.kernel == "_native_flash"
-    actual = gradients(rewritten(plain, "aot_eager"), inputs)
-    assert relative_error(actual, gradients(plain, inputs)) <= 4e-2
+    truth = gradients(plain, [part.double() for part in inputs])
+    own, eager = (gradients(function, inputs) for function in (rewritten(plain, "aot_eager"), plain))
+    assert relative_error(own, truth) <= 3 * relative_error(eager, truth) + torch.finfo(dtype).eps
 
 
 @pytest.mark.gpu
@@ -534,9 +543,11 @@ def test_a_wider_bias_here() -> None:
 def test_cuda_graphs_hold_it(name: str) -> None:
     function = capped if name == "flex" else plain
     inputs = Case(dtype=torch.float32).inputs("cuda")
+    counters["inductor"].clear()
     compiled: Any = torch.compile(
         function, backend="attnrewrite", options={"kernels": name, "strict": True, "triton.cudagraphs": True}
     )
     with torch.no_grad():
         for _ in range(3):
             assert relative_error(compiled(*inputs).clone(), function(*inputs)) <= 5e-3
+    assert counters["inductor"]["cudagraph_skips"] == 0
