@@ -170,7 +170,7 @@ EFFICIENT = Limits(
         "alignments": f"{_CUDA} _scaled_dot_product_efficient_attention_cuda: CausalFromTopLeft",
         "window": f"{_CUDA} _scaled_dot_product_efficient_attention_cuda: there is no argument for it; it is a mask",
         "dropout": f"{_CUDA} _scaled_dot_product_efficient_attention_cuda: dropout_p",
-        "grouped": f"{_SHARED_CHECKS}#L397: only where the kernel says so, and not in PyTorch 2.11",
+        "grouped": f"{_CHECKS} can_use_mem_efficient_attention: not in every version that is accepted",
         "deterministic": f"{_CUDA_BACKWARD} _efficient_attention_backward: num_splits_key = 1",
     },
 )
