@@ -5,6 +5,7 @@
 - :func:`accelerate_attention`: the backend for one module class, module or function.
 - :func:`attention_backend`, :func:`set_attention_backend`, :func:`reset_attention_backend`: which kernels to use, for
   models that are compiled already, too.
+- :func:`attention_forward`: one attention, called from eager or compiled code.
 - :func:`register_kernel`, :func:`unregister_kernel`: kernels of your own; see docs/options.md.
 - :func:`register_pattern`, :func:`unregister_pattern`: attentions that the catalogue lacks; see docs/patterns.md.
 - :func:`explain`: a :class:`RewriteReport` of what is rewritten in a model, into what, and why the rest is not.
@@ -17,14 +18,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attnrewrite.decorator import accelerate_attention
-    from attnrewrite.errors import AttnRewriteError, KernelError, OptionError
+    from attnrewrite.errors import (
+        AttentionCheckError,
+        AttentionInputError,
+        AttnRewriteError,
+        KernelError,
+        OptionError,
+    )
     from attnrewrite.explanation import explain
+    from attnrewrite.functional import attention_forward
     from attnrewrite.kernels import register_kernel, unregister_kernel
     from attnrewrite.patterns import PatternError, register_pattern, unregister_pattern
     from attnrewrite.report import GraphReport, RewriteReport, SiteReport
     from attnrewrite.selection import attention_backend, reset_attention_backend, set_attention_backend
 
 __all__ = [
+    "AttentionCheckError",
+    "AttentionInputError",
     "AttnRewriteError",
     "GraphReport",
     "KernelError",
@@ -34,6 +44,7 @@ __all__ = [
     "SiteReport",
     "accelerate_attention",
     "attention_backend",
+    "attention_forward",
     "explain",
     "register_kernel",
     "register_pattern",
@@ -44,6 +55,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AttentionCheckError": "errors",
+    "AttentionInputError": "errors",
     "AttnRewriteError": "errors",
     "GraphReport": "report",
     "KernelError": "errors",
@@ -53,6 +66,7 @@ _HOMES = {
     "SiteReport": "report",
     "accelerate_attention": "decorator",
     "attention_backend": "selection",
+    "attention_forward": "functional",
     "explain": "explanation",
     "register_kernel": "kernels",
     "register_pattern": "patterns",

@@ -258,12 +258,15 @@ def _refuse_mutation(call: fx.Node, module: torch.nn.Module) -> None:
             raise CaptureError(f"a call of the higher-order operator {call.target} on {type(submodule).__name__}")
         for node in submodule.graph.nodes:
             name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-            in_place = name.endswith("_") and not name.endswith("__")
+            in_place = name.endswith("_") and not name.endswith("__") and name not in _NAMED_LIKE_KEYWORDS
             if node.op in ("call_function", "call_method") and (
                 in_place or "out" in node.kwargs or name in _IN_PLACE_OPERATORS
             ):
                 raise CaptureError(f"a call of the higher-order operator {call.target} that updates a tensor ({name})")
 
+
+_NAMED_LIKE_KEYWORDS = frozenset({"and_", "or_", "not_", "is_"})
+"""Functions of ``operator`` whose underscore tells them from a keyword."""
 
 _IN_PLACE_OPERATORS = frozenset(
     {"setitem", *(name for name in dir(operator) if name.startswith("i") and hasattr(operator, f"__{name}__"))}

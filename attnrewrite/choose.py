@@ -33,7 +33,7 @@ def choose(
     verdicts: dict[str, KernelVerdict] = {}
     before, after = named(request)
     kernel = _first_willing(site, before, verdicts, by_name=True)
-    if kernel is None:
+    if kernel is None and not (request is not None and request.otherwise_kept):
         kernel = _automatic(gm, site, policy, verdicts)
     if kernel is None:
         kernel = _first_willing(site, after, verdicts, by_name=True)
@@ -110,7 +110,7 @@ def _check_request(request: Request, row: SiteReport, kernel: Kernel | None) -> 
         KernelError: with ``strict``.
     """
     asked = [verdict for verdict in row.verdicts if verdict.kernel in request.names]
-    if "auto" in request.names or any(verdict.willing for verdict in asked):
+    if "auto" in request.names or request.otherwise_kept or any(verdict.willing for verdict in asked):
         return
     message = (
         f"{', '.join(request.names)} was asked for by {request.origin} and cannot serve the attention at "

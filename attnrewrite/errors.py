@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from torch._dynamo.exc import ShortenTraceback
 
-__all__ = ["AttnRewriteError", "KernelError", "OptionError"]
+__all__ = ["AttentionCheckError", "AttentionInputError", "AttnRewriteError", "KernelError", "OptionError"]
 
 
 class AttnRewriteError(Exception):
     """Base of the errors that attnrewrite raises for its callers' mistakes."""
+
+
+class AttentionInputError(AttnRewriteError, ValueError):
+    """Arguments of ``attention_forward`` that do not fit together."""
+
+
+class AttentionCheckError(AttnRewriteError):
+    """With ``checks``: operands of a rewritten attention that are not what it was compiled for."""
 
 
 class _RaisedInBackend(AttnRewriteError, ShortenTraceback):

@@ -9,6 +9,7 @@ import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -146,6 +147,7 @@ def regions(graph: fx.Graph) -> dict[fx.Node, tuple[int, int]]:
     return result
 
 
+_ATTENTION_FORWARD = str(Path(__file__).with_name("functional.py"))
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.*)\n\s*(?P<code>.*)')
 
 
@@ -154,7 +156,9 @@ def source_location(node: fx.Node) -> SourceLocation | None:
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:
         return None
-    file, line, function, code = frames[-1]
+    # A call of attention_forward stands where the user wrote it.
+    outside = [frame for frame in frames if frame[0] != _ATTENTION_FORWARD]
+    file, line, function, code = (outside or frames)[-1]
     stack = node.meta.get("nn_module_stack") or {}
     path = ""
     for entry in stack.values():

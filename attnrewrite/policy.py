@@ -34,11 +34,13 @@ class Request:
     Attributes:
         origin: where, in the user's words: ``options['kernels']``, an environment variable, ...
         strict: a site that none of them can serve is an error.
+        otherwise_kept: a site that none of them can serve stays the call that it is.
     """
 
     names: tuple[str, ...]
     origin: str
     strict: bool = False
+    otherwise_kept: bool = False
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Re
         result.add_time("simplify", start)
         start = time.perf_counter()
         result.offered = True
-        request = asking(name, finding, request_for(policy, row.location))
+        request = asking(name, finding, request_for(policy, row.location, finding.anchor))
         kernel = choose(gm, finding, request, row, policy)
         result.add_time("choose", start)
         if kernel is None:

@@ -1,6 +1,7 @@
 """Which kernels a site is offered, and in which order.
 
-First come those that the user asked for, at one of five levels. From the strongest: a rule for the site
+First come those that the user asked for, at one of six levels. From the strongest: an argument of the call itself
+(``compatibility_mode`` of :func:`attnrewrite.attention_forward`), a rule for the site
 (``options["kernel_rules"]``, or ``kernels=`` of the decorator), the context manager :func:`attention_backend`,
 ``options["kernels"]``, ``ATTNREWRITE_KERNELS``, then the variables that diffusers and DiffSynth-Studio read.
 """
@@ -16,7 +17,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from attnrewrite.errors import AttnRewriteError
 from attnrewrite.kernels import Kernel, kernel_named, registered_kernels
@@ -25,6 +26,8 @@ from attnrewrite.policy import Policy, Request, kernel_names, request_of_environ
 from attnrewrite.report import SourceLocation
 
 __all__ = [
+    "COMPATIBILITY",
+    "KERNEL_OF_CALL",
     "attention_backend",
     "named",
     "request_for",
@@ -35,6 +38,14 @@ __all__ = [
 ]
 
 _in_force: ContextVar[Request | None] = ContextVar("attnrewrite_kernels", default=None)
+
+
+KERNEL_OF_CALL = "attnrewrite_kernel"
+"""The annotation (``torch.fx.traceback.annotate``) by which a call in the source names its kernel."""
+COMPATIBILITY = "compatibility_mode"
+"""Its one value: PyTorch's own ``scaled_dot_product_attention``."""
+
+_COMPATIBLE = Request(("native",), f"{COMPATIBILITY}=True", otherwise_kept=True)
 
 
 @contextlib.contextmanager
@@ -70,8 +81,14 @@ def request_in_force() -> Request | None:
     return _in_force.get()
 
 
-def request_for(policy: Policy, location: SourceLocation | None) -> Request | None:
-    """What is asked for at a site, None where nothing is: the strongest level that says anything."""
+def request_for(policy: Policy, location: SourceLocation | None, call: fx.Node) -> Request | None:
+    """What is asked for at a site, None where nothing is: the strongest level that says anything.
+
+    Args:
+        call: the node that stands for the site, which may be annotated by :func:`attnrewrite.attention_forward`.
+    """
+    if call.meta.get("custom", {}).get(KERNEL_OF_CALL) == COMPATIBILITY:
+        return _COMPATIBLE
     for pattern, names in policy.kernel_rules:
         if _matches(pattern, location):
             return Request(names, f"the rule for {pattern!r}", policy.strict)
