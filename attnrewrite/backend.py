@@ -65,8 +65,8 @@ def attnrewrite(
         example_inputs: its inputs.
         mode: Inductor's mode; default None.
         options: ``inner_backend`` (default ``"inductor"``), ``assume_attended_rows`` (default False), ``verify``
-            (default False), ``tolerance`` (default None), ``kernels`` and the like, and whatever the inner backend
-            takes; see docs/options.md.
+            and ``checks`` (default False), ``tolerance`` (default None), ``kernels`` and the like, and whatever the
+            inner backend takes; see docs/options.md.
 
     Raises:
         OptionError: an option is unknown or has a wrong value.

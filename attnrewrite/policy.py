@@ -56,6 +56,8 @@ class Policy:
             (:mod:`attnrewrite.verify`). Default ``ATTNREWRITE_VERIFY``, which is False where it is unset.
         tolerance: the largest error, relative to the largest number of a site's result, with which a kernel of lower
             precision is let in (:mod:`attnrewrite.tolerance`). Default None: such kernels serve by name only.
+        checks: whether device, dtype and shapes of the operands are checked before each call of a kernel
+            (:mod:`attnrewrite.checks`). Default ``ATTNREWRITE_CHECKS``, which is False where it is unset.
         kernels: the kernels to use, in order of preference; empty for the automatic choice.
         kernel_rules: kernels for single sites: pairs of a glob, over the module's path or over "file:line", and names.
             The first that matches holds. An option takes them as a dictionary.
@@ -71,6 +73,7 @@ class Policy:
     assume_attended_rows: bool = False
     verify: bool = False
     tolerance: float | None = None
+    checks: bool = False
     kernels: tuple[str, ...] = ()
     kernel_rules: tuple[tuple[str, tuple[str, ...]], ...] = ()
     strict: bool = False
@@ -91,9 +94,9 @@ class Policy:
         inner: dict[str, Any] = {}
         for key, value in (options or {}).items():
             (own if key in OWN_OPTIONS else inner)[key] = value
-        own.setdefault("verify", _switch("ATTNREWRITE_VERIFY"))
-        own.setdefault("autotune", _switch("ATTNREWRITE_AUTOTUNE"))
-        for key in ("assume_attended_rows", "verify", "strict", "autotune"):
+        for key in ("verify", "checks", "autotune"):
+            own.setdefault(key, _switched_on(f"ATTNREWRITE_{key.upper()}"))
+        for key in ("assume_attended_rows", "verify", "checks", "strict", "autotune"):
             if not isinstance(own.get(key, False), bool):
                 raise OptionError(f"options[{key!r}] takes True or False; got {own[key]!r}")
         if "tolerance" in own:
@@ -194,8 +197,8 @@ def request_of_environment() -> Request | None:
     return Request(kernel_names([_DIFFSYNTH[name]], name), f"DIFFSYNTH_ATTENTION_IMPLEMENTATION={name}")
 
 
-def _switch(name: str) -> bool:
-    """An environment variable that is 1 or 0; 0 where it is unset or empty."""
+def _switched_on(name: str) -> bool:
+    """An environment variable that is 1 or 0, for every graph whose options say nothing; 0 where it is unset."""
     value = os.environ.get(name, "")
     if value not in ("", "0", "1"):
         raise OptionError(f"{name} takes 1 or 0; got {value!r}")

@@ -14,6 +14,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
 from attnrewrite.analysis.views import Operand, axes_of, is_layout_op, shape_of
+from attnrewrite.checks import insert_check
 from attnrewrite.choose import choose
 from attnrewrite.ir import Builder, Written, is_cast, is_tensor, regions, source_location, tensor
 from attnrewrite.kernels import Kernel
@@ -99,7 +100,11 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Re
             continue
         start = time.perf_counter()
         row.status, row.kernel = "rewritten", kernel.name
-        row.nodes_after = _splice(gm, finding, kernel, replaced, written)
+        created = _splice(gm, finding, kernel, replaced, written)
+        if policy.checks:
+            check = insert_check(gm, finding, created, row.location)
+            created = created if check is None else (check, *created)
+        row.nodes_after = tuple(node.name for node in created)
         result.add_time("splice", start)
     if result.changed:
         gm.graph.lint()
@@ -200,8 +205,8 @@ def _splice(
     kernel: Kernel,
     replaced: dict[fx.Node, fx.Node],
     written: _WrittenByRegion,
-) -> tuple[str, ...]:
-    """Puts the kernel's nodes in the site's place and removes what served only the site."""
+) -> tuple[fx.Node, ...]:
+    """Puts the kernel's nodes in the site's place and removes what served only the site; returns those nodes."""
     builder = Builder(gm, before=site.result, like=site.anchor, written=written.of(site.result))
     autocast = None
     if site.in_autocast and not site.fused:
@@ -217,7 +222,7 @@ def _splice(
     site.result.replace_all_uses_with(output)
     replaced[site.result] = output
     _remove(gm.graph, site.result)
-    return tuple(node.name for node in builder.created)
+    return tuple(builder.created)
 
 
 _STRIDE_BLIND = frozenset(
