@@ -213,10 +213,14 @@ def _check_unless_fake(operands: Sequence[Tensor], sizes: Sequence[int], spec: s
         _check(operands, sizes, spec)
 
 
-_NAME = "attnrewrite::check_attention"
 # Recorded in a CUDA graph, the check would run once and never again.
-torch.library.define(_NAME, "(Tensor[] operands, SymInt[] sizes, str spec) -> ()", tags=[torch.Tag.cudagraph_unsafe])
-torch.library.impl(_NAME, "CompositeExplicitAutograd", _check)
-torch.library.register_fake(_NAME, _check_unless_fake)
+_operator = torch.library.custom_op(
+    "attnrewrite::check_attention",
+    _check,
+    mutates_args=(),
+    schema="(Tensor[] operands, SymInt[] sizes, str spec) -> ()",
+    tags=[torch.Tag.cudagraph_unsafe],
+)
+_operator.register_fake(_check_unless_fake)
 # It has no output: without this it would be removed as dead code, by FX and by Inductor.
 torch.fx.node.has_side_effect(torch.ops.attnrewrite.check_attention.default)

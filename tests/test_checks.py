@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from attnrewrite.patterns import Specimen, specimens
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 from attnrewrite import AttentionCheckError, OptionError
+from attnrewrite.backend import collect_reports
 from tests.helpers import gradients, relative_error, rewritten, rows
 
 
@@ -196,6 +201,28 @@ def test_nothing_is_wrong_with_a_specimen(specimen: Specimen) -> None:
     for length in (12, 9) if specimen.dynamic else (12,):
         inputs = specimen.inputs(0, length)
         assert relative_error(function(*inputs), specimen.function(*inputs)) <= 1e-5
+
+
+def test_beside_verification_and_in_a_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNREWRITE_DEBUG", str(tmp_path))
+    inputs = operands()
+    with collect_reports() as graphs:
+        rewritten(attention, dynamic=True, verify=True, checks=True)(**inputs)
+    assert [note for note in graphs[0].notes if note.startswith("verified: 1 site agrees")]
+    (script,) = tmp_path.glob("*/*_after.py")
+    ran = subprocess.run([sys.executable, str(script), "--compare"], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "check_attention" in script.read_text() and "largest difference" in ran.stdout
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_recomputed_by_a_checkpoint(inner: str) -> None:
+    def loss(*inputs: Tensor) -> Tensor:
+        result: Tensor = checkpoint(attention, *inputs, use_reentrant=False)
+        return result
+
+    inputs = list(operands().values())
+    assert relative_error(gradients(rewritten(loss, inner, checks=True), inputs), gradients(loss, inputs)) <= 1e-4
 
 
 @pytest.mark.parametrize(("value", "expected"), [("1", 1), ("0", 0), ("", 0)])
