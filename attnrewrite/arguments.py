@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from attnrewrite.errors import AttentionInputError
 
-__all__ = ["PLAIN", "ScoreMod", "Settings", "checked"]
+__all__ = ["PLAIN", "ScoreMod", "Settings", "checked", "under_autocast"]
 
 ScoreMod: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -88,10 +88,16 @@ def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
         if operand.device != q.device:
             raise AttentionInputError(f"{name} is on {operand.device} and q on {q.device}; move them to one device")
         # Autocast brings the dtypes together.
-        if operand.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+        if operand.dtype != q.dtype and not under_autocast(q):
             raise AttentionInputError(f"{name} is {operand.dtype} and q {q.dtype}; convert them to one dtype")
     if not q.dtype.is_floating_point:
         raise AttentionInputError(f"q, k and v are {q.dtype}; convert them to a floating-point dtype")
+
+
+def under_autocast(q: Tensor) -> bool:
+    """Whether autocast brings the operands of a product to one dtype here."""
+    kind = q.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _check_sizes(settings: Settings, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -128,7 +134,8 @@ def _check_mask(settings: Settings, mask: Any, q: Tensor, k: Tensor) -> None:
         raise AttentionInputError(f"attn_mask takes a tensor, a BlockMask or None, not {type(mask).__name__}")
     if mask.device != q.device:
         raise AttentionInputError(f"attn_mask is on {mask.device} and q on {q.device}; move them to one device")
-    if mask.dtype is not torch.bool and mask.dtype not in (q.dtype, torch.float32):
+    additive = mask.dtype in (q.dtype, torch.float32) or (mask.dtype.is_floating_point and under_autocast(q))
+    if mask.dtype is not torch.bool and not additive:
         raise AttentionInputError(
             f"attn_mask is {mask.dtype}; give a boolean one (true where a key counts) or one of q's dtype, {q.dtype}, "
             "that is added to the scores"
@@ -150,6 +157,11 @@ def _shown(shape: Sequence[int]) -> str:
 
 
 def _check_flex(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise AttentionInputError(
+            f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, which autocast does not change for FlexAttention; "
+            "convert them to one dtype"
+        )
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise AttentionInputError(f"use_flex takes float32, float16 and bfloat16, not {q.dtype}; leave it out")
     if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

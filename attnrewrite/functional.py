@@ -21,7 +21,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.fx.traceback import annotate
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from attnrewrite.arguments import PLAIN, ScoreMod, Settings, checked
+from attnrewrite.arguments import PLAIN, ScoreMod, Settings, checked, under_autocast
 from attnrewrite.errors import AttentionInputError
 from attnrewrite.policy import Request, request_of_environment
 from attnrewrite.selection import COMPATIBILITY, KERNEL_OF_CALL
@@ -102,8 +102,7 @@ def attention_forward(
 def _kind(*tensors: Any) -> tuple[Any, ...]:
     """What makes Dynamo compile anew, sizes apart: each kind has a function and so a recompilation limit of its own."""
     own = [(x.dtype, x.device, x.dim(), x.requires_grad) if isinstance(x, Tensor) else type(x) for x in tensors]
-    device = tensors[0].device.type
-    return (*own, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device))
+    return (*own, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), under_autocast(tensors[0]))
 
 
 @functools.cache
@@ -144,10 +143,16 @@ def _by_sdpa(settings: Settings, q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
         mask = _masked(mask, _kept(settings, q, k))
     if mask is not None and mask.dim() < 2:
         mask = mask.expand(1, k.shape[2])  # It wants two dimensions.
-    grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=settings.scale, enable_gqa=grouped
+        q, k, v, attn_mask=mask, is_causal=causal, scale=settings.scale, enable_gqa=_grouped(q, k)
     )
+
+
+def _grouped(q: Tensor, k: Tensor) -> bool:
+    # A branch, since what a comparison of two symbols gives is a symbol, which the call does not take.
+    if q.shape[1] != k.shape[1]:  # noqa: SIM103
+        return True
+    return False
 
 
 def _kept(settings: Settings, q: Tensor, k: Tensor) -> Tensor | None:
@@ -220,7 +225,8 @@ def _by_flex(
         return score
 
     plain = score_mod is None and entries is None and not bounded
-    grouped = q.shape[1] != k.shape[1]
-    out: Any = flex_attention(q, k, v, None if plain else modified, blocks, scale=settings.scale, enable_gqa=grouped)
+    out: Any = flex_attention(
+        q, k, v, None if plain else modified, blocks, scale=settings.scale, enable_gqa=_grouped(q, k)
+    )
     result: Tensor = out
     return result

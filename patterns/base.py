@@ -106,7 +106,8 @@ def _widens(cast: fx.Node, dtype: torch.dtype | None) -> bool:
 
 
 def _ambient_autocast(node: fx.Node) -> bool:
-    return is_tensor(node) and torch.is_autocast_enabled(tensor(node).device.type)
+    kind = tensor(node).device.type if is_tensor(node) else ""
+    return bool(kind) and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 class Pattern(Protocol):

@@ -316,6 +316,44 @@ def test_a_model_without_graph_breaks(inner: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_every_size_may_be_a_symbol() -> None:
+    def model(x: Tensor) -> Tensor:
+        dims = {"d": 16, "n": x.shape[2] // 16, "s": x.shape[1]}
+        return attention_forward(x, x, x, *JOINED, dims=dims, scale=x.shape[2] ** -0.5, window_size=2)
+
+    compiled = torch.compile(
+        model, backend="attnrewrite", dynamic=True, fullgraph=True, options={"inner_backend": "eager"}
+    )
+    for length, heads in ((10, 4), (13, 3)):
+        x = torch.randn(2, length, heads * 16)
+        q = rearrange(x, "b s (n d) -> b n s d", d=16)
+        expected = rearrange(reference(q, q, q, scale=x.shape[2] ** -0.5, window=2), "b n s d -> b s (n d)")
+        assert relative_error(compiled(x), expected) <= 1e-5
+
+
+def test_under_autocast() -> None:
+    q, k, v = operands()
+    mask = torch.zeros(10, 10, dtype=torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        result = attention_forward(q, k.bfloat16(), v.bfloat16(), attn_mask=mask)
+        with pytest.raises(AttentionInputError, match="which autocast does not change for FlexAttention"):
+            attention_forward(q, k.bfloat16(), v.bfloat16(), use_flex=True)
+    assert result.dtype is torch.bfloat16
+    assert relative_error(result, reference(q, k, v)) <= 2e-2
+
+
+def test_without_a_key_and_without_data() -> None:
+    q, _, _ = operands()
+    nothing = torch.zeros(2, 4, 0, 16)
+    found: list[Tensor] = []
+    assert kernels_of(lambda: found.append(attention_forward(q, nothing, nothing, compatibility_mode=True))) == [
+        (None, "native by compatibility_mode=True")
+    ]
+    assert torch.equal(found[0], torch.zeros_like(q))
+    empty = q.to("meta")
+    assert attention_forward(empty, empty, empty, window_size=2).shape == (2, 4, 10, 16)
+
+
 def test_another_backend_takes_it_as_plain_mathematics() -> None:
     inputs = operands(2)
     compiled = torch.compile(
@@ -494,8 +532,23 @@ def test_what_does_not_fit_is_said(wrong: dict[str, Any], message: str) -> None:
 
 def test_what_does_not_fit_is_said_in_a_graph() -> None:
     inputs = operands(heads=3)
-    compiled = torch.compile(
-        lambda q, k, v: attention_forward(q, k, v), backend="attnrewrite", options={"inner_backend": "eager"}
-    )
     with pytest.raises(AttentionInputError, match="no multiple of the 3 heads"):
+        rewritten(lambda q, k, v: attention_forward(q, k, v))(*inputs)
+    compiled = torch.compile(lambda q, k, v: attention_forward(q, k, v), backend="attnrewrite", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="no multiple of the 3 heads"):
         compiled(*inputs)
+
+
+def test_a_score_mod_for_each_call_is_refused_after_a_while() -> None:
+    inputs = operands()
+    with (
+        torch.no_grad(),
+        torch._dynamo.config.patch(recompile_limit=2),
+        pytest.raises(AttentionInputError, match="define score_mod once, outside of the loop"),
+    ):
+        for step in range(3):
+
+            def shifted(score: Tensor, b: Tensor, n: Tensor, s: Tensor, t: Tensor, step: int = step) -> Tensor:
+                return score + step * s
+
+            attention_forward(*inputs, score_mod=shifted)
