@@ -129,6 +129,7 @@ def _check_mask(settings: Settings, mask: Any, q: Tensor, k: Tensor) -> None:
     if isinstance(mask, BlockMask):
         if not settings.use_flex:
             raise AttentionInputError("attn_mask is a BlockMask, which only FlexAttention takes; set use_flex=True")
+        _check_block_mask(mask, q, k)
         return
     if not isinstance(mask, Tensor):
         raise AttentionInputError(f"attn_mask takes a tensor, a BlockMask or None, not {type(mask).__name__}")
@@ -149,6 +150,25 @@ def _check_mask(settings: Settings, mask: Any, q: Tensor, k: Tensor) -> None:
         raise AttentionInputError(
             f"attn_mask has the shape {_shown(own)} and does not broadcast to (batch, heads, queries, keys), "
             f"{_shown(scores)}; reshape it, for instance mask[:, None, None, :] for key padding"
+        )
+
+
+def _check_block_mask(mask: BlockMask, q: Tensor, k: Tensor) -> None:
+    batch, heads, queries, keys = mask.shape
+    if (
+        (batch != 1 and batch != q.shape[0])
+        or (heads != 1 and heads != q.shape[1])
+        or queries != q.shape[2]
+        or keys != k.shape[2]
+    ):
+        scores = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        raise AttentionInputError(
+            f"attn_mask is a BlockMask for {_shown(mask.shape)} and the scores are {_shown(scores)}; make it with "
+            "create_block_mask for these sizes"
+        )
+    if mask.kv_num_blocks.device != q.device:
+        raise AttentionInputError(
+            f"attn_mask is on {mask.kv_num_blocks.device} and q on {q.device}; move them to one device"
         )
 
 

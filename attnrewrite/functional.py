@@ -79,6 +79,8 @@ def attention_forward(
         AttentionInputError: the arguments do not fit together.
         KernelError: a kernel that was asked for with ``strict`` cannot serve the call.
     """
+    if dims is not None and not isinstance(dims, Mapping):
+        raise AttentionInputError(f"dims takes a dictionary such as {{'n': 8}}, not {type(dims).__name__}")
     sizes = tuple(dims.items()) if dims else ()
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
     settings = Settings(*patterns, sizes, scale, is_causal, compatibility_mode, window_size, use_flex)

@@ -469,6 +469,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"v_pattern": "b s n d d"}, "v_pattern takes an einops pattern"),
     ({"k_pattern": 3}, "k_pattern takes an einops pattern"),
     ({"dims": {"h": 8}}, "dims takes sizes of b, n, s and d, such as {'n': 8}; got 'h'"),
+    ({"dims": 8}, "dims takes a dictionary such as {'n': 8}, not int"),
     ({"q_pattern": "b s (n d)"}, "q has 4 dimensions and q_pattern='b s (n d)' names 3; give the pattern that it has"),
     (
         {"q": torch.zeros(2, 10, 64), "q_pattern": "b s (n d)"},
@@ -505,6 +506,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (
         {"attn_mask": create_block_mask(lambda b, n, s, t: s >= t, None, None, 10, 10, device="cpu")},
         "attn_mask is a BlockMask, which only FlexAttention takes; set use_flex=True",
+    ),
+    (
+        {
+            "attn_mask": create_block_mask(lambda b, n, s, t: s >= t, None, None, 256, 256, device="cpu"),
+            "use_flex": True,
+        },
+        "attn_mask is a BlockMask for (1, 1, 256, 256) and the scores are (2, 4, 10, 10); make it with "
+        "create_block_mask for these sizes",
     ),
     ({"attn_mask": True}, "attn_mask takes a tensor, a BlockMask or None, not bool"),
     ({"attn_mask": torch.ones(10, 10, device="meta")}, "attn_mask is on meta and q on cpu; move them to one device"),
