@@ -1,7 +1,8 @@
 """How long kernels take, as measured on devices of one kind, and what that says of a site that was not measured.
 
 A table is what ``attnrewrite bench sites --table`` wrote on a device: ``cost_tables/<family>.json``. A site's time is
-that of the nearest row, in proportion to its work; a kernel that was not measured on such sites has none.
+that of the nearest row, with the part that grows in proportion to the work; a kernel that was not measured on such
+sites has none.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from attnrewrite.kernels.layout import Plan
 from attnrewrite.kernels.limits import platform_of
 from attnrewrite.site import AttentionSite
 
-__all__ = ["CostTable", "Workload", "cost_table", "device_family"]
+__all__ = ["CostTable", "Workload", "cost_table", "device_family", "families_with"]
 
 _FARTHEST = 12.0
 """Rows farther away than this say nothing of a site: one step is a factor of two in one size."""
@@ -155,16 +156,19 @@ class CostTable:
         near = min(rows, key=lambda row: row.workload.distance(workload), default=None)
         if near is None or near.workload.distance(workload) > _FARTHEST:
             return None
+        if near.workload == workload:
+            return near.graph if cuda_graphs and near.graph is not None else near.call
         ratio = workload.work / near.workload.work
         if near.graph is None:
             return near.call * ratio
+        # A part that does not grow with the work, such as making a block mask.
+        alike = [row for row in rows if row.workload.distance(workload) < math.inf]
+        fixed = min(row.graph for row in alike if row.graph is not None)
+        device = fixed + (near.graph - fixed) * ratio
         if cuda_graphs:
-            return near.graph * ratio
-        if near.waits_for_host:
-            return max(near.graph * ratio, near.call)
-        # What the host needs for a call shows only where the device has less to do.
-        least = min((row.call for row in rows if row.waits_for_host), default=0.0)
-        return max(near.call * ratio, least if ratio < 1 else 0.0)
+            return device
+        host = near.call if near.waits_for_host else min((r.call for r in rows if r.waits_for_host), default=0.0)
+        return max(device, host)
 
 
 def device_family(device: torch.device) -> str:
@@ -178,6 +182,13 @@ def device_family(device: torch.device) -> str:
 def cost_table(device: torch.device) -> CostTable | None:
     """The table for devices of this kind, None where none was measured."""
     return _table(device_family(device))
+
+
+def families_with(kernel: str) -> list[str]:
+    """The kinds of devices on which the kernel was measured."""
+    folder: Any = resources.files("attnrewrite.kernels") / "cost_tables"
+    families = sorted(file.name.removesuffix(".json") for file in folder.iterdir() if file.name.endswith(".json"))
+    return [family for family in families if (table := _table(family)) is not None and kernel in table.rows]
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from attnrewrite.analysis.values import ABSORBING, constant_value
-from attnrewrite.analysis.views import Dim, Operand, size_of
+from attnrewrite.analysis.views import Dim, Operand
 from attnrewrite.ir import Builder, is_tensor, same, tensor
 from attnrewrite.kernels.base import Availability, Verdict
 from attnrewrite.kernels.flash import FLASH_4_PACKAGE
@@ -35,23 +35,16 @@ from attnrewrite.kernels.flex_blocks import (
 )
 from attnrewrite.kernels.keeping import KeepMask
 from attnrewrite.kernels.layout import Plan, lay_out, modified, padded
-from attnrewrite.kernels.limits import HALF, Asked, HeadSizes, Limits
+from attnrewrite.kernels.library import RUN_ON
+from attnrewrite.kernels.limits import Asked, Capability, Limits, capability_of
 from attnrewrite.kernels.masking import Mask
-from attnrewrite.kernels.torch_limits import FLEX
+from attnrewrite.kernels.torch_limits import FLEX, FLEX_BLOCKS, FLEX_FLASH, FLEX_SMALLEST_HEAD
 from attnrewrite.kernels.torch_sdpa import TESTED_ON
 from attnrewrite.site import AttentionSite, Bias, Elementwise, Fill, Floor, Narrow, Scale, Shift, WeightMod
 
 __all__ = ["Flex", "FlexFlash"]
 
 aten = torch.ops.aten
-
-_SMALLEST_HEAD = 16
-"""Triton multiplies matrices of 16 columns and more."""
-
-_BLOCK_MASKS = Limits(
-    devices=("cpu", "cuda"), dtypes=(), heads=HeadSizes(), masks="boolean", alignments=("first", "last"), window=True
-)
-"""What a block mask says by itself."""
 
 
 class Flex:
@@ -65,7 +58,7 @@ class Flex:
     automatic = True
     needs = "PyTorch and Inductor"
     kernel_options: ClassVar[dict[str, Any]] = {}
-    limits = FLEX
+    limits: Limits = FLEX
     run_on = TESTED_ON
 
     def availability(self) -> Availability:
@@ -78,7 +71,7 @@ class Flex:
     def supports(self, site: AttentionSite) -> Verdict:
         if any(same(axis.size, 0) for axis in site.key_axes):
             return Verdict.no("there is no key to attend to")
-        if site.compute_dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if site.compute_dtype not in FLEX.dtypes:
             return Verdict.no(f"takes float32, bfloat16 and float16, not {site.compute_dtype}".replace("torch.", ""))
         if site.device.type == "cpu":
             if site.differentiable:
@@ -90,7 +83,7 @@ class Flex:
         else:
             widths = [axis.size for axis in (*site.feature_axes, *site.value_axes)]
             if any(not isinstance(width, int) for width in widths) or _narrow(site):
-                return Verdict.no(f"takes head sizes from {_SMALLEST_HEAD} on")
+                return Verdict.no(f"takes head sizes from {FLEX_SMALLEST_HEAD} on")
         if site.dropout:
             return Verdict.no("FlexAttention has no dropout")
         if site.device.type == "cuda" and not all(map(_indexed_in_32_bits, _read_by_position(site))):
@@ -209,6 +202,7 @@ class Flex:
             "WRITE_DQ": True,
             "OUTPUT_LOGSUMEXP": site.differentiable and site.device.type != "cpu",
             "OUTPUT_MAX": False,
+            **_blocks_that_fit(site),
             **self.kernel_options,
         }
         query, _, value = call.operands
@@ -233,6 +227,8 @@ class FlexFlash(Flex):
 
     name = "flex_flash"
     automatic = False
+    limits = FLEX_FLASH
+    run_on = RUN_ON
     needs = "pip install flash-attn-4, and an NVIDIA GPU of compute capability 9.0 or later"
     kernel_options: ClassVar[dict[str, Any]] = {"BACKEND": "FLASH"}
 
@@ -240,29 +236,21 @@ class FlexFlash(Flex):
         return FLASH_4_PACKAGE.availability()
 
     def supports(self, site: AttentionSite) -> Verdict:
-        scores = site.scores
-        assert scores is not None
-        if site.device.type != "cuda":
-            return Verdict.no(f"runs on NVIDIA GPUs, not on {site.device.type}")
+        elsewhere = self.limits.device_refusal(site)
+        if elsewhere:
+            return Verdict.no(elsewhere)
         available = self.availability()
         if not available.available:
             return Verdict.no(f"not available: {available.detail}")
+        return self.verdict(site, capability_of(site.device))
+
+    def verdict(self, site: AttentionSite, capability: Capability | None) -> Verdict:
+        """What it would say of the site on a GPU of this compute capability, were the package installed."""
+        refusal = self.limits.refusal(site, capability)
+        if refusal:
+            return Verdict.no(refusal)
         if not site.for_inductor:
             return Verdict.no("is made by Inductor (use options={'inner_backend': 'inductor'})")
-        if site.compute_dtype not in HALF:
-            return Verdict.no(f"takes bfloat16 and float16, not {site.compute_dtype}".replace("torch.", ""))
-        if torch.cuda.is_available() and torch.cuda.get_device_capability(site.device)[0] < 9:
-            return Verdict.no("needs a GPU of compute capability 9.0 or later")
-        if site.differentiable:
-            return Verdict.no("its backward pass is not tested (run it under torch.no_grad())")
-        axes = (*site.query.axes, *site.key.axes, *site.value.axes)
-        if not all(isinstance(axis.size, int) for axis in axes):
-            return Verdict.no("takes no symbolic sizes (compile with dynamic=False)")
-        if _by_blocks(site) is None:
-            return Verdict.no("takes masks that keep keys or not, bands and soft caps only")
-        sizes = {size_of(site.feature_axes), size_of(site.value_axes)}
-        if not sizes <= {64, 128}:
-            return Verdict.no(f"takes head sizes 64 and 128, not {', '.join(map(str, sorted(map(int, sizes))))}")
         return super().supports(site)
 
 
@@ -293,7 +281,7 @@ def _by_blocks(site: AttentionSite) -> Asked | None:
         return None  # That goes another way, see `emit`.
     if site.sink is not None or scores.scale is None or (scores.inexpressible and scores.softcap is None):
         return None
-    asked = _BLOCK_MASKS.asked(site)
+    asked = FLEX_BLOCKS.asked(site)
     if not isinstance(asked, Asked) or (scores.masked_rows != "none" and not asked.restores_rows):
         return None
     return asked
@@ -315,6 +303,19 @@ def _read_by_position(site: AttentionSite) -> list[Operand]:
 def _indexed_in_32_bits(operand: Operand) -> bool:
     """Where sizes are symbols this is a guard: the kernel reads and writes beyond its memory otherwise (torch 2.11)."""
     return bool(math.prod(axis.size for axis in operand.resolved().axes) < 2**31)
+
+
+def _blocks_that_fit(site: AttentionSite) -> dict[str, Any]:
+    """Smaller blocks of keys for head sizes that Inductor has no measured blocks for, and that fill the shared memory.
+
+    Its general ones did not fit at 160 features with a bias (torch 2.11, H100). ``get_flex_attn_fwd_configs`` of
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_inductor/template_heuristics/triton.py
+    """
+    width = max(math.prod(int(axis.size) for axis in axes) for axes in (site.feature_axes, site.value_axes))
+    padded_bytes = 2 ** math.ceil(math.log2(width)) * site.compute_dtype.itemsize
+    if site.device.type != "cuda" or width in (64, 128, 256) or padded_bytes < 512:
+        return {}
+    return {"fwd_BLOCK_N": 32, "fwd_num_stages": 2}
 
 
 def _softcap(height: float | None) -> fx.GraphModule:
@@ -385,7 +386,7 @@ def _is_symbolic(factor: Any) -> bool:
 
 def _narrow(site: AttentionSite) -> bool:
     sizes = [math.prod(int(axis.size) for axis in axes) for axes in (site.feature_axes, site.value_axes)]
-    return any(size < _SMALLEST_HEAD for size in sizes)
+    return any(size < FLEX_SMALLEST_HEAD for size in sizes)
 
 
 def _cpu_supported() -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.analysis.views import Axis, size_of
 from attnrewrite.ir import Size, same
@@ -212,7 +213,7 @@ class Limits:
         assert scores is not None
         if site.is_causal and scores.terms:
             return "the call has a mask and is_causal, and what both together mean is PyTorch's own"
-        reach = self._reach(scores.band) if scores.band is not None else None
+        reach = self._reach(scores.band, site) if scores.band is not None else None
         if isinstance(reach, Asked):
             return reach
         if scores.is_causal and reach is None:
@@ -247,7 +248,7 @@ class Limits:
         lost = why_rows_stay_lost(site, kind)
         return Asked(mask=kind, restores_rows=True) if lost is None else f"{lost} {_ATTENDED}"
 
-    def _reach(self, band: Band) -> Asked | str:
+    def _reach(self, band: Band, site: AttentionSite) -> Asked | str:
         square = band.from_first is not None and band.from_first == band.from_last
         counted: list[tuple[Reach | None, bool]] = []
         if "square" in self.alignments and square:
@@ -262,6 +263,8 @@ class Limits:
             left, right = reach
             # -1 is no bound in every vendor's call, so that a reach that ends before the query cannot be said.
             if any(bound is not None and bound < 0 for bound in reach):
+                continue
+            if from_last and right is not None and _dropped(right, site):
                 continue
             if self.window or reach in ((None, 0), (None, None)):
                 return Asked(-1 if left is None else left, -1 if right is None else right, from_last)
@@ -373,6 +376,16 @@ class Limits:
         asked = self.asked(site)
         assert isinstance(asked, Asked)
         return self.rule_refusal(site, asked, capability)
+
+
+def _dropped(right: int, site: AttentionSite) -> bool:
+    """Whether kernels that count from the last key may take a bound for none: they do where it is the keys or more.
+
+    With more queries than keys the first queries stand before the first key, and the bound still holds for them.
+    https://github.com/Dao-AILab/flash-attention/blob/v2.8.3/csrc/flash_attn/flash_api.cpp: window_size_right = -1
+    """
+    queries, keys = size_of(site.query_axes), size_of(site.key_axes)
+    return not (statically_known_true(right < keys) or statically_known_true(queries <= keys))
 
 
 def _axes(site: AttentionSite) -> tuple[Axis, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from attnrewrite.kernels.costs import families_with
 from attnrewrite.kernels.limits import Limits
 
 __all__ = ["kernel_table"]
@@ -24,9 +25,9 @@ dispatcher, where it has one. A kernel of your own: [own_kernel.md](own_kernel.m
 - *causal*, *window*: what can be asked for without a mask, and where it counts from: *first* (query 0 stands beside
   key 0), *last* (the last query beside the last key), *square* (only where the two are the same). A kernel that takes
   boolean masks takes any other as one.
-- *chosen*: *automatic*; *automatic on* a kind of device where it was measured (`sm_90` is an NVIDIA H100 or H200), if the
-  package is installed; or *by name* only: `options={'kernels': ...}`. Those that compute in fewer bits than their operands
-  have serve within `options={'tolerance': ...}`, too, unless they are fetched over a network.
+- *chosen*: *automatic*; *automatic on* the devices where it was measured (`sm_90` is NVIDIA's Hopper), if the package
+  is installed; or *by name* only: `options={'kernels': ...}`. Those that compute in fewer bits than their operands have
+  serve within `options={'tolerance': ...}`, too, unless they are fetched over a network.
 - *state*: the hardware that it was run on, or the version of the vendor's published signature that its call was held
   against, without the vendor's code having been run.
 """
@@ -229,7 +230,10 @@ def _package(kernel: Any) -> str:
 
 
 def _chosen(kernel: Any) -> str:
-    return "automatic" if getattr(kernel, "automatic", True) else "by name"
+    if getattr(kernel, "automatic", True):
+        return "automatic"
+    families = [] if getattr(kernel, "lower_precision", False) else families_with(kernel.name)
+    return f"automatic on {', '.join(families)}" if families else "by name"
 
 
 def _state(kernel: Any) -> str:

@@ -8,13 +8,26 @@ Sources are functions where they are C++ files of which no header is installed: 
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from attnrewrite.analysis.views import size_of
 from attnrewrite.kernels.limits import HALF, Asked, Capability, HeadSizes, Limits, Rule
 from attnrewrite.site import AttentionSite
 
-__all__ = ["CUDNN", "EFFICIENT", "FLASH", "FLEX", "FLEX_SMALLEST_HEAD", "MATH", "NATIVE", "PADDED_TO"]
+__all__ = [
+    "CUDNN",
+    "EFFICIENT",
+    "FLASH",
+    "FLEX",
+    "FLEX_BLOCKS",
+    "FLEX_FLASH",
+    "FLEX_SMALLEST_HEAD",
+    "MATH",
+    "NATIVE",
+    "PADDED_TO",
+]
 
 PADDED_TO = 8
 """Head sizes are padded to a multiple of this, as PyTorch's selector does."""
@@ -242,5 +255,37 @@ FLEX = Limits(
         "dropout": f"{_FLEX}#L2168: there is no argument for it",
         "grouped": f"{_FLEX}#L2168: enable_gqa",
         "deterministic": "gradients of what the score_mod reads are added up in any order",
+    },
+)
+
+FLEX_BLOCKS = dataclasses.replace(FLEX, masks="boolean", mask_gradient=False)
+"""What a block mask says by itself."""
+
+_FLEX_FLASH = f"{_TORCH}/torch/_inductor/kernel/flex/flex_flash_attention.py"
+_RUN = "run on an NVIDIA H100 with torch 2.11 and flash-attn-4 4.0.0b36"
+
+FLEX_FLASH = Limits(
+    devices=("cuda",),
+    dtypes=HALF,
+    heads=HeadSizes(only=(64, 128)),
+    value_heads=HeadSizes(only=(64, 128)),
+    min_capability=(9, 0),
+    masks="none",
+    alignments=("first", "last"),
+    window=True,
+    softcap=True,
+    grouped=True,
+    symbolic=False,
+    minimum_version="4.0.0b36",
+    sources={
+        "devices": _FLEX_FLASH,
+        "dtypes": "https://pypi.org/project/flash-attn-4/4.0.0b36/ flash_attn/cute/interface.py",
+        "heads": f"others are not tried; 256 with a causal mask failed when {_RUN}",
+        "value_heads": f"others are not tried; 256 with a causal mask failed when {_RUN}",
+        "min_capability": "https://pypi.org/project/flash-attn-4/4.0.0b36/ flash_attn/cute/interface.py",
+        "masks": f"a mask_mod that reads a tensor does not compile: {_RUN}",
+        "dropout": f"{_FLEX}#L2168: there is no argument for it",
+        "symbolic": f"{_FLEX_FLASH}: dynamic shapes are to be reconfirmed",
+        "minimum_version": _RUN,
     },
 )
