@@ -29,7 +29,7 @@ from torch import nn
 
 import attnrewrite
 
-__all__ = ["Example", "Row", "compare", "main", "show"]
+__all__ = ["Example", "Row", "circumstances", "compare", "main", "milliseconds", "show"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def compare(example: Example, size: str, device: str, repeats: int) -> Row:
         times_ms: dict[str, list[float]] = {name: [] for name in forward}
         for _ in range(repeats):
             for name, function in forward.items():
-                times_ms[name].append(round(_milliseconds(function, inputs, device), 2))
+                times_ms[name].append(round(milliseconds(function, inputs, device), 2))
     medians = {name: statistics.median(times) for name, times in times_ms.items()}
     expected = outputs["eager"]
     errors = {name: ((got - expected).abs().max() / expected.abs().max()).item() for name, got in outputs.items()}
@@ -105,7 +105,7 @@ def compare(example: Example, size: str, device: str, repeats: int) -> Row:
     )
 
 
-def _milliseconds(function: Callable[..., Any], inputs: dict[str, Any], device: str) -> float:
+def milliseconds(function: Callable[..., Any], inputs: dict[str, Any], device: str) -> float:
     _wait_for(device)
     start = time.perf_counter()
     function(**inputs)
@@ -178,13 +178,13 @@ def main(examples: Sequence[Example]) -> None:
         show(rows)
         seconds = time.perf_counter() - start
         if path is not None:
-            record = {**_circumstances(device), "seconds": round(seconds, 1), "rows": [asdict(row) for row in rows]}
+            record = {**circumstances(device), "seconds": round(seconds, 1), "rows": [asdict(row) for row in rows]}
             path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     command()
 
 
-def _circumstances(device: str) -> dict[str, Any]:
+def circumstances(device: str) -> dict[str, Any]:
     """What a reader needs to repeat the run."""
     packages = ("attnrewrite", "torch", "transformers", "diffusers")
     here = Path(__file__).resolve()

@@ -137,8 +137,8 @@ class TorchSDPA:
         batch, heads, length, _ = tensor(query).shape
         if mask.opened_rows is not None:
             query = builder.call(aten.where.ScalarSelf, mask.opened_rows, 0.0, query)
-        if mask.node is not None and site.device.type != "cpu":
-            # A permuted bias (T5's) would send the call to PyTorch's MATH; layers that share it share the copy.
+        if mask.node is not None:
+            # A permuted bias (T5's) is read slowly, or sends the call to PyTorch's MATH; layers share the copy.
             mask.node = with_unit_stride(builder, mask.node)
         fake = tensor(query).new_empty((batch, heads, length, tensor(value).shape[-1]))
         output = self._call(
