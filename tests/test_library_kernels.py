@@ -1,6 +1,6 @@
 """Kernels of other packages: what each accepts and refuses, what is put into the graph, and the vendor's call.
 
-No vendor's package is needed. What is computed by them is tested where they can be run: tests/test_library_gpu.py.
+No vendor's package is needed. What is computed by them is tested where they can be run: tests/test_every_kernel_gpu.py.
 """
 
 from __future__ import annotations
