@@ -86,6 +86,10 @@ def _automatic(
     else:
         assert table is not None
         milliseconds, source = _estimates(table, willing, workload, policy.cuda_graphs), f"measured on {table.device}"
+    if policy.autotune:
+        failed = [kernel.name for kernel in willing if kernel.name not in milliseconds]
+        verdicts.update({name: KernelVerdict(name, False, "failed when it was timed") for name in failed})
+        willing = [kernel for kernel in willing if kernel.name in milliseconds] or willing
     # A kernel of the user's own comes first unless it was measured, and so does PyTorch's choice where it was not.
     if willing[0].name not in milliseconds:
         return willing[0]

@@ -182,13 +182,14 @@ def bench_sites(
 
     from attnrewrite.bench_sites import GRIDS, plot_sites, print_sites_benchmark, run_sites_benchmark
     from attnrewrite.errors import AttnRewriteError
+    from attnrewrite.policy import kernel_names
 
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if place.startswith("cuda") and not torch.cuda.is_available():
-        raise _BadInput("--device cuda: PyTorch sees no GPU here; leave it out, or see attnrewrite doctor")
+        raise _BadInput(f"--device {place}: PyTorch sees no GPU here; leave it out, or see attnrewrite doctor")
     cases = [case for grid in grids or (("small",) if place == "cpu" else ("main",)) for case in GRIDS[grid]]
-    names = [name.strip() for name in (kernels or "").split(",") if name.strip()]
     try:
+        names = kernel_names(kernels, "--kernels") if kernels else ()
         result = run_sites_benchmark(cases, names, place, seconds, workers)
     except AttnRewriteError as error:
         raise _BadInput(str(error)) from error

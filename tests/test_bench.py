@@ -8,7 +8,9 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from attnrewrite.bench import STEPS, measure_pass
+from attnrewrite.bench_sites import GRIDS, Case, plot_sites, run_sites_benchmark
 from attnrewrite.cli import main
+from attnrewrite.kernels.costs import CostTable, Workload
 
 
 def test_ten_blocks_are_a_thousand_nodes_and_ten_sites() -> None:
@@ -58,3 +60,62 @@ def test_a_file_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:
     assert result.exit_code == 2
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("Error: the data could not be written to") and "is no directory" in line
+
+
+# bench sites
+
+
+CASES = [
+    Case(1, 2, 40, 16, mask="key padding", dtype="float32"),
+    Case(2, 4, 24, 32, keys=40, key_heads=2, mask="causal", dtype="float32", backward=True),
+]
+
+
+def test_every_willing_kernel_is_timed_and_held_against_float64(tmp_path: Path) -> None:
+    result = run_sites_benchmark(CASES, device="cpu", seconds=0.02, command=["attnrewrite", "bench", "sites"])
+    padding, training = result.sites
+    assert [site["name"] for site in result.sites] == [
+        "1,2,40,16 key padding float32",
+        "2,4/2,24x40,32 causal float32 backward",
+    ]
+    for site, kernels in ((padding, {"native", "_native_math", "flex"}), (training, {"native", "_native_math"})):
+        timed = {name for name, row in site["kernels"].items() if "call_ms" in row}
+        assert timed == kernels
+        assert all(site["kernels"][name]["call_ms"] > 0 and site["kernels"][name]["calls"] >= 5 for name in timed)
+        assert all(error <= 1e-5 for name in timed for error in site["kernels"][name]["error"])
+    # The output, and the gradients of query, key and value.
+    assert len(padding["kernels"]["native"]["error"]) == 1 and len(training["kernels"]["native"]["error"]) == 4
+    assert padding["kernels"]["_native_flash"]["refused"].startswith("runs on")
+    assert padding["auto"]["call"]["kernel"] == "native" and padding["auto"]["call"]["over_best"] >= 1
+    result.save(tmp_path / "sites.json")
+    assert json.loads((tmp_path / "sites.json").read_text())["device"]
+    result.save_table(tmp_path / "table.json")
+    table = CostTable.from_json((tmp_path / "table.json").read_text())
+    time = table.milliseconds("native", Workload(**padding["workload"]), cuda_graphs=False)
+    assert time == padding["kernels"]["native"]["call_ms"]
+    plot_sites(result, tmp_path / "sites.svg")
+    assert "key padding" in (tmp_path / "sites.svg").read_text()
+
+
+def test_several_processes_measure_the_same(tmp_path: Path) -> None:
+    result = run_sites_benchmark(CASES, ["native"], device="cpu", seconds=0.02, workers=2)
+    assert [site["name"] for site in result.sites] == [str(case) for case in CASES]
+    assert all(set(site["kernels"]) == {"native"} for site in result.sites)
+
+
+def test_the_grids() -> None:
+    main_grid = GRIDS["main"]
+    assert len(main_grid) == 6 * 4 * 2 and len(set(map(str, main_grid))) == 48
+    assert all(case.backward for case in GRIDS["training"]) and {case.dtype for case in GRIDS["small"]} == {"float32"}
+
+
+def test_bad_input_of_bench_sites(tmp_path: Path) -> None:
+    for arguments, words in (
+        (["--kernels", "nativ"], "unknown kernel 'nativ' (did you mean 'native'?)"),
+        (["--json", str(tmp_path / "missing" / "x.json")], "is no directory"),
+        (["--device", "cuda:7"], "cuda:7"),
+    ):
+        result = CliRunner().invoke(main, ["bench", "sites", *arguments])
+        assert result.exit_code == 2, result.output
+        (line,) = result.stderr.strip().splitlines()
+        assert words in line

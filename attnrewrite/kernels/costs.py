@@ -161,10 +161,10 @@ class CostTable:
         ratio = workload.work / near.workload.work
         if near.graph is None:
             return near.call * ratio
-        # A part that does not grow with the work, such as making a block mask.
+        # A part does not grow with the work, such as making a block mask: no more than the shortest time.
         alike = [row for row in rows if row.workload.distance(workload) < math.inf]
         fixed = min(row.graph for row in alike if row.graph is not None)
-        device = fixed + (near.graph - fixed) * ratio
+        device = fixed + (near.graph - fixed) * ratio if near.graph > fixed else fixed * max(ratio, 1.0)
         if cuda_graphs:
             return device
         host = near.call if near.waits_for_host else min((r.call for r in rows if r.waits_for_host), default=0.0)

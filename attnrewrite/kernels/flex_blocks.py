@@ -156,16 +156,20 @@ def blocks_of_band(builder: Builder, site: AttentionSite, asked: Asked) -> Block
         return call(aten.reshape.default, first, [1, 1, *shape])
 
     rows, columns = starts(queries, [-1, 1]), starts(keys, [1, -1])
-    # How far the first key of a block stands behind its first query's own position.
+    # How far the first key of a block stands behind its first query's own position, and the same of others.
     ahead = call(aten.sub.Tensor, columns, call(aten.add.Scalar, rows, shift))
     inside = [call(aten.le.Scalar, part, size - BLOCK) for part, size in ((rows, queries), (columns, keys))]
     full = call(aten.logical_and.default, *inside)
     some = call(aten.ge.Scalar, columns, 0)
     if asked.right >= 0:
-        some = call(aten.logical_and.default, some, call(aten.le.Scalar, ahead, asked.right + BLOCK - 1))
+        last_row = call(aten.clamp.default, call(aten.add.Scalar, rows, BLOCK - 1), None, queries - 1)
+        least = call(aten.sub.Tensor, columns, call(aten.add.Scalar, last_row, shift))
+        some = call(aten.logical_and.default, some, call(aten.le.Scalar, least, asked.right))
         full = call(aten.logical_and.default, full, call(aten.le.Scalar, ahead, asked.right - BLOCK + 1))
     if asked.left >= 0:
-        some = call(aten.logical_and.default, some, call(aten.ge.Scalar, ahead, -asked.left - BLOCK + 1))
+        last_column = call(aten.clamp.default, call(aten.add.Scalar, columns, BLOCK - 1), None, keys - 1)
+        most = call(aten.sub.Tensor, last_column, call(aten.add.Scalar, rows, shift))
+        some = call(aten.logical_and.default, some, call(aten.ge.Scalar, most, -asked.left))
         full = call(aten.logical_and.default, full, call(aten.ge.Scalar, ahead, -asked.left + BLOCK - 1))
     some = call(aten.logical_and.default, some, call(aten.logical_not.default, full))
     tables = _tables(builder, site, some, full, None)
