@@ -12,7 +12,14 @@ from torch import Tensor
 
 from attnrewrite import choose
 from attnrewrite.kernels import kernel_named
-from attnrewrite.kernels.costs import CostTable, Workload, cost_table, device_family, families_with
+from attnrewrite.kernels.costs import (
+    CostTable,
+    Workload,
+    cost_table,
+    device_family,
+    families_with,
+    packaged_table,
+)
 from attnrewrite.selection import standing
 from tests.helpers import relative_error, rewritten, rows
 from tests.library_sites import site_where_it_is
@@ -112,7 +119,8 @@ def test_the_tables_that_come_along() -> None:
 
 
 def test_every_row_of_them_is_of_a_kernel_that_is_exact() -> None:
-    own = choose.cost_table.__globals__["_table"]("sm_90")
+    own = packaged_table("sm_90")
+    assert own is not None
     for name, measured_rows in own.rows.items():
         assert not getattr(kernel_named(name), "lower_precision", False)
         assert all(row.call > 0 for row in measured_rows)

@@ -89,7 +89,7 @@ def dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def scaled_by_length(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return ((q @ k.mT) * k.shape[-2]).tanh().softmax(-1) @ v
+    return ((q @ k.mT) * k.shape[-2]).clamp(-1, 1).softmax(-1) @ v
 
 
 class Sizes(NamedTuple):
@@ -328,7 +328,7 @@ CONSTRAINTS = {
         "flex", Case(dynamic=(2,)), Case(dynamic=(3,)), "takes head sizes from 16 on"
     ),
     "flex: a call": Constraint(
-        "flex", Case(call), Case(masked_call, more="keep"), "an existing fused call with a mask"
+        "flex", Case(masked_call, more="keep"), Case(masked_call, more="given"), "an existing fused call with a mask"
     ),
     "flex: dropout": Constraint("flex", Case(), Case(dropped), "FlexAttention has no dropout"),
     "flex: a symbolic factor": Constraint(
@@ -338,7 +338,10 @@ CONSTRAINTS = {
         "a factor of the scores is a symbolic number",
     ),
     "flex: rows without a key": Constraint(
-        "flex", LOST, LOST._replace(training=True), "the gradient of such a row is not known here"
+        "flex",
+        LOST._replace(training=True),
+        Case(biased, more="given", training=True, dtype=torch.float32),
+        "the gradient of such a row is not known here",
     ),
 }
 

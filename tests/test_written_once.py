@@ -80,7 +80,7 @@ def test_nothing_is_shared_between_regions_with_gradients_and_without() -> None:
 def test_nothing_is_shared_between_checkpoints() -> None:
     def function(x: Tensor, bias: Tensor) -> Tensor:
         for _ in range(2):
-            x = checkpoint(attend, x, bias, use_reentrant=False)  # type: ignore[assignment]
+            x = checkpoint(attend, x, bias, use_reentrant=False)
         return x
 
     x, bias = operands()

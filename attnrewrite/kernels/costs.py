@@ -23,7 +23,7 @@ from attnrewrite.kernels.layout import Plan
 from attnrewrite.kernels.limits import platform_of
 from attnrewrite.site import AttentionSite
 
-__all__ = ["CostTable", "Workload", "cost_table", "device_family", "families_with"]
+__all__ = ["CostTable", "Workload", "cost_table", "device_family", "families_with", "packaged_table"]
 
 _FARTHEST = 12.0
 """Rows farther away than this say nothing of a site: one step is a factor of two in one size."""
@@ -181,17 +181,18 @@ def device_family(device: torch.device) -> str:
 
 def cost_table(device: torch.device) -> CostTable | None:
     """The table for devices of this kind, None where none was measured."""
-    return _table(device_family(device))
+    return packaged_table(device_family(device))
 
 
 def families_with(kernel: str) -> list[str]:
     """The kinds of devices on which the kernel was measured."""
     folder: Any = resources.files("attnrewrite.kernels") / "cost_tables"
     families = sorted(file.name.removesuffix(".json") for file in folder.iterdir() if file.name.endswith(".json"))
-    return [family for family in families if (table := _table(family)) is not None and kernel in table.rows]
+    return [family for family in families if (table := packaged_table(family)) is not None and kernel in table.rows]
 
 
 @functools.cache
-def _table(family: str) -> CostTable | None:
+def packaged_table(family: str) -> CostTable | None:
+    """The table of a kind of devices, None where none comes along."""
     file: Any = resources.files("attnrewrite.kernels") / "cost_tables" / f"{family}.json"
     return CostTable.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
