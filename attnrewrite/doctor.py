@@ -46,7 +46,7 @@ _CUDA_ONLY = ("cudnn", "efficient")
 
 PACKAGES_NOTE = (
     "Kernels of these packages serve where they are asked for by name, by options={'kernels': ...} or "
-    "attnrewrite.attention_backend(...)."
+    "attnrewrite.attention_backend(...); exact ones also where they were measured to be the fastest (docs/kernels.md)."
 )
 
 
