@@ -208,13 +208,13 @@ def _compilers() -> Iterator[Check]:
 
 def _kernels() -> Iterator[KernelCheck]:
     from attnrewrite.kernels import registered_kernels
-    from attnrewrite.kernels.library import LibraryKernel
 
     for kernel in registered_kernels():
         found = kernel.availability()
         name, how = "", kernel.needs
-        if isinstance(kernel, LibraryKernel) and kernel.vendor.package.distribution != "torch":
-            name, how = kernel.vendor.package.distribution, kernel.vendor.package.how_to_get
+        vendor = getattr(kernel, "vendor", None)
+        if vendor is not None and vendor.package.distribution != "torch":
+            name, how = vendor.package.distribution, vendor.package.how_to_get
         yield KernelCheck(kernel.name, found.available, found.detail, name, how)
 
 

@@ -230,10 +230,11 @@ class FlexFlash(Flex):
     limits = FLEX_FLASH
     run_on = RUN_ON
     needs = "pip install flash-attn-4, and an NVIDIA GPU of compute capability 9.0 or later"
+    vendor = FLASH_4_PACKAGE
     kernel_options: ClassVar[dict[str, Any]] = {"BACKEND": "FLASH"}
 
     def availability(self) -> Availability:
-        return FLASH_4_PACKAGE.availability()
+        return self.vendor.availability()
 
     def supports(self, site: AttentionSite) -> Verdict:
         elsewhere = self.limits.device_refusal(site)
