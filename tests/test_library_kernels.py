@@ -83,7 +83,9 @@ _PADDING = {
     "padding by addition, lost rows",
     "padding in a call, lost rows",
 }
-_FLASH = _EVERYWHERE | _SIZES | _LENGTHS | {"scale", "causal", "causal from last", "window", "grouped"}
+_WINDOW = {"window", "causal, few more queries"}
+_FLASH = _EVERYWHERE | _SIZES | _LENGTHS | {"scale", "causal", "causal from last", "grouped"} | _WINDOW
+_FIRST = {"causal from first", "causal, fewer keys", "causal, few more queries"}
 _CAP = {"softcap", "softcap and causal"}
 _SAGE = _EVERYWHERE | _LENGTHS | {"scale", "causal", "grouped", "head size 36", "head size 40", "head size 80"}
 
@@ -97,21 +99,23 @@ ACCEPTED: dict[str, set[str]] = {
     "_flash_3_hub": _FLASH | _CAP,
     "_flash_3_varlen_hub": _FLASH | _CAP | _PADDING,
     "flash_4": _FLASH | _CAP,
-    "flash_4_hub": _FLASH - {"window"},
+    "flash_4_hub": _FLASH - _WINDOW,
     "varlen": _FLASH | _PADDING,
     "xformers": (_FLASH - {"window", "grouped"})
     | _PADDING
-    | {"causal from first", "negative reach", "window", "padding and causal", "boolean", "bias"},
+    | _FIRST
+    | {"negative reach", "window", "padding and causal", "boolean", "bias"},
     "aiter": _FLASH,
-    "aiter_fa2_hub": (_FLASH - _SIZES - {"window"}),
+    "aiter_fa2_hub": (_FLASH - _SIZES - _WINDOW),
     "_native_npu": (_FLASH - {"head size 40", "window"})
     | _PADDING
-    | {"causal from first", "window", "negative reach", "padding and causal", "boolean", "dropout"},
+    | _FIRST
+    | {"window", "negative reach", "padding and causal", "boolean", "dropout"},
     "_native_npu_inference": (_FLASH - {"head size 40", "window"})
     | _PADDING
-    | {"causal from first", "window", "negative reach", "padding and causal", "boolean"},
-    "_native_xla": _EVERYWHERE
-    | {"scale", "cross", "causal", "causal from first", "head size 40", "head size 80", "head size 256"},
+    | _FIRST
+    | {"window", "negative reach", "padding and causal", "boolean"},
+    "_native_xla": _EVERYWHERE | _FIRST | {"scale", "cross", "causal", "head size 40", "head size 80", "head size 256"},
     "sage": _SAGE,
     "sage_varlen": _SAGE | _PADDING,
     "sage_hub": _SAGE,
@@ -127,6 +131,10 @@ REASONS = {
     "scale": "scales by one over the root",
     "negative scale": "takes a positive scale",
     "causal from first": "counts causal masks and windows from|only where there are as many keys",
+    **dict.fromkeys(
+        ("causal, fewer keys", "causal, few more queries"),
+        "counts causal masks and windows from|only where there are as many keys|no window",
+    ),
     "causal from last": "counts causal masks and windows from|only where there are as many keys",
     "window": "no window",
     "negative reach": "counts causal masks|only where there are as many keys|no window",

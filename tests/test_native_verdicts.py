@@ -166,6 +166,7 @@ ALL = " ".join(NATIVE)
 FUSED = "native _native_flash _native_efficient _native_cudnn _native_math"
 SELECTED = "_native_flash _native_efficient _native_cudnn"
 LOST = Case(filled, more="keep")
+WIDE = Case(sizes=Sizes(width=64, value_width=64), capability=HOPPER)
 
 CONSTRAINTS = {
     "keys": Constraint(ALL, Case(), Case(sizes=Sizes(keys=0)), "there is no key to attend to"),
@@ -343,6 +344,28 @@ CONSTRAINTS = {
         Case(biased, more="given", training=True, dtype=torch.float32),
         "the gradient of such a row is not known here",
     ),
+    # FlexAttention with FlashAttention 4 as its back end.
+    "flex_flash: device": Constraint("flex_flash", WIDE, WIDE._replace(place="cpu"), "runs on cuda, not on cpu"),
+    "flex_flash: dtype": Constraint(
+        "flex_flash", WIDE, WIDE._replace(dtype=torch.float32), "takes bfloat16, float16, not float32"
+    ),
+    "flex_flash: GPU": Constraint(
+        "flex_flash", WIDE, WIDE._replace(capability=AMPERE), "compute capability 9.0 or later, not 8.0"
+    ),
+    "flex_flash: head size": Constraint(
+        "flex_flash", WIDE, WIDE._replace(sizes=Sizes(width=80, value_width=80)), "takes a head size of 64, 128, not 80"
+    ),
+    "flex_flash: training": Constraint("flex_flash", WIDE, WIDE._replace(training=True), "has no backward pass"),
+    "flex_flash: a mask": Constraint(
+        "flex_flash", WIDE._replace(function=causal), WIDE._replace(function=filled, more="keep"), "takes no mask"
+    ),
+    "flex_flash: a function": Constraint(
+        "flex_flash", WIDE._replace(function=capped), WIDE._replace(function=scaled_by_length), "clamp"
+    ),
+    "flex_flash: a symbolic length": Constraint(
+        "flex_flash", WIDE, WIDE._replace(dynamic=(2,)), "takes no symbolic sizes"
+    ),
+    "flex_flash: dropout": Constraint("flex_flash", WIDE, WIDE._replace(function=dropped), "has no dropout"),
 }
 
 

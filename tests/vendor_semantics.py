@@ -66,6 +66,12 @@ def _attend(
     shift = k.shape[2] - q.shape[2] if from_last else 0
     position = torch.arange(q.shape[2])[:, None] + shift
     keys = torch.arange(k.shape[2])
+    if from_last and right >= k.shape[2]:
+        # FlashAttention takes such a bound for none:
+        # https://github.com/Dao-AILab/flash-attention/blob/v2.8.3/csrc/flash_attn/flash_api.cpp
+        right = -1
+    if from_last and left >= k.shape[2]:
+        left = -1
     if left >= 0:
         scores = scores.masked_fill(keys < position - left, -math.inf)
     if right >= 0:

@@ -243,6 +243,8 @@ class FlexFlash(Flex):
         available = self.availability()
         if not available.available:
             return Verdict.no(f"not available: {available.detail}")
+        if not site.for_inductor:
+            return Verdict.no("is made by Inductor (use options={'inner_backend': 'inductor'})")
         return self.verdict(site, capability_of(site.device))
 
     def verdict(self, site: AttentionSite, capability: Capability | None) -> Verdict:
@@ -250,8 +252,6 @@ class FlexFlash(Flex):
         refusal = self.limits.refusal(site, capability)
         if refusal:
             return Verdict.no(refusal)
-        if not site.for_inductor:
-            return Verdict.no("is made by Inductor (use options={'inner_backend': 'inductor'})")
         return super().supports(site)
 
 
