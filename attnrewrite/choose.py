@@ -78,6 +78,8 @@ def _automatic(
     if not policy.autotune and table is None:
         return _first_willing(site, standing(None), verdicts)
     willing = willing_kernels(site, standing(table), verdicts)
+    # Time is not bought with memory: what keeps the scores serves where nothing else does.
+    willing = [kernel for kernel in willing if not getattr(kernel, "keeps_scores", False)] or willing
     if len(willing) < 2:
         return willing[0] if willing else None
     workload = Workload.of(site)

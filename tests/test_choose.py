@@ -134,16 +134,14 @@ def test_every_row_of_them_is_of_a_kernel_that_is_exact() -> None:
 
 
 def test_the_fastest_willing_kernel_serves(measured: Any) -> None:
-    measured(table(native=2.0, _native_math=3.0, flex=1.0))
+    measured(table(native=2.0, _native_math=0.5, flex=1.0))
     with torch.no_grad():
         (row,) = rows(attend, *operands(), inner="inductor")
         assert row.kernel == "flex"
         assert relative_error(rewritten(attend, "inductor")(*operands()), attend(*operands())) <= 1e-5
-    said = {verdict.kernel: verdict.reason for verdict in row.verdicts if verdict.willing}
-    assert said == {
-        kernel: f"about {time} ms, measured on a CPU"
-        for kernel, time in {"native": 2, "_native_math": 3, "flex": 1}.items()
-    }
+    said = {verdict.kernel: verdict.reason for verdict in row.verdicts if verdict.willing and verdict.reason}
+    # What keeps the scores in memory is no faster way to do without them.
+    assert said == {"native": "about 2 ms, measured on a CPU", "flex": "about 1 ms, measured on a CPU"}
 
 
 def test_a_kernel_that_is_not_willing_is_passed_over(measured: Any) -> None:
@@ -154,7 +152,7 @@ def test_a_kernel_that_is_not_willing_is_passed_over(measured: Any) -> None:
 
 
 def test_an_unmeasured_first_kernel_stays_first(measured: Any) -> None:
-    measured(table(_native_math=1.0, flex=0.5))
+    measured(table(flex=0.5))
     with torch.no_grad():
         (row,) = rows(attend, *operands(), inner="inductor")
     assert row.kernel == "native"

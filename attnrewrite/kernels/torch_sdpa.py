@@ -172,6 +172,7 @@ class TorchMath(TorchSDPA):
     """
 
     name = "_native_math"
+    keeps_scores = True
     limits = MATH
 
     def verdict(self, site: AttentionSite, capability: Capability | None) -> Verdict:
