@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import itertools
 import json
-import math
 import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from rich.table import Table
 from torch import Tensor, fx
 
 from attnrewrite.bench import environment
+from attnrewrite.bench_cases import Case, reference
 from attnrewrite.capture import capture
 from attnrewrite.choose import choose, willing_kernels
 from attnrewrite.kernels import Kernel, kernel_named, registered_kernels
@@ -39,129 +38,10 @@ from attnrewrite.rewrite import read_sites
 from attnrewrite.site import AttentionSite
 from attnrewrite.timing import Standalone, compiled_alone, cut_out, time_together
 
-__all__ = ["GRIDS", "Case", "SitesBenchmark", "plot_sites", "print_sites_benchmark", "run_sites_benchmark"]
+__all__ = ["SitesBenchmark", "plot_sites", "print_sites_benchmark", "run_sites_benchmark"]
 
-_REFERENCE_BYTES = 2**28
-"""How large the float64 scores of the reference may become at one time."""
 _MATH_BYTES = 2**33
 """Above this, attention that keeps its scores is not measured."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One attention of the grid.
-
-    Attributes:
-        mask: "none", "causal", "window" (of an eighth of the keys), "key padding" (a quarter of the keys, and one more
-            for each entry of the batch), "additive" (a bias of the scores' full size) or "softcap" (beside a causal
-            mask).
-        backward: the backward pass is timed with it.
-    """
-
-    batch: int
-    heads: int
-    queries: int
-    head_dim: int
-    keys: int = 0
-    key_heads: int = 0
-    mask: str = "none"
-    dtype: str = "bfloat16"
-    backward: bool = False
-
-    def __str__(self) -> str:
-        heads = f"{self.heads}/{self.key_heads}" if self.key_heads else f"{self.heads}"
-        length = f"{self.queries}x{self.keys}" if self.keys else f"{self.queries}"
-        passes = " backward" if self.backward else ""
-        return f"{self.batch},{heads},{length},{self.head_dim} {self.mask} {self.dtype}{passes}"
-
-    @property
-    def score_bytes(self) -> int:
-        """What the scores take in float32."""
-        return 4 * self.batch * self.heads * self.queries * (self.keys or self.queries)
-
-    def inputs(self, device: torch.device) -> list[Tensor]:
-        """Query, key, value, and what the mask needs; the same numbers every time."""
-        generator = torch.Generator(device).manual_seed(0)
-        kind: Any = {"device": device, "generator": generator, "dtype": getattr(torch, self.dtype)}
-        keys, key_heads = self.keys or self.queries, self.key_heads or self.heads
-        query = torch.randn(self.batch, self.heads, self.queries, self.head_dim, **kind)
-        key, value = (torch.randn(self.batch, key_heads, keys, self.head_dim, **kind) for _ in range(2))
-        values = [part.requires_grad_(self.backward) for part in (query, key, value)]
-        if self.mask == "key padding":
-            lengths = torch.tensor([keys - keys // 4 - entry for entry in range(self.batch)], device=device)
-            values.append(torch.arange(keys, device=device) < lengths[:, None])
-        if self.mask == "additive":
-            values.append(torch.randn(self.batch, self.heads, self.queries, keys, **kind))
-        return values
-
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, *mask: Tensor) -> Tensor:
-        """The attention as a model might write it."""
-        if self.key_heads:
-            key, value = (part.repeat_interleave(self.heads // self.key_heads, dim=1) for part in (key, value))
-        scores = query @ key.transpose(-1, -2) * self.head_dim**-0.5
-        rows = torch.arange(query.shape[-2], device=query.device)[:, None]
-        columns = torch.arange(key.shape[-2], device=query.device)
-        return self.masked(scores, rows, columns, *mask).softmax(-1) @ value
-
-    def masked(self, scores: Tensor, rows: Tensor, columns: Tensor, *mask: Tensor) -> Tensor:
-        """``scores`` of these positions under the mask."""
-        if self.mask == "softcap":
-            scores = 30.0 * torch.tanh(scores / 30.0)
-        if self.mask in ("causal", "softcap"):
-            scores = scores.masked_fill(columns > rows, -math.inf)
-        elif self.mask == "window":
-            reach = (self.keys or self.queries) // 8
-            scores = scores.masked_fill((columns > rows) | (rows - columns >= reach), -math.inf)
-        elif self.mask == "key padding":
-            scores = scores.masked_fill(~mask[0][:, None, None, :], -math.inf)
-        elif self.mask == "additive":
-            scores = scores + mask[0]
-        return scores
-
-
-def _grid(shapes: Iterable[dict[str, Any]], masks: Sequence[str], dtypes: Sequence[str], **more: Any) -> list[Case]:
-    return [
-        Case(mask=mask, dtype=dtype, **more, **shape) for shape, mask, dtype in itertools.product(shapes, masks, dtypes)
-    ]
-
-
-def _shape(batch: int, heads: int, queries: int, head_dim: int, **more: int) -> dict[str, Any]:
-    return {"batch": batch, "heads": heads, "queries": queries, "head_dim": head_dim, **more}
-
-
-_MASKS = ("none", "causal", "key padding", "additive")
-_HALF = ("bfloat16", "float16")
-_MAIN = (
-    _shape(2, 16, 1024, 64),
-    _shape(1, 24, 4096, 128),
-    _shape(1, 24, 16384, 128),
-    _shape(2, 8, 4096, 40),
-    _shape(2, 32, 2048, 128, key_heads=8),
-    _shape(2, 10, 4096, 64, keys=77),
-)
-_OTHER = (
-    _shape(8, 12, 512, 64),
-    _shape(1, 16, 256, 64),
-    _shape(4, 16, 1024, 80),
-    _shape(2, 8, 1024, 160),
-    _shape(1, 8, 2048, 256),
-    _shape(16, 32, 1, 128, keys=2048, key_heads=8),
-    _shape(1, 40, 8192, 128),
-)
-_BANDS = (_shape(1, 24, 4096, 128), _shape(2, 32, 2048, 128, key_heads=8), _shape(2, 16, 1024, 64))
-_CPU = (_shape(2, 8, 256, 64), _shape(1, 8, 1024, 64), _shape(1, 8, 512, 128, key_heads=2), _shape(1, 8, 1024, 40))
-
-GRIDS: dict[str, list[Case]] = {
-    "small": _grid(_CPU, _MASKS, ("float32",)),
-    "main": _grid(_MAIN, _MASKS, _HALF),
-    "other": [
-        *_grid(_OTHER, _MASKS, ("bfloat16",)),
-        *_grid(_BANDS, ("window", "softcap"), ("bfloat16",)),
-        *_grid((_MAIN[0], _MAIN[3]), _MASKS, ("float32",)),
-    ],
-    "training": _grid((*(_MAIN[place] for place in (0, 1, 3, 4, 5)), _OTHER[0]), _MASKS, ("bfloat16",), backward=True),
-}
-"""By name. "small" suits a CPU; "main", "other" and "training" a GPU."""
 
 
 @dataclass(frozen=True)
@@ -282,18 +162,18 @@ class _Prepared:
 
     def measure(self, seconds: float) -> dict[str, Any]:
         inputs = self.case.inputs(self.device)
-        reference = _reference(self.case, inputs)
+        exact = reference(self.case, inputs)
         runs: dict[str, Callable[[], Any]] = {}
         for name, (alone, call) in self.calls.items():
             run = _run_of(self.case, call, _values(self.gm, alone, inputs), inputs)
             try:
-                self.kernels[name] = {"error": _errors(run(), reference)}
+                self.kernels[name] = {"error": _errors(run(), exact)}
             except torch.OutOfMemoryError as error:
                 self.kernels[name] = {"failed": _in_words(error)}
             else:
                 runs[name] = run
             _free(self.device)
-        del reference
+        del exact
         for name, times in time_together(runs, self.device, seconds).items():
             self.kernels[name] |= {
                 "call_ms": times.call_ms,
@@ -304,6 +184,7 @@ class _Prepared:
                 "calls": len(times.call),
             }
         runs.clear()
+        gc.collect()
         _free(self.device)
         workload = dataclasses.asdict(self.workload)
         return {"name": str(self.case), "workload": workload, "kernels": self.kernels, "auto": self._auto()}
@@ -351,6 +232,7 @@ def _prepare(case: Case, names: Sequence[str], device: torch.device) -> _Prepare
         except Exception as error:  # noqa: BLE001 - The row says so; the others are measured.
             kernels[kernel.name] = {"failed": _in_words(error)}
         _free(device)
+    gc.collect()
     auto = {}
     for what, mode in (("call", None), ("graph", "reduce-overhead")):
         row = SiteReport(str(case), "", "kept", None)
@@ -424,34 +306,6 @@ def _run_of(
     return run
 
 
-def _reference(case: Case, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The same in float64, some rows of some heads at a time."""
-    query, key, value, *mask = (part.detach() for part in inputs)
-    groups = case.heads // (case.key_heads or case.heads)
-    parts = [part.double().requires_grad_(case.backward) for part in (query, key, value)]
-    output = torch.empty_like(query, dtype=torch.float64)
-    keys = key.shape[-2]
-    some = max(1, _REFERENCE_BYTES // (8 * keys))
-    columns = torch.arange(keys, device=query.device)
-    gradients = [torch.zeros_like(part) for part in parts]
-    for batch, head in itertools.product(range(case.batch), range(case.heads)):
-        for first in range(0, case.queries, some):
-            chosen = slice(first, first + some)
-            own = [parts[0][batch, head, chosen], *(part[batch, head // groups] for part in parts[1:])]
-            scores = own[0] @ own[1].transpose(-1, -2) * case.head_dim**-0.5
-            rows = torch.arange(case.queries, device=query.device)[chosen, None]
-            of_batch = [part[batch : batch + 1] for part in mask]
-            if case.mask == "additive":
-                of_batch = [mask[0][batch, head, chosen].double()]
-            result = case.masked(scores, rows, columns, *of_batch).reshape(scores.shape).softmax(-1) @ own[2]
-            output[batch, head, chosen] = result.detach()
-            if case.backward:
-                found = torch.autograd.grad(result, parts, result.detach())
-                for total, part in zip(gradients, found, strict=True):
-                    total += part
-    return (output, *gradients) if case.backward else (output,)
-
-
 def _errors(found: Sequence[Tensor], reference: Sequence[Tensor]) -> list[float]:
     """The largest difference from float64, relative to its largest number: of the output, then of the gradients."""
     return [
@@ -469,7 +323,6 @@ def _spread(times: Sequence[float]) -> tuple[float, float] | None:
 
 
 def _free(device: torch.device) -> None:
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -180,7 +180,8 @@ def bench_sites(
 
     import torch
 
-    from attnrewrite.bench_sites import GRIDS, plot_sites, print_sites_benchmark, run_sites_benchmark
+    from attnrewrite.bench_cases import GRIDS
+    from attnrewrite.bench_sites import plot_sites, print_sites_benchmark, run_sites_benchmark
     from attnrewrite.errors import AttnRewriteError
     from attnrewrite.policy import kernel_names
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from attnrewrite.bench import STEPS, measure_pass
-from attnrewrite.bench_sites import GRIDS, Case, plot_sites, run_sites_benchmark
+from attnrewrite.bench_cases import GRIDS, Case
+from attnrewrite.bench_sites import plot_sites, run_sites_benchmark
 from attnrewrite.cli import main
 from attnrewrite.kernels.costs import CostTable, Workload
 
