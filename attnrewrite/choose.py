@@ -17,7 +17,7 @@ from attnrewrite.report import KernelVerdict, SiteReport
 from attnrewrite.selection import named, standing
 from attnrewrite.site import AttentionSite
 
-__all__ = ["choose", "willing_kernels"]
+__all__ = ["choose", "say_unserved", "willing_kernels"]
 
 log = logging.getLogger("attnrewrite")
 
@@ -116,11 +116,21 @@ def _check_request(request: Request, row: SiteReport, kernel: Kernel | None) -> 
         KernelError: with ``strict``.
     """
     asked = [verdict for verdict in row.verdicts if verdict.kernel in request.names]
-    if "auto" in request.names or request.otherwise_kept or any(verdict.willing for verdict in asked):
+    if not any(verdict.willing for verdict in asked):
+        say_unserved(request, row, _refusals(tuple(asked)), kernel)
+
+
+def say_unserved(request: Request, row: SiteReport, why: str, kernel: Kernel | None = None) -> None:
+    """A warning, once, that what was asked for cannot serve an attention, and what becomes of it instead.
+
+    Raises:
+        KernelError: with ``strict``.
+    """
+    if "auto" in request.names or request.otherwise_kept:
         return
     message = (
         f"{', '.join(request.names)} was asked for by {request.origin} and cannot serve the attention at "
-        f"{row.location}: {_refusals(tuple(asked))}"
+        f"{row.location}: {why}"
     )
     if request.strict:
         raise KernelError(message)

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
 from attnrewrite.analysis.views import Operand, axes_of, is_layout_op, shape_of
 from attnrewrite.checks import insert_check
-from attnrewrite.choose import choose
+from attnrewrite.choose import choose, say_unserved
 from attnrewrite.ir import Builder, Written, is_cast, is_tensor, regions, source_location, tensor
 from attnrewrite.kernels import Kernel
 from attnrewrite.patterns import GraphView, NearMiss, catalogue
@@ -85,7 +85,11 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Re
             finding.scores = canonical_scores(finding, policy)
         except NotAttention as reason:
             row.reason = str(reason)
-            result.round_like_eager |= isinstance(reason, RoundingDecides)
+            if isinstance(reason, RoundingDecides):
+                result.round_like_eager = result.offered = True
+                request = request_for(policy, row.location, finding.anchor)
+                if request is not None:
+                    say_unserved(request, row, row.reason)
             result.add_time("simplify", start)
             continue
         row.proof = _proof(finding)
