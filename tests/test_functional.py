@@ -555,9 +555,11 @@ def test_a_score_mod_for_each_call_is_refused_after_a_while() -> None:
         torch._dynamo.config.patch(recompile_limit=2),
         pytest.raises(AttentionInputError, match="define score_mod once, outside of the loop"),
     ):
-        for step in range(3):
-
-            def shifted(score: Tensor, b: Tensor, n: Tensor, s: Tensor, t: Tensor, step: int = step) -> Tensor:
-                return score + step * s
-
-            attention_forward(*inputs, score_mod=shifted)
+        mods: list[Any] = [
+            lambda score, b, n, s, t: score + s,
+            lambda score, b, n, s, t: score - s,
+            lambda score, b, n, s, t: score + t,
+            lambda score, b, n, s, t: score - t,
+        ]
+        for score_mod in mods:
+            attention_forward(*inputs, score_mod=score_mod)
