@@ -213,14 +213,16 @@ def _by_flex(
     blocks = mask if isinstance(mask, BlockMask) else None
     entries = None
     if isinstance(mask, Tensor):
-        entries = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        # The compiler's function for the CPU loses a mask of one entry that is read by position.
+        one = all(size == 1 for size in mask.shape)
+        entries = mask.reshape(()) if one else mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     bounded = settings.is_causal or settings.window_size is not None
 
     def modified(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         if score_mod is not None:
             score = score_mod(score, batch, head, row, column)
         if entries is not None:
-            entry = entries[batch, head, row, column]
+            entry = entries[batch, head, row, column] if entries.dim() else entries
             score = torch.where(entry, score, -torch.inf) if entries.dtype is torch.bool else score + entry
         if bounded:
             score = torch.where(_in_reach(settings, row, column), score, -torch.inf)

@@ -178,11 +178,19 @@ Written = dict[Any, fx.Node]
 """Calls that were written, by what they call with which arguments."""
 
 
+_SHARED_BESIDE_ATEN = ("attnrewrite::stored",)
+
+
 def _key_of(target: Any, args: Any, kwargs: Any) -> Any:
-    """What tells calls apart; None for a call that may give something else the next time."""
+    """What tells calls apart; None for a call that may give something else the next time, or that is a kernel's own.
+
+    Attentions stay one call each: the report, and what is compared, go by the nodes of each.
+    """
     if target is not operator.getitem:
         schema = getattr(target, "_schema", None)
         if schema is None or schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
+            return None
+        if not schema.name.startswith("aten::") and schema.name not in _SHARED_BESIDE_ATEN:
             return None
     return target, _frozen(args), _frozen(kwargs)
 

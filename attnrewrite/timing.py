@@ -72,8 +72,17 @@ def cut_out(gm: fx.GraphModule, site: AttentionSite, kernel: Kernel) -> Standalo
     What depends on no input of the graph, such as a mask made of positions, is made within.
     """
     builder = Builder(gm, before=site.result, like=site.anchor)
-    output = kernel.emit(site, builder)
-    created = set(builder.created)
+    try:
+        output = kernel.emit(site, builder)
+        return _as_graph(gm, site, output, set(builder.created))
+    finally:
+        for node in reversed(builder.created):
+            gm.graph.erase_node(node)
+            if node.op == "get_attr":
+                gm.delete_submodule(str(node.target))
+
+
+def _as_graph(gm: fx.GraphModule, site: AttentionSite, output: fx.Node, created: set[fx.Node]) -> Standalone:
     graph = fx.Graph()
     copies: dict[fx.Node, Any] = {}
     inputs: list[fx.Node] = []
@@ -98,12 +107,7 @@ def cut_out(gm: fx.GraphModule, site: AttentionSite, kernel: Kernel) -> Standalo
     constants: dict[fx.Node, bool] = {}
     graph.output(copy(output))
     _inputs_first(graph)
-    module = fx.GraphModule(gm, graph)
-    for node in reversed(builder.created):
-        gm.graph.erase_node(node)
-        if node.op == "get_attr":
-            gm.delete_submodule(str(node.target))
-    return Standalone(module, tuple(inputs), frozenset(operands))
+    return Standalone(fx.GraphModule(gm, graph), tuple(inputs), frozenset(operands))
 
 
 def _number(size: Any) -> Any:

@@ -188,3 +188,27 @@ def test_a_kernel_by_name_is_not_timed(own_cache: Path) -> None:
     with torch.no_grad():
         assert tuned_rows(*operands(), kernels=["_native_math"]).kernel == "_native_math"
     assert not own_cache.exists()
+
+
+def test_a_kernel_that_fails_halfway_leaves_nothing_in_the_graph(own_cache: Path) -> None:
+    class Broken(Failing):
+        name = "broken"
+
+        def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
+            builder.call(torch.ops.aten.neg.default, site.query.node)
+            raise ValueError("no more")
+
+    found: list[fx.GraphModule] = []
+
+    def inner(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        found.append(gm)
+        return gm.forward
+
+    attnrewrite.register_kernel(Broken())
+    try:
+        with torch.no_grad():
+            rewritten(attend, inner, autotune=True)(*operands())
+    finally:
+        attnrewrite.unregister_kernel("broken")
+    (gm,) = found
+    assert not gm.graph.find_nodes(op="call_function", target=torch.ops.aten.neg.default)

@@ -563,3 +563,13 @@ def test_a_score_mod_for_each_call_is_refused_after_a_while() -> None:
         ]
         for score_mod in mods:
             attention_forward(*inputs, score_mod=score_mod)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("boolean", [False, True])
+def test_flex_takes_a_mask_of_one_entry(shape: tuple[int, ...], boolean: bool) -> None:
+    q, k, v = operands()
+    mask = torch.ones(shape, dtype=torch.bool) if boolean else torch.full(shape, 0.5)
+    with torch.no_grad():
+        actual = attention_forward(q, k, v, attn_mask=mask, use_flex=True)
+        assert relative_error(actual, attention_forward(q, k, v, attn_mask=mask)) <= 1e-5

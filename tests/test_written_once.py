@@ -117,3 +117,17 @@ def test_a_bias_that_is_read_across_is_laid_out() -> None:
         (gm,) = graphs_of(twice, *operands())
     calls = gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
     assert all(call.args[3].meta["val"].stride(-1) == 1 for call in calls)
+
+
+def test_two_equal_attentions_are_two_rows_with_nodes_of_their_own() -> None:
+    def function(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return attend(x, bias), attend(x, bias)
+
+    x, bias = operands()
+    with torch.no_grad(), collect_reports() as (reports):
+        first, second = rewritten(function, "aot_eager", kernels="flex", verify=True)(x, bias)
+    assert relative_error(first, attend(x, bias)) <= 1e-5 and torch.equal(first, second)
+    one, other = reports[0].sites
+    assert one.kernel == other.kernel == "flex" and one.nodes_after and other.nodes_after
+    assert not set(one.nodes_after) & set(other.nodes_after)
+    assert not any("could not be matched" in note for note in reports[0].notes)

@@ -137,8 +137,9 @@ class TorchSDPA:
         batch, heads, length, _ = tensor(query).shape
         if mask.opened_rows is not None:
             query = builder.call(aten.where.ScalarSelf, mask.opened_rows, 0.0, query)
-        if mask.node is not None:
-            # A permuted bias (T5's) is read slowly, or sends the call to PyTorch's MATH; layers share the copy.
+        if mask.node is not None and not same(tensor(mask.node).stride()[-1], 0):
+            # A permuted bias (T5's) is read slowly, or sends the call to PyTorch's MATH; layers share the copy. Not so
+            # one that is expanded over the keys.
             mask.node = with_unit_stride(builder, mask.node)
         fake = tensor(query).new_empty((batch, heads, length, tensor(value).shape[-1]))
         output = self._call(
