@@ -176,7 +176,7 @@ def bench_sites(
     for file in (path, table, plot):
         _check_writable(file)
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise _BadInput("--plot needs matplotlib: pip install "attnrewrite[plot]"")
+        raise _BadInput("--plot needs matplotlib: pip install 'attnrewrite[plot]'")
 
     import torch
 
