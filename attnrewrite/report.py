@@ -47,6 +47,7 @@ class SiteReport:
 
     Shapes are tuples of strings, since a size may be symbolic ("s37"); they read (batch..., heads, length, features).
     ``requested``: the kernels that were asked for here, and where; empty for the automatic choice.
+    ``slices``: that the site was merged from slices of one attention, or why slices were not merged.
     ``tolerance``: the largest relative error that a lower-precision kernel was admitted with; 0 for any other kernel.
     ``nodes_before`` and ``nodes_after`` are the names of graph nodes: the left-hand sides of the lines in
     ``GraphReport.before_code`` and ``GraphReport.after_code`` that belong to this site.
@@ -72,6 +73,7 @@ class SiteReport:
     verdicts: tuple[KernelVerdict, ...] = ()
     requested: str = ""
     tolerance: float = 0.0
+    slices: str = ""
     nodes_before: tuple[str, ...] = ()
     nodes_after: tuple[str, ...] = ()
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,11 @@ from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from attnrewrite.analysis.views import Operand, axes_of, is_layout_op, shape_of
 from attnrewrite.checks import insert_check
 from attnrewrite.choose import choose, say_unserved
+from attnrewrite.errors import KernelError
 from attnrewrite.ir import Builder, Written, is_cast, is_tensor, regions, source_location, tensor
 from attnrewrite.kernels import Kernel
-from attnrewrite.patterns import GraphView, NearMiss, catalogue
+from attnrewrite.merge import merge_slices
+from attnrewrite.patterns import Finding, GraphView, NearMiss, catalogue
 from attnrewrite.policy import Policy, Request
 from attnrewrite.report import SiteReport
 from attnrewrite.selection import request_for
@@ -66,12 +68,13 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Re
     """
     result = Rewritten()
     start = time.perf_counter()
-    findings = list(_find(gm))
+    findings = deque(_find(gm))
     result.add_time("find", start)
     replaced: dict[fx.Node, fx.Node] = {}
     written = _WrittenByRegion(gm.graph)
-    for index, finding in enumerate(findings):
-        name = f"site{index}"
+    while findings:
+        finding = findings.popleft()
+        name = f"site{len(result.sites)}"
         if isinstance(finding, NearMiss):
             result.sites.append(_row_of_near_miss(name, finding))
             continue
@@ -79,27 +82,13 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Re
         _redirect(finding, replaced)
         finding.for_inductor = policy.inner_backend == "inductor"
         row = _row(name, finding)
-        result.sites.append(row)
-        try:
-            _require_sizes(finding)
-            finding.scores = canonical_scores(finding, policy)
-        except NotAttention as reason:
-            row.reason = str(reason)
-            if isinstance(reason, RoundingDecides):
-                result.round_like_eager = result.offered = True
-                request = request_for(policy, row.location, finding.anchor)
-                if request is not None:
-                    say_unserved(request, row, row.reason)
-            result.add_time("simplify", start)
+        kernel = _simplify_and_choose(gm, finding, row, policy, asking, result)
+        if kernel is None and finding.parts:
+            findings.extendleft(reversed(_unmerged(finding, row.reason)))
+            # What was written for the whole alone.
+            _remove(gm.graph, [node for node in finding.written if not node._erased])
             continue
-        row.proof = _proof(finding)
-        row.mask = " + ".join(finding.scores.structure) or "none"
-        result.add_time("simplify", start)
-        start = time.perf_counter()
-        result.offered = True
-        request = asking(name, finding, request_for(policy, row.location, finding.anchor))
-        kernel = choose(gm, finding, request, row, policy)
-        result.add_time("choose", start)
+        result.sites.append(row)
         if kernel is None:
             continue
         start = time.perf_counter()
@@ -114,6 +103,47 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Re
         gm.graph.lint()
         gm.recompile()
     return result
+
+
+def _simplify_and_choose(
+    gm: fx.GraphModule, site: AttentionSite, row: SiteReport, policy: Policy, asking: Asking, result: Rewritten
+) -> Kernel | None:
+    """The kernel that takes the site; None if none does, and the row says why."""
+    start = time.perf_counter()
+    try:
+        _require_sizes(site)
+        site.scores = canonical_scores(site, policy)
+    except NotAttention as reason:
+        row.reason = str(reason)
+        # The slices of a whole speak for themselves.
+        if isinstance(reason, RoundingDecides) and not site.parts:
+            result.round_like_eager = result.offered = True
+            request = request_for(policy, row.location, site.anchor)
+            if request is not None:
+                say_unserved(request, row, row.reason)
+        result.add_time("simplify", start)
+        return None
+    row.proof = _proof(site)
+    row.mask = " + ".join(site.scores.structure) or "none"
+    result.add_time("simplify", start)
+    start = time.perf_counter()
+    result.offered = True
+    request = asking(row.name, site, request_for(policy, row.location, site.anchor))
+    try:
+        return choose(gm, site, request, row, policy)
+    except KernelError as refusal:
+        if not site.parts:
+            raise
+        row.reason = str(refusal)
+        return None
+    finally:
+        result.add_time("choose", start)
+
+
+def _unmerged(site: AttentionSite, reason: str) -> list[AttentionSite]:
+    for part in site.parts:
+        part.unmerged = f"the whole is not taken: {reason}"
+    return list(site.parts)
 
 
 def read_sites(gm: fx.GraphModule, policy: Policy) -> list[AttentionSite]:
@@ -131,17 +161,19 @@ def read_sites(gm: fx.GraphModule, policy: Policy) -> list[AttentionSite]:
     return sites
 
 
-def _find(gm: fx.GraphModule) -> Iterator[AttentionSite | NearMiss]:
+def _find(gm: fx.GraphModule) -> list[Finding]:
     view = GraphView(gm)
     findings = [finding for pattern in catalogue() for finding in pattern.find(view)]
     order = {node: position for position, node in enumerate(gm.graph.nodes)}
     claimed: dict[fx.Node, str] = {}
+    found: list[Finding] = []
     for finding in sorted(findings, key=lambda finding: order[finding.anchor]):
         nodes = set(finding.interior if isinstance(finding, AttentionSite) else finding.nodes)
         # Sites of one pattern may share their scores; what another pattern has read is taken.
         if all(claimed.get(node, finding.pattern) == finding.pattern for node in nodes):
             claimed.update(dict.fromkeys(nodes, finding.pattern))
-            yield finding
+            found.append(finding)
+    return merge_slices(found, view)
 
 
 def _redirect(site: AttentionSite, replaced: dict[fx.Node, fx.Node]) -> None:
@@ -150,30 +182,11 @@ def _redirect(site: AttentionSite, replaced: dict[fx.Node, fx.Node]) -> None:
     def current(operand: Operand) -> Operand:
         return Operand(replaced.get(operand.node, operand.node), operand.layout).resolved()
 
-    def scaled(mod: Scale) -> Scale:
-        return Scale(current(mod.factor), mod.divide) if isinstance(mod.factor, Operand) else mod
-
     # Other sites, found later, may have divided the axes.
     site.query_axes, site.key_axes, site.feature_axes = (
         axes_of((axes,)) for axes in (site.query_axes, site.key_axes, site.feature_axes)
     )
-    site.query, site.key, site.value = current(site.query), current(site.key), current(site.value)
-    mods: list[Any] = []
-    for mod in site.mods:
-        if isinstance(mod, Bias):
-            mod = dataclasses.replace(mod, operand=current(mod.operand), scales=tuple(map(scaled, mod.scales)))
-        elif isinstance(mod, Fill):
-            mod = dataclasses.replace(mod, condition=current(mod.condition))
-        elif isinstance(mod, Scale):
-            mod = scaled(mod)
-        mods.append(mod)
-    site.mods = tuple(mods)
-    site.weight_mods = tuple(
-        scaled(mod) if isinstance(mod, Scale) else dataclasses.replace(mod, condition=current(mod.condition))
-        for mod in site.weight_mods
-    )
-    if isinstance(site.sink, Operand):
-        site.sink = current(site.sink)
+    site.change_operands(current)
 
 
 def _require_sizes(site: AttentionSite) -> None:
@@ -225,7 +238,7 @@ def _splice(
         output = _in_memory_order_of(tensor(site.result), output, builder)
     site.result.replace_all_uses_with(output)
     replaced[site.result] = output
-    _remove(gm.graph, site.result)
+    _remove(gm.graph, site.interior if site.parts else (site.result,))
     return tuple(builder.created)
 
 
@@ -269,9 +282,9 @@ def _in_memory_order_of(original: torch.Tensor, node: fx.Node, builder: Builder)
     return builder.call(aten.permute.default, copied, [order.index(dim) for dim in range(original.dim())])
 
 
-def _remove(graph: fx.Graph, node: fx.Node) -> None:
-    """Removes a node and, one after another, what only it has read."""
-    pending = [node]
+def _remove(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
+    """Removes nodes, the last one first, and, one after another, what only they have read."""
+    pending = [*nodes]
     while pending:
         node = pending.pop()
         if node.users or node.op != "call_function" or node._erased or _has_effect(node):
@@ -331,8 +344,17 @@ def _row(name: str, site: AttentionSite) -> SiteReport:
         ),
         dropout=f"{site.dropout:g}" if site.dropout else "",
         grouping=f"{grouped} query heads share a key" if grouped else "",
+        slices=_slices_in_words(site),
         nodes_before=tuple(node.name for node in site.interior),
     )
+
+
+def _slices_in_words(site: AttentionSite) -> str:
+    if len(site.parts) == 1:
+        return "the buffer that it fills is not made"
+    if site.parts:
+        return f"merged from {len(site.parts)} slices"
+    return f"slices are not merged: {site.unmerged}" if site.unmerged else ""
 
 
 def _dtype_name(node: fx.Node) -> str:

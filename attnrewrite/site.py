@@ -7,7 +7,8 @@ it is gone: which tensor dimension is a batch, a head, a position or a feature i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -237,6 +238,9 @@ class AttentionSite:
         for_inductor: the graph goes on to Inductor.
         in_autocast: whether an autocast region is in force around the site.
         scores: the modifications in the form that kernels read, once simplified.
+        parts: the sites of the slices that this one was merged from; they stand for it where no kernel takes the whole.
+        written: nodes that hold operands of a merged site and were not in the source.
+        unmerged: why the site, whose result is put together with those of others, was not merged with them.
     """
 
     pattern: str
@@ -268,6 +272,28 @@ class AttentionSite:
     underflows: bool = False
     rounds_rows: bool = False
     scores: CanonicalScores | None = None
+    parts: tuple[AttentionSite, ...] = ()
+    written: tuple[fx.Node, ...] = ()
+    unmerged: str = ""
+
+    def change_operands(self, change: Callable[[Operand], Operand]) -> None:
+        """Replaces query, key, value, and every tensor that modifies scores or weights."""
+
+        def scaled(scale: Scale) -> Scale:
+            return Scale(change(scale.factor), scale.divide) if isinstance(scale.factor, Operand) else scale
+
+        def changed(mod: Any) -> Any:
+            if isinstance(mod, Scale):
+                return scaled(mod)
+            if isinstance(mod, Bias):
+                return replace(mod, operand=change(mod.operand), scales=tuple(map(scaled, mod.scales)))
+            return replace(mod, condition=change(mod.condition)) if isinstance(mod, (Fill, Zero)) else mod
+
+        self.query, self.key, self.value = map(change, (self.query, self.key, self.value))
+        self.mods = tuple(map(changed, self.mods))
+        self.weight_mods = tuple(map(changed, self.weight_mods))
+        if isinstance(self.sink, Operand):
+            self.sink = change(self.sink)
 
     @property
     def device(self) -> torch.device:

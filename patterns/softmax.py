@@ -30,7 +30,7 @@ from attnrewrite.analysis.weights import Softmax, WeightWalk, every_softmax, fol
 from attnrewrite.ir import tensor
 from attnrewrite.site import AttentionSite, Narrow, NotAttention, Scale
 
-from . import normalisations, score_functions
+from . import normalisations, score_functions, slices
 from .base import Finding, GraphView, NearMiss, Specimen, reader_in_words
 from .samples import Specimens, additive, keep, learned, normal, padding
 
@@ -762,7 +762,7 @@ def temperature_after_the_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, te
     return ((q @ k.mT * 8**-0.5 + mask) / temperature.exp()).softmax(-1) @ v
 
 
-@_spelling.add(_Q, _K, _V, sites=2)
+@_spelling.add(_Q, _K, _V)
 def chunks_of_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     parts = [(part @ k.mT * 8**-0.5).softmax(-1) @ v for part in q.chunk(2, dim=2)]
     return torch.cat(parts, dim=2)
@@ -788,4 +788,4 @@ def cached_keys(q: Tensor, past_k: Tensor, k: Tensor, past_v: Tensor, v: Tensor)
     return (q @ k.mT * 8**-0.5).softmax(-1) @ v
 
 
-SPECIMENS = (*_spelling, *normalisations.SPECIMENS, *score_functions.SPECIMENS)
+SPECIMENS = (*_spelling, *normalisations.SPECIMENS, *score_functions.SPECIMENS, *slices.SPECIMENS)

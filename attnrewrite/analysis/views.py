@@ -32,6 +32,7 @@ __all__ = [
     "factors_of",
     "fresh_layout",
     "peel",
+    "permutation_of",
     "pull",
     "push",
     "size_of",
@@ -205,7 +206,7 @@ _REPEATS = frozenset(
 )
 
 
-def _permutation(node: fx.Node) -> list[int] | None:
+def permutation_of(node: fx.Node) -> list[int] | None:
     """``result dim -> operand dim`` of an operator that only reorders dimensions."""
     rank = tensor(node.args[0]).dim()
     order = list(range(rank))
@@ -241,17 +242,23 @@ def is_layout_op(node: fx.Node) -> bool:
             node.target in _SHAPE_ONLY
             or node.target in _SAME_LAYOUT
             or node.target in _REPEATS
-            or _permutation(node) is not None
+            or permutation_of(node) is not None
+            or _takes_all(node)
         )
     )
+
+
+def _takes_all(node: fx.Node) -> bool:
+    """``x[:, :]``, which dynamic shapes leave in the graph."""
+    return node.target is aten.slice.Tensor and same_shape(tensor(node).shape, tensor(node.args[0]).shape)
 
 
 def pull(node: fx.Node, layout: Layout) -> Layout | None:
     """The layout of ``node``'s operand, given the layout of its result; None where that cannot be said."""
     source = tensor(node.args[0])
-    if node.target in _SAME_LAYOUT:
+    if node.target in _SAME_LAYOUT or _takes_all(node):
         return layout
-    order = _permutation(node)
+    order = permutation_of(node)
     if order is not None:
         result: list[Dim] = [()] * len(order)
         for position, dim in enumerate(order):
@@ -300,9 +307,9 @@ def _pull_repeat_interleave(node: fx.Node, layout: Layout, source: Sequence[Size
 
 def push(node: fx.Node, layout: Layout) -> Layout | None:
     """The layout of ``node``'s result, given the layout of its first operand; None where that cannot be said."""
-    if node.target in _SAME_LAYOUT:
+    if node.target in _SAME_LAYOUT or _takes_all(node):
         return layout
-    order = _permutation(node)
+    order = permutation_of(node)
     if order is not None:
         return tuple(layout[dim] for dim in order)
     if node.target in _SHAPE_ONLY:

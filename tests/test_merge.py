@@ -1,0 +1,425 @@
+"""Slices of one attention become one call where that is proved, and stay what they are where it is not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from attnrewrite.backend import collect_reports
+from tests.helpers import compile_count, gradients, relative_error, rewritten, rows
+
+Attend = Callable[..., Tensor]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float = 0.25, mask: Tensor | None = None) -> Tensor:
+    scores = q @ k.transpose(-2, -1) * scale
+    if mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1) @ v
+
+
+def operands(*batch: int, queries: int = 10, keys: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return tuple(torch.randn(*batch, length, 8, generator=generator) for length in (queries, keys, keys))  # type: ignore[return-value]
+
+
+def check(function: Attend, *inputs: Tensor, slices: int, dynamic: bool | None = None, **inner: Any) -> None:
+    """One site, merged from so many slices; values, strides and gradients are the source's."""
+    torch._dynamo.reset()
+    found = rows(function, *inputs, dynamic=dynamic)
+    assert [(row.status, row.reason, row.slices) for row in found] == [("rewritten", "", f"merged from {slices} slices")]
+    actual, expected = rewritten(function, dynamic=dynamic)(*inputs), function(*inputs)
+    assert relative_error(actual, expected) <= 1e-5
+    assert actual.stride() == expected.stride()
+    torch._dynamo.reset()
+    compiled = rewritten(function, "aot_eager", dynamic=dynamic)
+    assert relative_error(gradients(compiled, inputs), gradients(function, inputs)) <= 1e-4
+
+
+def check_kept(function: Attend, *inputs: Tensor, slices: int, reason: str) -> None:
+    """So many sites, each rewritten by itself, which say why they were not merged."""
+    found = rows(function, *inputs)
+    assert [(row.status, row.reason) for row in found] == [("rewritten", "")] * slices
+    assert [row.slices for row in found if reason not in row.slices] == []
+    torch._dynamo.reset()
+    assert relative_error(rewritten(function)(*inputs), function(*inputs)) <= 1e-5
+    torch._dynamo.reset()
+    compiled = rewritten(function, "aot_eager")
+    assert relative_error(gradients(compiled, inputs), gradients(function, inputs)) <= 1e-4
+
+
+# What is merged.
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("empty", [torch.zeros, torch.empty], ids=["zeros", "empty"])
+def test_written_into_a_buffer(size: int, empty: Callable[..., Tensor], dynamic: bool) -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result = empty(q.shape, dtype=q.dtype)
+        for start in range(0, 6, size):
+            result[start : start + size] = attend(*(t[start : start + size] for t in (q, k, v)))
+        return result
+
+    check(sliced, *operands(6), slices=-(-6 // size), dynamic=dynamic)
+
+
+def test_in_another_order() -> None:
+    """The order of writing does not matter where each part is written once."""
+
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result = torch.empty_like(q)
+        for start in (4, 0, 2):
+            result[start : start + 2] = attend(*(t[start : start + 2] for t in (q, k, v)))
+        return result
+
+    check(sliced, *operands(6), slices=3)
+
+
+def test_scaled_and_masked_slice_by_slice() -> None:
+    """What is computed entry by entry of each slice is computed of the whole."""
+
+    def sliced(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        parts = []
+        for start in range(0, 10, 4):
+            own = slice(start, start + 4)
+            added = (1.0 - mask[:, None, own].float()) * -1e4
+            parts.append(attend(q[:, :, own] * 0.5, k, v, 1.0, added))
+        return torch.cat(parts, dim=2)
+
+    mask = (torch.rand(2, 10, 7, generator=torch.Generator().manual_seed(0)) < 0.7).float()
+    check(sliced, *operands(2, 3), mask, slices=3)
+
+
+def test_causal_slices_of_queries() -> None:
+    """Positions that are counted for each slice are positions of the whole, and the mask is proved of it."""
+
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = []
+        for start in range(0, 10, 5):
+            own = torch.arange(start, start + 5)
+            future = torch.arange(10) > own[:, None]
+            scores = q[:, start : start + 5] @ k.mT * 0.25
+            parts.append(scores.masked_fill(future, float("-inf")).softmax(-1) @ v)
+        return torch.cat(parts, dim=1)
+
+    inputs = operands(3, keys=10)
+    check(sliced, *inputs, slices=2)
+    torch._dynamo.reset()
+    (row,) = rows(sliced, *inputs)
+    assert row.mask == "causal"
+
+
+def test_batches_heads_and_queries_at_once() -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result = q.new_zeros(q.shape)
+        for b in range(2):
+            for heads in (slice(0, 1), slice(1, 3)):
+                for start in (0, 6):
+                    own = q[b, heads, start : start + 6]
+                    result[b, heads, start : start + 6] = attend(own, k[b, heads], v[b, heads])
+        return result
+
+    check(sliced, *operands(2, 3), slices=8)
+
+
+def test_stacked_within_a_concatenation() -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        halves = []
+        for half in (slice(0, 5), slice(5, 10)):
+            halves.append(torch.stack([attend(q[b, :, half], k[b], v[b]) for b in range(2)]))
+        return torch.cat(halves, dim=2)
+
+    check(sliced, *operands(2, 3), slices=4)
+
+
+def test_query_after_query() -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([attend(q[:, i : i + 1], k, v) for i in range(4)], dim=1)
+
+    check(sliced, *operands(3, queries=4), slices=4)
+
+
+def test_dropout_keeps_its_probability() -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([F.dropout((a @ k.mT).softmax(-1), 0.5) @ v for a in q.chunk(2, dim=1)], dim=1)
+
+    q, k, v = operands(3)
+    (row,) = rows(sliced, q, k, v)
+    assert (row.dropout, row.slices) == ("0.5", "merged from 2 slices")
+    generous = [rewritten(sliced)(q, k, v) for _ in range(400)]
+    expected = (q @ k.mT).softmax(-1) @ v
+    assert relative_error(torch.stack(generous).mean(0), expected) < 0.2
+
+
+def test_calls_with_causal_masks_by_batch() -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = zip(q.chunk(2), k.chunk(2), v.chunk(2), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*own, is_causal=True) for own in parts])
+
+    check(sliced, *operands(4, 2), slices=2)
+
+
+def test_symbolic_slice_sizes_need_no_more_compilations() -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        size = q.shape[1] // 3 + 1
+        return torch.cat([attend(part, k, v) for part in q.split(size, dim=1)], dim=1)
+
+    calls = [operands(3, queries=queries) for queries in (10, 13, 19)]
+    allowed = compile_count(sliced, calls, "aot_eager")
+    torch._dynamo.reset()
+    function = rewritten(sliced, "aot_eager", dynamic=True)
+    with collect_reports() as graphs:
+        for inputs in calls:
+            assert relative_error(function(*inputs), sliced(*inputs)) <= 1e-5
+    assert {row.slices for graph in graphs for row in graph.sites} == {"merged from 3 slices"}
+    assert len(graphs) <= allowed
+
+
+def test_two_layers_of_slices() -> None:
+    def layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for _ in range(2):
+            q = torch.cat([attend(part, k, v) for part in q.chunk(2, dim=1)], dim=1)
+        return q
+
+    inputs = operands(3)
+    assert [row.slices for row in rows(layers, *inputs)] == ["merged from 2 slices"] * 2
+    assert relative_error(rewritten(layers)(*inputs), layers(*inputs)) <= 1e-5
+
+
+@pytest.mark.parametrize("inner", ["inductor"])
+def test_through_inductor(inner: str) -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result = torch.zeros_like(q)
+        for start in range(0, 6, 4):
+            result[start : start + 4] = attend(*(t[start : start + 4] for t in (q, k, v)))
+        return result
+
+    inputs = operands(6)
+    actual = gradients(rewritten(sliced, inner), inputs)
+    assert relative_error(actual, gradients(sliced, inputs)) <= 1e-4
+
+
+def axes_and_partitions() -> st.SearchStrategy[dict[int, list[int]]]:
+    """For some of batch, heads and queries the sizes of the slices; they add up to 2, 4 and 6."""
+
+    def sizes(total: int) -> st.SearchStrategy[list[int]]:
+        cuts = st.sets(st.integers(1, total - 1), min_size=1, max_size=2).map(sorted)
+        return cuts.map(lambda at: [b - a for a, b in itertools.pairwise([0, *at, total])])
+
+    return st.fixed_dictionaries({}, optional={0: sizes(2), 1: sizes(4), 2: sizes(6)}).filter(bool)
+
+
+@settings(max_examples=25, deadline=None)
+@given(axes_and_partitions(), st.booleans(), st.booleans(), st.randoms(use_true_random=False))
+def test_any_partition_of_any_axes(parts: dict[int, list[int]], masked: bool, joined: bool, order: Any) -> None:
+    spans = {axis: list(itertools.pairwise([0, *itertools.accumulate(sizes)])) for axis, sizes in parts.items()}
+    boxes = [dict(zip(spans, choice, strict=True)) for choice in itertools.product(*spans.values())]
+    joined = joined and len(spans) == 1
+    if not joined:
+        order.shuffle(boxes)
+
+    def part(t: Tensor, box: dict[int, tuple[int, int]], axes: tuple[int, ...]) -> Tensor:
+        for axis in axes:
+            if axis in box:
+                t = t.narrow(axis, box[axis][0], box[axis][1] - box[axis][0])
+        return t
+
+    def sliced(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        result = torch.zeros_like(q)
+        results = []
+        for box in boxes:
+            own = part(mask, box, (0, 2)) if masked else None
+            one = attend(part(q, box, (0, 1, 2)), part(k, box, (0, 1)), part(v, box, (0, 1)), 0.25, own)
+            results.append(one)
+            if not joined:
+                index = tuple(slice(*box[axis]) if axis in box else slice(None) for axis in range(3))
+                result[index] = one
+        return torch.cat(results, dim=next(iter(spans))) if joined else result
+
+    mask = torch.randn(2, 1, 6, 5, generator=torch.Generator().manual_seed(0))
+    inputs = (*operands(2, 4, queries=6, keys=5), mask)
+    check(sliced, *inputs, slices=len(boxes))
+
+
+# What is not merged.
+
+
+def test_gap_keeps_its_zeros() -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result = torch.zeros_like(q)
+        for start in (0, 4):
+            result[start : start + 2] = attend(*(t[start : start + 2] for t in (q, k, v)))
+        return result
+
+    check_kept(sliced, *operands(6), slices=2, reason="not known to cover the whole exactly once")
+
+
+def test_overlap() -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result = torch.zeros_like(q)
+        for start in (0, 2):
+            result[start : start + 4] = attend(*(t[start : start + 4] for t in (q, k, v)))
+        return result
+
+    check_kept(sliced, *operands(6), slices=2, reason="slices overlap")
+
+
+def test_overlap_in_a_concatenation() -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([attend(q[:, 0:6], k, v), attend(q[:, 4:10], k, v)], dim=1)
+
+    check_kept(sliced, *operands(3), slices=2, reason="the query is not sliced as the result is")
+
+
+def test_put_together_in_another_order() -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([attend(part, k, v) for part in reversed(q.split(5, dim=1))], dim=1)
+
+    check_kept(sliced, *operands(3), slices=2, reason="the query is not sliced as the result is")
+
+
+def test_another_scale_in_one_slice() -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([attend(part, k, v, 0.25 + i) for i, part in enumerate(q.chunk(2, dim=1))], dim=1)
+
+    check_kept(sliced, *operands(3), slices=2, reason="the slices differ in their scale")
+
+
+def test_another_key_in_one_slice() -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first, second = q.chunk(2, dim=1)
+        return torch.cat([attend(first, k, v), attend(second, v, v)], dim=1)
+
+    check_kept(sliced, *operands(3), slices=2, reason="the key of the slices is not one tensor")
+
+
+def test_keys_of_another_slice() -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = [attend(q[i : i + 2], k[4 - i : 6 - i], v[i : i + 2]) for i in (0, 2, 4)]
+        return torch.cat(parts)
+
+    check_kept(sliced, *operands(6), slices=3, reason="the key is not sliced as the result is")
+
+
+def test_one_key_for_all_slices() -> None:
+    """The first two batches' keys for every two batches: not a broadcast, so no operand lacks the axis."""
+
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([attend(part, k[:2], v[:2]) for part in q.split(2)])
+
+    check_kept(sliced, *operands(6), slices=3, reason="")
+
+
+def test_shared_key_is_not_sliced() -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = k[:2], v[:2]
+        return torch.cat([attend(part, k, v) for part in q.split(2)])
+
+    check_kept(sliced, *operands(6), slices=3, reason="the slices share the key, along the axis that they are slices of")
+
+
+def test_key_that_is_longer_than_the_whole() -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([attend(q[i : i + 2], k[i : i + 2], v[i : i + 2]) for i in (0, 2)])
+
+    q, k, v = operands(6)
+    check_kept(sliced, q[:4].contiguous(), k, v, slices=2, reason="the slices leave a part of the key")
+
+
+def test_mask_of_another_slice() -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return torch.cat([attend(part, k, v, 0.25, mask[:, :5]) for part in q.split(5, dim=1)], dim=1)
+
+    mask = torch.randn(3, 10, 7)
+    check_kept(sliced, *operands(3), mask, slices=2, reason="mask")
+
+
+def test_slice_that_is_read_by_itself() -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first, second = (attend(part, k, v) for part in q.chunk(2, dim=1))
+        return torch.cat([first, second], dim=1) * first.mean()
+
+    check_kept(sliced, *operands(3), slices=2, reason="a slice is read by itself, too (mean")
+
+
+def test_buffer_that_is_read_on_the_way() -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result = torch.zeros_like(q)
+        result[:, :5] = attend(q[:, :5], k, v)
+        half = result.sum()
+        result[:, 5:] = attend(q[:, 5:], k, v)
+        return result * half
+
+    check_kept(sliced, *operands(3), slices=2, reason="a slice is read by itself, too (sum")
+
+
+def test_causal_calls_of_queries() -> None:
+    """Each call counts from its own first query."""
+
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = [F.scaled_dot_product_attention(part, k, v, is_causal=True) for part in q.chunk(2, dim=-2)]
+        return torch.cat(parts, dim=-2)
+
+    check_kept(sliced, *operands(2, 3), slices=2, reason="its own first query")
+
+
+def test_something_else_beside_slices() -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first, second, last = q.split([4, 4, 2], dim=1)
+        return torch.cat([attend(first, k, v), attend(second, k, v), last], dim=1)
+
+    check_kept(sliced, *operands(3), slices=2, reason="something else than attention is put beside a slice")
+
+
+def test_half_of_it_without_gradients() -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first, second = q.chunk(2, dim=1)
+        with torch.no_grad():
+            one = attend(first, k, v)
+        return torch.cat([one, attend(second, k, v)], dim=1)
+
+    check_kept(sliced, *operands(3), slices=2, reason="slices are not merged")
+
+
+def test_slices_taken_without_gradients() -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.no_grad():
+            parts = [(k[i : i + 3], v[i : i + 3]) for i in (0, 3)]
+        return torch.cat([attend(q[i * 3 : i * 3 + 3], *own) for i, own in enumerate(parts)])
+
+    check_kept(sliced, *operands(6), slices=2, reason="grad mode")
+
+
+def test_checkpointed_slices() -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = [checkpoint(attend, part, k, v, use_reentrant=False) for part in q.chunk(2, dim=1)]
+        return torch.cat(parts, dim=1)
+
+    check_kept(sliced, *operands(3), slices=2, reason="checkpointed one by one")
+
+
+def test_different_attentions_side_by_side_say_nothing() -> None:
+    def two(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([attend(q, k, v), attend(q * 2, v, k)], dim=1)
+
+    assert [row.slices for row in rows(two, *operands(3))] == ["", ""]
+
+
+def test_slices_stay_where_no_kernel_takes_the_whole() -> None:
+    """Two heads as groups of one key are for one kernel what three groups are not: the slices stand for themselves."""
+
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([attend(part, k, v).tanh() if part is None else attend(part, k, v) for part in q.chunk(2)])
+
+    q, k, v = operands(4)
+    assert [row.slices for row in rows(sliced, q, k[:1].contiguous(), v[:1].contiguous())] == ["merged from 2 slices"]
