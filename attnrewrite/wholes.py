@@ -75,6 +75,9 @@ class Wholes:
         first = nodes[0]
         if all(node is first for node in nodes):
             return Whole(first, tuple(range(tensor(first).dim())), {})
+        if all(self._equal(node, first) for node in nodes):
+            # It was computed anew for each slice.
+            return Whole(first, tuple(range(tensor(first).dim())), {})
         if not all(map(self._may_move, nodes)):
             raise NotSlices(f"the {what} of the slices is computed where grad mode or autocast is another")
         taken = [part for part in map(taken_from, nodes) if part is not None]
@@ -85,9 +88,24 @@ class Wholes:
                 return self._counted(nodes, what)
             if is_cast(first) or (torch.Tag.pointwise in _tags(first) and _is_pure(first)):
                 return self._entry_by_entry(nodes, what)
-            if first.target is aten.unsqueeze.default or permutation_of(first) is not None:
+            if is_tensor(first.args[0]) and (
+                first.target is aten.unsqueeze.default or permutation_of(first) is not None
+            ):
                 return self._rearranged(nodes, what)
         raise NotSlices(f"the {what} of the slices is not one tensor, sliced")
+
+    def _equal(self, a: fx.Node, b: fx.Node) -> bool:
+        """Whether two nodes compute the same, from the same."""
+        if a is b:
+            return True
+        if a.op != "call_function" or a.target is not b.target or not (_is_pure(a) and _is_pure(b)):
+            return False
+        if a.kwargs != b.kwargs or len(a.args) != len(b.args) or not (self._may_move(a) and self._may_move(b)):
+            return False
+        return all(
+            self._equal(x, y) if is_tensor(x) and is_tensor(y) else same_argument(x, y)
+            for x, y in zip(a.args, b.args, strict=True)
+        )
 
     def _sliced(self, taken: Sequence[Taken], what: str) -> Whole:
         whole = self.of([part.source for part in taken], what)
@@ -210,4 +228,6 @@ def same_argument(a: Any, b: Any) -> bool:
     if isinstance(a, fx.Node) and isinstance(b, fx.Node):
         numbers = [value for value in (a.meta.get("val"), b.meta.get("val")) if isinstance(value, _SYMBOLIC)]
         return a is b or (len(numbers) == 2 and statically_known_true(numbers[0] == numbers[1]))
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(same_argument, a, b))
     return type(a) is type(b) and not isinstance(a, fx.Node) and bool(a == b)

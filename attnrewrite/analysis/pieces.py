@@ -260,8 +260,9 @@ def _written(node: fx.Node, into: Assembly, source: Assembly) -> Assembly:
     taken = Taken(args[0], dim, span, selected)
     before = _restricted(into, taken)
     if before is None:
-        problem = into.problem or "slices overlap"
-        return replace(into, nodes=into.nodes | {node}, problem=problem)
+        piece = _placed(_whole_piece(args[1]).pieces[0], dim, span, selected)
+        nodes = into.nodes | {node}
+        return Assembly((*into.pieces, piece), into.ground, nodes, into.problem or "slices overlap")
     covered = bool(source.pieces) and grid(source.pieces, tensor(args[1]).shape) is not None
     if not covered and not (source.ground is not None and _same_ground(source.ground, before.ground)):
         source = _whole_piece(args[1])
