@@ -204,8 +204,13 @@ _FACTORIES = frozenset(
 
 def _require_one_region(whole: fx.Node, assembly: Assembly, slices: list[_Slice], view: GraphView) -> None:
     buffer = assembly.buffer
-    if buffer is not None and buffer.target not in _FACTORIES and slices[0].site.differentiable:
-        raise NotSlices("the slices are written into a tensor that may have a gradient, if only one of zeros")
+    if buffer is not None and buffer.target not in _FACTORIES:
+        if buffer.op == "call_function":
+            raise NotSlices("the slices are written into a tensor that was computed, which is not left out")
+        if slices[0].site.differentiable:
+            raise NotSlices("the slices are written into a tensor that may have a gradient, if only one of zeros")
+    if any(tensor(part.site.result).dtype is not tensor(whole).dtype for part in slices):
+        raise NotSlices("the slices have another dtype than the whole")
     tags = {tuple(str(part.site.result.meta.get(tag)) for tag in ("recompute", "ac_graph_id")) for part in slices}
     if len(tags) > 1:
         raise NotSlices("the slices are checkpointed one by one")

@@ -23,6 +23,10 @@ __all__ = ["NotSlices", "Whole", "Wholes", "same_argument"]
 aten = torch.ops.aten
 
 
+_FAR = 8
+"""How many steps back what is computed anew for each slice is compared: a mask is made in as many."""
+
+
 class NotSlices(Exception):
     """Why sites whose results are put together stay sites of their own."""
 
@@ -65,6 +69,7 @@ class Wholes:
         self._sizes = sizes
         self._builder = builder
         self._may_move = may_move
+        self._found: dict[tuple[fx.Node, ...], Whole] = {}
 
     def of(self, nodes: Sequence[fx.Node], what: str) -> Whole:
         """What ``nodes`` are slices of, one node for each slice; ``what`` they are in words.
@@ -72,6 +77,12 @@ class Wholes:
         Raises:
             NotSlices: it is nothing that is known to be sliced along these ranges.
         """
+        key = tuple(nodes)
+        if key not in self._found:
+            self._found[key] = self._look_for(nodes, what)
+        return self._found[key]
+
+    def _look_for(self, nodes: Sequence[fx.Node], what: str) -> Whole:
         first = nodes[0]
         if all(node is first for node in nodes):
             return Whole(first, tuple(range(tensor(first).dim())), {})
@@ -86,7 +97,7 @@ class Wholes:
         if all(_same_call(node, first) for node in nodes):
             if first.target is aten.arange.start:
                 return self._counted(nodes, what)
-            if is_cast(first) or (torch.Tag.pointwise in _tags(first) and _is_pure(first)):
+            if is_cast(first) or _is_pointwise(first):
                 return self._entry_by_entry(nodes, what)
             if is_tensor(first.args[0]) and (
                 first.target is aten.unsqueeze.default or permutation_of(first) is not None
@@ -94,17 +105,17 @@ class Wholes:
                 return self._rearranged(nodes, what)
         raise NotSlices(f"the {what} of the slices is not one tensor, sliced")
 
-    def _equal(self, a: fx.Node, b: fx.Node) -> bool:
-        """Whether two nodes compute the same, from the same."""
+    def _equal(self, a: fx.Node, b: fx.Node, steps: int = _FAR) -> bool:
+        """Whether two nodes compute the same, from the same, as far as a few steps tell."""
         if a is b:
             return True
-        if a.op != "call_function" or a.target is not b.target or not (_is_pure(a) and _is_pure(b)):
+        if not steps or a.op != "call_function" or a.target is not b.target or not (_is_pure(a) and _is_pure(b)):
             return False
         if a.kwargs != b.kwargs or len(a.args) != len(b.args) or not (self._may_move(a) and self._may_move(b)):
             return False
+        pairs: list[tuple[Any, Any]] = list(zip(a.args, b.args, strict=True))
         return all(
-            self._equal(x, y) if is_tensor(x) and is_tensor(y) else same_argument(x, y)
-            for x, y in zip(a.args, b.args, strict=True)
+            self._equal(x, y, steps - 1) if is_tensor(x) and is_tensor(y) else same_argument(x, y) for x, y in pairs
         )
 
     def _sliced(self, taken: Sequence[Taken], what: str) -> Whole:
@@ -202,7 +213,7 @@ def _same_call(a: fx.Node, b: fx.Node) -> bool:
         and is_tensor(a)
         and is_tensor(b)
         and tensor(a).dim() == tensor(b).dim()
-        and (a.target is aten.arange.start or a.args[1:] == b.args[1:] or torch.Tag.pointwise in _tags(a))
+        and (a.target is aten.arange.start or a.args[1:] == b.args[1:] or _is_pointwise(a))
     )
 
 
@@ -211,8 +222,20 @@ def _tags(node: fx.Node) -> Sequence[torch.Tag]:
 
 
 def _is_pure(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and not schema.is_mutable and torch.Tag.nondeterministic_seeded not in _tags(node)
+    """Whether the operator gives the same each time that it is called; of operators of others that is not known."""
+    target: Any = node.target
+    schema = getattr(target, "_schema", None)
+    random = torch.Tag.nondeterministic_seeded in _tags(node)
+    return schema is not None and target.namespace == "aten" and not schema.is_mutable and not random
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    """Whether an entry of the result depends on the entries of the arguments that broadcast to its place alone."""
+    return _is_pure(node) and (torch.Tag.pointwise in _tags(node) or node.target in _WHERE)
+
+
+_WHERE = frozenset({aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar})
+"""Not all of them have the tag."""
 
 
 def _value(argument: Any) -> Any:

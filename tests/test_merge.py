@@ -73,7 +73,9 @@ def test_written_into_a_buffer(size: int, empty: Callable[..., Tensor], dynamic:
     def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         result = empty(q.shape, dtype=q.dtype)
         for start in range(0, q.shape[0], size):
-            result[start : start + size] = attend(*(t[start : start + size] for t in (q, k, v)))
+            result[start : start + size] = attend(
+                q[start : start + size], k[start : start + size], v[start : start + size]
+            )
         return result
 
     check(sliced, *operands(6), slices=-(-6 // size), dynamic=dynamic)
@@ -85,7 +87,7 @@ def test_in_another_order() -> None:
     def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         result = torch.empty_like(q)
         for start in (4, 0, 2):
-            result[start : start + 2] = attend(*(t[start : start + 2] for t in (q, k, v)))
+            result[start : start + 2] = attend(q[start : start + 2], k[start : start + 2], v[start : start + 2])
         return result
 
     check(sliced, *operands(6), slices=3)
@@ -178,7 +180,7 @@ def test_calls_with_causal_masks_by_batch() -> None:
 def test_symbolic_slice_sizes_need_no_more_compilations() -> None:
     def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         size = q.shape[1] // 3 + 1
-        return torch.cat([attend(part, k, v) for part in q.split(size, dim=1)], dim=1)
+        return torch.cat([attend(part, k, v) for part in torch.split(q, size, dim=1)], dim=1)
 
     calls = [operands(3, queries=queries) for queries in (10, 13, 19)]
     allowed = compile_count(sliced, calls, "aot_eager")
@@ -207,7 +209,7 @@ def test_through_inductor(inner: str) -> None:
     def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         result = torch.zeros_like(q)
         for start in range(0, 6, 4):
-            result[start : start + 4] = attend(*(t[start : start + 4] for t in (q, k, v)))
+            result[start : start + 4] = attend(q[start : start + 4], k[start : start + 4], v[start : start + 4])
         return result
 
     inputs = operands(6)
@@ -257,14 +259,130 @@ def test_any_partition_of_any_axes(parts: dict[int, list[int]], masked: bool, jo
     check_values(sliced, *inputs, slices=len(boxes))
 
 
+# The classes that slices are known from.
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("upcast", [False, True], ids=["as_is", "upcast"])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_sliced_processor_of_diffusers(size: int, upcast: bool, masked: bool) -> None:
+    processors = pytest.importorskip("diffusers.models.attention_processor")
+    torch.manual_seed(0)
+    attention = processors.Attention(
+        32,
+        heads=4,
+        dim_head=8,
+        upcast_attention=upcast,
+        upcast_softmax=upcast,
+        processor=processors.SlicedAttnProcessor(size),
+    )
+    mask = torch.zeros(2, 1, 16).masked_fill(torch.rand(2, 1, 16) < 0.4, -10000.0) if masked else None
+    # Gradients of the smallest number of slices; those of any number are compared above.
+    compare = check if size == 3 else check_values
+    compare(lambda x: attention(x, attention_mask=mask), torch.randn(2, 16, 32), slices=-(-8 // size))
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_sliced_processor_with_added_keys_of_diffusers(size: int, dynamic: bool) -> None:
+    processors = pytest.importorskip("diffusers.models.attention_processor")
+    torch.manual_seed(0)
+    attention = processors.Attention(
+        32,
+        heads=4,
+        dim_head=8,
+        added_kv_proj_dim=32,
+        norm_num_groups=4,
+        residual_connection=True,
+        bias=True,
+        processor=processors.SlicedAttnAddedKVProcessor(size),
+    )
+    text = torch.randn(2, 7, 32)
+    image = torch.randn(2, 32, 4, 4)
+    check_values(
+        lambda x: attention(x, encoder_hidden_states=text), image, slices=-(-8 // size), dynamic=dynamic or None
+    )
+
+
+def test_unet_of_diffusers_with_sliced_attention() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    ).eval()
+    unet.set_attention_slice(3)
+
+    def run(x: Tensor, text: Tensor) -> Tensor:
+        sample: Tensor = unet(x, 3, encoder_hidden_states=text).sample
+        return sample
+
+    inputs = (torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16))
+    with torch.no_grad(), collect_reports() as graphs:
+        actual = rewritten(run)(*inputs)
+        expected = run(*inputs)
+    found = [row for graph in graphs for row in graph.sites]
+    assert found and all(row.status == "rewritten" and row.slices.startswith("merged from") for row in found)
+    assert relative_error(actual, expected) <= 1e-5
+
+
 # What is not merged.
+
+
+def test_windows_of_keys() -> None:
+    """DiffSynth's chunked sliding window: the keys differ from slice to slice."""
+
+    def windows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = []
+        for start in range(0, 12, 4):
+            own, near = torch.arange(start, start + 4), torch.arange(max(0, start - 3), min(12, start + 7))
+            keep = (own[:, None] - near[None, :]).abs() <= 3
+            scores = q[:, start : start + 4] @ k[:, max(0, start - 3) : start + 7].mT * 0.25
+            weights = scores.masked_fill(~keep, float("-inf")).softmax(-1)
+            parts.append(weights @ v[:, max(0, start - 3) : start + 7])
+        return torch.cat(parts, dim=1)
+
+    check_kept(windows, *operands(3, queries=12, keys=12), slices=3, reason="the key is not sliced as the result is")
+
+
+def test_buffer_of_the_caller() -> None:
+    """Without gradients what is overwritten does not matter; the caller's tensor holds the result."""
+
+    def sliced(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+        for start in (0, 5):
+            out[:, start : start + 5] = attend(q[:, start : start + 5], k, v)
+        return out
+
+    q, k, v = operands(3)
+    given, expected = torch.zeros_like(q), torch.zeros_like(q)
+    with collect_reports() as graphs:
+        rewritten(sliced)(q, k, v, given)
+    assert [row.slices for graph in graphs for row in graph.sites] == ["merged from 2 slices"]
+    assert relative_error(given, sliced(q, k, v, expected)) <= 1e-5
+
+
+def test_verified_like_any_other_site() -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([attend(part, k, v) for part in torch.split(q, 5, dim=1)], dim=1)
+
+    inputs = operands(3)
+    with collect_reports() as graphs:
+        actual = rewritten(sliced, verify=True, checks=True)(*inputs)
+    assert relative_error(actual, sliced(*inputs)) <= 1e-5
+    assert [note for graph in graphs for note in graph.notes if "verif" in note] != []
 
 
 def test_gap_keeps_its_zeros() -> None:
     def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         result = torch.zeros_like(q)
         for start in (0, 4):
-            result[start : start + 2] = attend(*(t[start : start + 2] for t in (q, k, v)))
+            result[start : start + 2] = attend(q[start : start + 2], k[start : start + 2], v[start : start + 2])
         return result
 
     check_kept(sliced, *operands(6), slices=2, reason="not known to cover the whole exactly once")
@@ -274,7 +392,7 @@ def test_overlap() -> None:
     def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         result = torch.zeros_like(q)
         for start in (0, 2):
-            result[start : start + 4] = attend(*(t[start : start + 4] for t in (q, k, v)))
+            result[start : start + 4] = attend(q[start : start + 4], k[start : start + 4], v[start : start + 4])
         return result
 
     check_kept(sliced, *operands(6), slices=2, reason="slices overlap")
@@ -289,7 +407,7 @@ def test_overlap_in_a_concatenation() -> None:
 
 def test_put_together_in_another_order() -> None:
     def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.cat([attend(part, k, v) for part in reversed(q.split(5, dim=1))], dim=1)
+        return torch.cat([attend(part, k, v) for part in reversed(torch.split(q, 5, dim=1))], dim=1)
 
     check_kept(sliced, *operands(3), slices=2, reason="the query is not sliced as the result is")
 
@@ -321,7 +439,7 @@ def test_one_key_for_all_slices() -> None:
     """The first two batches' keys for every two batches: not a broadcast, so no operand lacks the axis."""
 
     def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.cat([attend(part, k[:2], v[:2]) for part in q.split(2)])
+        return torch.cat([attend(part, k[:2], v[:2]) for part in torch.split(q, 2)])
 
     check_kept(sliced, *operands(6), slices=3, reason="")
 
@@ -329,7 +447,7 @@ def test_one_key_for_all_slices() -> None:
 def test_shared_key_is_not_sliced() -> None:
     def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = k[:2], v[:2]
-        return torch.cat([attend(part, k, v) for part in q.split(2)])
+        return torch.cat([attend(part, k, v) for part in torch.split(q, 2)])
 
     check_kept(
         sliced, *operands(6), slices=3, reason="the slices share the key, along the axis that they are slices of"
@@ -346,7 +464,7 @@ def test_key_that_is_longer_than_the_whole() -> None:
 
 def test_mask_of_another_slice() -> None:
     def sliced(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        return torch.cat([attend(part, k, v, 0.25, mask[:, :5]) for part in q.split(5, dim=1)], dim=1)
+        return torch.cat([attend(part, k, v, 0.25, mask[:, :5]) for part in torch.split(q, 5, dim=1)], dim=1)
 
     mask = torch.randn(3, 10, 7)
     check_kept(sliced, *operands(3), mask, slices=2, reason="mask")
@@ -383,7 +501,7 @@ def test_causal_calls_of_queries() -> None:
 
 def test_something_else_beside_slices() -> None:
     def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        first, second, last = q.split([4, 4, 2], dim=1)
+        first, second, last = torch.split(q, [4, 4, 2], dim=1)
         return torch.cat([attend(first, k, v), attend(second, k, v), last], dim=1)
 
     check_kept(sliced, *operands(3), slices=2, reason="something else than attention is put beside a slice")
