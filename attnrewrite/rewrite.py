@@ -68,13 +68,13 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Re
     """
     result = Rewritten()
     start = time.perf_counter()
-    findings = deque(_find(gm))
+    # A site has the same name whatever becomes of others: what it is asked for goes by names.
+    findings = deque((f"site{index}", finding) for index, finding in enumerate(_find(gm)))
     result.add_time("find", start)
     replaced: dict[fx.Node, fx.Node] = {}
     written = _WrittenByRegion(gm.graph)
     while findings:
-        finding = findings.popleft()
-        name = f"site{len(result.sites)}"
+        name, finding = findings.popleft()
         if isinstance(finding, NearMiss):
             result.sites.append(_row_of_near_miss(name, finding))
             continue
@@ -84,9 +84,9 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Re
         row = _row(name, finding)
         kernel = _simplify_and_choose(gm, finding, row, policy, asking, result)
         if kernel is None and finding.parts:
-            findings.extendleft(reversed(_unmerged(finding, row.reason)))
-            # What was written for the whole alone.
-            _remove(gm.graph, [node for node in finding.written if not node._erased])
+            parts = enumerate(_unmerged(finding, row.reason))
+            findings.extendleft(reversed([(f"{name}_{number}", part) for number, part in parts]))
+            _remove(gm.graph, finding.written)
             continue
         result.sites.append(row)
         if kernel is None:
@@ -97,7 +97,9 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Re
         if policy.checks:
             check = insert_check(gm, finding, created, row.location)
             created = created if check is None else (check, *created)
-        row.nodes_after = tuple(node.name for node in created)
+        # A mask that was proved is not read.
+        _remove(gm.graph, finding.written)
+        row.nodes_after = tuple(node.name for node in (*finding.written, *created) if not node._erased)
         result.add_time("splice", start)
     if result.changed:
         gm.graph.lint()
@@ -287,7 +289,7 @@ def _remove(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
     pending = [*nodes]
     while pending:
         node = pending.pop()
-        if node.users or node.op != "call_function" or node._erased or _has_effect(node):
+        if node._erased or node.users or node.op != "call_function" or _has_effect(node):
             continue
         pending.extend(node.all_input_nodes)
         graph.erase_node(node)

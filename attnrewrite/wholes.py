@@ -99,8 +99,10 @@ class Wholes:
                 return self._counted(nodes, what)
             if is_cast(first) or _is_pointwise(first):
                 return self._entry_by_entry(nodes, what)
-            if is_tensor(first.args[0]) and (
-                first.target is aten.unsqueeze.default or permutation_of(first) is not None
+            if (
+                first.args
+                and is_tensor(first.args[0])
+                and (first.target is aten.unsqueeze.default or permutation_of(first) is not None)
             ):
                 return self._rearranged(nodes, what)
         raise NotSlices(f"the {what} of the slices is not one tensor, sliced")

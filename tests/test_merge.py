@@ -368,10 +368,11 @@ def test_buffer_of_the_caller() -> None:
 
 
 def test_verified_like_any_other_site() -> None:
-    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.cat([attend(part, k, v) for part in torch.split(q, 5, dim=1)], dim=1)
+    def sliced(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        parts = zip(torch.split(q, 5, dim=1), torch.split(mask, 5, dim=1), strict=True)
+        return torch.cat([attend(part * 2, k, v, 0.25, own * 3) for part, own in parts], dim=1)
 
-    inputs = operands(3)
+    inputs = (*operands(3), torch.randn(3, 10, 7))
     with collect_reports() as graphs:
         actual = rewritten(sliced, verify=True, checks=True)(*inputs)
     assert relative_error(actual, sliced(*inputs)) <= 1e-5
