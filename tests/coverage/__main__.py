@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import time
-import warnings
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import click
 import torch
 from rich.console import Console
 
+from tests.coverage.apart import apart
 from tests.coverage.machine import describe
 from tests.coverage.measure import CASES, measure, warm_up
 from tests.coverage.table import line, markdown
@@ -42,7 +40,7 @@ def main(
 
     With --only and a --json file that exists, the rows of the named models are replaced in it.
     """
-    results = json.loads(from_json.read_text()) if from_json else {**describe(ROOT), "seconds": 0, "rows": []}
+    results = json.loads(from_json.read_text()) if from_json else empty()
     if not from_json:
         old = json.loads(json_file.read_text())["rows"] if only and json_file and json_file.exists() else []
         console = Console(soft_wrap=True, highlight=False)
@@ -60,31 +58,15 @@ def main(
         write.write_text(markdown(results))
 
 
+def empty() -> dict[str, Any]:
+    packages = {case.package for case in CASES.values()}
+    return {**describe(ROOT, "tests.coverage", packages), "seconds": 0, "rows": []}
+
+
 def measured(name: str, gradients: bool, timeout: int) -> dict[str, Any]:
     case = CASES[name]
     lost = {"name": name, "package": case.package, "form": case.form, "sites": case.sites}
-    # A fork finds PyTorch loaded and warm, which is most of the time that a small model takes.
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_send, args=(sender, name, gradients))
-    child.start()
-    sender.close()
-    try:
-        if not receiver.poll(timeout):
-            return {**lost, "failures": {"process": f"took more than {timeout} s"}}
-        row: dict[str, Any] = receiver.recv()
-        return row
-    except EOFError:
-        child.join()
-        return {**lost, "failures": {"process": f"exit status {child.exitcode}"}}
-    finally:
-        child.kill()
-        child.join()
-
-
-def _send(sender: Connection, name: str, gradients: bool) -> None:
-    warnings.simplefilter("ignore")
-    sender.send(measure(CASES[name], gradients=gradients))
+    return {**lost, **apart(lambda: measure(case, gradients=gradients), timeout)}
 
 
 def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,21 +7,21 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.coverage.measure import CASES
-
 __all__ = ["describe"]
 
 
-def describe(root: Path) -> dict[str, Any]:
-    packages = {"attnrewrite", "torch", "transformers", "diffusers", *(case.package for case in CASES.values())}
+def describe(root: Path, module: str, packages: Iterable[str]) -> dict[str, Any]:
+    """``module`` is what was run with ``python -m``; ``packages`` are those that were measured."""
+    packages = {"attnrewrite", "torch", "transformers", "diffusers", *packages}
     return {
-        "command": shlex.join(["python", "-m", "tests.coverage", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "commit": _git(root, "rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
         "device": f"{_processor()}, {os.cpu_count()} logical cores",

@@ -21,7 +21,19 @@ from tests.coverage import entries_packages, entries_transformers
 from tests.coverage.case import Case
 from tests.helpers import outputs, rewritten
 
-__all__ = ["CASES", "GRADIENT_LIMIT", "VALUE_LIMIT", "fused_by_inductor", "measure", "randomize", "warm_up"]
+__all__ = [
+    "CASES",
+    "GRADIENT_LIMIT",
+    "VALUE_LIMIT",
+    "counts",
+    "fused_by_inductor",
+    "gradient_error",
+    "measure",
+    "parameter_gradients",
+    "randomize",
+    "relative_error",
+    "warm_up",
+]
 
 CASES: dict[str, Case] = {case.name: case for case in (*entries_transformers.CASES, *entries_packages.CASES)}
 
@@ -53,7 +65,7 @@ def measure(case: Case, *, gradients: bool = True) -> Row:
     return row
 
 
-def _built(case: Case) -> nn.Module:
+def built(case: Case) -> nn.Module:
     model = case.build().eval()
     randomize(model)
     _calibrate(model, case.inputs())
@@ -93,7 +105,7 @@ def _calibrate(model: nn.Module, inputs: dict[str, Any]) -> None:
 
 
 def _values(case: Case, row: Row) -> None:
-    model = _built(case)
+    model = built(case)
     inputs = case.inputs()
     with torch.no_grad():
         expected = outputs(model(**inputs))
@@ -102,16 +114,16 @@ def _values(case: Case, row: Row) -> None:
             actual = outputs(rewritten(model, "aot_eager")(**inputs))
         row["graphs"] = len(graphs)
         row["graph_breaks"] = [" ".join(text.split())[:200] for text in Counter(counters["graph_break"]) - before]
-        row.update(_counts(graphs))
-        row["error"] = _relative_error(actual, expected)
+        row.update(counts(graphs))
+        row["error"] = relative_error(actual, expected)
         row["eager_has_nan"] = any(bool(value.isnan().any()) for value in expected)
         if row["error"] > VALUE_LIMIT:
             torch._dynamo.reset()
             control = torch.compile(model, backend="aot_eager")
-            row["error_of_aot_eager"] = _relative_error(outputs(control(**inputs)), expected)
+            row["error_of_aot_eager"] = relative_error(outputs(control(**inputs)), expected)
 
 
-def _counts(graphs: list[GraphReport]) -> Row:
+def counts(graphs: list[GraphReport]) -> Row:
     sites = [site for graph in graphs for site in graph.sites]
     return {
         "rewritten": sum(site.status == "rewritten" for site in sites),
@@ -130,7 +142,7 @@ def _relative(text: str) -> str:
     return re.sub(r"[^\s(,]*site-packages/", "", text)
 
 
-def _relative_error(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+def relative_error(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     """The largest difference relative to the largest number of each tensor; infinite where only one is not finite."""
     worst = 0.0
     for a, e in zip(actual, expected, strict=True):
@@ -146,7 +158,7 @@ def _relative_error(actual: list[torch.Tensor], expected: list[torch.Tensor]) ->
 
 
 def _inductor(case: Case, row: Row) -> None:
-    row["inductor"] = fused_by_inductor(_built(case), case.inputs())
+    row["inductor"] = fused_by_inductor(built(case), case.inputs())
 
 
 def fused_by_inductor(model: Callable[..., Any], inputs: dict[str, Any]) -> int:
@@ -172,20 +184,20 @@ def fused_by_inductor(model: Callable[..., Any], inputs: dict[str, Any]) -> int:
 
 
 def _gradients(case: Case, row: Row) -> None:
-    model = _built(case)
+    model = built(case)
     inputs = case.inputs()
-    expected = _parameter_gradients(model, model, inputs)
+    expected = parameter_gradients(model, model, inputs)
     with collect_reports() as graphs:
-        actual = _parameter_gradients(model, rewritten(model, "aot_eager"), inputs)
-    row["with_gradients"] = _counts(graphs)
-    row["gradient_error"], row["wrong_gradients"] = _gradient_error(actual, expected)
+        actual = parameter_gradients(model, rewritten(model, "aot_eager"), inputs)
+    row["with_gradients"] = counts(graphs)
+    row["gradient_error"], row["wrong_gradients"] = gradient_error(actual, expected)
     if row["gradient_error"] > GRADIENT_LIMIT or row["wrong_gradients"]:
         torch._dynamo.reset()
-        control = _parameter_gradients(model, torch.compile(model, backend="aot_eager"), inputs)
-        row["gradient_error_of_aot_eager"], row["wrong_gradients_of_aot_eager"] = _gradient_error(control, expected)
+        control = parameter_gradients(model, torch.compile(model, backend="aot_eager"), inputs)
+        row["gradient_error_of_aot_eager"], row["wrong_gradients_of_aot_eager"] = gradient_error(control, expected)
 
 
-def _gradient_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, list[str]]:
+def gradient_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, list[str]]:
     """The largest error of a parameter's gradient, and the parameters that are beyond what tests/test_models.py allows.
 
     A gradient that is rounding noise, as that of a bias of keys, is compared with the model's largest gradient.
@@ -201,7 +213,7 @@ def _gradient_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.T
     return worst, wrong
 
 
-def _parameter_gradients(model: nn.Module, call: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+def parameter_gradients(model: nn.Module, call: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
     model.zero_grad()
     generator = torch.Generator().manual_seed(1)
     total = torch.zeros(())

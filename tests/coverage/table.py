@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.coverage.measure import GRADIENT_LIMIT, VALUE_LIMIT
 
-__all__ = ["line", "markdown", "reasons"]
+__all__ = ["escaped", "line", "markdown", "number", "reasons", "table"]
 
 Row = dict[str, Any]
 
@@ -40,8 +40,8 @@ def _only_with_gradients(row: Row) -> list[str]:
 def line(row: Row) -> str:
     parts = [f"{row['name']:28}", f"{row.get('rewritten', '-')}/{row['sites']}"]
     parts.append(f"inductor {row.get('inductor', '-')}")
-    parts.append(f"error {_number(row.get('error'))}")
-    parts.append(f"gradients {_number(row.get('gradient_error'))}")
+    parts.append(f"error {number(row.get('error'))}")
+    parts.append(f"gradients {number(row.get('gradient_error'))}")
     return "  ".join(parts) + "".join(f"\n    {text[:600]}" for text in reasons(row))
 
 
@@ -110,7 +110,7 @@ def _totals(groups: dict[str, list[Row]]) -> str:
         "models with a step that failed": lambda rows: str(sum(bool(row["failures"]) for row in rows)),
     }
     cells = [[title, *(count(rows) for rows in groups.values())] for title, count in lines.items()]
-    return _table(["", *groups], cells)
+    return table(["", *groups], cells)
 
 
 def _sum(rows: list[Row], key: str) -> int:
@@ -122,30 +122,30 @@ def _models(rows: list[Row], *, with_package: bool) -> str:
     for row in rows:
         package = [row["package"]] if with_package else []
         counts = [str(row[key]) if key in row else "-" for key in ("sites", "rewritten", "inductor")]
-        errors = [_number(row.get("error")), _number(row.get("gradient_error"))]
+        errors = [number(row.get("error")), number(row.get("gradient_error"))]
         cells.append([row["name"], *package, row["form"], *counts[:2], *errors, counts[2]])
     header = ["model", *(["package"] if with_package else []), "attention", "sites", "rewritten", "error", "gradients"]
-    return _table([*header, "Inductor"], cells)
+    return table([*header, "Inductor"], cells)
 
 
 def _left(rows: list[Row]) -> str:
     lines = [
-        f"- **{row['name']}**: {'; '.join(_escaped(text) for text in reasons(row))}" for row in rows if reasons(row)
+        f"- **{row['name']}**: {'; '.join(escaped(text) for text in reasons(row))}" for row in rows if reasons(row)
     ]
     return "\n".join(lines) if lines else "Nothing."
 
 
-def _table(header: list[str], cells: list[list[str]]) -> str:
+def table(header: list[str], cells: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """As text in Markdown: code in reasons has underscores and stars."""
     for character in "\\`*_<|":
         text = text.replace(character, "\\" + character)
     return text
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1e}"

@@ -1,0 +1,1 @@
+"""What becomes of every attention processor of diffusers: ``python -m tests.processors``."""
