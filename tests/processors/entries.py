@@ -544,12 +544,13 @@ _ROTATED = (
             Use("self", 1, attention("StableAudioAttnProcessor2_0"), _self(**PARTLY)),
             Use("grouped", 1, _stable_audio(2), _self(**PARTLY), {"repeat_interleave": 0}),
             Use("one key head", 1, _stable_audio(1), _self(**PARTLY), {"repeat_interleave": 0}),
+            # The one that is left is that of the mask, which has one head.
             Use(
                 "cross, grouped, mask",
                 1,
                 _stable_audio(2, cross_attention_dim=CONTEXT),
                 _cross(attention_mask=_mask(TEXT), **PARTLY),
-                {"repeat_interleave": 0},
+                {"repeat_interleave": 1},
             ),
         ),
     ),

@@ -48,7 +48,7 @@ def reasons(row: Row) -> list[str]:
         for text in _of_use(use):
             met.setdefault(text, []).append(use["name"])
     processor = "uses" in row
-    texts = [f"{', '.join(names)}: {text}" if processor else text for text, names in met.items()]
+    texts = [f"{' / '.join(names)}: {text}" if processor else text for text, names in met.items()]
     return texts + [f"{step} failed: {text}" for step, text in row["failures"].items() if processor]
 
 
