@@ -248,6 +248,11 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
                 terms.append(_Multiplied(mod.factor, 0.0, site.softmax_dtype, True, after_shift=reading.shifted))
     if not math.isfinite(reading.scale):
         raise NotAttention(f"the scale is {reading.scale}")
+    if reading.scale < 0:
+        # FlashAttention and cuDNN take the highest product before they scale it: where the sign turns, exponentials
+        # overflow.
+        reading.scale = -reading.scale
+        reading.query_factors.append(Scale(-1.0))
     if any(isinstance(term, _Multiplied) for term in terms):
         if any(isinstance(term, _Multiplied) and term.after_shift for term in terms):
             raise NotAttention("shifted scores are multiplied by zeros and ones, and a score of zero takes part")

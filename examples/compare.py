@@ -186,6 +186,7 @@ def main(examples: Sequence[Example]) -> None:
 
 def circumstances(device: str) -> dict[str, Any]:
     """What a reader needs to repeat the run."""
+    installed = {distribution.name for distribution in metadata.distributions()}
     packages = ("attnrewrite", "torch", "transformers", "diffusers")
     here = Path(__file__).resolve()
     script = Path(sys.argv[0]).resolve()
@@ -198,7 +199,7 @@ def circumstances(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_average_at_end": [round(load, 2) for load in os.getloadavg()],
         "python": platform.python_version(),
-        **{package: metadata.version(package) for package in packages},
+        **{package: metadata.version(package) for package in packages if package in installed},
     }
 
 

@@ -15,9 +15,16 @@ from attnrewrite.report import SiteReport
 __all__ = ["cast", "compile_count", "gradients", "outputs", "relative_error", "rewritten", "rows"]
 
 
-def rewritten(function: Callable[..., Any], inner: Any = "eager", dynamic: bool | None = None, **options: Any) -> Any:
+def rewritten(
+    function: Callable[..., Any],
+    inner: Any = "eager",
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+    **options: Any,
+) -> Any:
     """``function``, compiled by attnrewrite."""
-    return torch.compile(function, backend="attnrewrite", dynamic=dynamic, options={"inner_backend": inner, **options})
+    settings = {"inner_backend": inner, **options}
+    return torch.compile(function, backend="attnrewrite", dynamic=dynamic, fullgraph=fullgraph, options=settings)
 
 
 def rows(function: Callable[..., Any], *inputs: Any, **settings: Any) -> list[SiteReport]:

@@ -64,6 +64,10 @@ def turned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT * -0.3).softmax(-1) @ v
 
 
+def unscaled_to_nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT * 0.0).softmax(-1) @ v
+
+
 def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -193,6 +197,7 @@ CASES: dict[str, Case] = {
         Case("plain", plain),
         Case("scale", scaled),
         Case("negative scale", turned),
+        Case("scale of zero", unscaled_to_nothing),
         Case("call", call),
         Case("cross", plain, (2, 4, 4, 64, 256, 64, 64)),
         Case("77 keys", plain, (2, 4, 4, 128, 77, 64, 64)),

@@ -28,6 +28,8 @@ ERROR = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
 LOW = 6e-2
 """SageAttention's products in eight bits."""
 
+CALLS_WITH_LOST_ROWS = ("boolean", "padding in a call, lost rows")
+
 RUNNABLE = [name for name, kernel in KERNELS.items() if "cuda" in kernel.limits.devices and "hub" not in name]
 every_runnable = pytest.mark.parametrize("name", RUNNABLE)
 
@@ -77,9 +79,15 @@ def test_cases(name: str, case: str, dtype: torch.dtype) -> None:
     with only(name), torch.no_grad():
         before = [part.clone() for part in inputs]
         serve(name, function, inputs)
-        result = rewritten(function, inner(name, "eager"))(*inputs)
+        result = rewritten(function, inner(name, "eager"), fullgraph=True)(*inputs)
         assert all(torch.equal(a, b) for a, b in zip(before, inputs, strict=True)), "an operand was changed"
-    assert relative_error(result, function(*in_double(inputs))) <= bound(name, dtype)
+    expected = function(*in_double(inputs))
+    if getattr(KERNELS[name], "selects", False) and case in CALLS_WITH_LOST_ROWS:
+        # What PyTorch's selector gives rows without a key depends on the back end that it picks, as before.
+        attended = (expected != 0).any(-1)
+        assert not attended.all()
+        result, expected = result[attended], expected[attended]
+    assert relative_error(result, expected) <= bound(name, dtype)
 
 
 SHAPES = [
@@ -114,7 +122,7 @@ def test_shapes(name: str, shape: tuple[Any, ...], dtype: torch.dtype) -> None:
 
     with only(name), torch.no_grad():
         serve(name, function, inputs)
-        result = rewritten(function, inner(name, "eager"))(*inputs)
+        result = rewritten(function, inner(name, "eager"), fullgraph=True)(*inputs)
     assert relative_error(result, function(*in_double(inputs))) <= bound(name, dtype)
 
 
@@ -130,7 +138,7 @@ def test_gradients(name: str, shape: tuple[Any, ...]) -> None:
         if not kernel.limits.backward:
             pytest.skip(f"{name} has no backward pass")
         serve(name, function, tuple(part.requires_grad_() for part in inputs))
-        found = gradients(rewritten(function, inner(name, "aot_eager")), inputs)
+        found = gradients(rewritten(function, inner(name, "aot_eager"), fullgraph=True), inputs)
     # All in one: a single key's weight is 1, and the gradients of query and key are nothing but rounding.
     actual, expected = (
         torch.cat([part.double().flatten() for part in parts])
@@ -149,7 +157,7 @@ def test_gradients_of_cases(name: str, case: str) -> None:
             pytest.skip(f"{name} has no backward pass")
         trained = tuple(part.clone().requires_grad_(part.is_floating_point()) for part in inputs)
         serve(name, function, trained)
-        actual = gradients(rewritten(function, inner(name, "aot_eager")), inputs)
+        actual = gradients(rewritten(function, inner(name, "aot_eager"), fullgraph=True), inputs)
     assert relative_error(actual, gradients(function, in_double(inputs))) <= 3e-2
 
 

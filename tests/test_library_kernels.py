@@ -84,10 +84,16 @@ _PADDING = {
     "padding in a call, lost rows",
 }
 _WINDOW = {"window", "causal, few more queries"}
-_FLASH = _EVERYWHERE | _SIZES | _LENGTHS | {"scale", "causal", "causal from last", "grouped"} | _WINDOW
+_FLASH = (
+    _EVERYWHERE | _SIZES | _LENGTHS | {"scale", "negative scale", "causal", "causal from last", "grouped"} | _WINDOW
+)
 _FIRST = {"causal from first", "causal, fewer keys", "causal, few more queries"}
 _CAP = {"softcap", "softcap and causal"}
-_SAGE = _EVERYWHERE | _LENGTHS | {"scale", "causal", "grouped", "head size 36", "head size 40", "head size 80"}
+_SAGE = (
+    _EVERYWHERE
+    | _LENGTHS
+    | {"scale", "negative scale", "causal", "grouped", "head size 36", "head size 40", "head size 80"}
+)
 
 ACCEPTED: dict[str, set[str]] = {
     "flash": _FLASH | _CAP | {"dropout"},
@@ -115,7 +121,9 @@ ACCEPTED: dict[str, set[str]] = {
     | _PADDING
     | _FIRST
     | {"window", "negative reach", "padding and causal", "boolean"},
-    "_native_xla": _EVERYWHERE | _FIRST | {"scale", "cross", "causal", "head size 40", "head size 80", "head size 256"},
+    "_native_xla": _EVERYWHERE
+    | _FIRST
+    | {"scale", "negative scale", "cross", "causal", "head size 40", "head size 80", "head size 256"},
     "sage": _SAGE,
     "sage_varlen": _SAGE | _PADDING,
     "sage_hub": _SAGE,
@@ -129,7 +137,8 @@ ACCEPTED: dict[str, set[str]] = {
 
 REASONS = {
     "scale": "scales by one over the root",
-    "negative scale": "takes a positive scale",
+    "negative scale": "scales by one over the root",
+    "scale of zero": "takes a positive scale",
     "causal from first": "counts causal masks and windows from|only where there are as many keys",
     **dict.fromkeys(
         ("causal, fewer keys", "causal, few more queries"),

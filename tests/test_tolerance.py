@@ -617,6 +617,7 @@ def test_sage(cudagraphs: bool) -> None:
         assert relative_error(rewritten(model, tolerance=5e-2, **settings)(*short), model(*short)) < 1e-2
     within, beyond, refused = graphs
     assert kernels(within)[0] in ("sage", "sage_varlen") and "within the tolerance" in answer(within.sites[0], "sage")
-    assert kernels(beyond) == ["native"] and "more than the tolerance 1e-05" in answer(beyond.sites[0], "sage")
-    assert kernels(refused) == ["native"]
+    assert kernels(beyond)[0] not in ("sage", "sage_varlen")
+    assert "more than the tolerance 1e-05" in answer(beyond.sites[0], "sage")
+    assert kernels(refused)[0] not in ("sage", "sage_varlen")
     assert "no kernel of lower precision takes a site" in notes(refused)[0] and "sage" in notes(refused)[0]

@@ -342,7 +342,6 @@ class Limits:
         if scores.softcap is not None and not self.softcap:
             return f"has no soft cap: {scores.inexpressible}"
         if scores.scale is not None and scores.scale <= 0:
-            # Fused kernels take the highest product before they scale it: exponentials overflow where the sign turns.
             return f"takes a positive scale, not {scores.scale:g}"
         if not self.any_scale:
             width = size_of(site.feature_axes)

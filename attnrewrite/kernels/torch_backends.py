@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnrewrite.analysis.views import size_of
 from attnrewrite.ir import Builder, Size, same, tensor
@@ -100,11 +101,9 @@ class _Backend(TorchSDPA):
         parameters = torch.backends.cuda.SDPAParams(
             query, key, value, mask, site.dropout, site.scores.is_causal, plan.grouped
         )
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            if self.check(parameters, True):
-                return ""
-        reasons = [str(message.message).split(" (Triggered")[0].strip() for message in said]
+        if self.check(parameters, False):
+            return ""
+        reasons = _heard(lambda: self.check(parameters, True))
         return f"PyTorch's check says: {reasons[-1] if reasons else 'no'}"
 
     def _call(self, builder: Builder, args: tuple[Any, ...], kwargs: dict[str, Any], fake: torch.Tensor) -> fx.Node:
@@ -191,6 +190,25 @@ class CudnnAttention(_Backend):
 
     def operator(self, mask: fx.Node | None, dropout: float, causal: bool) -> tuple[Callable[..., Any], list[Any]]:
         return aten._scaled_dot_product_cudnn_attention.default, [mask, True, dropout, causal]
+
+
+def _heard(check: Callable[[], bool]) -> list[str]:
+    """What PyTorch's check warns of.
+
+    Called directly it prints to the process's stderr: warnings of C++ become Python's within an operator only
+    (``PyWarningHandler`` in https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/Exceptions.h).
+    """
+
+    class Within(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            check()
+            return func(*args, **(kwargs or {}))
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with Within():  # type: ignore[no-untyped-call]
+            torch.empty(0)
+    return [str(message.message).split(" (Triggered")[0].strip() for message in said]
 
 
 def _hint(size: Size) -> int:
