@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+import math
 
 from torch import fx
 
@@ -20,6 +20,9 @@ from attnrewrite.site import AttentionSite
 __all__ = ["choose", "say_unserved", "willing_kernels"]
 
 log = logging.getLogger("attnrewrite")
+
+_ABOUT_AS_FAST = 1.05
+"""Times of a table tell no less than this apart: what comes first in the standing order has less to compile."""
 
 
 def choose(
@@ -97,16 +100,13 @@ def _automatic(
         return willing[0]
     for name, time in milliseconds.items():
         verdicts[name] = KernelVerdict(name, True, f"about {time:.3g} ms, {source}")
-    return min((kernel for kernel in willing if kernel.name in milliseconds), key=_by(milliseconds))
+    fastest = min(milliseconds.values()) * (1.0 if policy.autotune else _ABOUT_AS_FAST)
+    return next(kernel for kernel in willing if milliseconds.get(kernel.name, math.inf) <= fastest)
 
 
 def _estimates(table: CostTable, kernels: list[Kernel], workload: Workload, cuda_graphs: bool) -> dict[str, float]:
     found = {kernel.name: table.milliseconds(kernel.name, workload, cuda_graphs) for kernel in kernels}
     return {name: time for name, time in found.items() if time is not None}
-
-
-def _by(milliseconds: dict[str, float]) -> Callable[[Kernel], float]:
-    return lambda kernel: milliseconds[kernel.name]
 
 
 def _check_request(request: Request, row: SiteReport, kernel: Kernel | None) -> None:

@@ -26,14 +26,14 @@ _K = _V = normal(2, 4, "S", 8)
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
-        start, beta = torch.empty(q.shape[0], q.shape[1], k.shape[1], dtype=q.dtype), 0
+        start, beta = torch.empty(q.shape[0], q.shape[1], k.shape[1], dtype=q.dtype, device=q.device), 0
     else:
         start, beta = mask, 1
     return torch.baddbmm(start, q, k.transpose(-1, -2), beta=beta, alpha=8**-0.5)
 
 
 def _sliced(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, size: int) -> Tensor:
-    result = torch.zeros((q.shape[0], q.shape[1], v.shape[-1]), dtype=q.dtype)
+    result = torch.zeros((q.shape[0], q.shape[1], v.shape[-1]), dtype=q.dtype, device=q.device)
     for i in range((q.shape[0] - 1) // size + 1):
         start, end = i * size, (i + 1) * size
         scores = _scores(q[start:end], k[start:end], None if mask is None else mask[start:end])
@@ -64,7 +64,7 @@ def slice_that_is_the_whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @_spelling.add(normal(8, "L", 8), normal(8, "S", 8), normal(8, "S", 8), dynamic=False)
 def slices_of_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Stable Diffusion's web interfaces."""
-    result = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype)
+    result = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
     size = 5
     for i in range(0, q.shape[1], size):
         end = i + size

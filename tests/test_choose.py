@@ -133,6 +133,14 @@ def test_every_row_of_them_is_of_a_kernel_that_is_exact() -> None:
 # What is chosen.
 
 
+@pytest.mark.parametrize(("native", "chosen"), [(1.04, "native"), (1.06, "flex")])
+def test_of_kernels_that_are_about_as_fast_the_first_serves(measured: Any, native: float, chosen: str) -> None:
+    measured(table(native=native, flex=1.0))
+    with torch.no_grad():
+        (row,) = rows(attend, *operands(), inner="inductor")
+    assert row.kernel == chosen
+
+
 def test_the_fastest_willing_kernel_serves(measured: Any) -> None:
     measured(table(native=2.0, _native_math=0.5, flex=1.0))
     with torch.no_grad():

@@ -31,6 +31,7 @@ from attnrewrite.kernels.flex_blocks import (
     blocks_of_band,
     blocks_of_mask,
     placeholders_first,
+    stored,
     whole_block,
 )
 from attnrewrite.kernels.keeping import KeepMask
@@ -427,6 +428,9 @@ def _score_mod(builder: Builder, site: AttentionSite, dims: tuple[Dim, ...]) -> 
             node = padded(builder, node, -1, 0.0)
         own = [place for place, size in enumerate(tensor(node).shape) if not same(size, 1)]
         node = builder.call(aten.reshape.default, node, [tensor(node).shape[place] for place in own])
+        if own and own[-1] == 3 and not any(same(tensor(node).stride()[-1], stride) for stride in (0, 1)):
+            # Keys side by side: each score reads its entry. Layers that add the same permuted bias (T5's) share it.
+            (node,) = stored(builder, [node])
         buffers.append(node)
         buffer = graph.placeholder(f"buffer{len(buffers)}")
         return graph.call_function(aten.index.Tensor, (buffer, [positions[place] for place in own])) if own else buffer

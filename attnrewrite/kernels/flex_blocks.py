@@ -91,6 +91,13 @@ def _(parts: list[torch.Tensor]) -> list[torch.Tensor]:
     return [part.new_empty(part.shape) for part in parts]
 
 
+def _gradients_of_stored(ctx: Any, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    return gradients
+
+
+_stored.register_autograd(_gradients_of_stored)
+
+
 def stored(builder: Builder, parts: list[fx.Node]) -> list[fx.Node]:
     """Nodes for the same values, as they are in memory and in no other way."""
     result = builder.call(torch.ops.attnrewrite.stored.default, parts)
