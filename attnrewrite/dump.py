@@ -636,7 +636,7 @@ class _Script:
         if not self.graph.captured:
             lines.append(f"The graph was passed on as it is: {self.graph.reason}")
         for site in self.graph.sites:
-            became = site.kernel if site.status == "rewritten" else f"kept: {site.reason}"
+            became = site.kernel if site.status == "rewritten" else f"{site.status}: {site.reason}"
             where = f" ({short_path(site.location.file)}:{site.location.line})" if site.location else ""
             lines.append(f"{site.name}{where} -> {became}")
         if self.tensors.over_limit:

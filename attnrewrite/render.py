@@ -84,6 +84,8 @@ def _meaning(site: SiteReport) -> list[str]:
     pairs = [("scale", site.scale), ("mask", site.mask), ("heads", site.grouping), ("dropout", site.dropout)]
     lines += [kind] if kind else []
     lines += [f"{name}: {text}" for name, text in pairs if text]
+    lines += [f"order: {site.order}"] if site.order else []
+    lines += [f"{order} order: {count} operations" for order, count in site.operations.items()]
     return lines + [f"score: {mod}" for mod in site.score_mods]
 
 
@@ -109,7 +111,7 @@ def _where(location: SourceLocation | None) -> list[str]:
 
 
 def _became(site: SiteReport) -> str:
-    return (site.kernel or "rewritten") if site.status == "rewritten" else "kept"
+    return (site.kernel or "rewritten") if site.status == "rewritten" else site.status
 
 
 def _graph_summary(graph: GraphReport) -> str:
@@ -119,6 +121,7 @@ def _graph_summary(graph: GraphReport) -> str:
     elif graph.sites:
         count = len(graph.sites)
         found = f"{len(graph.rewritten)} of {count} attention site{'s' * (count != 1)} rewritten"
+        found += f", {len(graph.recognised)} in the best form already" if graph.recognised else ""
     else:
         found = "no attention found"
     parts = [found]
@@ -174,7 +177,7 @@ def _table(sites: Sequence[SiteReport]) -> Table:
     for title, most in (("site", 24), ("where", 56), ("what it means", 36), ("became", 20), ("why", 64)):
         table.add_column(title, overflow="fold", max_width=most)
     for site in sites:
-        colour = "green" if site.status == "rewritten" else "yellow"
+        colour = _colour(site)
         name = Text(site.name, style=colour)
         if site.pattern:
             name.append(f"\n{site.pattern}", style="dim")
@@ -183,13 +186,17 @@ def _table(sites: Sequence[SiteReport]) -> Table:
     return table
 
 
+def _colour(site: SiteReport) -> str:
+    return "yellow" if site.status == "kept" else "green"
+
+
 def _lines(lines: Sequence[str]) -> Text:
     return Text("\n".join(lines), overflow="fold")
 
 
 def _block(site: SiteReport) -> RenderableType:
     """One site on a narrow terminal: labelled lines in place of a row."""
-    colour = "green" if site.status == "rewritten" else "yellow"
+    colour = _colour(site)
     grid = Table.grid(padding=(0, 1, 0, 0))
     grid.add_column(overflow="fold", style="dim", min_width=6)
     grid.add_column(overflow="fold")
@@ -276,7 +283,7 @@ def report_to_html(report: RewriteReport) -> str:
 def _graph_view(graph: GraphReport, id: str) -> _GraphView:
     rows = []
     for index, site in enumerate(graph.sites):
-        hue = _REWRITTEN_HUES[index % len(_REWRITTEN_HUES)] if site.status == "rewritten" else _KEPT_HUE
+        hue = _KEPT_HUE if site.status == "kept" else _REWRITTEN_HUES[index % len(_REWRITTEN_HUES)]
         rows.append(_Row(site, f"{id}-s{index}", hue, _where(site.location), _meaning(site), _why(site), _became(site)))
     before = _code(graph.before_code, "before", rows)
     unchanged = not graph.after_code or graph.after_code == graph.before_code

@@ -45,17 +45,22 @@ class KernelVerdict:
 class SiteReport:
     """One attention, or one near miss.
 
+    ``status``: "rewritten"; "recognised" for an attention that is in its best form already; "kept" for what was left as
+    it was for another reason. ``reason`` says why it was not rewritten.
+
     Shapes are tuples of strings, since a size may be symbolic ("s37"); they read (batch..., heads, length, features).
     ``requested``: the kernels that were asked for here, and where; empty for the automatic choice.
     ``slices``: that the site was merged from slices of one attention, or why slices were not merged.
     ``tolerance``: the largest relative error that a lower-precision kernel was admitted with; 0 for any other kernel.
+    ``order``: of linear attention, in which its products are multiplied: "linear" (key and value first), "quadratic"
+    (query and key first), or "linear, was quadratic". ``operations``: the floating-point operations of either order.
     ``nodes_before`` and ``nodes_after`` are the names of graph nodes: the left-hand sides of the lines in
     ``GraphReport.before_code`` and ``GraphReport.after_code`` that belong to this site.
     """
 
     name: str
     pattern: str
-    status: Literal["rewritten", "kept"]
+    status: Literal["rewritten", "recognised", "kept"]
     location: SourceLocation | None = None
     kernel: str | None = None
     reason: str = ""
@@ -74,6 +79,8 @@ class SiteReport:
     requested: str = ""
     tolerance: float = 0.0
     slices: str = ""
+    order: str = ""
+    operations: dict[str, str] = field(default_factory=dict)
     nodes_before: tuple[str, ...] = ()
     nodes_after: tuple[str, ...] = ()
 
@@ -103,6 +110,10 @@ class GraphReport:
         return [site for site in self.sites if site.status == "rewritten"]
 
     @property
+    def recognised(self) -> list[SiteReport]:
+        return [site for site in self.sites if site.status == "recognised"]
+
+    @property
     def kept(self) -> list[SiteReport]:
         return [site for site in self.sites if site.status == "kept"]
 
@@ -118,12 +129,16 @@ class RewriteReport:
 
     @property
     def sites(self) -> list[SiteReport]:
-        """Every row of every graph, rewritten or kept."""
+        """Every row of every graph, whatever became of it."""
         return [site for graph in self.graphs for site in graph.sites]
 
     @property
     def rewritten(self) -> list[SiteReport]:
         return [site for site in self.sites if site.status == "rewritten"]
+
+    @property
+    def recognised(self) -> list[SiteReport]:
+        return [site for site in self.sites if site.status == "recognised"]
 
     @property
     def kept(self) -> list[SiteReport]:
@@ -136,6 +151,7 @@ class RewriteReport:
         text = f"{len(self.rewritten)} of {len(self.sites)} attention sites rewritten in {graphs} graph" + "s" * (
             graphs != 1
         )
+        text += f"; {len(self.recognised)} in the best form already" if self.recognised else ""
         uncaptured = sum(not graph.captured for graph in self.graphs)
         return text + (f"; {uncaptured} passed on uncaptured" if uncaptured else "")
 

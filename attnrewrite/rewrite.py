@@ -13,11 +13,12 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
-from attnrewrite.analysis.views import Operand, axes_of, is_layout_op, shape_of
+from attnrewrite.analysis.views import Axis, Operand, axes_of, is_layout_op, shape_of
+from attnrewrite.association import choose_order, emit_result, emit_sum, operations
 from attnrewrite.checks import insert_check
 from attnrewrite.choose import choose, say_unserved
 from attnrewrite.errors import KernelError
-from attnrewrite.ir import Builder, Written, is_cast, is_tensor, regions, source_location, tensor
+from attnrewrite.ir import Builder, Written, is_cast, is_tensor, regions, same_shape, source_location, tensor
 from attnrewrite.kernels import Kernel
 from attnrewrite.merge import merge_slices
 from attnrewrite.patterns import Finding, GraphView, NearMiss, catalogue
@@ -25,7 +26,21 @@ from attnrewrite.policy import Policy, Request
 from attnrewrite.report import SiteReport
 from attnrewrite.selection import request_for
 from attnrewrite.simplify import canonical_scores
-from attnrewrite.site import AttentionSite, Bias, Fill, Floor, Narrow, NotAttention, RoundingDecides, Scale, Shift, Zero
+from attnrewrite.site import (
+    AttentionSite,
+    Bias,
+    Fill,
+    Floor,
+    LinearAttention,
+    Narrow,
+    NotAttention,
+    Order,
+    RoundingDecides,
+    Scale,
+    Shift,
+    Zero,
+    scale_in_words,
+)
 
 __all__ = ["Rewritten", "as_asked", "read_sites", "rewrite"]
 
@@ -77,6 +92,9 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Re
         name, finding = findings.popleft()
         if isinstance(finding, NearMiss):
             result.sites.append(_row_of_near_miss(name, finding))
+            continue
+        if isinstance(finding, LinearAttention):
+            result.sites.append(_order_products(gm, name, finding, replaced, result))
             continue
         start = time.perf_counter()
         _redirect(finding, replaced)
@@ -169,26 +187,36 @@ def _find(gm: fx.GraphModule) -> list[Finding]:
     order = {node: position for position, node in enumerate(gm.graph.nodes)}
     claimed: dict[fx.Node, str] = {}
     found: list[Finding] = []
-    for finding in sorted(findings, key=lambda finding: order[finding.anchor]):
-        nodes = set(finding.interior if isinstance(finding, AttentionSite) else finding.nodes)
+    # Scores, or weights and values, may be a product of three as well: what has a softmax is read first.
+    for finding in sorted(findings, key=lambda each: (isinstance(each, LinearAttention), order[each.anchor])):
+        nodes = set(_nodes_of(finding))
         # Sites of one pattern may share their scores; what another pattern has read is taken.
         if all(claimed.get(node, finding.pattern) == finding.pattern for node in nodes):
             claimed.update(dict.fromkeys(nodes, finding.pattern))
             found.append(finding)
+    # A softmax that is a feature map is no near miss.
+    maps = {node for finding in found if isinstance(finding, LinearAttention) for node in finding.maps}
+    found = [each for each in found if not (isinstance(each, NearMiss) and each.nodes and maps.issuperset(each.nodes))]
+    found.sort(key=lambda each: order[each.anchor])
     return merge_slices(found, view)
+
+
+def _nodes_of(finding: Finding) -> Sequence[fx.Node]:
+    nodes: Sequence[fx.Node] = finding.nodes if isinstance(finding, NearMiss) else finding.interior
+    return nodes
 
 
 def _redirect(site: AttentionSite, replaced: dict[fx.Node, fx.Node]) -> None:
     """An operand that was the result of an earlier site is now that site's replacement."""
-
-    def current(operand: Operand) -> Operand:
-        return Operand(replaced.get(operand.node, operand.node), operand.layout).resolved()
-
     # Other sites, found later, may have divided the axes.
     site.query_axes, site.key_axes, site.feature_axes = (
         axes_of((axes,)) for axes in (site.query_axes, site.key_axes, site.feature_axes)
     )
-    site.change_operands(current)
+    site.change_operands(lambda operand: _current(operand, replaced))
+
+
+def _current(operand: Operand, replaced: dict[fx.Node, fx.Node]) -> Operand:
+    return Operand(replaced.get(operand.node, operand.node), operand.layout).resolved()
 
 
 def _require_sizes(site: AttentionSite) -> None:
@@ -201,6 +229,43 @@ def _require_sizes(site: AttentionSite) -> None:
 
 
 # Splicing.
+
+
+def _order_products(
+    gm: fx.GraphModule, name: str, site: LinearAttention, replaced: dict[fx.Node, fx.Node], result: Rewritten
+) -> SiteReport:
+    """Multiplies linear attention in the cheaper order; gives its row."""
+    start = time.perf_counter()
+    site.resolve()
+    site.change_operands(lambda operand: _current(operand, replaced))
+    row = _row_of_linear(name, site)
+    choice = choose_order(site)
+    result.add_time("choose", start)
+    if choice.order == site.order:
+        row.status, row.reason = "kept" if choice.refused else "recognised", choice.reason
+        return row
+    start = time.perf_counter()
+    row.status, row.kernel = "rewritten", f"{choice.order} order"
+    row.order = f"{choice.order}, was {site.order}"
+    created: list[fx.Node] = []
+    for total, applied in site.sums:
+        builder = Builder(gm, before=total.node, like=total.node)
+        _replace(gm.graph, total.node, emit_sum(site, total, applied, builder), builder, replaced)
+        created += builder.created
+    site.change_operands(lambda operand: _current(operand, replaced))
+    builder = Builder(gm, before=site.result, like=site.anchor)
+    _replace(gm.graph, site.result, emit_result(site, builder), builder, replaced)
+    row.nodes_after = tuple(node.name for node in (*created, *builder.created) if not node._erased)
+    result.add_time("splice", start)
+    return row
+
+
+def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node, builder: Builder, replaced: dict[fx.Node, fx.Node]) -> None:
+    if not (_strides_are_free(old) or same_shape(tensor(old).stride(), tensor(new).stride())):
+        new = _in_memory_order_of(tensor(old), new, builder)
+    old.replace_all_uses_with(new)
+    replaced[old] = new
+    _remove(graph, (old,))
 
 
 class _WrittenByRegion:
@@ -347,6 +412,32 @@ def _row(name: str, site: AttentionSite) -> SiteReport:
         dropout=f"{site.dropout:g}" if site.dropout else "",
         grouping=f"{grouped} query heads share a key" if grouped else "",
         slices=_slices_in_words(site),
+        nodes_before=tuple(node.name for node in site.interior),
+    )
+
+
+def _row_of_linear(name: str, site: LinearAttention) -> SiteReport:
+    batch = site.batch_axes
+
+    def shape(operand: Operand, *dims: tuple[Axis, ...]) -> tuple[str, ...]:
+        own = tuple((axis,) for axis in batch if axis in operand.axes)
+        return tuple(str(size) for size in shape_of((*own, *dims)))
+
+    orders: tuple[Order, ...] = ("linear", "quadratic")
+    return SiteReport(
+        name,
+        site.pattern,
+        "recognised",
+        source_location(site.anchor),
+        query_shape=shape(site.query, site.query_axes, site.feature_axes),
+        key_shape=shape(site.key, site.key_axes, site.feature_axes),
+        value_shape=shape(site.value, site.key_axes, site.value_axes),
+        dtype=str(site.dtype).removeprefix("torch."),
+        device=tensor(site.result).device.type,
+        scale=" * ".join(scale_in_words(scale) for scale in site.scales if isinstance(scale.factor, (int, float))),
+        score_mods=(*site.features, *([f"divided by {site.normaliser}"] if site.normaliser else [])),
+        order=site.order,
+        operations={order: str(operations(site, order)) for order in orders},
         nodes_before=tuple(node.name for node in site.interior),
     )
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import fx
 
 from attnrewrite.analysis.views import Operand, peel
 from attnrewrite.ir import is_cast, is_tensor, regions, source_location, tensor
-from attnrewrite.site import AttentionSite
+from attnrewrite.site import AttentionSite, LinearAttention
 
 __all__ = ["Finding", "GraphView", "NearMiss", "Pattern", "Specimen"]
 
@@ -26,7 +26,7 @@ class NearMiss:
     nodes: tuple[fx.Node, ...] = ()
 
 
-Finding = AttentionSite | NearMiss
+Finding = AttentionSite | LinearAttention | NearMiss
 
 
 class GraphView:
@@ -133,6 +133,7 @@ class Specimen:
         inputs: makes fresh random inputs for (seed, length), float32 where they are floating; ``length`` is a sequence
             length, by which the dynamic-shape tests vary the shapes.
         sites: how many attentions must be found and rewritten; 0 for one that must be left alone.
+        status: what the report says of them: "rewritten", or "recognised" for what is in its best form already.
         reason: for one that must be left alone: a piece of the reason that the report must give; empty when it must
             not appear in the report at all.
         dynamic: whether ``length`` may vary under ``dynamic=True``.
@@ -145,6 +146,7 @@ class Specimen:
     function: Callable[..., Any]
     inputs: Callable[[int, int], tuple[Any, ...]]
     sites: int = 1
+    status: Literal["rewritten", "recognised"] = "rewritten"
     reason: str = ""
     dynamic: bool = True
     gradients: bool = True

@@ -76,12 +76,6 @@ def slot_attention(slots: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # Softmax of something else than scores.
 
 
-@_lookalike(_Q, _K, _V)
-def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    context = k.softmax(dim=-2).transpose(-2, -1) @ v
-    return (q.softmax(dim=-1) * 8**-0.5) @ context
-
-
 @_lookalike(_Q, _K, _V, reason=_OTHER_AXIS)
 def softmax_of_context(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q @ (k.transpose(-2, -1) @ v).softmax(-1)
@@ -301,6 +295,86 @@ def log_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def smallest_scores_win(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmin is a softmax, of scores with their sign turned: attention, but none that anybody is known to mean."""
     return F.softmin(torch.cdist(q, k), dim=-1) @ v
+
+
+# Linear attention that must be multiplied as it is.
+
+
+@_lookalike(_Q, _Q, _Q, reason="single pairs")
+def causal_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = ((F.elu(q) + 1) @ (F.elu(k) + 1).mT).tril()
+    return weights @ v / weights.sum(-1, keepdim=True)
+
+
+@_lookalike(_Q, _Q, _Q, normal("L", "L"), reason="single pairs")
+def retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+    return (F.silu(q) @ F.silu(k).mT * decay) @ v
+
+
+@_lookalike(_Q, _Q, _Q, reason="running sum")
+def running_sums(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal linear attention in the linear order: fast-transformers' and performer-pytorch's without CUDA."""
+    context = torch.einsum("bhnd,bhne->bhnde", k.exp(), v).cumsum(dim=2)
+    total = torch.einsum("bhnd,bhnd->bhn", q.softmax(-1), k.exp().cumsum(dim=2))
+    normalised = torch.einsum("bhnde,bhnd->bhne", context, q.softmax(-1)) / total[..., None]
+    context = (F.relu(k)[..., :, None] * v[..., None, :]).cumsum(dim=2)
+    return normalised, (F.relu(q)[..., None, :] @ context).squeeze(-2)
+
+
+@_lookalike(_Q, _K, _V, reason="read elsewhere")
+def weights_of_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    weights = F.relu(q) @ F.relu(k).mT
+    return weights @ v, weights
+
+
+@_lookalike(normal(2, "L", 32), normal(2, "L", 32), normal(2, "L", 32), reason="read elsewhere", dynamic=False)
+def state_of_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The other order is the cheaper one, and the product of key and value is wanted all the same."""
+    state = F.relu(k).mT @ v
+    return F.relu(q) @ state, state
+
+
+@_lookalike(_Q, _K, _V, reason="may be negative")
+def features_that_cancel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = F.silu(q) @ F.silu(k).mT
+    return weights @ v / weights.sum(-1, keepdim=True)
+
+
+# Products of three that are no attention.
+
+
+@_lookalike(normal(2, "L", 16), normal(2, "S", 16), learned(16, 4), learned(4, 16))
+def low_rank_weights(x: Tensor, y: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+    """LoRA, a weight in two factors, and a form of low rank."""
+    return F.relu(x) @ down @ up, F.relu(x) @ (down @ up), F.relu(x) @ down @ (up @ y.mT)
+
+
+@_lookalike(normal(2, "L", 16), learned(16, 32), learned(32, 16))
+def feed_forward_and_gates(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, ...]:
+    """An MLP, a gated one, and squeeze-and-excite."""
+    excited = x * (F.relu(x.mean(1, keepdim=True) @ up) @ down).sigmoid()
+    return F.relu(x @ up) @ down, (F.silu(x @ up) * (x @ up)) @ down, excited
+
+
+@_lookalike(normal(2, 8, 12), normal(2, 8, 12))
+def products_alone(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """Muon's Newton-Schulz iteration, and powers."""
+    square = x @ x.mT
+    return 3.4 * x + (-4.8 * square + 2 * square @ square) @ x, square @ square @ square, x @ (y.mT @ y)
+
+
+@_lookalike(_Q, _Q, _Q, normal("L", "L"))
+def attention_free_transformer(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+    weights = position.exp()
+    return q.sigmoid() * (weights @ (k.exp() * v)) / (weights @ k.exp())
+
+
+@_lookalike(normal(2, "L", "L"), normal(2, "L", 16), learned(16, 5))
+def convolution_and_pooling_of_a_graph(adjacency: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer of a GCN, and DiffPool with gates."""
+    features = adjacency @ F.relu(x) @ weight
+    assignment = features.sigmoid()
+    return features, assignment.mT @ adjacency @ assignment
 
 
 LOOKALIKES = tuple(_lookalikes)

@@ -39,7 +39,8 @@ def test_names_are_unique_and_every_pattern_has_specimens() -> None:
 @every_specimen
 def test_found_and_rewritten(specimen: Specimen) -> None:
     found = rows(specimen.function, *specimen.inputs(0, LENGTH))
-    assert [(row.status, row.reason) for row in found] == [("rewritten", "")] * specimen.sites
+    assert [row.status for row in found] == [specimen.status] * specimen.sites
+    assert [row.reason for row in found if row.status == "rewritten" and row.reason] == []
 
 
 @every_specimen
@@ -97,7 +98,10 @@ def test_dynamic_shapes(specimen: Specimen) -> None:
     with collect_reports() as graphs:
         for inputs in calls:
             assert relative_error(function(*inputs), specimen.function(*inputs)) <= 1e-5
-    assert {row.status for graph in graphs for row in graph.sites} == {"rewritten"}
+    found = [row for graph in graphs for row in graph.sites]
+    assert found
+    # Of linear attention it may be left open by symbolic sizes which order is the cheaper one.
+    assert [row for row in found if row.status not in (specimen.status, "recognised" if row.order else "")] == []
     assert len(graphs) <= allowed
 
 

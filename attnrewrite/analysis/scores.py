@@ -39,6 +39,7 @@ __all__ = [
     "node_in_words",
     "read_scores",
     "row_maximum",
+    "sources_of_scores",
 ]
 
 aten = torch.ops.aten
@@ -84,11 +85,11 @@ def leads_to_product(node: Any, memo: dict[fx.Node, bool]) -> bool:
         return False
     if node not in memo:
         memo[node] = False
-        memo[node] = is_product(node) or any(leads_to_product(arg, memo) for arg in _paths(node))
+        memo[node] = is_product(node) or any(leads_to_product(arg, memo) for arg in sources_of_scores(node))
     return memo[node]
 
 
-def _paths(node: fx.Node) -> list[Any]:
+def sources_of_scores(node: fx.Node) -> list[Any]:
     """The arguments through which the scores may have come."""
     args: Any = node.args
     target: Any = node.target
@@ -138,7 +139,7 @@ def _walk(node: fx.Node, layout: Layout, reader: _Reader, plain: bool) -> ScoreW
     """``plain``: nothing but sums, scales and masks lies between here and softmax, so constants of a row cancel."""
     if is_product(node):
         return _arrived(node, layout, reader)
-    sources = [arg for arg in dict.fromkeys(_paths(node)) if leads_to_product(arg, reader.memo)]
+    sources = [arg for arg in dict.fromkeys(sources_of_scores(node)) if leads_to_product(arg, reader.memo)]
     if not sources:
         raise NotAttention(f"{node_in_words(node)} stands between softmax and a product of query and key")
     walks: list[ScoreWalk] = []

@@ -1,0 +1,211 @@
+"""Feature maps: the functions of query and key that stand in linear attention where softmax stood."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnrewrite.analysis.views import is_layout_op
+from attnrewrite.ir import is_cast, is_tensor, same_shape, tensor
+
+__all__ = ["PIECES", "Features", "features_of"]
+
+aten = torch.ops.aten
+
+_NONNEGATIVE = {
+    aten.relu.default: "relu",
+    aten.relu6.default: "relu6",
+    aten.exp.default: "exp",
+    aten.exp2.default: "exp2",
+    aten.softplus.default: "softplus",
+    aten.sigmoid.default: "sigmoid",
+    aten.hardsigmoid.default: "hardsigmoid",
+    aten.square.default: "square",
+    aten.abs.default: "abs",
+    aten.softmax.int: "softmax",
+    aten._softmax.default: "softmax",
+}
+_SIGNED = {
+    aten.elu.default: "elu",
+    aten.selu.default: "selu",
+    aten.celu.default: "celu",
+    aten.silu.default: "silu",
+    aten.gelu.default: "gelu",
+    aten.mish.default: "mish",
+    aten.hardswish.default: "hardswish",
+    aten.leaky_relu.default: "leaky_relu",
+    aten.tanh.default: "tanh",
+    aten.sin.default: "sin",
+    aten.cos.default: "cos",
+}
+_SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
+_SUMS = frozenset(
+    {
+        aten.sum.dim_IntList,
+        aten.sum.default,
+        aten.mean.dim,
+        aten.mean.default,
+        aten.amax.default,
+        aten.sqrt.default,
+        aten.reciprocal.default,
+        aten.cumsum.default,
+    }
+)
+_NORMS = frozenset({aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.norm.Scalar})
+_MADE = {aten.ones.default: 1.0, aten.ones_like.default: 1.0, aten.zeros.default: 0.0, aten.zeros_like.default: 0.0}
+_FULL = frozenset({aten.full.default, aten.full_like.default})
+
+PIECES = frozenset(
+    {
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.narrow.default,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.chunk.default,
+        aten.unbind.int,
+        aten.index_select.default,
+        aten.roll.default,
+    }
+)
+"""Operators whose result holds entries of their first argument, and no others."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What is known of the entries of a tensor.
+
+    Attributes:
+        name: the feature map that it went through; empty where there is none.
+        nonnegative: whether no entry is negative, whatever the inputs.
+        node: what computes the feature map, where it is one operator.
+    """
+
+    name: str = ""
+    nonnegative: bool = False
+    node: fx.Node | None = None
+
+
+_NOTHING = Features()
+_DEEPEST = 24
+
+
+def features_of(node: Any, is_attention: Callable[[fx.Node], bool], depth: int = 0) -> Features:
+    """The feature map behind views, casts, masks and scalings of ``node``.
+
+    Args:
+        is_attention: of a softmax, whether it is one of scores, which is no feature map.
+    """
+    if isinstance(node, (int, float)) and not isinstance(node, bool):
+        return Features("", node >= 0)
+    if not is_tensor(node) or depth > _DEEPEST:
+        return _NOTHING
+    if tensor(node).dtype in (torch.bool, torch.uint8):
+        return Features("", True)
+    if node.op != "call_function" or not node.args:
+        return _NOTHING
+
+    def of(argument: Any) -> Features:
+        return features_of(argument, is_attention, depth + 1)
+
+    target: Any = node.target
+    args: Any = node.args
+    if target in _NONNEGATIVE:
+        own = target not in _SOFTMAX or not is_attention(node)
+        return Features(_NONNEGATIVE[target] if own else "", True, node if own else None)
+    if target in _SIGNED:
+        return Features(_SIGNED[target], False, node)
+    if target in _MADE:
+        return Features("", _MADE[target] >= 0)
+    if target in _FULL:
+        return Features("", isinstance(args[1], (int, float)) and args[1] >= 0)
+    if target in _NORMS:
+        return Features("", True)
+    if target in _SUMS:
+        return Features("", of(args[0]).nonnegative)
+    if is_layout_op(node) or is_cast(node) or target in PIECES or target is aten.dropout.default:
+        return of(args[0])
+    if target is operator.getitem:
+        return _of_piece(node, of)
+    return _of_arithmetic(node, of)
+
+
+_Of = Callable[[Any], Features]
+
+
+def _of_piece(node: fx.Node, of: _Of) -> Features:
+    """One of several results of an operator that takes its argument apart."""
+    source: Any = node.args[0]
+    if not isinstance(source, fx.Node) or source.target not in PIECES:
+        return _NOTHING
+    return of(source.args[0])
+
+
+def _of_arithmetic(node: fx.Node, of: _Of) -> Features:
+    target: Any = node.target
+    args: Any = node.args
+    if target in (aten.cat.default, aten.stack.default):
+        parts = [of(part) for part in args[0]]
+        every = all(part.name for part in parts)
+        return replace(parts[0] if every else _NOTHING, nonnegative=all(part.nonnegative for part in parts))
+    if target in (aten.mul.Tensor, aten.mul.Scalar):
+        return _of_product(node, of)
+    if target in (aten.div.Tensor, aten.div.Scalar, aten.clamp_max.default):
+        return replace(of(args[0]), nonnegative=of(args[0]).nonnegative and of(args[1]).nonnegative)
+    if target in (aten.add.Tensor, aten.add.Scalar):
+        return _of_sum(node, of)
+    if target in (aten.sub.Tensor, aten.sub.Scalar, aten.neg.default):
+        return replace(_NOTHING if len(args) > 1 and is_tensor(args[1]) else of(args[0]), nonnegative=False)
+    if target is aten.pow.Tensor_Scalar:
+        even = isinstance(args[1], (int, float)) and args[1] % 2 == 0
+        base = Features("square") if args[1] == 2 else of(args[0])
+        return replace(base, nonnegative=even or base.nonnegative)
+    if target in (aten.clamp.default, aten.clamp_min.default):
+        least = args[1] if len(args) > 1 else node.kwargs.get("min")
+        cut = isinstance(least, (int, float)) and least >= 0
+        before = of(args[0])
+        return replace(before, name=before.name or "clamp" * cut, nonnegative=cut or before.nonnegative)
+    if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        return replace(of(args[0]), nonnegative=of(args[0]).nonnegative and of(args[2]).nonnegative)
+    if target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
+        chosen, other = of(args[1]), of(args[2])
+        named = chosen if chosen.name else other
+        return replace(named, nonnegative=chosen.nonnegative and other.nonnegative)
+    return _NOTHING
+
+
+def _of_product(node: fx.Node, of: _Of) -> Features:
+    args: Any = node.args
+    first, second = args[:2]
+    if first is second:
+        return Features("square", True)
+    factors = (of(first), of(second))
+    # A gate of the tensor's own shape is no map of the features; a mask, a decay or a wave over positions is smaller.
+    whole = [is_tensor(factor) and same_shape(tensor(factor).shape, tensor(node).shape) for factor in (first, second)]
+    named = factors[whole.index(True)] if whole.count(True) == 1 else _NOTHING
+    return replace(named, nonnegative=all(factor.nonnegative for factor in factors))
+
+
+def _of_sum(node: fx.Node, of: _Of) -> Features:
+    args: Any = node.args
+    if len(args) > 2 or node.kwargs.get("alpha", 1) != 1:
+        return _NOTHING
+    first, second = of(args[0]), of(args[1])
+    nonnegative = first.nonnegative and second.nonnegative
+    if not isinstance(args[1], (int, float)):
+        return replace(first if second.name else _NOTHING, nonnegative=nonnegative)
+    source = args[0]
+    while is_layout_op(source) or is_cast(source):
+        source = source.args[0]
+    # elu with its scales at 1 does not fall below -1.
+    plain = source.target is aten.elu.default and all(
+        value == 1 for value in (*source.args[1:], *source.kwargs.values())
+    )
+    if plain and args[1] >= 1:
+        return Features("elu + 1", True, source)
+    return replace(first, nonnegative=nonnegative)
