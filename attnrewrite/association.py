@@ -111,7 +111,8 @@ def emit_sum(site: LinearAttention, total: Operand, applied: int, builder: Build
         total: the sum in the source, and its dimensions.
         applied: how many of the scales it includes.
     """
-    batch = _dims(site.batch_axes)
+    stored = {*site.middle.axes, *site.inner.axes}
+    batch = _dims([axis for axis in site.batch_axes if axis in stored])
     columns, first, then = (site.inner_axes,), (site.first_summed,), (site.then_summed,)
     middle = _laid(builder, site.middle, batch, first, then)
     summed = builder.call(aten.sum.dim_IntList, middle, [-1], True)

@@ -194,9 +194,6 @@ def _find(gm: fx.GraphModule) -> list[Finding]:
         if all(claimed.get(node, finding.pattern) == finding.pattern for node in nodes):
             claimed.update(dict.fromkeys(nodes, finding.pattern))
             found.append(finding)
-    # A softmax that is a feature map is no near miss.
-    maps = {node for finding in found if isinstance(finding, LinearAttention) for node in finding.maps}
-    found = [each for each in found if not (isinstance(each, NearMiss) and each.nodes and maps.issuperset(each.nodes))]
     found.sort(key=lambda each: order[each.anchor])
     return merge_slices(found, view)
 

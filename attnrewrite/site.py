@@ -363,7 +363,7 @@ class LinearAttention:
         scales: what the products are multiplied or divided by, in order.
         sums: sums of ``middle @ inner`` over ``then_summed``, which normalise; each as its node and its dimensions,
             with the number of ``scales`` that were applied before.
-        features: what is done to query and key beforehand, in words; ``maps`` are the nodes that do it.
+        features: what is done to query and key beforehand, in words.
         nonnegative: query and key were proved to have no negative entry.
         normaliser: how the result is normalised, in words; empty where it is not.
         fixed: why the order cannot be changed, whatever it costs; empty where it can.
@@ -384,7 +384,6 @@ class LinearAttention:
     scales: tuple[Scale, ...] = ()
     sums: tuple[tuple[Operand, int], ...] = ()
     features: tuple[str, ...] = ()
-    maps: tuple[fx.Node, ...] = ()
     nonnegative: bool = False
     normaliser: str = ""
     fixed: str = ""

@@ -147,6 +147,10 @@ class _Reader:
             dtype=tensor(second.node).dtype,
             interior=self._view.ordered([*first.nodes, *between.nodes, *second.nodes]),
         )
+        if not (
+            set(then_summed) <= {*outer.axes} & {*middle.axes} and set(first_summed) <= {*middle.axes} & {*inner.axes}
+        ):
+            return None  # One that is the same all along what is summed over.
         # A running sum has the positions of queries and keys in one.
         if not site.inner_axes or not (site.outer_axes or between.mask) or site.dtype not in FLOATING:
             return None
@@ -155,9 +159,15 @@ class _Reader:
             return None
         sums = self._sums(site, between)
         site.sums = tuple(sums.values())
-        site.scales = tuple(scale for _, scale in sorted(between.scales, key=lambda each: each[0]))
-        site.normaliser = self._normaliser(site, between, sums)
-        order = self._order(site, maps[outer], maps[middle], maps[inner], between, sums)
+        site.scales = (
+            *(scale for _, scale in sorted(between.scales, key=lambda each: each[0])),
+            *([Scale(second.factor)] if second.factor != 1 else []),
+            *([Scale(second.scale)] if second.scale is not None else []),
+        )
+        site.normaliser, divided = self._normaliser(site, sums)
+        if sums and not _is_map_of_both(maps[middle], maps[inner]):
+            return None  # The sum of a product that may have any sign is no normaliser.
+        order = divided or self._order(maps[outer], maps[middle], maps[inner])
         if order is None:
             return None
         site.order = order
@@ -166,7 +176,6 @@ class _Reader:
             f"{map_.name} of {role}" for map_, role in zip(own, ("query", "key"), strict=True) if map_.name
         )
         site.nonnegative = all(map_.nonnegative for map_ in own)
-        site.maps = tuple(map_.node for map_ in own if map_.node is not None)
         if between.mask:
             return NearMiss(self._pattern, second.node, between.mask, site.interior)
         site.fixed = self._fixed(site, between, sums)
@@ -279,46 +288,30 @@ class _Reader:
                     found[user] = (Operand(user, own), applied)
         return found
 
-    def _normaliser(self, site: LinearAttention, between: _Between, sums: dict[fx.Node, tuple[Operand, int]]) -> str:
-        """How the result is normalised by the sum over keys, in words; empty where it is not."""
+    def _normaliser(self, site: LinearAttention, sums: dict[fx.Node, tuple[Operand, int]]) -> tuple[str, Order | None]:
+        """How the result is normalised by the sum over keys, in words, and which order that says that it is in."""
         if sums:
-            return "the sum of the weights"
-        middle = _behind_views(site.middle.node)
-        for node in _divisors(site.result):
-            for part in _behind_divisor(node):
-                if part is site.result and _has_ones(_behind_views(site.inner.node)):
-                    return "a column of ones in the value"
-                if any(_is_sum_of(factor, middle) for factor in factors_of(part)):
-                    return "a sum of the keys"
+            return "the sum of the weights", "quadratic"
         product = product_from_result(site.result, fresh_layout(tensor(site.result).shape))
-        scale = None if product is None else product.scale
-        for part in () if scale is None else _behind_divisor(scale.node):
-            if any(_is_sum_of(factor, middle) for factor in factors_of(part)):
-                return "a sum of the keys"
-        return ""
+        scale = [] if product is None or product.scale is None else [product.scale.node]
+        key, query = _behind_views(site.middle.node), _behind_views(site.outer.node)
+        for part in (part for node in (*_divisors(site.result), *scale) for part in _behind_divisor(node)):
+            if part is site.result and _has_ones(_behind_views(site.inner.node)):
+                return "a column of ones in the value", "linear"
+            factors = factors_of(part)
+            if any(_is_sum_of(factor, key) for factor in factors):
+                return "a sum of the keys", "linear" if query in map(_behind_views, factors) else "quadratic"
+        return "", None
 
-    def _order(
-        self,
-        site: LinearAttention,
-        outer: Features,
-        middle: Features,
-        inner: Features,
-        between: _Between,
-        sums: dict[fx.Node, tuple[Operand, int]],
-    ) -> Order | None:
-        """How the source multiplies; None where neither feature maps nor a normaliser say that this is attention."""
-        if sums and middle.nonnegative and inner.nonnegative:
-            return "quadratic"
+    def _order(self, outer: Features, middle: Features, inner: Features) -> Order | None:
+        """How the source multiplies, by the feature maps; None where they do not say that this is attention."""
+        named: dict[Order, Features] = {"linear": outer, "quadratic": inner}
         if not middle.name:
-            return "linear" if site.normaliser and not sums else None
-        if outer.name and inner.name and (outer.name == middle.name) != (inner.name == middle.name):
-            # The value may have gone through a function, too, as a rule through another one.
-            return "linear" if outer.name == middle.name else "quadratic"
-        if outer.name:
-            return "linear"
-        if inner.name:
-            return "quadratic"
-        return "linear" if site.normaliser and not sums else None
+            return None
+        mapped: list[Order] = [order for order, features in named.items() if features.name]
+        # The value may have gone through a function, too, as a rule through another one.
+        alike = [order for order in mapped if named[order].name == middle.name]
+        return next(iter((*alike, *mapped)), None)
 
     # Why the order may not be changed.
 
@@ -335,6 +328,11 @@ class _Reader:
             if left:
                 what = "product of key and value" if site.order == "linear" else "product of query and key"
                 return f"the {what} ({node.name}) is read elsewhere, too ({reader_in_words(left[0])})"
+        stored = {*site.middle.axes, *site.inner.axes}
+        if not {*axes_of(site.result_layout)} <= {*stored, *site.outer.axes} or any(
+            not {*total.axes} <= stored for total, _ in sums.values()
+        ):
+            return "all operands are repeated along an axis of the result"
         if any(not self._view.same_region(node, last) for node in (*site.interior, *sums)):
             return "grad mode or autocast is switched between the products"
         if self._view.in_autocast(last):
@@ -382,6 +380,10 @@ class _Reader:
                 else:
                     self._computed[each] = any(self._computed[source] for source in each.all_input_nodes)
         return self._computed[node]
+
+
+def _is_map_of_both(key: Features, query: Features) -> bool:
+    return (key.nonnegative and query.nonnegative) or bool(key.name and query.name)
 
 
 def _masks(node: fx.Node) -> str:

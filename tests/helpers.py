@@ -7,12 +7,27 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from attnrewrite.patterns import Specimen, catalogue
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnrewrite.backend import collect_reports
 from attnrewrite.report import SiteReport
 
-__all__ = ["cast", "compile_count", "gradients", "outputs", "relative_error", "rewritten", "rows"]
+__all__ = [
+    "cast",
+    "compile_count",
+    "gradients",
+    "outputs",
+    "relative_error",
+    "rewritten",
+    "rows",
+    "specimens_for_kernels",
+]
+
+
+def specimens_for_kernels() -> tuple[Specimen, ...]:
+    """Those whose attentions are handed to a kernel."""
+    return tuple(specimen for pattern in catalogue() if pattern.name != "linear" for specimen in pattern.specimens)
 
 
 def rewritten(

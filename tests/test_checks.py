@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from attnrewrite.patterns import Specimen, specimens
+from attnrewrite.patterns import Specimen
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from attnrewrite import AttentionCheckError, OptionError
 from attnrewrite.backend import collect_reports
-from tests.helpers import gradients, relative_error, rewritten, rows
+from tests.helpers import gradients, relative_error, rewritten, rows, specimens_for_kernels
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ def test_a_mask_that_is_not_needed_is_not_computed_for_the_check() -> None:
     assert not gm.graph.find_nodes(op="call_function", target=torch.ops.aten.triu.default)
 
 
-@pytest.mark.parametrize("specimen", specimens(), ids=lambda specimen: specimen.name)
+@pytest.mark.parametrize("specimen", specimens_for_kernels(), ids=lambda specimen: specimen.name)
 def test_nothing_is_wrong_with_a_specimen(specimen: Specimen) -> None:
     function = rewritten(specimen.function, dynamic=specimen.dynamic or None, checks=True)
     for length in (12, 9) if specimen.dynamic else (12,):

@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from attnrewrite.patterns import Specimen, specimens
+from attnrewrite.patterns import Specimen
 
 from attnrewrite import KernelError
 from attnrewrite.kernels import Kernel, registered_kernels
-from tests.helpers import gradients, relative_error, rewritten, rows
+from tests.helpers import gradients, relative_error, rewritten, rows, specimens_for_kernels
 
 LENGTH = 12
 AVAILABLE = [kernel for kernel in registered_kernels() if kernel.availability().available]
 
 
 @pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda kernel: kernel.name)
-@pytest.mark.parametrize("specimen", specimens(), ids=lambda specimen: specimen.name)
+@pytest.mark.parametrize("specimen", specimens_for_kernels(), ids=lambda specimen: specimen.name)
 def test_alone(specimen: Specimen, kernel: Kernel) -> None:
     inputs = specimen.inputs(0, LENGTH)
     asked: Any = {"kernels": kernel.name, "strict": True}

@@ -83,12 +83,10 @@ class Features:
     Attributes:
         name: the feature map that it went through; empty where there is none.
         nonnegative: whether no entry is negative, whatever the inputs.
-        node: what computes the feature map, where it is one operator.
     """
 
     name: str = ""
     nonnegative: bool = False
-    node: fx.Node | None = None
 
 
 _NOTHING = Features()
@@ -117,9 +115,9 @@ def features_of(node: Any, is_attention: Callable[[fx.Node], bool], depth: int =
     args: Any = node.args
     if target in _NONNEGATIVE:
         own = target not in _SOFTMAX or not is_attention(node)
-        return Features(_NONNEGATIVE[target] if own else "", True, node if own else None)
+        return Features(_NONNEGATIVE[target] if own else "", True)
     if target in _SIGNED:
-        return Features(_SIGNED[target], False, node)
+        return Features(_SIGNED[target], False)
     if target in _MADE:
         return Features("", _MADE[target] >= 0)
     if target in _FULL:
@@ -207,5 +205,5 @@ def _of_sum(node: fx.Node, of: _Of) -> Features:
         value == 1 for value in (*source.args[1:], *source.kwargs.values())
     )
     if plain and args[1] >= 1:
-        return Features("elu + 1", True, source)
+        return Features("elu + 1", True)
     return replace(first, nonnegative=nonnegative)

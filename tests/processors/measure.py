@@ -138,7 +138,8 @@ def _found(graphs: list[GraphReport]) -> Row:
     for site, excerpt in zip(result["kept"], kept, strict=True):
         site["graph"] = excerpt
     kernels = Counter(str(site.kernel) for _, site in sites if site.status == "rewritten")
-    return {**result, "found": len(sites), "kernels": dict(kernels)}
+    recognised = sum(site.status == "recognised" for _, site in sites)
+    return {**result, "found": len(sites), "recognised": recognised, "kernels": dict(kernels)}
 
 
 def _excerpt(graph: GraphReport, site: SiteReport) -> list[str]:

@@ -27,12 +27,17 @@ def verdict(row: Row) -> str:
 def _found(uses: list[Row]) -> str:
     if all(_is_full(use) for use in uses):
         return "in full"
-    return "partly" if any(use.get("rewritten") for use in uses) else "not found"
+    return "partly" if any(_settled(use) for use in uses) else "not found"
 
 
 def _is_full(use: Row) -> bool:
-    counts = {use.get(key) for key in ("sites", "found", "rewritten")}
+    counts = {use["sites"], use.get("found"), _settled(use)}
     return len(counts) == 1 and not use.get("left") and not use["failures"]
+
+
+def _settled(use: Row) -> int:
+    """Sites that are in their best form, by rewriting or from the start."""
+    return int(use.get("rewritten", 0)) + int(use.get("recognised", 0))
 
 
 def _uses(row: Row) -> list[Row]:
@@ -73,7 +78,7 @@ def _of_use(use: Row) -> list[str]:
 
 def _only_with_gradients(use: Row) -> list[str]:
     other = use.get("with_gradients")
-    if not other or other["rewritten"] >= use.get("rewritten", 0):
+    if not other or _settled(other) >= _settled(use):
         return []
     found = Counter(site["reason"] for site in other["kept"])
     return [f"{count} x {reason}" for reason, count in found.items()] or list(dict.fromkeys(other["not_captured"]))
@@ -93,9 +98,12 @@ def _kernels(row: Row) -> str:
     return ", ".join(sorted({kernel for use in _uses(row) for kernel in use.get("kernels", ())})) or "-"
 
 
+_COUNTS = ("sites", "found", "rewritten", "recognised")
+
+
 def line(row: Row) -> str:
-    counts = "/".join(_sum(row, key) for key in ("sites", "found", "rewritten"))
-    text = f"{row['name']:40}{counts:12}{verdict(row):12}error {number(_worst(row, 'error'))}"
+    counts = "/".join(_sum(row, key) for key in _COUNTS)
+    text = f"{row['name']:40}{counts:14}{verdict(row):12}error {number(_worst(row, 'error'))}"
     text += f"  gradients {number(_worst(row, 'gradient_error'))}"
     return text + "".join(f"\n    {reason[:600]}" for reason in reasons(row))
 
@@ -133,9 +141,10 @@ _LEGEND = """\
   are under [Where a class is](#where-a-class-is).
 - **uses**: the ways in which the class is called: self and cross attention, masks, images, group norm, several scales.
 - **sites**: the attentions that these uses have by their mathematics, counted by hand: the slices of one attention are
-  one. **found** and **rewritten** are the report's rows; more found than there are means that one was found in pieces.
-- **in full**: all sites are found as they are and rewritten, and nothing is left in the graph that the best form of
-  the structure does without. **partly**: the rest is under [What remains](#what-remains).
+  one. **found**, **rewritten** and **recognised** (in the best form already) are the rows of the report; more found than
+  there are means that one was found in pieces.
+- **in full**: all sites are found as they are and rewritten, or in the best form already, and nothing is left in the
+  graph that the best form of the structure does without. **partly**: the rest is under [What remains](#what-remains).
 - **error**: the largest difference of any output from eager over all uses and three sets of random inputs, relative to
   the largest number of that output, in float32 with the inner backend `aot_eager`. A call of
   `scaled_dot_product_attention` that stays one has none.
@@ -170,10 +179,10 @@ def _processors(rows: list[Row]) -> str:
                 what += (
                     f"; {_found([use for use in row['uses'] if 'cannot_run' not in use])} [instead](#what-cannot-run)"
                 )
-            counts = [str(len(row["uses"])), *(_sum(row, key) for key in ("sites", "found", "rewritten"))]
+            counts = [str(len(row["uses"])), *(_sum(row, key) for key in _COUNTS)]
             errors = [number(_worst(row, key)) for key in ("error", "gradient_error")]
             cells.append([row["name"], str(_state(row)), structure, what, *counts, _kernels(row), *errors])
-    header = ["name", "in diffusers", "structure", "rewritten", "uses", "sites", "found", "rewritten", "kernels"]
+    header = ["name", "in diffusers", "structure", "rewritten", "uses", *_COUNTS, "kernels"]
     legend = "\n".join(f"- **{name}**: {meaning}." for name, meaning in STRUCTURES.items())
     return table([*header, "error", "gradients"], cells) + "\n\nThe structures:\n\n" + legend
 
@@ -185,10 +194,10 @@ def _state(row: Row) -> State:
 def _models(rows: list[Row]) -> str:
     cells = []
     for row in rows:
-        counts = [_sum(row, key) for key in ("sites", "found", "rewritten")]
+        counts = [_sum(row, key) for key in _COUNTS]
         errors = [number(row.get(key)) for key in ("error", "gradient_error", "error_before")]
         cells.append([row["name"], escaped(row["form"]), verdict(row), *counts, *errors, str(row.get("inductor", "-"))])
-    header = ["model", "under", "rewritten", "sites", "found", "rewritten", "error", "gradients", "error before"]
+    header = ["model", "under", "rewritten", *_COUNTS, "error", "gradients", "error before"]
     after = (
         "**error before** is that of `aot_eager` alone, **Inductor** what Inductor's own pass fuses in the same model."
     )
