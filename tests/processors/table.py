@@ -141,8 +141,8 @@ _LEGEND = """\
   are under [Where a class is](#where-a-class-is).
 - **uses**: the ways in which the class is called: self and cross attention, masks, images, group norm, several scales.
 - **sites**: the attentions that these uses have by their mathematics, counted by hand: the slices of one attention are
-  one. **found**, **rewritten** and **recognised** (in the best form already) are the rows of the report; more found than
-  there are means that one was found in pieces.
+  one. **found**, **rewritten** and **recognised** (in the best form already) are the rows of the report; more found
+  than there are means that one was found in pieces.
 - **in full**: all sites are found as they are and rewritten, or in the best form already, and nothing is left in the
   graph that the best form of the structure does without. **partly**: the rest is under [What remains](#what-remains).
 - **error**: the largest difference of any output from eager over all uses and three sets of random inputs, relative to
