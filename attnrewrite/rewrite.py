@@ -18,11 +18,13 @@ from attnrewrite.association import choose_order, emit_result, emit_sum, operati
 from attnrewrite.checks import insert_check
 from attnrewrite.choose import choose, say_unserved
 from attnrewrite.errors import KernelError
+from attnrewrite.folding import fold_batches
 from attnrewrite.ir import Builder, Written, is_cast, is_tensor, regions, same_shape, source_location, tensor
 from attnrewrite.kernels import Kernel
 from attnrewrite.merge import merge_slices
 from attnrewrite.patterns import Finding, GraphView, NearMiss, catalogue
 from attnrewrite.policy import Policy, Request
+from attnrewrite.repetitions import undo_repetitions
 from attnrewrite.report import SiteReport
 from attnrewrite.selection import request_for
 from attnrewrite.simplify import canonical_scores
@@ -108,6 +110,8 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Re
             continue
         result.sites.append(row)
         if kernel is None:
+            # Operands that were written for a kernel that did not come.
+            _remove(gm.graph, finding.written)
             continue
         start = time.perf_counter()
         row.status, row.kernel = "rewritten", kernel.name
@@ -131,8 +135,7 @@ def _simplify_and_choose(
     """The kernel that takes the site; None if none does, and the row says why."""
     start = time.perf_counter()
     try:
-        _require_sizes(site)
-        site.scores = canonical_scores(site, policy)
+        _simplify(site, policy)
     except NotAttention as reason:
         row.reason = str(reason)
         # The slices of a whole speak for themselves.
@@ -144,6 +147,8 @@ def _simplify_and_choose(
         result.add_time("simplify", start)
         return None
     row.proof = _proof(site)
+    row.grouping = _grouping_in_words(site)
+    assert site.scores is not None
     row.mask = " + ".join(site.scores.structure) or "none"
     result.add_time("simplify", start)
     start = time.perf_counter()
@@ -158,6 +163,12 @@ def _simplify_and_choose(
         return None
     finally:
         result.add_time("choose", start)
+
+
+def _simplify(site: AttentionSite, policy: Policy) -> None:
+    _require_sizes(site)
+    site.scores = canonical_scores(site, policy)
+    fold_batches(site)
 
 
 def _unmerged(site: AttentionSite, reason: str) -> list[AttentionSite]:
@@ -176,8 +187,7 @@ def read_sites(gm: fx.GraphModule, policy: Policy) -> list[AttentionSite]:
     for site in sites:
         _redirect(site, {})
         site.for_inductor = policy.inner_backend == "inductor"
-        _require_sizes(site)
-        site.scores = canonical_scores(site, policy)
+        _simplify(site, policy)
     return sites
 
 
@@ -195,7 +205,9 @@ def _find(gm: fx.GraphModule) -> list[Finding]:
             claimed.update(dict.fromkeys(nodes, finding.pattern))
             found.append(finding)
     found.sort(key=lambda each: order[each.anchor])
-    return merge_slices(found, view)
+    found = merge_slices(found, view)
+    undo_repetitions(found, view)
+    return found
 
 
 def _nodes_of(finding: Finding) -> Sequence[fx.Node]:
@@ -387,7 +399,6 @@ def _row(name: str, site: AttentionSite) -> SiteReport:
     def shape(*dims: Any) -> tuple[str, ...]:
         return tuple(str(size) for size in shape_of(tuple((axis,) for axis in heads if axis in dims[0]) + dims[1:]))
 
-    grouped = "x".join(str(axis.size) for axis in site.group_axes)
     return SiteReport(
         name,
         site.pattern,
@@ -407,7 +418,7 @@ def _row(name: str, site: AttentionSite) -> SiteReport:
             *(["NaN set to zero"] if site.nan_to_zero else []),
         ),
         dropout=f"{site.dropout:g}" if site.dropout else "",
-        grouping=f"{grouped} query heads share a key" if grouped else "",
+        grouping=_grouping_in_words(site),
         slices=_slices_in_words(site),
         nodes_before=tuple(node.name for node in site.interior),
     )
@@ -437,6 +448,12 @@ def _row_of_linear(name: str, site: LinearAttention) -> SiteReport:
         operations={order: str(operations(site, order)) for order in orders},
         nodes_before=tuple(node.name for node in site.interior),
     )
+
+
+def _grouping_in_words(site: AttentionSite) -> str:
+    grouped, folded = ("x".join(str(axis.size) for axis in axes) for axes in (site.group_axes, site.folded))
+    words = [f"{folded} batches share a key and are one with as many more queries"] if folded else []
+    return "; ".join([*words, *([f"{grouped} query heads share a key"] if grouped else [])])
 
 
 def _slices_in_words(site: AttentionSite) -> str:

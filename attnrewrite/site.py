@@ -219,6 +219,7 @@ class AttentionSite:
         result: the node that the kernel's output replaces; ``result_layout`` names its dimensions.
         query, key, value: operands, as far back as views and repetitions could be followed.
         query_axes: the axes that are query positions. Other axes that the key lacks are groups of query heads.
+        folded: those of the query axes that are batches, or heads, which share their key and value.
         key_axes: the axes that softmax runs over.
         feature_axes: the axes that query and key are contracted over.
         weight_layout: the dimensions of the scores in the source. A batch or a head may be there that no operand has.
@@ -277,6 +278,7 @@ class AttentionSite:
     parts: tuple[AttentionSite, ...] = ()
     written: tuple[fx.Node, ...] = ()
     unmerged: str = ""
+    folded: tuple[Axis, ...] = ()
 
     def change_operands(self, change: Callable[[Operand], Operand]) -> None:
         """Replaces query, key, value, and every tensor that modifies scores or weights."""

@@ -18,7 +18,7 @@ from attnrewrite.analysis.pieces import Span, Taken, same_span, taken_from
 from attnrewrite.analysis.views import permutation_of
 from attnrewrite.ir import Builder, Size, is_cast, is_tensor, same, tensor
 
-__all__ = ["NotSlices", "Whole", "Wholes", "same_argument"]
+__all__ = ["NotSlices", "Whole", "Wholes", "is_pointwise", "same_argument"]
 
 aten = torch.ops.aten
 
@@ -97,7 +97,7 @@ class Wholes:
         if all(_same_call(node, first) for node in nodes):
             if first.target is aten.arange.start:
                 return self._counted(nodes, what)
-            if is_cast(first) or _is_pointwise(first):
+            if is_cast(first) or is_pointwise(first):
                 return self._entry_by_entry(nodes, what)
             if (
                 first.args
@@ -215,7 +215,7 @@ def _same_call(a: fx.Node, b: fx.Node) -> bool:
         and is_tensor(a)
         and is_tensor(b)
         and tensor(a).dim() == tensor(b).dim()
-        and (a.target is aten.arange.start or a.args[1:] == b.args[1:] or _is_pointwise(a))
+        and (a.target is aten.arange.start or a.args[1:] == b.args[1:] or is_pointwise(a))
     )
 
 
@@ -231,7 +231,7 @@ def _is_pure(node: fx.Node) -> bool:
     return schema is not None and target.namespace == "aten" and not schema.is_mutable and not random
 
 
-def _is_pointwise(node: fx.Node) -> bool:
+def is_pointwise(node: fx.Node) -> bool:
     """Whether an entry of the result depends on the entries of the arguments that broadcast to its place alone."""
     return _is_pure(node) and (torch.Tag.pointwise in _tags(node) or node.target in _WHERE)
 

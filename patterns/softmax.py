@@ -30,7 +30,7 @@ from attnrewrite.analysis.weights import Softmax, WeightWalk, every_softmax, fol
 from attnrewrite.ir import tensor
 from attnrewrite.site import AttentionSite, Narrow, NotAttention, Scale
 
-from . import normalisations, score_functions, slices
+from . import normalisations, score_functions, shared_keys, slices
 from .base import Finding, GraphView, NearMiss, Specimen, reader_in_words
 from .samples import Specimens, additive, keep, learned, normal, padding
 
@@ -788,4 +788,10 @@ def cached_keys(q: Tensor, past_k: Tensor, k: Tensor, past_v: Tensor, v: Tensor)
     return (q @ k.mT * 8**-0.5).softmax(-1) @ v
 
 
-SPECIMENS = (*_spelling, *normalisations.SPECIMENS, *score_functions.SPECIMENS, *slices.SPECIMENS)
+SPECIMENS = (
+    *_spelling,
+    *normalisations.SPECIMENS,
+    *score_functions.SPECIMENS,
+    *slices.SPECIMENS,
+    *shared_keys.SPECIMENS,
+)

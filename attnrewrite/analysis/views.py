@@ -36,6 +36,7 @@ __all__ = [
     "pull",
     "push",
     "size_of",
+    "take_minor",
 ]
 
 aten = torch.ops.aten
@@ -124,14 +125,14 @@ def regroup(layout: Layout, shape: Sequence[Size]) -> Layout | None:
     axes = list(axes_of(layout))
     result: list[Dim] = []
     for size in reversed(shape):
-        dim = _take_minor(axes, size)
+        dim = take_minor(axes, size)
         if dim is None:
             return None
         result.append(dim)
     return None if axes else tuple(reversed(result))
 
 
-def _take_minor(axes: list[Axis], size: Size) -> Dim | None:
+def take_minor(axes: list[Axis], size: Size) -> Dim | None:
     """Takes from the end of ``axes`` those that make up ``size``, dividing the last one if need be."""
     taken: list[Axis] = []
     rest = size
@@ -283,7 +284,7 @@ def _pull_repeat(layout: Layout, shape: Sequence[Size], source: Sequence[Size]) 
     result: list[Dim] = []
     for dim, own in zip(layout[offset:], source, strict=True):
         axes = list(axes_of((dim,)))
-        taken = _take_minor(axes, own)
+        taken = take_minor(axes, own)
         if taken is None:
             return None
         result.append(taken)
@@ -300,7 +301,7 @@ def _pull_repeat_interleave(node: fx.Node, layout: Layout, source: Sequence[Size
     copies = node.args[1]
     if isinstance(copies, fx.Node):
         copies = copies.meta["val"]
-    if not isinstance(copies, (int, torch.SymInt)) or _take_minor(axes, copies) is None:
+    if not isinstance(copies, (int, torch.SymInt)) or take_minor(axes, copies) is None:
         return None
     return (*layout[:dim], tuple(axes), *layout[dim + 1 :])
 

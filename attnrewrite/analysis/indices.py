@@ -1,0 +1,230 @@
+"""Indexing by a constant: ``key[:, [0] * frames]``, ``index_select``, ``gather`` by what the graph says that it holds.
+
+An index that counts ``start, start + step, ...`` over ``count`` entries, each of them ``inner`` times in a row and all
+of it ``outer`` times, takes a slice and repeats it: the result's dimension is (outer, own, inner), and the source
+lacks the first and the last of these axes. With ``count`` one it is a selection that is broadcast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from attnrewrite.analysis.values import constant_value
+from attnrewrite.analysis.views import Layout, axes_of, take_minor
+from attnrewrite.ir import CAST_OPS, Size, StoredPattern, is_tensor, same_shape, tensor
+
+__all__ = ["Repetition", "repetition_of"]
+
+aten = torch.ops.aten
+
+_ROW_BY_ROW = (aten.gather.default, aten.take_along_dim.default)
+_LARGEST = 2**16
+"""Entries up to which an index is worked out."""
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """A node repeats ``source[start : start + step * count : step]`` along ``dim``.
+
+    Each entry stands there ``inner`` times in a row, and all of it ``outer`` times over.
+    ``rank``: how many dimensions of the node stand for ``dim``: those of the index.
+    """
+
+    source: fx.Node
+    dim: int
+    rank: int
+    start: Size
+    step: int
+    count: Size
+    inner: Size
+    outer: Size
+
+    def pulled(self, layout: Layout) -> Layout | None:
+        """The layout of the slice, given that of the node; None where that cannot be said."""
+        axes = list(axes_of(layout[self.dim : self.dim + self.rank]))
+        if take_minor(axes, self.inner) is None:
+            return None
+        own = take_minor(axes, self.count)
+        return None if own is None else (*layout[: self.dim], own, *layout[self.dim + self.rank :])
+
+
+def repetition_of(node: fx.Node) -> Repetition | None:
+    """The slice that ``node`` repeats by a constant index; None for anything else, an index that repeats nothing, too.
+
+    Adds no guard: an entry must be known to be within the source, whatever its size.
+    """
+    indexed = _indexed(node)
+    if indexed is None:
+        return None
+    source, dim, index = indexed
+    size, shape = tensor(source).shape[dim], tensor(index).shape
+    number = constant_value(index)
+    if node.target in _ROW_BY_ROW:
+        # What the index says may differ from row to row.
+        (_, *others), (mine, *rest) = _first(dim, tensor(source).shape), _first(dim, tensor(node).shape)
+        if number is None:
+            number = _one_number(index)
+        if number is None or not same_shape(others, rest):
+            return None
+        start = _within(int(number), size)
+        return None if start is None else Repetition(source, dim, 1, start, 1, 1, mine, 1)
+    if number is not None:
+        start = _within(int(number), size)
+        return None if start is None else Repetition(source, dim, len(shape), start, 1, 1, _product(shape), 1)
+    entries = _entries(index)
+    found = None if entries is None else _counted(entries, size)
+    if found is None:
+        return None
+    start, step, count, inner, outer = found
+    return Repetition(source, dim, len(shape), start, step, count, inner, outer)
+
+
+def _first(dim: int, shape: Sequence[Size]) -> list[Size]:
+    return [shape[dim], *shape[:dim], *shape[dim + 1 :]]
+
+
+def _product(shape: Sequence[Size]) -> Size:
+    result: Size = 1
+    for size in shape:
+        result = result * size
+    return result
+
+
+def _indexed(node: fx.Node) -> tuple[fx.Node, int, fx.Node] | None:
+    """The source, the dimension and the index of integers by which ``node`` is taken along that dimension alone."""
+    args: Any = node.args
+    if node.op != "call_function" or not args or not is_tensor(args[0]) or not is_tensor(node):
+        return None
+    rank = tensor(args[0]).dim()
+    if node.target is aten.index.Tensor:
+        given = [(dim, index) for dim, index in enumerate(args[1]) if index is not None]
+        if len(given) != 1:
+            return None
+        dim, index = given[0]
+    elif node.target in (aten.index_select.default, aten.gather.default) and rank:
+        dim, index = args[1] % rank, args[2]
+    elif node.target is aten.take_along_dim.default and rank and len(args) > 2 and args[2] is not None:
+        dim, index = args[2] % rank, args[1]
+    else:
+        return None
+    # A boolean index, or one of bytes, selects and does not count.
+    if not is_tensor(index) or tensor(index).dtype not in (torch.int64, torch.int32) or tensor(index).dim() == 0:
+        return None
+    return args[0], dim, index
+
+
+def _within(entry: int, size: Size) -> Size | None:
+    """``entry`` counted from the first, where it is known to be in range."""
+    if entry >= 0:
+        return entry if statically_known_true(size > entry) else None
+    return size + entry if statically_known_true(size + entry >= 0) else None
+
+
+def _counted(entries: Sequence[int], size: Size) -> tuple[Size, int, int, int, int] | None:
+    """(start, step, count, inner, outer) of entries that count up and repeat."""
+    if len(set(entries)) == 1:
+        start = _within(entries[0], size)
+        return None if start is None else (start, 1, 1, len(entries), 1)
+    if isinstance(size, int):
+        entries = [entry + size if entry < 0 else entry for entry in entries]
+    first = entries[0]
+    inner = next(place for place, entry in enumerate(entries) if entry != first)
+    step = entries[inner] - first
+    top = max(entries)
+    if step < 1 or min(entries) != first or (top - first) % step or first < 0:
+        return None
+    count = (top - first) // step + 1
+    outer = len(entries) // (count * inner)
+    own = [first + step * place for place in range(count) for _ in range(inner)]
+    if inner * outer == 1 or own * outer != list(entries) or not statically_known_true(size > top):
+        return None
+    return first, step, count, inner, outer
+
+
+# What a constant index holds.
+
+
+def _one_number(index: fx.Node) -> int | None:
+    entries = _entries(index)
+    return entries[0] if entries and len(set(entries)) == 1 else None
+
+
+def _entries(index: fx.Node) -> list[int] | None:
+    value = _evaluated(index, {})
+    return None if value is None or not value.numel() else value.flatten().tolist()
+
+
+def _evaluated(node: fx.Node, memo: dict[fx.Node, torch.Tensor | None]) -> torch.Tensor | None:
+    """What ``node`` holds, where it is computed from constants of the graph alone; None where it is not."""
+    if node not in memo:
+        memo[node] = None
+        if _is_small(node):
+            memo[node] = _stored(node) if node.op != "call_function" else _called(node, memo)
+    return memo[node]
+
+
+def _is_small(node: fx.Node) -> bool:
+    if not is_tensor(node):
+        return False
+    shape = tensor(node).shape
+    if tensor(node).dtype.is_complex or not all(isinstance(size, int) for size in shape):
+        return False
+    return bool(_product(shape) <= _LARGEST)
+
+
+def _stored(node: fx.Node) -> torch.Tensor | None:
+    """A buffer that holds one number or a range, which is checked at each call (:mod:`attnrewrite.constants`)."""
+    stored = node.meta.get("stored")
+    if not isinstance(stored, StoredPattern) or stored.tensor.dtype is not tensor(node).dtype:
+        return None
+    if stored.tensor.dtype not in (torch.int64, torch.int32) or stored.tensor.shape != tensor(node).shape:
+        return None
+    pattern = stored.pattern
+    if isinstance(pattern, range):
+        return torch.tensor(list(pattern), dtype=stored.tensor.dtype)
+    if isinstance(pattern, float):
+        return torch.full(stored.tensor.shape, int(pattern), dtype=stored.tensor.dtype)
+    return None
+
+
+def _called(node: fx.Node, memo: dict[fx.Node, torch.Tensor | None]) -> torch.Tensor | None:
+    if node.target is aten.lift_fresh_copy.default:
+        return _literal(node.all_input_nodes[0])
+    if node.target in CAST_OPS:
+        # Devices apart it is a change of dtype.
+        source = _evaluated(node.all_input_nodes[0], memo)
+        return None if source is None else source.to(tensor(node).dtype)
+    target: Any = node.target
+    schema = getattr(target, "_schema", None)
+    if schema is None or schema.is_mutable or target.namespace != "aten":
+        return None
+    if torch.Tag.nondeterministic_seeded in target.tags or len(schema.returns) != 1:
+        return None
+    if node.target in (aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default):
+        return None
+    inputs = {source: _evaluated(source, memo) for source in node.all_input_nodes}
+    if any(value is None for value in inputs.values()):
+        return None
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), inputs.__getitem__)
+    if "device" in kwargs:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    with unset_fake_temporarily(), torch.no_grad():
+        value = target(*args, **kwargs)
+    return value if isinstance(value, torch.Tensor) and value.device.type == "cpu" else None
+
+
+def _literal(node: fx.Node) -> torch.Tensor | None:
+    """What ``torch.tensor([0, 0])``, or a list as an index, left in the graph: a constant that nothing else holds."""
+    owner = node.graph.owning_module
+    value = vars(owner).get(str(node.target)) if node.op == "get_attr" and owner is not None else None
+    if type(value) is not torch.Tensor or value.is_floating_point() or value.numel() > _LARGEST:
+        return None
+    with unset_fake_temporarily():
+        return value.detach().cpu()
