@@ -91,7 +91,7 @@ def _meaning(site: SiteReport) -> list[str]:
 
 def _why(site: SiteReport) -> list[str]:
     """The reason, the proof, and what the kernels answered."""
-    lines = [text for text in (site.reason, site.slices) if text]
+    lines = [text for text in (site.reason, site.slices, site.projections) if text]
     lines += site.proof
     for verdict in site.verdicts:
         if verdict.reason and verdict.reason not in site.reason:

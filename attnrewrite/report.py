@@ -51,6 +51,7 @@ class SiteReport:
     Shapes are tuples of strings, since a size may be symbolic ("s37"); they read (batch..., heads, length, features).
     ``requested``: the kernels that were asked for here, and where; empty for the automatic choice.
     ``slices``: that the site was merged from slices of one attention, or why slices were not merged.
+    ``projections``: that projections of parts of the batch, around the attention, are one.
     ``tolerance``: the largest relative error that a lower-precision kernel was admitted with; 0 for any other kernel.
     ``order``: of linear attention, in which its products are multiplied: "linear" (key and value first), "quadratic"
     (query and key first), or "linear, was quadratic". ``operations``: the floating-point operations of either order.
@@ -81,6 +82,7 @@ class SiteReport:
     slices: str = ""
     order: str = ""
     operations: dict[str, str] = field(default_factory=dict)
+    projections: str = ""
     nodes_before: tuple[str, ...] = ()
     nodes_after: tuple[str, ...] = ()
 

@@ -21,9 +21,11 @@ from attnrewrite.errors import KernelError
 from attnrewrite.folding import fold_batches
 from attnrewrite.ir import Builder, Written, is_cast, is_tensor, regions, same_shape, source_location, tensor
 from attnrewrite.kernels import Kernel
+from attnrewrite.kernels.layout import in_memory_order_of
 from attnrewrite.merge import merge_slices
 from attnrewrite.patterns import Finding, GraphView, NearMiss, catalogue
 from attnrewrite.policy import Policy, Request
+from attnrewrite.projections import join_projections
 from attnrewrite.repetitions import undo_repetitions
 from attnrewrite.report import SiteReport
 from attnrewrite.selection import request_for
@@ -89,6 +91,7 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Re
     findings = deque((f"site{index}", finding) for index, finding in enumerate(_find(gm)))
     result.add_time("find", start)
     replaced: dict[fx.Node, fx.Node] = {}
+    spliced: list[tuple[AttentionSite, SiteReport]] = []
     written = _WrittenByRegion(gm.graph)
     while findings:
         name, finding = findings.popleft()
@@ -122,11 +125,27 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Re
         # A mask that was proved is not read.
         _remove(gm.graph, finding.written)
         row.nodes_after = tuple(node.name for node in (*finding.written, *created) if not node._erased)
+        spliced.append((finding, row))
         result.add_time("splice", start)
+    _join_projections(gm, spliced, replaced)
     if result.changed:
         gm.graph.lint()
         gm.recompile()
     return result
+
+
+def _join_projections(
+    gm: fx.GraphModule, spliced: list[tuple[AttentionSite, SiteReport]], replaced: dict[fx.Node, fx.Node]
+) -> None:
+    """Once all sites are replaced: projections around them that are those of a whole batch become one."""
+    for site, row in spliced:
+        output = replaced[site.result]
+        said, gone = ("", []) if output._erased else join_projections(gm, site, output)
+        _remove(gm.graph, gone)
+        if gone:
+            left = {node.name for node in gm.graph.nodes}
+            row.projections = said or "projections of parts of the batch are one"
+            row.nodes_after = tuple(name for name in row.nodes_after if name in left)
 
 
 def _simplify_and_choose(
@@ -311,7 +330,7 @@ def _splice(
     if autocast is not None:
         builder.insert(torch.amp.autocast_mode._exit_autocast, (autocast,), {}, None)
     if not _strides_are_free(site.result):
-        output = _in_memory_order_of(tensor(site.result), output, builder)
+        output = in_memory_order_of(tensor(site.result), output, builder)
     site.result.replace_all_uses_with(output)
     replaced[site.result] = output
     _remove(gm.graph, site.interior if site.parts else (site.result,))
@@ -343,19 +362,6 @@ def _strides_are_free(node: fx.Node) -> bool:
             user.target = aten.reshape.default
         free = free and (is_layout_op(user) or is_cast(user)) and _strides_are_free(user)
     return free
-
-
-def _in_memory_order_of(original: torch.Tensor, node: fx.Node, builder: Builder) -> fx.Node:
-    """``node`` copied so that its dimensions lie in memory as the original's did (an einsum's result is permuted)."""
-    strides = original.stride()
-    if not all(isinstance(stride, int) for stride in strides):
-        return builder.call(aten.clone.default, node, memory_format=torch.contiguous_format)
-    order = sorted(range(original.dim()), key=lambda dim: -strides[dim])
-    if order == list(range(original.dim())):
-        return builder.call(aten.clone.default, node, memory_format=torch.contiguous_format)
-    permuted = builder.call(aten.permute.default, node, order)
-    copied = builder.call(aten.clone.default, permuted, memory_format=torch.contiguous_format)
-    return builder.call(aten.permute.default, copied, [order.index(dim) for dim in range(original.dim())])
 
 
 def _remove(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:

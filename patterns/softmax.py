@@ -30,7 +30,7 @@ from attnrewrite.analysis.weights import Softmax, WeightWalk, every_softmax, fol
 from attnrewrite.ir import tensor
 from attnrewrite.site import AttentionSite, Narrow, NotAttention, Scale
 
-from . import normalisations, score_functions, shared_keys, slices
+from . import normalisations, perturbed, score_functions, shared_keys, slices
 from .base import Finding, GraphView, NearMiss, Specimen, reader_in_words
 from .samples import Specimens, additive, keep, learned, normal, padding
 
@@ -791,6 +791,7 @@ def cached_keys(q: Tensor, past_k: Tensor, k: Tensor, past_v: Tensor, v: Tensor)
 SPECIMENS = (
     *_spelling,
     *normalisations.SPECIMENS,
+    *perturbed.SPECIMENS,
     *score_functions.SPECIMENS,
     *slices.SPECIMENS,
     *shared_keys.SPECIMENS,

@@ -12,7 +12,7 @@ from attnrewrite.analysis.views import Axis, Dim, Layout, Operand, resolve, size
 from attnrewrite.ir import Builder, Size, same, same_shape, tensor
 from attnrewrite.site import AttentionSite, Scale, WeightMod
 
-__all__ = ["Plan", "lay_out", "modified", "with_unit_stride"]
+__all__ = ["Plan", "in_memory_order_of", "lay_out", "modified", "with_unit_stride"]
 
 aten = torch.ops.aten
 
@@ -87,6 +87,19 @@ def with_unit_stride(builder: Builder, node: fx.Node) -> fx.Node:
     if same(tensor(node).stride()[-1], 1) or same(tensor(node).shape[-1], 1):
         return node
     return builder.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+
+
+def in_memory_order_of(original: torch.Tensor, node: fx.Node, builder: Builder) -> fx.Node:
+    """``node`` copied so that its dimensions lie in memory as the original's did (an einsum's result is permuted)."""
+    strides = original.stride()
+    if not all(isinstance(stride, int) for stride in strides):
+        return builder.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+    order = sorted(range(original.dim()), key=lambda dim: -strides[dim])
+    if order == list(range(original.dim())):
+        return builder.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+    permuted = builder.call(aten.permute.default, node, order)
+    copied = builder.call(aten.clone.default, permuted, memory_format=torch.contiguous_format)
+    return builder.call(aten.permute.default, copied, [order.index(dim) for dim in range(original.dim())])
 
 
 def modified(builder: Builder, node: fx.Node, mod: WeightMod, dims: tuple[Dim, ...]) -> fx.Node:

@@ -1,0 +1,65 @@
+r"""Specimens of attention of which a part of the batch has none: guidance by perturbed attention (PAG).
+
+    result = cat([softmax(mods(query[:n] @ key[:n])) @ value[:n], value[n:]]) @ output
+
+The part that is not attended takes its value as it is. Projections of value and result, which are written for each
+part, are those of the whole batch (:mod:`attnrewrite.projections`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .samples import Specimens, learned, normal
+
+__all__ = ["SPECIMENS"]
+
+_spelling = Specimens()
+_W = learned(32, 32)
+_B = learned(32)
+
+
+def _attended(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor) -> Tensor:
+    q, k, v = (F.linear(x, w).view(x.shape[0], -1, 4, 8).transpose(1, 2) for w in (wq, wk, wv))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape[0], -1, 32)
+
+
+@_spelling.add(normal(4, "L", 32), _W, _W, _W, _W, _B)
+def identity_of_half_the_batch(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo: Tensor, bias: Tensor) -> Tensor:
+    """diffusers' PAGIdentitySelfAttnProcessor2_0."""
+    kept, perturbed = x.chunk(2)
+    kept = F.linear(_attended(kept, wq, wk, wv), wo, bias)
+    perturbed = F.linear(F.linear(perturbed, wv), wo, bias)
+    return torch.cat([kept, perturbed]) / 1.0
+
+
+@_spelling.add(normal(6, 32, 3, "L"), _W, _W, _W, _W, _B, learned(32))
+def identity_of_a_third_of_images(
+    x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo: Tensor, bias: Tensor, scale: Tensor
+) -> Tensor:
+    """diffusers' PAGCFGIdentitySelfAttnProcessor2_0, of images, with a norm of groups."""
+    b, c, h, w = x.shape
+    without, text, perturbed = x.view(b, c, h * w).transpose(1, 2).chunk(3)
+    kept = torch.cat([without, text])
+    kept, perturbed = (F.group_norm(t.transpose(1, 2), 8, scale).transpose(1, 2) for t in (kept, perturbed))
+    kept = F.linear(_attended(kept, wq, wk, wv), wo, bias)
+    perturbed = F.linear(F.linear(perturbed, wv), wo, bias)
+    kept, perturbed = (t.transpose(-1, -2).reshape(-1, c, h, w) for t in (kept, perturbed))
+    return (torch.cat([kept, perturbed]) + x) / 1.5
+
+
+@_spelling.add(normal(3, "L", 32), learned(96, 32), _W, _B)
+def skipped_attention(tokens: Tensor, qkv: Tensor, out: Tensor, bias: Tensor) -> Tensor:
+    """From scratch: the last entry of the batch skips attention, and each part has its own residual."""
+    wq, wk, wv = qkv.chunk(3)
+    through, skip = tokens[:2], tokens[2:]
+    q, k, v = (F.linear(through, w).reshape(2, -1, 4, 8) for w in (wq, wk, wv))
+    weights = (torch.einsum("bihd,bjhd->bhij", q, k) * 8**-0.5).softmax(-1)
+    mixed = torch.einsum("bhij,bjhd->bihd", weights, v).flatten(2)
+    halves = [through + F.linear(mixed, out, bias) * 0.7, skip + F.linear(F.linear(skip, wv), out, bias) * 0.7]
+    return torch.cat(halves, dim=0)
+
+
+SPECIMENS = tuple(_spelling)
