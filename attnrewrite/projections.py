@@ -64,6 +64,7 @@ def join_projections(gm: fx.GraphModule, site: AttentionSite, output: fx.Node) -
         if not _same_strides(whole, joint):
             whole = in_memory_order_of(tensor(joint), whole, joining.builder)
         joint.replace_all_uses_with(whole)
+        joining.take_back()
         gone.append(joint)
         said = said or _in_words(joining, weights)
     return said, gone
@@ -175,7 +176,11 @@ class _Joining:
         """``cat(nodes, dim)``, computed of sources that are put together, or are there; None where it cannot be."""
         whole = _covered(nodes, dim)
         if whole is None and self._are_alike(nodes, dim):
+            projections, joints = self.projections, len(self.joints)
             whole = self._computed(nodes, dim)
+            if whole is not None and self.projections == projections and len(self.joints) > joints + 1:
+                # One concatenation here is less than several behind it.
+                whole, self.joints[joints:] = None, []
             if whole is not None:
                 self.levels.append(_Level(nodes, dim, whole))
         if whole is None and self.joint is not None and nodes != _parts(self.joint) and _fit(nodes, dim):
@@ -184,6 +189,7 @@ class _Joining:
         return whole
 
     def take_back(self) -> None:
+        """Removes what was written and is not read."""
         for node in reversed(self.created):
             if not node._erased and not node.users:
                 self.view.graph.erase_node(node)
