@@ -78,9 +78,14 @@ def _automatic(
 ) -> Kernel | None:
     """The fastest willing kernel, by measurement: here and now, or in the table for devices of this kind."""
     table = cost_table(site.device) if site.for_inductor else None
+    asked = [kernel for kernel in standing(table) if _concerns(kernel, site)]
+    # What computes less needs no measurement.
+    kernel = _first_willing(site, [kernel for kernel in asked if hasattr(kernel, "concerns")], verdicts)
+    if kernel is not None:
+        return kernel
     if not policy.autotune and table is None:
-        return _first_willing(site, standing(None), verdicts)
-    willing = willing_kernels(site, standing(table), verdicts)
+        return _first_willing(site, asked, verdicts)
+    willing = willing_kernels(site, asked, verdicts)
     # Time is not bought with memory: what keeps the scores serves where nothing else does.
     willing = [kernel for kernel in willing if not getattr(kernel, "keeps_scores", False)] or willing
     if len(willing) < 2:
@@ -102,6 +107,11 @@ def _automatic(
         verdicts[name] = KernelVerdict(name, True, f"about {time:.3g} ms, {source}")
     fastest = min(milliseconds.values()) * (1.0 if policy.autotune else _ABOUT_AS_FAST)
     return next(kernel for kernel in willing if milliseconds.get(kernel.name, math.inf) <= fastest)
+
+
+def _concerns(kernel: Kernel, site: AttentionSite) -> bool:
+    concerns: Callable[[AttentionSite], bool] | None = getattr(kernel, "concerns", None)
+    return concerns is None or concerns(site)
 
 
 def _estimates(table: CostTable, kernels: list[Kernel], workload: Workload, cuda_graphs: bool) -> dict[str, float]:

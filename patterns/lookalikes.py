@@ -43,6 +43,17 @@ def softmax_over_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.transpose(-2, -1) / 8**0.5).softmax(1) @ v
 
 
+@_lookalike(normal(2, 1, "L", 8), normal(2, 1, "S", 8), normal(2, 1, "S", 8), reason=_OTHER_AXIS)
+def softmax_over_the_only_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """All weights are 1, and the values are added up."""
+    return (q @ k.transpose(-2, -1) / 8**0.5).softmax(1) @ v
+
+
+@_lookalike(_Q, normal(2, 4, 1, 8), normal(2, 4, "L", 8), reason=_OTHER_AXIS)
+def one_key_and_a_sum_over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1).transpose(-2, -1) @ v
+
+
 @_lookalike(_Q, _K, _V, reason=_SHARED_AXIS)
 def softmax_over_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.transpose(-2, -1) / 8**0.5).softmax(0) @ v

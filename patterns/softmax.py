@@ -30,7 +30,7 @@ from attnrewrite.analysis.weights import Softmax, WeightWalk, every_softmax, fol
 from attnrewrite.ir import tensor
 from attnrewrite.site import AttentionSite, Narrow, NotAttention, Scale
 
-from . import normalisations, perturbed, score_functions, shared_keys, slices
+from . import normalisations, perturbed, score_functions, shared_keys, single_key, slices
 from .base import Finding, GraphView, NearMiss, Specimen, reader_in_words
 from .samples import Specimens, additive, keep, learned, normal, padding
 
@@ -64,8 +64,12 @@ class SoftmaxAttention:
         key_dim = layout[softmax.dim]
         split = split_sink(softmax, key_dim)
         sink_dim = None
+        if not key_dim and softmax.sink is not None:
+            raise NotAttention("softmax runs over a single key and a sink")
         if split is not None:
             softmax, keys, sink_first = split
+            if not keys:
+                raise NotAttention("softmax runs over a single key and a sink")
             sink_dim = (key_dim, keys, sink_first)
             key_dim = keys
         walks = follow_weights(softmax, layout, sink_dim)
@@ -259,9 +263,10 @@ def _product_near(start: fx.Node, neighbours: Callable[[fx.Node], list[fx.Node]]
 def _query_and_key(product: Product, key_axes: tuple[Axis, ...]) -> tuple[Operand, Operand]:
     lhs, rhs = set(product.lhs.axes), set(product.rhs.axes)
     keys = set(key_axes)
-    if not key_axes:
-        raise NotAttention("softmax runs over a single key, whose weight is always 1")
-    if keys <= rhs and not keys & lhs:
+    if not keys and rhs > lhs:
+        # Over a single key: it lacks the axis of the queries.
+        query, key = product.rhs, product.lhs
+    elif keys <= rhs and not keys & lhs:
         query, key = product.lhs, product.rhs
     elif keys <= lhs and not keys & rhs:
         query, key = product.rhs, product.lhs
@@ -795,4 +800,5 @@ SPECIMENS = (
     *score_functions.SPECIMENS,
     *slices.SPECIMENS,
     *shared_keys.SPECIMENS,
+    *single_key.SPECIMENS,
 )

@@ -32,8 +32,8 @@ NAMES = _NAMES.split()
 
 # One or two uses of each class that is rewritten in full; `python -m tests.processors` measures all of them.
 REWRITTEN = {
-    "AttnProcessor": ("cross, mask", "image, group norm"),
-    "AttnProcessor2_0": ("cross, mask",),
+    "AttnProcessor": ("cross, mask", "image, group norm", "one key"),
+    "AttnProcessor2_0": ("cross, mask", "one key"),
     "SlicedAttnProcessor": ("slices of 8",),
     "CrossFrameAttnProcessor": ("3 frames of 2", "mask"),
     "CrossFrameAttnProcessor2_0": ("8 frames of 1",),

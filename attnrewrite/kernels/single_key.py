@@ -1,0 +1,92 @@
+"""``single_key``: softmax over one key gives it the weight 1, so that the attention is its value.
+
+    softmax([score]) @ [value] = value        for every finite score
+
+Query and key are not multiplied, and where no gradient is wanted they are not even computed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from attnrewrite.analysis.views import Operand
+from attnrewrite.ir import Builder, same_shape, tensor
+from attnrewrite.kernels.base import Availability, Verdict
+from attnrewrite.kernels.layout import lay_out, modified
+from attnrewrite.site import AttentionSite
+
+__all__ = ["SingleKey"]
+
+aten = torch.ops.aten
+
+
+class SingleKey:
+    """The value, broadcast over the queries."""
+
+    name = "single_key"
+    automatic = True
+    needs = "PyTorch"
+    run_on = "x86 CPU, torch 2.13"
+
+    def availability(self) -> Availability:
+        return Availability(True, f"part of torch {torch.__version__}")
+
+    def concerns(self, site: AttentionSite) -> bool:
+        """Whether it is asked at all, unless by name."""
+        return not site.key_axes and site.sink is None
+
+    def supports(self, site: AttentionSite) -> Verdict:
+        scores = site.scores
+        assert scores is not None
+        if not self.concerns(site):
+            return Verdict.no("softmax runs over more than one key")
+        if site.dropout:
+            return Verdict.no("the one weight of each query is dropped at random")
+        # A finite number that masks the only key leaves it the weight 1; a fused call has its own rules.
+        if scores.masked_rows != "none" and (site.fused or scores.masked_rows != "mean of value"):
+            return Verdict.no(
+                "the only key may be masked, and the value is not what the source gives then (if it never is, say so: "
+                "options={'assume_attended_rows': True})"
+            )
+        return Verdict.yes()
+
+    def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
+        scores = site.scores
+        assert scores is not None
+        dims = site.result_layout
+        result = tensor(site.result)
+        output = lay_out(builder, site.value.node, site.value.layout, dims)
+        for mod in (*scores.value_mods, *scores.output_mods):
+            output = modified(builder, output, mod, dims)
+        if tensor(output).dtype is not result.dtype:
+            output = builder.call(aten.to.dtype, output, result.dtype)
+        if site.differentiable:
+            for node in _without_influence(site):
+                nothing = builder.call(aten.slice.Tensor, _of_one_dimension(builder, node), 0, 0, 0)
+                total = builder.call(aten.sum.default, nothing, dtype=result.dtype)
+                output = builder.call(aten.add.Tensor, output, total)
+        if same_shape(tensor(output).shape, result.shape):
+            # A product is a tensor of its own, and no view of an input.
+            return builder.call(aten.clone.default, output)
+        return builder.call(aten.expand.default, output, list(result.shape))
+
+
+def _without_influence(site: AttentionSite) -> list[fx.Node]:
+    """The operands that only the score depends on: the source gives them gradients of zeros, and not none at all.
+
+    An optimizer lets a parameter decay whose gradient is zero, and leaves one alone that has none. The sum of no
+    elements is a zero with such a gradient.
+    """
+    found: dict[fx.Node, None] = {}
+
+    def note(operand: Operand) -> Operand:
+        found.setdefault(operand.node)
+        return operand
+
+    site.change_operands(note)
+    return [node for node in found if node is not site.value.node and tensor(node).dtype.is_floating_point]
+
+
+def _of_one_dimension(builder: Builder, node: fx.Node) -> fx.Node:
+    return node if tensor(node).dim() else builder.call(aten.reshape.default, node, [1])
