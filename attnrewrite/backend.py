@@ -22,6 +22,7 @@ from attnrewrite.constants import Constants
 from attnrewrite.dump import dump_graph, graph_source
 from attnrewrite.errors import KernelError
 from attnrewrite.inner import CompiledFn, InnerCompiler
+from attnrewrite.legalise import legalised
 from attnrewrite.patterns import PatternError
 from attnrewrite.policy import Policy, debug_directory
 from attnrewrite.report import GraphReport, RewriteReport
@@ -73,6 +74,7 @@ def attnrewrite(
         KernelError: with ``strict``, a site that no kernel that was asked for can serve.
     """
     policy = Policy.from_options(options, mode)
+    gm = legalised(gm)
     compiled, offered = _compiled(gm, example_inputs, policy)
     if not offered:
         return compiled

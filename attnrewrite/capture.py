@@ -27,7 +27,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy
 
 from attnrewrite.batching import holds_vmap, written_out
-from attnrewrite.ir import Builder, is_view, same_shape
+from attnrewrite.ir import Builder, copy_attributes, is_view, same_shape
+from attnrewrite.legalise import legalised
 from attnrewrite.openings import OPENINGS
 
 __all__ = ["CaptureError", "Captured", "capture"]
@@ -56,6 +57,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
         CaptureError: the graph is not one that functional tracing can express. Nothing has been changed then.
     """
     start = time.perf_counter()
+    gm = legalised(gm)
     if holds_vmap(gm):
         try:
             gm = written_out(gm)
@@ -418,7 +420,7 @@ def _restore_calling_convention(
         raise CaptureError(f"tracing returned {len(user_inputs)} inputs for {len(placeholders)}")
     for source, traced in zip(placeholders, user_inputs, strict=True):
         node = graph.placeholder(str(source.target))
-        _copy_attributes(source, node)
+        copy_attributes(source, node)
         node.meta = {**source.meta, "val": traced.meta["val"]}
         env[traced] = node
     for traced in exported_inputs:
@@ -487,7 +489,7 @@ def _restore_calling_convention(
     _say_what_is_copied(ir)
     _say_what_is_read(ir)
     ir.recompile()
-    _copy_attributes(original, ir)
+    copy_attributes(original, ir)
     ir.meta = original.meta
     return ir
 
@@ -591,13 +593,6 @@ def _attribute(root: torch.nn.Module, path: str) -> Any:
     for name in path.split("."):
         value = getattr(value, name)
     return value
-
-
-def _copy_attributes(source: Any, target: Any) -> None:
-    """What Dynamo attaches for the inner compiler: ``_dynamo_source`` on placeholders tells which inputs are static."""
-    for name, value in vars(source).items():
-        if name.startswith(("_dynamo", "_param_name", "_backend")) or name == "compile_subgraph_reason":
-            setattr(target, name, value)
 
 
 def _alias_updated_inputs(

@@ -29,6 +29,7 @@ __all__ = [
     "StoredPattern",
     "Triangle",
     "Written",
+    "copy_attributes",
     "is_cast",
     "is_view",
     "regions",
@@ -92,6 +93,13 @@ CAST_OPS = frozenset(
 
 def is_view(node: fx.Node) -> bool:
     return node.target in VIEW_OPS
+
+
+def copy_attributes(source: Any, target: Any) -> None:
+    """What Dynamo attaches for the inner compiler: ``_dynamo_source`` on placeholders tells which inputs are static."""
+    for name, value in vars(source).items():
+        if name.startswith(("_dynamo", "_param_name", "_backend")) or name == "compile_subgraph_reason":
+            setattr(target, name, value)
 
 
 def tensor(node: Any) -> torch.Tensor:

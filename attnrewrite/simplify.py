@@ -21,6 +21,7 @@ from attnrewrite.analysis.masks import (
     attended_everywhere,
     band_of,
     in_words,
+    isolated_block_of,
     kept_where,
     may_mask,
     truth,
@@ -36,7 +37,7 @@ from attnrewrite.analysis.values import (
     possible_values,
 )
 from attnrewrite.analysis.views import Operand, size_of
-from attnrewrite.ir import same
+from attnrewrite.ir import Size, same, tensor
 from attnrewrite.policy import Policy
 from attnrewrite.site import (
     AttentionSite,
@@ -125,12 +126,13 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     value_mods, output_mods, masked_rows = _placed_weight_mods(
         site, positions, masked, _rows_without_key(site, terms) if attended is None else "none"
     )
-    band = None
+    band = isolated = None
     if site.is_causal:
         square = same(size_of(site.query_axes), size_of(site.key_axes))
         band = Band((None, 0), (None, 0) if square else None)
     elif attended is not None and masked is not None and None not in kept:
         band = band_of(masked, positions)
+        isolated = _isolated(masked, positions, site)
     becomes_causal = not inexpressible and site.sink is None and band is not None and band.is_causal
     return CanonicalScores(
         scale=None if site.default_scale else reading.scale,
@@ -144,6 +146,7 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
         fills_decide=not (site.fused or inexpressible or site.sink is not None or attended) and _only_fills_mask(terms),
         is_causal=site.is_causal or becomes_causal,
         band=band,
+        isolated=isolated,
         softcap=abs(reading.softcap) if reading.softcap and not refused else None,
         value_mods=value_mods,
         output_mods=output_mods,
@@ -409,6 +412,25 @@ def _filled_by_bias(before: Term, bias: Bias, positions: Positions) -> Fill | No
         return None
     value = bias.of(low[0])
     return None if value is None else Fill(before.condition, value, bias.dtype, before.invert)
+
+
+def _isolated(kept: Formula, positions: Positions, site: AttentionSite) -> tuple[Size, Size] | None:
+    """The bounds of the block of positions that ``kept`` isolates from each other, as sizes of the graph."""
+    bounds = isolated_block_of(kept, positions)
+    if bounds is None:
+        return None
+    sizes: list[Size] = []
+    known: list[Size] = [axis.size for axis in (*site.query_axes, *site.key_axes)]
+    known += [size for part in (site.query, site.key) for size in tensor(part.node).shape]
+    symbolic = [size for size in known if isinstance(size, torch.SymInt)]
+    for bound in bounds:
+        if bound.is_Integer:
+            sizes.append(int(bound))
+        elif symbolic:
+            sizes.append(symbolic[0].node.shape_env.create_symintnode(bound, hint=None))
+        else:
+            return None
+    return sizes[0], sizes[1]
 
 
 # What is done to the weights.

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.views import Axis, Layout, Operand, axes_of
-from attnrewrite.ir import tensor
+from attnrewrite.ir import Size, tensor
 
 __all__ = [
     "AttentionSite",
@@ -184,6 +184,8 @@ class CanonicalScores:
         is_causal: the mask was proved to be causal from the first key on, and is asked of the kernel by name.
         band: what all terms together were proved to be, every row with a key; a kernel with a window or a causal mask
             of its own takes it in the terms' place.
+        isolated: the positions, from the first up to and without the second, within which each attends to itself alone;
+            to those outside it attends, and they to all. All terms together were proved to say no more and no less.
         softcap: where ``inexpressible`` is for nothing but a soft cap, its height: the scores that the terms apply to
             are ``softcap * tanh(scale * (query @ key) / softcap)``.
         structure: the mask's structure in words.
@@ -202,6 +204,7 @@ class CanonicalScores:
     fills_decide: bool = False
     is_causal: bool = False
     band: Band | None = None
+    isolated: tuple[Size, Size] | None = None
     softcap: float | None = None
     value_mods: tuple[WeightMod, ...] = ()
     output_mods: tuple[WeightMod, ...] = ()

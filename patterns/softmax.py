@@ -30,7 +30,7 @@ from attnrewrite.analysis.weights import Softmax, WeightWalk, every_softmax, fol
 from attnrewrite.ir import tensor
 from attnrewrite.site import AttentionSite, Narrow, NotAttention, Scale
 
-from . import normalisations, perturbed, score_functions, shared_keys, single_key, slices
+from . import isolated, normalisations, perturbed, score_functions, shared_keys, single_key, slices
 from .base import Finding, GraphView, NearMiss, Specimen, reader_in_words
 from .samples import Specimens, additive, keep, learned, normal, padding
 
@@ -801,4 +801,5 @@ SPECIMENS = (
     *slices.SPECIMENS,
     *shared_keys.SPECIMENS,
     *single_key.SPECIMENS,
+    *isolated.SPECIMENS,
 )

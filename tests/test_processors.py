@@ -64,6 +64,8 @@ REWRITTEN = {
     "FusedHunyuanAttnProcessor2_0": ("self, mask",),
     "LuminaAttnProcessor2_0": ("self, grouped",),
     "StableAudioAttnProcessor2_0": ("grouped",),
+    "PAGJointAttnProcessor2_0": ("joint",),
+    "PAGCFGJointAttnProcessor2_0": ("joint",),
     "MochiVaeAttnProcessor2_0": ("causal", "single frame"),
     "SanaLinearAttnProcessor2_0": ("long", "short"),
     "SanaMultiscaleAttnProcessor2_0": ("linear", "quadratic"),

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.formulas import Formula, Known, at_least, conjunction, disjunction, negation
+from attnrewrite.analysis.pieces import span_of
 from attnrewrite.analysis.values import as_stored, constant_value
 from attnrewrite.ir import CAST_OPS, StoredPattern, Triangle, is_tensor, same, tensor
 
@@ -136,7 +137,35 @@ class Entries:
             return _combined(lambda a, b: a * b, self.at(args[0], index), sympy.Integer(-1), dtype)
         if target is aten.index.Tensor:
             return self._gathered(node, index)
+        if target in _SCATTERS:
+            return self._written(node, index)
         return None
+
+    def _written(self, node: fx.Node, index: list[Any]) -> Entry | None:
+        """An assignment to a slice, a row or a diagonal: what was written there, and elsewhere what was there before."""
+        args: Any = node.args
+        before, written = args[:2]
+        if node.target is aten.diagonal_scatter.default:
+            place = _diagonal_arguments(args[2:], node.kwargs, len(index))
+            if place is None:
+                return None
+            offset, rows, columns = place
+            distance = index[columns] - index[rows] - offset
+            inside = conjunction([at_least(distance, self._highest), at_least(-distance, self._highest)])
+            rest = [position for dim, position in enumerate(index) if dim not in (rows, columns)]
+            own = [*rest, index[rows] if offset >= 0 else index[columns]]
+        else:
+            span = span_of(node, tensor(written), 2)
+            if span is None:
+                return None
+            given: Any = args[2] if len(args) > 2 else node.kwargs.get("dim", 0)
+            dim = given % len(index)
+            first, size = expression_of(span.start), expression_of(span.size)
+            from_first = index[dim] - first
+            inside = conjunction([at_least(from_first, self._highest), at_least(size - 1 - from_first, self._highest)])
+            own = [*index[:dim], *([from_first] * (node.target is aten.slice_scatter.default)), *index[dim + 1 :]]
+        # Where nothing was written the entry at ``own`` is that of no index, and the condition leaves it out.
+        return self._chosen(inside, self.at(written, own), self.at(before, index), tensor(node).dtype)
 
     def _operand(self, arg: Any, index: list[Any]) -> Entry:
         """The entry of a broadcast operand at the result's index."""
@@ -379,6 +408,14 @@ def _moved_index(node: fx.Node, index: list[Any]) -> list[Any] | None:
         if start is None or step is None or not sympy.sympify(start).is_nonnegative:
             return None
         return [*index[:dim], start + step * index[dim], *index[dim + 1 :]]
+    if target is aten.diagonal.default:
+        place = _diagonal_arguments(args[1:], node.kwargs, len(index) + 1)
+        if place is None:
+            return None
+        offset, rows, columns = place
+        rest = iter(index[:-1])
+        own = {rows: index[-1] - min(offset, 0), columns: index[-1] + max(offset, 0)}
+        return [own[dim] if dim in own else next(rest) for dim in range(len(index) + 1)]
     if target is aten.select.int:
         dim = args[1] % (len(index) + 1)
         position = _integer(args[2])
@@ -397,6 +434,14 @@ def _moved_index(node: fx.Node, index: list[Any]) -> list[Any] | None:
     return None
 
 
+def _diagonal_arguments(given: Sequence[Any], named: Mapping[str, Any], rank: int) -> tuple[int, int, int] | None:
+    """The offset of a diagonal, and the two dimensions that it runs along."""
+    values = {"offset": 0, "dim1": 0, "dim2": 1, **dict(zip(("offset", "dim1", "dim2"), given, strict=False)), **named}
+    offset, rows, columns = (values[name] for name in ("offset", "dim1", "dim2"))
+    return (offset, rows % rank, columns % rank) if isinstance(offset, int) else None
+
+
+_SCATTERS = (aten.slice_scatter.default, aten.select_scatter.default, aten.diagonal_scatter.default)
 _RELATIONS: dict[str, Callable[[float, float], bool]] = {
     "eq": lambda a, b: a == b,
     "lt": lambda a, b: a < b,

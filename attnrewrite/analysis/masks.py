@@ -7,13 +7,13 @@ in terms of the query position, at which the mask is computed to be open.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import sympy
 
 from attnrewrite.analysis.entries import Cases, Entries, expression_of
-from attnrewrite.analysis.formulas import AtLeast, Formula, Known, Some, negation, parts, symbols
+from attnrewrite.analysis.formulas import All, AtLeast, Formula, Known, Some, negation, parts, symbols
 from attnrewrite.analysis.values import ORDINARY, Kind, is_far_below, is_ordinary, possible_values
 from attnrewrite.analysis.views import Axis, Dim, Operand
 from attnrewrite.site import Band, Bias, Fill, Reach, ScoreMod
@@ -23,6 +23,7 @@ __all__ = [
     "attended_everywhere",
     "band_of",
     "in_words",
+    "isolated_block_of",
     "kept_where",
     "may_mask",
     "truth",
@@ -104,6 +105,9 @@ def in_words(kept: Formula, positions: Positions) -> tuple[str, ...]:
     key = tuple(positions.symbol(axis) for axis in positions.key_axes)
     if kept is False:
         return ("everything masked",)
+    block = isolated_block_of(kept, positions)
+    if block is not None:
+        return (f"isolated from {block[0]} to {block[1]}",)
     return tuple(sorted({_phrase(part, query, key, positions) for part in parts(kept)}))
 
 
@@ -128,6 +132,88 @@ def band_of(kept: Formula, positions: Positions) -> Band | None:
     first = _reach(left, right)
     last = _reach([bound + shift for bound in left], [bound - shift for bound in right])
     return Band(first, last) if first or last else None
+
+
+def isolated_block_of(kept: Formula, positions: Positions) -> tuple[Any, Any] | None:
+    """The positions, from the first bound up to and without the second, that are kept from each other.
+
+    ``kept``: the query's own position, or a query or a key outside the block. None if it is not exactly that, which is
+    decided by going through the ways in which a query and a key can lie to the bounds and to each other.
+    """
+    if len(positions.query_axes) != 1 or len(positions.key_axes) != 1 or not isinstance(kept, (All, Some)):
+        return None
+    if sympy.expand(positions.keys - positions.queries) != 0:
+        return None
+    query, key = (positions.symbol(axes[0]) for axes in (positions.query_axes, positions.key_axes))
+    literals = {literal: _read_literal(literal, query, key) for literal in _literals(kept)}
+    if None in literals.values():
+        return None
+    bounds = list(dict.fromkeys(read[1] for read in literals.values() if read is not None and read[0] != "distance"))
+    if len(bounds) == 2 and (bounds[0] - bounds[1]).is_positive:
+        bounds.reverse()
+    if not bounds or len(bounds) > 2 or (len(bounds) == 2 and not (bounds[1] - bounds[0]).is_positive):
+        return None
+    edges = [sympy.Integer(0), *bounds, positions.keys]
+
+    def holds(formula: Formula, places: dict[str, int]) -> bool:
+        if isinstance(formula, bool):
+            return formula
+        if isinstance(formula, (All, Some)):
+            return (all if isinstance(formula, All) else any)(holds(term, places) for term in formula.terms)
+        read = literals[formula]
+        assert read is not None
+        what, bound, upwards = read
+        place = places[what]
+        reached = place >= bound if what == "distance" else place > bounds.index(bound)
+        return reached == upwards
+
+    for block in range(len(edges) - 1):
+        if len(bounds) == 2 and block != 1:
+            continue
+        if all(
+            holds(kept, places)
+            == (
+                places["distance"] == 0
+                or block not in (places["query"], places["key"])
+                or places["query"] != places["key"]
+            )
+            for places in _arrangements(len(edges) - 1)
+        ):
+            return edges[block], edges[block + 1]
+    return None
+
+
+def _arrangements(count: int) -> Iterator[dict[str, int]]:
+    """Which of ``count`` ranges a query and a key are in, and the sign of the query's distance from the key."""
+    for query in range(count):
+        for key in range(count):
+            for distance in (-1, 0, 1) if query == key else ((query > key) - (query < key),):
+                yield {"query": query, "key": key, "distance": distance}
+
+
+def _literals(formula: Formula) -> set[AtLeast | Known]:
+    if isinstance(formula, (All, Some)):
+        return set().union(*(_literals(term) for term in formula.terms))
+    return set() if isinstance(formula, bool) else {formula}
+
+
+def _read_literal(literal: AtLeast | Known, query: Any, key: Any) -> tuple[str, Any, bool] | None:
+    """(what, bound, True) of ``what >= bound`` and (what, bound, False) of ``what < bound``; None for anything else.
+
+    It is the query, the key, or the distance of the query from the key, whose bound is a sign that it may have.
+    """
+    if not isinstance(literal, AtLeast):
+        return None
+    for what, subject in (("query", query), ("key", key), ("distance", query - key)):
+        for sign in (1, -1):
+            rest = sympy.expand(literal.expression - sign * subject)
+            if rest.free_symbols & {query, key} or not rest.is_integer:
+                continue
+            bound = -rest if sign == 1 else rest + 1
+            if what == "distance" and bound not in (0, 1):
+                return None
+            return what, bound, sign == 1
+    return None
 
 
 def _reach(left: list[Any], right: list[Any]) -> Reach | None:

@@ -87,7 +87,7 @@ def taken_from(node: fx.Node) -> Taken | None:
         return _from_split(args[0], args[1])
     if target not in (aten.slice.Tensor, aten.narrow.default, aten.select.int) or not is_tensor(args[0]):
         return None
-    span = _span(node, tensor(node))
+    span = span_of(node, tensor(node))
     dim = _dim(node, tensor(args[0]).dim())
     return None if span is None else Taken(args[0], dim, span, target is aten.select.int)
 
@@ -115,7 +115,7 @@ def _dim(node: fx.Node, rank: int, position: int = 1) -> int:
     return int(_argument(node, position, "dim", 0)) % rank
 
 
-def _span(node: fx.Node, part: torch.Tensor, position: int = 1) -> Span | None:
+def span_of(node: fx.Node, part: torch.Tensor, position: int = 1) -> Span | None:
     """The span that a slice, a selection or their scatter is about; ``position`` of the argument that is the dim."""
     whole = tensor(node.args[0])
     dim = _dim(node, whole.dim(), position)
@@ -253,7 +253,7 @@ def _written(node: fx.Node, into: Assembly, source: Assembly) -> Assembly:
     """``into`` after a scatter along one dimension."""
     args: Any = node.args
     selected = node.target is aten.select_scatter.default
-    span = _span(node, tensor(args[1]), position=2)
+    span = span_of(node, tensor(args[1]), position=2)
     if span is None:
         return _untouched(node)
     dim = _dim(node, tensor(node).dim(), position=2)

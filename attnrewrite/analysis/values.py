@@ -104,6 +104,8 @@ def _values_of_call(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> fro
         return _values(args[1], memo) | _values(args[2], memo)
     if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
         return _values(args[0], memo) | _values(args[2], memo)
+    if target in (aten.slice_scatter.default, aten.select_scatter.default, aten.diagonal_scatter.default):
+        return _values(args[0], memo) | _values(args[1], memo)
     if target in (aten.cat.default, aten.stack.default):
         return frozenset().union(*(_values(part, memo) for part in args[0]))
     if target in (aten.tril.default, aten.triu.default, aten.constant_pad_nd.default, aten.pad.default):
@@ -275,6 +277,8 @@ def constant_value(node: Any) -> float | None:
         value = args[2]
     elif target is aten.scalar_tensor.default:
         value = args[0]
+    elif target in (aten.fill.Scalar, aten.fill.Tensor):
+        value = constant_value(args[1])
     elif target in (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default):
         value = 0.0
     elif target in (aten.ones.default, aten.ones_like.default, aten.new_ones.default):

@@ -29,6 +29,7 @@ from attnrewrite.kernels.flash import FLASH_4_PACKAGE
 from attnrewrite.kernels.flex_blocks import (
     Blocks,
     blocks_of_band,
+    blocks_of_isolated,
     blocks_of_mask,
     placeholders_first,
     stored,
@@ -129,7 +130,10 @@ class Flex:
             )
         )
         mask = None
-        if asked.mask != "none":
+        isolated = scores.isolated
+        if isolated is not None and isinstance(isolated[0], int) and isinstance(isolated[1], int):
+            blocks = blocks_of_isolated(builder, site, isolated[0], isolated[1])
+        elif asked.mask != "none":
             mask = KeepMask(builder, site, plan.score_dims)
             assert mask.node is not None
             if mask.opened_rows is not None:

@@ -157,12 +157,7 @@ def blocks_of_band(builder: Builder, site: AttentionSite, asked: Asked) -> Block
     shift = keys - queries if asked.from_last else 0
     int64: Any = {"dtype": torch.int64, "device": site.device}
     call = builder.call
-
-    def starts(length: Size, shape: list[int]) -> fx.Node:
-        first = call(aten.mul.Scalar, call(aten.arange.default, _blocks(length), **int64), BLOCK)
-        return call(aten.reshape.default, first, [1, 1, *shape])
-
-    rows, columns = starts(queries, [-1, 1]), starts(keys, [1, -1])
+    rows, columns = _first_positions(builder, site)
     # How far the first key of a block stands behind its first query's own position, and the same of others.
     ahead = call(aten.sub.Tensor, columns, call(aten.add.Scalar, rows, shift))
     inside = [call(aten.le.Scalar, part, size - BLOCK) for part, size in ((rows, queries), (columns, keys))]
@@ -201,6 +196,51 @@ def blocks_of_band(builder: Builder, site: AttentionSite, asked: Asked) -> Block
     placeholders_first(graph)
     mask_mod = fx.GraphModule(torch.nn.Module(), graph)
     return Blocks(tables, (queries, keys), (BLOCK, BLOCK), mask_mod, buffers)
+
+
+def blocks_of_isolated(builder: Builder, site: AttentionSite, start: int, stop: int) -> Blocks:
+    """The blocks of a mask that keeps positions from ``start`` up to and without ``stop`` from each other.
+
+    From their positions alone; within the isolated part the blocks on the diagonal are left.
+    """
+    queries, keys = size_of(site.query_axes), size_of(site.key_axes)
+    call = builder.call
+    either, both = aten.logical_or.default, aten.logical_and.default
+    rows, columns = _first_positions(builder, site)
+    last_row, last_column = (
+        call(aten.clamp.default, call(aten.add.Scalar, first, BLOCK - 1), None, length - 1)
+        for first, length in ((rows, queries), (columns, keys))
+    )
+    some = call(both, call(aten.le.Tensor, rows, last_column), call(aten.le.Tensor, columns, last_row))
+    full = None
+    for first, last in ((rows, last_row), (columns, last_column)):
+        some = call(either, some, call(either, call(aten.lt.Scalar, first, start), call(aten.ge.Scalar, last, stop)))
+        outside = call(either, call(aten.lt.Scalar, last, start), call(aten.ge.Scalar, first, stop))
+        full = outside if full is None else call(either, full, outside)
+    for first, length in ((rows, queries), (columns, keys)):
+        full = call(both, full, call(aten.le.Scalar, first, length - BLOCK))
+    assert full is not None
+    partial = call(both, some, call(aten.logical_not.default, full))
+    tables = _tables(builder, site, partial, full, None)
+
+    graph = _mask_graph()
+    _, _, query, key = graph.nodes
+    kept = graph.call_function(aten.eq.Tensor, (query, key))
+    for position in (query, key):
+        for comparison, bound in ((aten.lt.Scalar, start), (aten.ge.Scalar, stop)):
+            kept = graph.call_function(either, (kept, graph.call_function(comparison, (position, bound))))
+    graph.output(kept)
+    return Blocks(tables, (queries, keys), (BLOCK, BLOCK), fx.GraphModule(torch.nn.Module(), graph))
+
+
+def _first_positions(builder: Builder, site: AttentionSite) -> tuple[fx.Node, fx.Node]:
+    """The first query and the first key of each block, as a column and as a row."""
+
+    def starts(length: Size, shape: list[int]) -> fx.Node:
+        numbers = builder.call(aten.arange.default, _blocks(length), dtype=torch.int64, device=site.device)
+        return builder.call(aten.reshape.default, builder.call(aten.mul.Scalar, numbers, BLOCK), [1, 1, *shape])
+
+    return starts(size_of(site.query_axes), [-1, 1]), starts(size_of(site.key_axes), [1, -1])
 
 
 def _blocks(length: Size) -> Size:

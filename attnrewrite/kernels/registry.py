@@ -7,6 +7,7 @@ import difflib
 from attnrewrite.errors import OptionError
 from attnrewrite.kernels.base import Availability, Kernel
 from attnrewrite.kernels.flex import Flex, FlexFlash
+from attnrewrite.kernels.isolated_block import IsolatedBlock
 from attnrewrite.kernels.library import LibraryKernel
 from attnrewrite.kernels.library_kernels import LIBRARY_KERNELS
 from attnrewrite.kernels.single_key import SingleKey
@@ -18,6 +19,7 @@ __all__ = ["is_fetched", "kernel_named", "made_ready", "register_kernel", "regis
 
 _BUILT_IN: tuple[Kernel, ...] = (
     SingleKey(),
+    IsolatedBlock(),
     TorchSDPA(),
     FlashAttention(),
     EfficientAttention(),
