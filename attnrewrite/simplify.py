@@ -107,6 +107,11 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
 
     attended = "the caller's word (assume_attended_rows)" if policy.assume_attended_rows else None
     attended = attended_everywhere(terms, positions) or _by_sink(site) or attended
+    if site.foreign and attended is None and any(map(_may_mask, terms)):
+        raise NotAttention(
+            "what the library's call gives a row whose keys are all masked is not known, and no such row could be "
+            "ruled out (if none occurs, say so: options={'assume_attended_rows': True})"
+        )
     dtype = min((term.dtype for term in terms), key=lambda dtype: dtype.itemsize, default=site.softmax_dtype)
     inexpressible, refused = reading.inexpressible, ""
     if reading.lifted and (site.underflows or site.rounds_rows):

@@ -239,6 +239,7 @@ class AttentionSite:
         default_scale: an existing fused call leaves the scale to its default, and the head size is symbolic.
         differentiable: a backward pass may follow.
         fused: the site is a fused call already; its own rules for fully masked rows hold.
+        foreign: the call is a library's own operator; what it gives rows without a key is not known.
         compute_dtype: the lowest dtype in which the products may be computed without losing what the source kept.
         interior: the nodes that go when the site is replaced, in graph order.
         for_inductor: the graph goes on to Inductor.
@@ -268,6 +269,7 @@ class AttentionSite:
     default_scale: bool = False
     differentiable: bool = False
     fused: bool = False
+    foreign: bool = False
     in_autocast: bool = False
     for_inductor: bool = False
     interior: tuple[fx.Node, ...] = ()

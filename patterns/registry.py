@@ -36,7 +36,7 @@ def register_pattern(pattern: T) -> T:
     Args:
         pattern: an object with the attributes of :class:`Pattern`: ``name`` (no other pattern has it), ``precedence``
             (a whole number; lower looks first, and of patterns that claim the same nodes the one whose anchor comes
-            first in the graph has them, then the lower precedence; the built-in ones have 10 and 20), ``specimens``
+            first in the graph has them, then the lower precedence; the built-in ones have 10, 11 and 20), ``specimens``
             (may be empty) and ``find(view)``. Or a class that makes one without arguments.
 
     Returns:

@@ -126,7 +126,11 @@ def test_every_row_of_them_is_of_a_kernel_that_is_exact() -> None:
         assert all(row.call > 0 for row in measured_rows)
     # What needs no request: PyTorch's own in their order, then what was measured.
     names = [kernel.name for kernel in standing(own)]
-    assert names[:3] == ["single_key", "isolated_block", "native"] and {"flash_4", "varlen"} <= set(names) and "sage" not in names
+    assert (
+        names[:3] == ["single_key", "isolated_block", "native"]
+        and {"flash_4", "varlen"} <= set(names)
+        and "sage" not in names
+    )
     assert "flash_4" not in [kernel.name for kernel in standing(None)]
 
 

@@ -142,7 +142,7 @@ class Entries:
         return None
 
     def _written(self, node: fx.Node, index: list[Any]) -> Entry | None:
-        """An assignment to a slice, a row or a diagonal: what was written there, and elsewhere what was there before."""
+        """An assignment to a slice, a row or a diagonal: what was written there, and elsewhere what was before."""
         args: Any = node.args
         before, written = args[:2]
         if node.target is aten.diagonal_scatter.default:
