@@ -20,11 +20,11 @@ from attnrewrite.analysis.scores import leads_to_product
 from attnrewrite.capture import CaptureError, capture
 from attnrewrite.constants import Constants
 from attnrewrite.dump import dump_graph, graph_source
-from attnrewrite.errors import KernelError
+from attnrewrite.errors import KernelError, OptionError
 from attnrewrite.inner import CompiledFn, InnerCompiler
 from attnrewrite.legalise import legalised
 from attnrewrite.patterns import PatternError
-from attnrewrite.policy import Policy, debug_directory
+from attnrewrite.policy import DATA_DEPENDENT_SIZES, Policy, debug_directory
 from attnrewrite.report import GraphReport, RewriteReport
 from attnrewrite.rewrite import Rewritten, as_asked, rewrite
 from attnrewrite.tolerance import Admission, admitted
@@ -74,6 +74,11 @@ def attnrewrite(
         KernelError: with ``strict``, a site that no kernel that was asked for can serve.
     """
     policy = Policy.from_options(options, mode)
+    if policy.capture_dynamic_output_shape_ops and not torch._dynamo.config.capture_dynamic_output_shape_ops:
+        raise OptionError(
+            f"options[{DATA_DEPENDENT_SIZES!r}] comes too late for torch.compile, which has traced the graph: set "
+            f"torch._dynamo.config.{DATA_DEPENDENT_SIZES} = True, or use accelerate_attention"
+        )
     gm = legalised(gm)
     compiled, offered = _compiled(gm, example_inputs, policy)
     if not offered:

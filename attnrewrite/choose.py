@@ -7,6 +7,7 @@ import logging
 import math
 
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
 from attnrewrite.autotune import tuned
 from attnrewrite.errors import KernelError
@@ -60,12 +61,20 @@ def _first_willing(
 
 def _ask(site: AttentionSite, kernel: Kernel, verdicts: dict[str, KernelVerdict], by_name: bool = False) -> bool:
     if kernel.name not in verdicts:
-        verdict = kernel.supports(site)
+        verdict = _verdict(site, kernel)
         if verdict.willing:
             available = made_ready(kernel, asked=by_name)
             verdict = verdict if available.available else Verdict.no(f"not available: {available.detail}")
         verdicts[kernel.name] = KernelVerdict(kernel.name, verdict.willing, verdict.reason)
     return verdicts[kernel.name].willing
+
+
+def _verdict(site: AttentionSite, kernel: Kernel) -> Verdict:
+    """What the kernel says; one that decides by numbers is not asked where they are known only with the data."""
+    counts = [axis.size for axis in (*site.query_axes, *site.key_axes)]
+    if has_free_unbacked_symbols(counts) and not getattr(kernel, "takes_unbacked", False):
+        return Verdict.no("takes no number of positions that depends on the data")
+    return kernel.supports(site)
 
 
 def willing_kernels(site: AttentionSite, kernels: list[Kernel], verdicts: dict[str, KernelVerdict]) -> list[Kernel]:

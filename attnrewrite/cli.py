@@ -59,6 +59,9 @@ def doctor(as_json: bool) -> None:
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write an HTML page to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("--dynamic", is_flag=True, help="Compile with symbolic shapes, as torch.compile(dynamic=True) does.")
+@click.option(
+    "--data-sizes", is_flag=True, help="Trace sizes that depend on the data (capture_dynamic_output_shape_ops)."
+)
 @click.option("--train", is_flag=True, help="Explain the model in training mode, with gradients.")
 @click.option("--inner-backend", metavar="NAME", help="What runs the rewritten graph (default: eager).")
 @click.option("--traceback", is_flag=True, help="Show the whole traceback when the model's own code fails.")
@@ -67,6 +70,7 @@ def explain(
     html: Path | None,
     as_json: bool,
     dynamic: bool,
+    data_sizes: bool,
     train: bool,
     inner_backend: str | None,
     traceback: bool,
@@ -93,7 +97,9 @@ def explain(
 
     if isinstance(model, torch.nn.Module):
         model.train(train)
-    options = {"inner_backend": inner_backend} if inner_backend else None
+    options: dict[str, Any] = {"inner_backend": inner_backend} if inner_backend else {}
+    if data_sizes:
+        options["capture_dynamic_output_shape_ops"] = True
     with _users_code("the model", traceback), torch.set_grad_enabled(train):
         try:
             report = explain_model(model, *args, options=options, dynamic=dynamic or None, **kwargs)

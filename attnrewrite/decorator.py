@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from attnrewrite.errors import AttnRewriteError
-from attnrewrite.policy import kernel_names
+from attnrewrite.policy import kernel_names, tracing_settings
 
 __all__ = ["accelerate_attention"]
 
@@ -106,4 +107,13 @@ class _CompiledCall:
 
 def _compiled(function: Callable[..., Any], arguments: dict[str, Any]) -> Callable[..., Any]:
     compiled: Callable[..., Any] = torch.compile(function, backend="attnrewrite", **arguments)
-    return compiled
+    settings = tracing_settings(arguments["options"])
+    if not settings:
+        return compiled
+
+    @functools.wraps(compiled)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(settings):
+            return compiled(*args, **kwargs)
+
+    return traced

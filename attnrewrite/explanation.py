@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from attnrewrite.backend import attnrewrite, collect_reports
+from attnrewrite.policy import tracing_settings
 from attnrewrite.report import RewriteReport
 
 __all__ = ["explain"]
@@ -43,7 +44,8 @@ def explain(
     # A new backend means a new entry in Dynamo's cache for the model's code, next to those that are there: the limit on
     # their number is meant for recompilations.
     limits = {"recompile_limit": 2**31, "accumulated_recompile_limit": 2**31}
-    with collect_reports() as graphs, torch._dynamo.config.patch(limits):
+    settings = {**limits, **tracing_settings(options)}
+    with collect_reports() as graphs, torch._dynamo.config.patch(settings):
         torch.compile(model, backend=backend, dynamic=dynamic)(*args, **kwargs)
     breaks = Counter(torch._dynamo.utils.counters["graph_break"]) - breaks_before
     return RewriteReport(

@@ -16,6 +16,7 @@ from attnrewrite.errors import OptionError
 from attnrewrite.kernels import kernel_named
 
 __all__ = [
+    "DATA_DEPENDENT_SIZES",
     "OWN_OPTIONS",
     "Policy",
     "Request",
@@ -24,7 +25,12 @@ __all__ = [
     "debug_tensor_limit",
     "kernel_names",
     "request_of_environment",
+    "tracing_settings",
 ]
+
+
+DATA_DEPENDENT_SIZES = "capture_dynamic_output_shape_ops"
+"""The option, and the setting of ``torch._dynamo.config``, of one name."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,9 @@ class Policy:
             kernel takes it, with a warning.
         autotune: whether the automatic choice times the willing kernels on each site's own shapes. Default
             ``ATTNREWRITE_AUTOTUNE``, which is False where it is unset.
+        capture_dynamic_output_shape_ops: whether Dynamo traces operators such as ``nonzero``, whose output's size
+            depends on the data, which otherwise break the graph. ``explain`` and ``accelerate_attention`` switch it on
+            while Dynamo traces; ``torch.compile`` itself has traced the graph when it reads options. Default False.
         mode: ``torch.compile``'s mode, for Inductor only.
         inner_options: what is passed on to the inner compiler.
     """
@@ -78,6 +87,7 @@ class Policy:
     kernel_rules: tuple[tuple[str, tuple[str, ...]], ...] = ()
     strict: bool = False
     autotune: bool = False
+    capture_dynamic_output_shape_ops: bool = False
     mode: str | None = None
     inner_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -96,7 +106,7 @@ class Policy:
             (own if key in OWN_OPTIONS else inner)[key] = value
         for key in ("verify", "checks", "autotune"):
             own.setdefault(key, _switched_on(f"ATTNREWRITE_{key.upper()}"))
-        for key in ("assume_attended_rows", "verify", "checks", "strict", "autotune"):
+        for key in ("assume_attended_rows", "verify", "checks", "strict", "autotune", DATA_DEPENDENT_SIZES):
             if not isinstance(own.get(key, False), bool):
                 raise OptionError(f"options[{key!r}] takes True or False; got {own[key]!r}")
         if "tolerance" in own:
@@ -203,6 +213,11 @@ def _switched_on(name: str) -> bool:
     if value not in ("", "0", "1"):
         raise OptionError(f"{name} takes 1 or 0; got {value!r}")
     return value == "1"
+
+
+def tracing_settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What is set in ``torch._dynamo.config`` while a model that was compiled with these options is called."""
+    return {DATA_DEPENDENT_SIZES: True} if (options or {}).get(DATA_DEPENDENT_SIZES) is True else {}
 
 
 def cache_directory() -> Path:

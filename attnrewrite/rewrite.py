@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols, statically_known_true
 
 from attnrewrite.analysis.views import Axis, Operand, axes_of, is_layout_op, shape_of
 from attnrewrite.association import choose_order, emit_result, emit_sum, operations
@@ -251,9 +251,13 @@ def _require_sizes(site: AttentionSite) -> None:
     """Raises:
     NotAttention: a size is known only once the data is there, and kernels decide by sizes.
     """
-    axes = (*site.query.axes, *site.key.axes, *site.value.axes)
-    if has_free_unbacked_symbols([axis.size for axis in axes]):
+    positions = {*site.query_axes, *site.key_axes}
+    others = [axis.size for axis in (*site.query.axes, *site.key.axes, *site.value.axes) if axis not in positions]
+    if has_free_unbacked_symbols(others):
         raise NotAttention("a size depends on the data (a selection by a mask, say), and kernels decide by sizes")
+    counted = [axis.size for axis in positions if has_free_unbacked_symbols(axis.size)]
+    if not site.fused and not all(statically_known_true(size > 0) for size in counted):
+        raise NotAttention("a number of positions depends on the data, and may be zero")
 
 
 # Splicing.

@@ -64,6 +64,7 @@ REWRITTEN = {
     "FusedHunyuanAttnProcessor2_0": ("self, mask",),
     "LuminaAttnProcessor2_0": ("self, grouped",),
     "StableAudioAttnProcessor2_0": ("grouped",),
+    "MochiAttnProcessor2_0": ("ragged text",),
     "PAGJointAttnProcessor2_0": ("joint",),
     "PAGCFGJointAttnProcessor2_0": ("joint",),
     "MochiVaeAttnProcessor2_0": ("causal", "single frame"),

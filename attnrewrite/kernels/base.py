@@ -46,6 +46,7 @@ class Kernel(Protocol):
     such a one is not ``automatic``, and serves by name or within ``options["tolerance"]``.
     Another is ``keeps_scores``, true of one that writes the scores to memory: it is chosen unasked only where no other
     kernel is willing. A third is a method ``concerns(site)``: where it gives False the kernel is asked only by name.
+    ``takes_unbacked``, if true, lets it be asked where a number of queries or keys depends on the data (``nonzero``).
     ``needs`` says in a few words what must be there for it to run.
     ``supports`` decides from the site alone and touches no data. ``emit`` writes the call at the builder's insertion
     point and returns the output with the shape and dtype of the source's result.

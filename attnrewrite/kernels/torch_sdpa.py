@@ -42,6 +42,7 @@ class TorchSDPA:
     selects = True
     """PyTorch's selector picks the back end."""
     automatic = True
+    takes_unbacked = True
     needs = "PyTorch"
     limits: Limits = NATIVE
     run_on = TESTED_ON
@@ -174,6 +175,7 @@ class TorchMath(TorchSDPA):
 
     name = "_native_math"
     keeps_scores = True
+    takes_unbacked = False
     limits = MATH
 
     def verdict(self, site: AttentionSite, capability: Capability | None) -> Verdict:

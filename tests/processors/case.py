@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["STRUCTURES", "Model", "Processor", "Use"]
+__all__ = ["DATA_SIZES", "STRUCTURES", "Model", "Processor", "Use"]
 
 STRUCTURES: Mapping[str, str] = {
     "plain": "one attention, written out or one call",
@@ -24,6 +24,10 @@ STRUCTURES: Mapping[str, str] = {
 }
 
 
+DATA_SIZES: Mapping[str, Any] = {"capture_dynamic_output_shape_ops": True}
+"""Without it ``nonzero`` breaks the graph."""
+
+
 @dataclass(frozen=True)
 class Use:
     """One host of a processor's real class, and calls of it.
@@ -33,6 +37,7 @@ class Use:
         build: makes the host, with the processor set.
         inputs: the keyword arguments of a call, for a seed.
         seeds: more than one, so that an error that needs certain numbers has more than one chance.
+        dynamo: what is set in ``torch._dynamo.config`` where the source would break the graph otherwise.
         allowed: how many calls of an ATen operator the best form has, where it has fewer of them than the source.
     """
 
@@ -42,6 +47,7 @@ class Use:
     inputs: Callable[[int], dict[str, Any]]
     allowed: Mapping[str, int] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
+    dynamo: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

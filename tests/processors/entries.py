@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.processors.case import Processor, Use
+from tests.processors.case import DATA_SIZES, Processor, Use
 from tests.processors.hosts import (
     BATCH,
     CONTEXT,
@@ -559,8 +559,14 @@ _ROTATED = (
         "rotated",
         (
             # A loop over the batch, since every prompt has its own length.
-            Use("ragged text", 2, mochi("MochiAttnProcessor2_0"), _prompts((7, 4))),
-            Use("whole text", 2, mochi("MochiAttnProcessor2_0", context_pre_only=True), _prompts((7, 7))),
+            Use("ragged text", 2, mochi("MochiAttnProcessor2_0"), _prompts((7, 4)), dynamo=DATA_SIZES),
+            Use(
+                "whole text",
+                2,
+                mochi("MochiAttnProcessor2_0", context_pre_only=True),
+                _prompts((7, 7)),
+                dynamo=DATA_SIZES,
+            ),
         ),
     ),
     Processor(

@@ -64,7 +64,8 @@ def measure_use(use: Use, *, gradients: bool = True) -> Row:
     for name, step in steps:
         torch._dynamo.reset()
         try:
-            step(use, model, row)
+            with torch._dynamo.config.patch(dict(use.dynamo)):
+                step(use, model, row)
         except Exception as error:  # noqa: BLE001 - Any failure is a result.
             row["failures"][name] = _said(error)[:2000]
             row["aot_eager_fails_too"] = _fails_without_rewriting(use, model)
@@ -82,7 +83,8 @@ def measure_model(model: Model, *, gradients: bool = True) -> Row:
     for name, step in before:
         torch._dynamo.reset()
         try:
-            row[name] = step(built(model), model.inputs(model.seeds[0]))
+            with torch._dynamo.config.patch(dict(model.dynamo)):
+                row[name] = step(built(model), model.inputs(model.seeds[0]))
         except Exception as error:  # noqa: BLE001 - Any failure is a result.
             row["failures"][name] = _said(error)[:2000]
     return row

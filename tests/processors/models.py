@@ -6,12 +6,13 @@ Sites are counted by hand from the configuration; slices of one attention count 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from tests.processors.case import Model
+from tests.processors.case import DATA_SIZES, Model
 from tests.processors.hosts import rotation
 from tests.processors.state import made
 from tests.zoo import noise, padded
@@ -318,7 +319,7 @@ def _models() -> tuple[Model, ...]:
         inputs: Callable[[], dict[str, Any]],
         **allowed: int,
     ) -> Model:
-        return Model(name, sites, build, lambda seed: inputs(), allowed, (0,), form)
+        return Model(name, sites, build, lambda seed: inputs(), allowed, (0,), form=form)
 
     xl: dict[str, Any] = {
         "addition_embed_type": "text_time",
@@ -518,7 +519,10 @@ def _models() -> tuple[Model, ...]:
             _lumina,
         ),
         # Two prompts in each of two blocks, and the pooling of the text.
-        case("mochi", "MochiAttnProcessor2_0", 5, _transformer("MochiTransformer3DModel", **mochi), _mochi),
+        replace(
+            case("mochi", "MochiAttnProcessor2_0", 5, _transformer("MochiTransformer3DModel", **mochi), _mochi),
+            dynamo=DATA_SIZES,
+        ),
         case(
             "allegro",
             "AllegroAttnProcessor2_0",
