@@ -40,8 +40,7 @@ def operands(*kept: int) -> list[Tensor]:
     return [q, k, v, text, torch.stack([torch.arange(5) < count for count in kept])]
 
 
-@pytest.mark.parametrize("function, sites", [(ragged, 2), (written_out, 1)])
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("function, sites, inner", [(ragged, 2, "inductor"), (written_out, 1, "aot_eager")])
 def test_found_and_rewritten_once_for_all_numbers(function: Any, sites: int, inner: str) -> None:
     with torch._dynamo.config.patch(_OPTION), torch.no_grad(), collect_reports() as graphs:
         compiled = rewritten(function, inner)

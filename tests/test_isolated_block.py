@@ -69,7 +69,7 @@ def test_with_gradients_the_mask_stays() -> None:
     assert relative_error(actual, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("length, start, stop", [(14, 3, 9), (300, 0, 200), (390, 130, 256), (300, 129, 300)])
+@pytest.mark.parametrize("length, start, stop", [(14, 3, 9), (390, 130, 256), (300, 129, 300)])
 def test_flex_takes_it_by_position(length: int, start: int, stop: int) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return with_block(q, k, v, start, stop)

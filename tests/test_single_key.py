@@ -61,6 +61,10 @@ def test_gradients_of_query_and_key_are_zeros_and_not_none(inner: str) -> None:
     for name, gradient in gradients.items():
         assert gradient is not None, name
         assert bool(gradient.any()) == name.startswith("to_v"), name
+    own = [parameter.grad.clone() for parameter in model.to_v.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    model(x, context).square().sum().backward()
+    assert relative_error(own, [parameter.grad for parameter in model.to_v.parameters()]) <= 1e-5
 
 
 def test_the_result_is_no_view_of_the_value() -> None:
