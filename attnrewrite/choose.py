@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Callable
 
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols

@@ -294,7 +294,7 @@ def _order_products(
 
 def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node, builder: Builder, replaced: dict[fx.Node, fx.Node]) -> None:
     if not (_strides_are_free(old) or same_shape(tensor(old).stride(), tensor(new).stride())):
-        new = _in_memory_order_of(tensor(old), new, builder)
+        new = in_memory_order_of(tensor(old), new, builder)
     old.replace_all_uses_with(new)
     replaced[old] = new
     _remove(graph, (old,))
