@@ -37,16 +37,16 @@ _FAR = 24
 """Nodes behind an attention among which the concatenation of the parts is looked for."""
 
 
-def join_projections(gm: fx.GraphModule, site: AttentionSite, output: fx.Node) -> tuple[str, list[fx.Node]]:
+def join_projections(view: GraphView, site: AttentionSite, output: fx.Node) -> tuple[str, list[fx.Node]]:
     """Makes one of the projections that ``site`` shares with parts of the batch that it does not attend.
 
     Args:
+        view: of the graph as it is; where nodes were replaced, another one is needed for the next site.
         output: what the site's kernel put in its place.
 
     Returns:
         What is to be said of it, empty if there are none, and the nodes that were replaced.
     """
-    view = GraphView(gm)
     # What was replaced in front of other sites is not read any more.
     operands = dict.fromkeys(operand.node for operand in (site.query, site.key, site.value))
     projections = [node for node in operands if not node._erased and node.target is aten.linear.default]

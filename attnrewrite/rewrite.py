@@ -138,11 +138,16 @@ def _join_projections(
     gm: fx.GraphModule, spliced: list[tuple[AttentionSite, SiteReport]], replaced: dict[fx.Node, fx.Node]
 ) -> None:
     """Once all sites are replaced: projections around them that are those of a whole batch become one."""
+    view: GraphView | None = None
     for site, row in spliced:
         output = replaced[site.result]
-        said, gone = ("", []) if output._erased else join_projections(gm, site, output)
+        if output._erased:
+            continue
+        view = view or GraphView(gm)
+        said, gone = join_projections(view, site, output)
         _remove(gm.graph, gone)
         if gone:
+            view = None
             left = {node.name for node in gm.graph.nodes}
             row.projections = said or "projections of parts of the batch are one"
             row.nodes_after = tuple(name for name in row.nodes_after if name in left)
