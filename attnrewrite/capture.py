@@ -192,6 +192,12 @@ class _OpaqueCalls:
         flat = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
         if len(values) != len(inputs) or not all(isinstance(value, torch.Tensor) for value in flat):
             raise CaptureError(f"a call of the higher-order operator {node.target} whose values are not all tensors")
+        if not all(isinstance(value, (torch.Tensor, torch.SymInt, int)) for value in values):
+            raise CaptureError(
+                f"a call of the higher-order operator {node.target} with a number that is computed of symbolic sizes "
+                "(flex_attention's default scale where the head size is symbolic: give the scale, or mark the "
+                "head size static)"
+            )
         storages = {_storage(value) for value in values if isinstance(value, torch.Tensor)}
         if any(_storage(value) in storages for value in flat):
             raise CaptureError(

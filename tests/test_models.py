@@ -75,12 +75,12 @@ def parameter_gradients(entry: Entry, model: nn.Module, call: Any) -> dict[str, 
 
 @every_model
 def test_dynamic_shapes(entry: Entry) -> None:
-    """Three lengths: the same numbers, and no more compilations than the inner compiler needs by itself."""
+    """Three lengths: the same numbers, and no more compilations than Dynamo needs by itself."""
     model = built(entry)
     compilations = {}
     rewriting: dict[str, Any] = {"inner_backend": "aot_eager"}
     with torch.no_grad():
-        for backend, options in (("aot_eager", None), ("attnrewrite", rewriting)):
+        for backend, options in (("eager", None), ("attnrewrite", rewriting)):
             torch._dynamo.reset()
             before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
             compiled = torch.compile(model, backend=backend, dynamic=True, options=options)
@@ -88,4 +88,4 @@ def test_dynamic_shapes(entry: Entry) -> None:
             compilations[backend] = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
         for length, result in zip(entry.lengths, results, strict=True):
             assert relative_error(result, entry.run(model, length)) <= 1e-5
-    assert compilations["attnrewrite"] <= compilations["aot_eager"]
+    assert compilations["attnrewrite"] <= compilations["eager"]

@@ -487,7 +487,7 @@ _PACKAGE_3 = Package(
     _BUILD_3,
     parameters=(("_flash_attn_forward", "window_size_left"), ("_flash_attn_backward", "window_size_left")),
 )
-FLASH_4_PACKAGE = Package("flash_attn.cute.interface", "flash-attn-4", _PIP_4, "4.0.0b36")
+FLASH_4_PACKAGE = Package("flash_attn.cute.interface", "flash-attn-4", _PIP_4, "4.0.0b36", within="flash-attn")
 _REPOSITORY = "https://github.com/Dao-AILab/flash-attention"
 
 

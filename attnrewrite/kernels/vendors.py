@@ -93,6 +93,7 @@ class Package:
         minimum_version: the oldest that will do; empty for any.
         parameters: functions that must have certain parameters, where the version does not tell them apart.
         broken: a further question to the imported module: why it is of no use, or None.
+        within: another distribution whose import package this one's module is in.
     """
 
     module: str
@@ -101,6 +102,7 @@ class Package:
     minimum_version: str = ""
     parameters: tuple[tuple[str, str], ...] = ()
     broken: Callable[[Any], str | None] | None = None
+    within: str = ""
 
     @property
     def package(self) -> Package:
@@ -123,12 +125,16 @@ class Package:
 @functools.cache
 def _probe(package: Package) -> Availability:
     root = package.module.partition(".")[0]
+    absent = Availability(False, f"the package {package.distribution} is not installed ({package.how_to_get})")
     try:
-        if importlib.util.find_spec(root) is None:
-            return Availability(False, f"the package {package.distribution} is not installed ({package.how_to_get})")
+        if importlib.util.find_spec(root) is None or (package.within and not _is_installed(package.distribution)):
+            return absent
         module = importlib.import_module(package.module)
         broken = package.broken(module) if package.broken else None
     except ModuleNotFoundError as error:
+        if not _is_installed(package.distribution) and f"{error.name}".partition(".")[0] == root:
+            # What is there of that name is another distribution's, as flash-attn-4's `flash_attn` is.
+            return absent
         return Availability(False, f"{_in_one_line(error)} ({package.how_to_get})")
     except Exception as error:  # noqa: BLE001 - A broken package may raise anything; its words are the answer.
         return Availability(False, f"{package.distribution} is installed but cannot be loaded: {_in_one_line(error)}")
@@ -151,6 +157,14 @@ def _probe(package: Package) -> Availability:
             what = f"{package.module}.{name} has no parameter {parameter}"
             return Availability(False, f"{package.distribution} is too old: {what} ({package.how_to_get})")
     return Availability(True, f"{package.distribution} {version}".rstrip())
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 @functools.cache
