@@ -161,7 +161,8 @@ def _lines(graph: fx.Graph) -> list[str]:
     lines: list[str] = []
     for node in graph.nodes:
         arguments = [_text(arg, names) for arg in node.args]
-        arguments += [f"{key}={_text(arg, names)}" for key, arg in node.kwargs.items()]
+        # An einsum of several operands has a path where opt_einsum is installed.
+        arguments += [f"{key}={_text(arg, names)}" for key, arg in node.kwargs.items() if key != "path"]
         stem = node.op if node.op in ("placeholder", "get_attr", "output") else _operator(node).split(".")[0]
         names[node] = f"{stem}_{counts[stem]}" if counts[stem] else stem
         counts[stem] += 1
