@@ -127,7 +127,9 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Re
         row.nodes_after = tuple(node.name for node in (*finding.written, *created) if not node._erased)
         spliced.append((finding, row))
         result.add_time("splice", start)
+    start = time.perf_counter()
     _join_projections(gm, spliced, replaced)
+    result.add_time("splice", start)
     if result.changed:
         gm.graph.lint()
         gm.recompile()

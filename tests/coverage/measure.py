@@ -25,9 +25,9 @@ __all__ = [
     "CASES",
     "GRADIENT_LIMIT",
     "VALUE_LIMIT",
+    "compare_gradients",
     "counts",
     "fused_by_inductor",
-    "gradient_error",
     "measure",
     "parameter_gradients",
     "randomize",
@@ -187,14 +187,21 @@ def _gradients(case: Case, row: Row) -> None:
     model = built(case)
     inputs = case.inputs()
     expected = parameter_gradients(model, model, inputs)
+    row["with_gradients"] = counts(compare_gradients(model, inputs, expected, row))
+
+
+def compare_gradients(
+    model: nn.Module, inputs: dict[str, Any], expected: dict[str, torch.Tensor], row: Row
+) -> list[GraphReport]:
+    """Writes the errors of the rewritten model's gradients into ``row``; where they are too large, those without it."""
     with collect_reports() as graphs:
         actual = parameter_gradients(model, rewritten(model, "aot_eager"), inputs)
-    row["with_gradients"] = counts(graphs)
     row["gradient_error"], row["wrong_gradients"] = gradient_error(actual, expected)
     if row["gradient_error"] > GRADIENT_LIMIT or row["wrong_gradients"]:
         torch._dynamo.reset()
         control = parameter_gradients(model, torch.compile(model, backend="aot_eager"), inputs)
         row["gradient_error_of_aot_eager"], row["wrong_gradients_of_aot_eager"] = gradient_error(control, expected)
+    return graphs
 
 
 def gradient_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, list[str]]:

@@ -17,11 +17,10 @@ from torch._dynamo.utils import counters
 from attnrewrite.backend import collect_reports
 from attnrewrite.report import GraphReport, SiteReport
 from tests.coverage.measure import (
-    GRADIENT_LIMIT,
     VALUE_LIMIT,
+    compare_gradients,
     counts,
     fused_by_inductor,
-    gradient_error,
     parameter_gradients,
     randomize,
     relative_error,
@@ -167,14 +166,7 @@ def _gradients(use: Use, model: nn.Module, row: Row) -> None:
     expected = parameter_gradients(model, model, inputs)
     if not any(bool(gradient.any()) for gradient in expected.values()):
         return
-    with collect_reports() as graphs:
-        actual = parameter_gradients(model, rewritten(model, "aot_eager"), inputs)
-    row["with_gradients"] = _found(graphs)
-    row["gradient_error"], row["wrong_gradients"] = gradient_error(actual, expected)
-    if row["gradient_error"] > GRADIENT_LIMIT or row["wrong_gradients"]:
-        torch._dynamo.reset()
-        control = parameter_gradients(model, torch.compile(model, backend="aot_eager"), inputs)
-        row["gradient_error_of_aot_eager"], row["wrong_gradients_of_aot_eager"] = gradient_error(control, expected)
+    row["with_gradients"] = _found(compare_gradients(model, inputs, expected, row))
 
 
 def _said(error: Exception) -> str:
