@@ -28,7 +28,7 @@ from attnrewrite.kernels import Kernel
 from attnrewrite.kernels.costs import Workload
 from attnrewrite.policy import Policy, cache_directory
 from attnrewrite.site import AttentionSite
-from attnrewrite.timing import Standalone, Times, compiled_alone, cut_out, time_together
+from attnrewrite.timing import Standalone, Times, compiled_alone, cut_out, smallest_run, time_together
 
 __all__ = ["tuned"]
 
@@ -68,7 +68,9 @@ def _measured(
                 runs.pop(kernel.name, None)
                 log.warning("autotuning %s: %s failed and is left out: %s", where, kernel.name, error)
         progress.update(task, description=f"attnrewrite: timing {', '.join(runs)} for {where}")
-        times = time_together(runs, site.device, cuda_graphs=policy.cuda_graphs)
+        smallest = smallest_run(site.device, site.differentiable, policy)
+        smallest()
+        times = time_together(runs, site.device, smallest, cuda_graphs=policy.cuda_graphs)
     runs.clear()
     gc.collect()
     return [(kernel, _of(times.get(kernel.name), policy)) for kernel in kernels]

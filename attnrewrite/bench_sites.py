@@ -36,7 +36,7 @@ from attnrewrite.policy import Policy
 from attnrewrite.report import KernelVerdict, SiteReport
 from attnrewrite.rewrite import read_sites
 from attnrewrite.site import AttentionSite
-from attnrewrite.timing import Standalone, compiled_alone, cut_out, time_together
+from attnrewrite.timing import Standalone, compiled_alone, cut_out, smallest_run, time_together
 
 __all__ = ["SitesBenchmark", "plot_sites", "print_sites_benchmark", "run_sites_benchmark"]
 
@@ -149,6 +149,7 @@ class _Prepared:
     Attributes:
         calls: the compiled calls, by kernel, each with the standalone graph that says what it reads.
         kernels: what is known of kernels without times: why they refuse, or how they failed.
+        smallest: a compiled graph of next to nothing.
         auto: the automatic choice, for calls and within CUDA graphs.
     """
 
@@ -158,6 +159,7 @@ class _Prepared:
     gm: fx.GraphModule
     calls: dict[str, tuple[Standalone, Callable[..., Tensor]]]
     kernels: dict[str, dict[str, Any]]
+    smallest: Callable[[], Any]
     auto: dict[str, str]
 
     def measure(self, seconds: float) -> dict[str, Any]:
@@ -174,7 +176,7 @@ class _Prepared:
                 runs[name] = run
             _free(self.device)
         del exact
-        for name, times in time_together(runs, self.device, seconds).items():
+        for name, times in time_together(runs, self.device, self.smallest, seconds).items():
             self.kernels[name] |= {
                 "call_ms": times.call_ms,
                 "call_spread_ms": _spread(times.call),
@@ -238,7 +240,9 @@ def _prepare(case: Case, names: Sequence[str], device: torch.device) -> _Prepare
         row = SiteReport(str(case), "", "kept", None)
         chosen = choose(gm, site, None, row, dataclasses.replace(policy, mode=mode))
         auto[what] = chosen.name if chosen else ""
-    return _Prepared(case, device, Workload.of(site), gm, calls, kernels, auto)
+    smallest = smallest_run(device, case.backward, policy)
+    smallest()
+    return _Prepared(case, device, Workload.of(site), gm, calls, kernels, smallest, auto)
 
 
 def _in_words(error: Exception) -> str:

@@ -2,7 +2,8 @@
 
 Kernels that are compared are timed in turns, in one process. On CUDA the L2 cache is cleared before each call, as
 ``triton.testing.do_bench`` does, and a call's time includes what the host needs to start it where the device waits for
-that; replays of a CUDA graph show the device's own time.
+that. The way into a compiled graph is no part of it: a model goes it once, however many attentions it has. Replays of a
+CUDA graph show the device's own time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import operator
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,7 +28,7 @@ from attnrewrite.kernels import Kernel
 from attnrewrite.policy import Policy
 from attnrewrite.site import AttentionSite
 
-__all__ = ["Standalone", "Times", "compiled_alone", "cut_out", "time_together"]
+__all__ = ["Standalone", "Times", "compiled_alone", "cut_out", "smallest_run", "time_together"]
 
 _CACHE_BYTES = 256 * 2**20
 """More than the L2 cache of any GPU."""
@@ -156,6 +158,23 @@ def compiled_alone(alone: Standalone, inputs: Sequence[Tensor], policy: Policy) 
     return call
 
 
+def smallest_run(device: torch.device, backward: bool, policy: Policy) -> Callable[[], Any]:
+    """A compiled graph of next to nothing, forwards or forwards and backwards: what entering one takes."""
+    graph = fx.Graph()
+    graph.output((graph.call_function(torch.ops.aten.mul.Tensor, (graph.placeholder("value"), 2.0)),))
+    value = torch.ones(1, device=device, requires_grad=backward)
+    alone = Standalone(fx.GraphModule(torch.nn.Module(), graph), (), frozenset())
+    with torch.set_grad_enabled(backward):
+        call = compiled_alone(alone, [value], policy)
+
+    def run() -> Any:
+        with torch.set_grad_enabled(backward):
+            output = call(value)
+            return torch.autograd.grad(output, [value], output.detach()) if backward else output
+
+    return run
+
+
 @dataclass
 class Times:
     """Times of one kernel, in milliseconds, every single one of them.
@@ -182,29 +201,38 @@ class Times:
 
 
 def time_together(
-    runs: dict[str, Callable[[], Any]], device: torch.device, seconds: float = 0.5, cuda_graphs: bool = True
+    runs: dict[str, Callable[[], Any]],
+    device: torch.device,
+    smallest: Callable[[], Any],
+    seconds: float = 0.5,
+    cuda_graphs: bool = True,
 ) -> dict[str, Times]:
     """Times calls in turns.
 
     Args:
         runs: by name; each has been called before, so that nothing is left to compile.
+        smallest: of :func:`smallest_run`.
         seconds: about how long all of it takes; each is timed at least 5 and at most 200 times.
         cuda_graphs: replay CUDA graphs, too, where the device has them and the calls can be captured.
     """
     times = {name: Times() for name in runs}
-    on_cuda = device.type == "cuda"
-    clock = _CudaClock(device) if on_cuda else _Clock()
     for name, run in runs.items():
         times[name].memory = _memory_of(run, device)
-    _take_turns(runs, clock, {name: times[name].call for name in runs}, seconds)
-    if on_cuda and cuda_graphs:
+    if device.type != "cuda":
+        _take_turns(runs, _Clock(), {name: times[name].call for name in runs}, seconds)
+        return times
+    _take_turns(runs, _CudaClock(device, smallest), {name: times[name].call for name in runs}, seconds)
+    if cuda_graphs:
         graphs = {name: replay for name, run in runs.items() if (replay := _captured(run, device)) is not None}
-        _take_turns(graphs, clock, {name: times[name].graph for name in graphs}, seconds)
+        _take_turns(graphs, _CudaClock(device), {name: times[name].graph for name in graphs}, seconds)
     return times
 
 
 class _Clock:
     """Wall-clock times."""
+
+    def new_round(self) -> None:
+        """Nothing changes from round to round."""
 
     def time(self, run: Callable[[], Any]) -> Callable[[], float]:
         start = time.perf_counter()
@@ -214,15 +242,44 @@ class _Clock:
 
 
 class _CudaClock:
-    """Times between events on the device, with the L2 cache cleared."""
+    """Times between events on the device, with the L2 cache cleared.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        smallest: the device is kept busy for as long as the host takes to start this; default: nothing.
+    """
+
+    def __init__(self, device: torch.device, smallest: Callable[[], Any] | None = None) -> None:
         self._device = device
+        self._smallest = smallest
         self._cache = torch.empty(_CACHE_BYTES, dtype=torch.int8, device=device)
+        self._entries: deque[float] = deque(maxlen=25)
+        self._bytes_per_ms = _CACHE_BYTES / min(self._between(self._cache.zero_) for _ in range(5))
+        for _ in range(5):
+            self.new_round()
+
+    def _between(self, run: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+    def new_round(self) -> None:
+        """The host is not equally fast at all times."""
+        if self._smallest is not None:
+            torch.cuda.synchronize(self._device)
+            start = time.perf_counter()
+            self._smallest()
+            self._entries.append(1e3 * (time.perf_counter() - start))
 
     def time(self, run: Callable[[], Any]) -> Callable[[], float]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        self._cache.zero_()  # For less than 0.1 ms the host is ahead of the device, as it is within a model.
+        self._cache.zero_()  # For about 0.1 ms the host is ahead of the device, as it is within a model.
+        left = int(statistics.median(self._entries) * self._bytes_per_ms) if self._entries else 0
+        while left > 0:
+            self._cache[:left].zero_()
+            left -= _CACHE_BYTES
         start.record()
         run()
         end.record()
@@ -246,6 +303,7 @@ def _take_turns(
     a_round = (time.perf_counter() - first) / 2
     rounds = min(200, max(5, int(seconds / a_round)))
     for _ in range(rounds):
+        clock.new_round()
         for name, run in runs.items():
             # One at a time: what was started before would hide what the host needs for the next.
             times[name].append(clock.time(run)())

@@ -137,7 +137,8 @@ class Specimen:
         reason: for one that must be left alone: a piece of the reason that the report must give; empty when it must
             not appear in the report at all.
         dynamic: whether ``length`` may vary under ``dynamic=True``.
-        gradients: whether it is differentiable in its floating inputs.
+        gradients: whether its gradients in its floating inputs are numbers to compare with.
+        only_cpu: whether its operators exist for the CPU alone.
         masked_rows: for one that takes masks: given its inputs, the same with rows that have no key.
         notes: where it is met.
     """
@@ -150,5 +151,6 @@ class Specimen:
     reason: str = ""
     dynamic: bool = True
     gradients: bool = True
+    only_cpu: bool = False
     masked_rows: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None
     notes: str = field(default="", compare=False)

@@ -433,14 +433,14 @@ _Q = normal(2, 4, "L", 8)
 _K = _V = normal(2, 4, "S", 8)
 
 
-@_calls.add(_Q, _K, _V)
+@_calls.add(_Q, _K, _V, only_cpu=True)
 def flash_attention_of_the_cpu(q: Tensor, k: Tensor, v: Tensor) -> Any:
     """A graph that was exported for one device, and read again."""
     output, _ = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False)
     return output
 
 
-@_calls.add(normal(2, "L", 4, 8), normal(2, "L", 4, 8), normal(2, "L", 4, 8))
+@_calls.add(normal(2, "L", 4, 8), normal(2, "L", 4, 8), normal(2, "L", 4, 8), only_cpu=True)
 def causal_flash_attention_of_the_cpu(q: Tensor, k: Tensor, v: Tensor) -> Any:
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=0.25)[0].transpose(1, 2)

@@ -40,7 +40,7 @@ def keys_of_the_first_frame(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor) -> Te
     """diffusers' CrossFrameAttnProcessor."""
     q, k, v = x @ wq, _of_first_frame(F.linear(x, wk), 3), _of_first_frame(F.linear(x, wv), 3)
     q, k, v = (_heads(t).reshape(24, -1, 8) for t in (q, k, v))
-    start = torch.empty(q.shape[0], q.shape[1], k.shape[1], dtype=q.dtype)
+    start = torch.empty(q.shape[0], q.shape[1], k.shape[1], dtype=q.dtype, device=q.device)
     weights = torch.baddbmm(start, q, k.transpose(-1, -2), beta=0, alpha=8**-0.5).softmax(dim=-1)
     return torch.bmm(weights, v).reshape(6, 4, -1, 8).transpose(1, 2).reshape(6, -1, 32)
 
@@ -56,7 +56,7 @@ def keys_of_the_first_frame_with_a_mask(x: Tensor, wq: Tensor, wk: Tensor, wv: T
 @_spelling.add(_FRAMES, _W, _W, _W, learned(6, 4, "L", "L"))
 def keys_of_the_last_frame_with_a_bias(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, bias: Tensor) -> Tensor:
     """The bias has every query position of every frame, and is folded as the query is."""
-    pick = torch.full((3,), 2, dtype=torch.int64)
+    pick = torch.full((3,), 2, dtype=torch.int64, device=x.device)
     k, v = (torch.index_select((x @ w).view(2, 3, -1, 32), 1, pick).flatten(0, 1) for w in (wk, wv))
     q, k, v = _heads(x @ wq), _heads(k), _heads(v)
     return ((q @ k.mT * 8**-0.5 + bias).softmax(-1) @ v).transpose(1, 2).flatten(2)
@@ -73,7 +73,7 @@ def reference_view(looking: Tensor, seen: Tensor, told: Tensor) -> Tensor:
 @_spelling.add(normal(2, 3, "L", 32), normal(2, 3, "S", 32), normal(2, 3, "S", 32))
 def anchored_frames(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A gather with an index of zeros, and no heads."""
-    anchor = torch.zeros(1, 3, 1, 1, dtype=torch.int64).expand(2, -1, k.shape[2], 32)
+    anchor = torch.zeros(1, 3, 1, 1, dtype=torch.int64, device=k.device).expand(2, -1, k.shape[2], 32)
     k, v = torch.gather(k, 1, anchor), torch.gather(v, 1, anchor)
     return F.scaled_dot_product_attention(q, k, v)
 

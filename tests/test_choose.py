@@ -79,8 +79,19 @@ def test_time_grows_with_the_work_behind_what_a_call_costs_the_host() -> None:
     less, twice, often = (dataclasses.replace(PLAIN, batch=batch) for batch in (1, 4, 16))
     assert own.milliseconds("native", less, cuda_graphs=True) == pytest.approx(0.2)
     assert own.milliseconds("native", twice, cuda_graphs=True) == pytest.approx(0.4)
-    assert own.milliseconds("native", twice, cuda_graphs=False) == pytest.approx(0.5)
-    assert own.milliseconds("native", often, cuda_graphs=False) == pytest.approx(1.6)
+    assert own.milliseconds("native", twice, cuda_graphs=False) == pytest.approx(0.4 + 0.3)
+    assert own.milliseconds("native", often, cuda_graphs=False) == pytest.approx(1.6 + 0.3)
+
+
+def test_the_host_needs_what_it_needed_when_nothing_disturbed_it() -> None:
+    small, big = PLAIN, dataclasses.replace(PLAIN, queries=256, keys=256)
+    sites = [
+        {"workload": dataclasses.asdict(one), "kernels": {"native": {"call_ms": call, "graph_ms": 1.0}}}
+        for one, call in ((small, 1.2), (big, 1.9))
+    ]
+    own = CostTable.from_json(json.dumps({"device": "", "sites": sites}))
+    bigger = dataclasses.replace(big, queries=257)
+    assert own.milliseconds("native", bigger, cuda_graphs=False) == pytest.approx(257 / 256 + 0.2)
 
 
 def test_the_part_that_does_not_grow_is_that_of_the_smallest_row() -> None:

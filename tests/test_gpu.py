@@ -16,7 +16,10 @@ pytestmark = pytest.mark.gpu
 
 LENGTH = 12
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-every_specimen = pytest.mark.parametrize("specimen", specimens(), ids=[specimen.name for specimen in specimens()])
+SPECIMENS = [specimen for specimen in specimens() if not specimen.only_cpu]
+every_specimen = pytest.mark.parametrize("specimen", SPECIMENS, ids=[specimen.name for specimen in SPECIMENS])
+differentiable = [specimen for specimen in SPECIMENS if specimen.gradients]
+every_differentiable = pytest.mark.parametrize("specimen", differentiable, ids=[each.name for each in differentiable])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
@@ -39,7 +42,7 @@ def test_as_near_to_the_truth_as_before(specimen: Specimen, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize(
-    "specimen", [pytest.param(specimen, id=specimen.name) for specimen in specimens() if specimen.masked_rows]
+    "specimen", [pytest.param(specimen, id=specimen.name) for specimen in SPECIMENS if specimen.masked_rows]
 )
 @every_dtype
 def test_rows_without_a_key(specimen: Specimen, dtype: torch.dtype) -> None:
@@ -50,7 +53,7 @@ def test_rows_without_a_key(specimen: Specimen, dtype: torch.dtype) -> None:
     assert relative_error(rewritten(specimen.function)(*inputs), expected) <= tolerance
 
 
-@every_specimen
+@every_differentiable
 def test_gradients(specimen: Specimen) -> None:
     inputs = cast(specimen.inputs(0, LENGTH), torch.float32, "cuda")
     actual = gradients(rewritten(specimen.function, "aot_eager"), inputs)
@@ -118,7 +121,7 @@ def test_single_back_ends(specimen: Specimen, kernel: str) -> None:
             assert relative_error(rewritten(specimen.function, kernels=kernel)(*case), expected) <= 4e-3
 
 
-@every_specimen
+@every_differentiable
 @pytest.mark.parametrize("kernel", ["native", "_native_flash", "_native_efficient", "_native_math"])
 def test_gradients_in_half_precision(specimen: Specimen, kernel: str) -> None:
     """In the order of the catalogue, in one process: a back end may confuse calls of several layouts."""

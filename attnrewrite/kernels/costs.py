@@ -116,9 +116,9 @@ class _Row:
     graph: float | None
 
     @property
-    def waits_for_host(self) -> bool:
-        """Whether the device waits while the host starts the call."""
-        return self.graph is not None and self.call > 1.15 * self.graph
+    def host(self) -> float:
+        """How long the device waits while the host starts the call."""
+        return max(0.0, self.call - self.graph) if self.graph is not None else 0.0
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,8 @@ class CostTable:
         device = fixed + (near.graph - fixed) * ratio if near.graph > fixed else fixed * max(ratio, 1.0)
         if cuda_graphs:
             return device
-        host = near.call if near.waits_for_host else min((r.call for r in rows if r.waits_for_host), default=0.0)
-        return max(device, host)
+        # What the host needs does not grow with the work; other work of the host's only ever adds to it.
+        return device + min(row.host for row in alike)
 
 
 def device_family(device: torch.device) -> str:
