@@ -32,6 +32,10 @@ __all__ = ["Standalone", "Times", "compiled_alone", "cut_out", "smallest_run", "
 
 _CACHE_BYTES = 256 * 2**20
 """More than the L2 cache of any GPU."""
+_FEWEST, _MOST = 5, 200
+"""Calls of each in a spell."""
+_SPELLS = 4
+"""Calls are timed in so many spells, of which the quietest counts: other work of the host's only ever adds to them."""
 
 
 @dataclass(frozen=True)
@@ -177,10 +181,10 @@ def smallest_run(device: torch.device, backward: bool, policy: Policy) -> Callab
 
 @dataclass
 class Times:
-    """Times of one kernel, in milliseconds, every single one of them.
+    """Times of one kernel, in milliseconds.
 
     Attributes:
-        call: of calls.
+        call: of calls, in the quietest of the spells in which they were timed.
         graph: of replays of a CUDA graph; empty where there is none.
         memory: bytes that a call allocates at most at one time, operands apart; None where the device does not say.
     """
@@ -212,19 +216,29 @@ def time_together(
     Args:
         runs: by name; each has been called before, so that nothing is left to compile.
         smallest: of :func:`smallest_run`.
-        seconds: about how long all of it takes; each is timed at least 5 and at most 200 times.
+        seconds: about how long the calls are timed, and again the replays.
         cuda_graphs: replay CUDA graphs, too, where the device has them and the calls can be captured.
     """
-    times = {name: Times() for name in runs}
-    for name, run in runs.items():
-        times[name].memory = _memory_of(run, device)
-    if device.type != "cuda":
-        _take_turns(runs, _Clock(), {name: times[name].call for name in runs}, seconds)
+    times = {name: Times(memory=_memory_of(run, device)) for name, run in runs.items()}
+    if not runs:
         return times
-    _take_turns(runs, _CudaClock(device, smallest), {name: times[name].call for name in runs}, seconds)
-    if cuda_graphs:
+    on_cuda = device.type == "cuda"
+    clock = _CudaClock(device, smallest) if on_cuda else _Clock()
+
+    def spells(count: int) -> list[dict[str, list[float]]]:
+        return [_spell(runs, clock, seconds / _SPELLS) for _ in range(count)]
+
+    calls = spells(1)
+    further = _SPELLS - 1 if len(next(iter(calls[0].values()))) > _FEWEST else 0  # Long calls are the device's.
+    calls += spells(further // 2)
+    if on_cuda and cuda_graphs:
         graphs = {name: replay for name, run in runs.items() if (replay := _captured(run, device)) is not None}
-        _take_turns(graphs, _CudaClock(device), {name: times[name].graph for name in graphs}, seconds)
+        for name, found in _spell(graphs, _CudaClock(device), seconds).items():
+            times[name].graph = found
+    calls += spells(further - further // 2)
+    quietest = min(calls, key=lambda spell: sum(map(statistics.median, spell.values())))
+    for name, found in quietest.items():
+        times[name].call = found
     return times
 
 
@@ -291,22 +305,20 @@ class _CudaClock:
         return read
 
 
-def _take_turns(
-    runs: dict[str, Callable[[], Any]], clock: _Clock | _CudaClock, times: dict[str, list[float]], seconds: float
-) -> None:
-    if not runs:
-        return
+def _spell(runs: dict[str, Callable[[], Any]], clock: _Clock | _CudaClock, seconds: float) -> dict[str, list[float]]:
+    """Times of calls in turns, for about so long."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
     first = time.perf_counter()
     for run in runs.values():
         for _ in range(2):
             clock.time(run)()
     a_round = (time.perf_counter() - first) / 2
-    rounds = min(200, max(5, int(seconds / a_round)))
-    for _ in range(rounds):
+    for _ in range(min(_MOST, max(_FEWEST, int(seconds / max(a_round, 1e-6))))):
         clock.new_round()
         for name, run in runs.items():
             # One at a time: what was started before would hide what the host needs for the next.
             times[name].append(clock.time(run)())
+    return times
 
 
 def _memory_of(run: Callable[[], Any], device: torch.device) -> int | None:
