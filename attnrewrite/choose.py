@@ -75,7 +75,14 @@ def _verdict(site: AttentionSite, kernel: Kernel) -> Verdict:
     counts = [axis.size for axis in (*site.query_axes, *site.key_axes)]
     if has_free_unbacked_symbols(counts) and not getattr(kernel, "takes_unbacked", False):
         return Verdict.no("takes no number of positions that depends on the data")
+    if site.windowed and not _skips_masked(kernel, site):
+        return Verdict.no("would compute all scores, where the source computes those within windows of keys")
     return kernel.supports(site)
+
+
+def _skips_masked(kernel: Kernel, site: AttentionSite) -> bool:
+    skips: Callable[[AttentionSite], bool] | None = getattr(kernel, "skips_masked", None)
+    return skips is not None and skips(site)
 
 
 def willing_kernels(site: AttentionSite, kernels: list[Kernel], verdicts: dict[str, KernelVerdict]) -> list[Kernel]:

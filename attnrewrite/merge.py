@@ -5,7 +5,8 @@
 
 Rows of softmax attention depend on nothing but their own query, and batches and heads on nothing but themselves. So
 the slices may be merged where each operand is either sliced in the same way as the result, along the axis that the
-result is sliced along, or does not have that axis and is the same for all; and where all else is the same.
+result is sliced along, or does not have that axis and is the same for all; and where all else is the same. The keys may
+be another slice for each: see ``windows.py``.
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ from attnrewrite.patterns import Finding, GraphView
 from attnrewrite.patterns.base import reader_in_words
 from attnrewrite.site import AttentionSite, Bias, Elementwise, Fill, Scale, Zero
 from attnrewrite.wholes import NotSlices, Wholes, same_argument
+from attnrewrite.windows import key_windows, require_band
 
 __all__ = ["merge_slices"]
 
 aten = torch.ops.aten
+
+_KEYS = -1
+"""The name of the range of the keys, where each slice has a window of them; others are dimensions of the result."""
 
 
 def merge_slices(findings: Sequence[Finding], view: GraphView) -> list[Finding]:
@@ -248,9 +253,10 @@ class _Merge:
         self._place = max(range(len(slices)), key=lambda place: len(slices[place].sliced))
         self._model = slices[self._place]
         self.builder = Builder(view.gm, before=whole, like=self._model.site.anchor)
+        self._windows = self._key_windows()
         self._wholes = Wholes(
-            {dim: [part.spans[dim] for part in slices] for dim in axes},
-            {dim: axis.size for dim, axis in axes.items()},
+            {dim: [part.spans[dim] for part in slices] for dim in self._axes},
+            {dim: axis.size for dim, axis in self._axes.items()},
             self.builder,
             may_move=lambda node: view.same_region(node, whole),
         )
@@ -281,6 +287,7 @@ class _Merge:
         self._compared.append(([part.layout for part in self._slices], "results"))
         for layouts, what in self._compared:
             self._require_alike(layouts, what)
+        key_axes = self._renamed((model.key_axes,))[0]
         # Slices of size one have no axis that the scores could have.
         unseen = {self._axes[dim] for dim, axis in self._model.axes.items() if axis is None}
         lone = tuple(axis for axis in query.axes if axis in unseen - {*key.axes, *value.axes})
@@ -304,19 +311,44 @@ class _Merge:
             key=key,
             value=value,
             query_axes=query_axes,
+            key_axes=key_axes,
             mods=mods,
             weight_mods=weight_mods,
             sink=sink,
             interior=self._view.ordered([*owned, *(node for site in sites for node in site.interior)]),
             parts=tuple(sorted(sites, key=lambda site: site.anchor)),
             written=tuple(self.builder.created),
+            windowed=self._windows,
         )
+        if self._windows:
+            self._require_band(site)
         site.change_operands(weigh)
         added = tuple((axis,) for axis in self._axes.values() if axis in unseen & set(weighed))
         site.weight_layout = (*added, *self._renamed(model.weight_layout))
         # Now that all is compared axes may be divided: the whole may be a view itself.
         site.change_operands(self._behind_views)
         return site
+
+    # Keys.
+
+    def _key_windows(self) -> bool:
+        """Whether each slice has a window of the keys, which are one more range then."""
+        sites = [part.site for part in self._slices]
+        found = key_windows([self._behind_views(site.key) for site in sites], sites)
+        if found is None:
+            return False
+        windows, count = found
+        self._axes = {**self._axes, _KEYS: Axis(count, "key")}
+        for part, window in zip(self._slices, windows, strict=True):
+            part.spans[_KEYS], part.axes[_KEYS] = window, part.site.key_axes[0]
+        return True
+
+    def _require_band(self, site: AttentionSite) -> None:
+        along = [dim for dim, axis in self._axes.items() if (axis,) == site.query_axes]
+        if site.is_causal or len(along) != 1:
+            raise NotSlices("the key is not sliced as the result is")
+        queries, windows = ([part.spans[dim] for part in self._slices] for dim in (along[0], _KEYS))
+        require_band(site, queries, windows, self._axes[_KEYS].size)
 
     # Axes.
 

@@ -247,6 +247,7 @@ class AttentionSite:
         scores: the modifications in the form that kernels read, once simplified.
         parts: the sites of the slices that this one was merged from; they stand for it where no kernel takes the whole.
         written: nodes that hold operands of a merged site and were not in the source.
+        windowed: the slices that it was merged from had a window of the keys each, and computed no more.
         unmerged: why the site, whose result is put together with those of others, was not merged with them.
     """
 
@@ -282,6 +283,7 @@ class AttentionSite:
     scores: CanonicalScores | None = None
     parts: tuple[AttentionSite, ...] = ()
     written: tuple[fx.Node, ...] = ()
+    windowed: bool = False
     unmerged: str = ""
     folded: tuple[Axis, ...] = ()
 

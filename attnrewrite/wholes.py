@@ -91,9 +91,11 @@ class Wholes:
             return Whole(first, tuple(range(tensor(first).dim())), {})
         if not all(map(self._may_move, nodes)):
             raise NotSlices(f"the {what} of the slices is computed where grad mode or autocast is another")
-        taken = [part for part in map(taken_from, nodes) if part is not None]
+        taken = _taken(nodes)
         if len(taken) == len(nodes) and len({(part.dim, part.selected) for part in taken}) == 1:
             return self._sliced(taken, what)
+        if first.target in _CONSTANT and all(_same_constant(node, first) for node in nodes):
+            return self._constant(first)
         if all(_same_call(node, first) for node in nodes):
             if first.target is aten.arange.start:
                 return self._counted(nodes, what)
@@ -150,6 +152,12 @@ class Wholes:
                 return Whole(node, (0,), {0: name})
         raise NotSlices(f"the {what} is not sliced as the result is")
 
+    def _constant(self, node: fx.Node) -> Whole:
+        """The same number everywhere, of which one entry is enough."""
+        rank = tensor(node).dim()
+        one = self._builder.call(node.target, [1] * rank, *node.args[1:], **node.kwargs)
+        return Whole(one, tuple(range(rank)), {})
+
     def _entry_by_entry(self, nodes: Sequence[fx.Node], what: str) -> Whole:
         first = nodes[0]
         args: list[Any] = []
@@ -198,6 +206,17 @@ class Wholes:
         return Whole(node, tuple(range(rank)), sliced)
 
 
+def _taken(nodes: Sequence[fx.Node]) -> list[Taken]:
+    """What the nodes are parts of; among parts of one tensor the tensor itself is a part, too."""
+    found = [taken_from(node) for node in nodes]
+    known = [part for part in found if part is not None]
+    if known and len(known) < len(found) and all(part.source is known[0].source for part in known):
+        source, dim = known[0].source, known[0].dim
+        all_of_it = Taken(source, dim, Span(0, tensor(source).shape[dim]))
+        return [part or all_of_it for part, node in zip(found, nodes, strict=True) if part or node is source]
+    return known
+
+
 def _without(own: int, dims: tuple[int | None, ...]) -> tuple[int | None, ...]:
     """The dimensions of slices after one of theirs was selected away."""
     return tuple(None if dim is None or dim == own else dim - (dim > own) for dim in dims)
@@ -216,6 +235,20 @@ def _same_call(a: fx.Node, b: fx.Node) -> bool:
         and is_tensor(b)
         and tensor(a).dim() == tensor(b).dim()
         and (a.target is aten.arange.start or a.args[1:] == b.args[1:] or is_pointwise(a))
+    )
+
+
+_CONSTANT = frozenset({aten.zeros.default, aten.ones.default, aten.full.default})
+
+
+def _same_constant(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes are filled with the same number, whatever their sizes."""
+    return (
+        a.target is b.target
+        and len(a.args) == len(b.args)
+        and all(map(same_argument, a.args[1:], b.args[1:]))
+        and a.kwargs == b.kwargs
+        and tensor(a).dim() == tensor(b).dim()
     )
 
 

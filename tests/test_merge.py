@@ -332,23 +332,125 @@ def test_unet_of_diffusers_with_sliced_attention() -> None:
     assert relative_error(actual, expected) <= 1e-5
 
 
-# What is not merged.
+# Slices that have a window of the keys each.
 
 
-def test_windows_of_keys() -> None:
-    """DiffSynth's chunked sliding window: the keys differ from slice to slice."""
+def in_windows(
+    q: Tensor, k: Tensor, v: Tensor, chunk: int, width: int, within: int, masked: float = float("-inf")
+) -> Tensor:
+    """Chunks of queries with the keys up to ``width`` before and after, of which those up to ``within`` are kept."""
+    parts = []
+    length = q.shape[1]
+    for start in range(0, length, chunk):
+        stop = min(start + chunk, length)
+        first, last = max(0, start - width), min(length, stop + width)
+        own, near = torch.arange(start, stop), torch.arange(first, last)
+        far = (own[:, None] - near[None, :]).abs() > within
+        scores = (q[:, start:stop] @ k[:, first:last].mT * 0.25).masked_fill(far, masked)
+        parts.append(scores.softmax(-1) @ v[:, first:last])
+    return torch.cat(parts, dim=1)
+
+
+def diffsynth_in_windows(q: Tensor, k: Tensor, v: Tensor, width: int) -> Tensor:
+    """DiffSynth-Studio's sliding window: calls with a mask of its own each, written into a buffer."""
+    result = torch.empty_like(q)
+    length = q.shape[1]
+    for start in range(0, length, width):
+        stop = min(start + width, length)
+        first, last = max(0, start - width), min(length, stop + width)
+        far = (torch.arange(start, stop).unsqueeze(1) - torch.arange(first, last).unsqueeze(0)).abs() > width
+        mask = torch.zeros(stop - start, last - first, dtype=q.dtype)
+        mask.masked_fill_(far, torch.finfo(q.dtype).min)
+        own, near, told = (part.unsqueeze(1) for part in (q[:, start:stop], k[:, first:last], v[:, first:last]))
+        result[:, start:stop] = F.scaled_dot_product_attention(own, near, told, mask[None, None]).squeeze(1)
+    return result
+
+
+def without_gradients(function: Attend, *inputs: Tensor) -> list[Any]:
+    """What became of it, where nothing is differentiated: on the CPU FlexAttention has no backward pass."""
+    torch._dynamo.reset()
+    with torch.no_grad(), collect_reports() as graphs:
+        assert relative_error(rewritten(function)(*inputs), function(*inputs)) <= 1e-5
+    return [row for graph in graphs for row in graph.sites]
+
+
+@pytest.mark.parametrize("width", [3, 4, 5])
+def test_windows_of_keys(width: int) -> None:
+    inputs = operands(3, queries=12, keys=12)
+    (row,) = without_gradients(lambda q, k, v: diffsynth_in_windows(q, k, v, width), *inputs)
+    assert (row.kernel, row.slices) == ("flex", f"merged from {-(-12 // width)} slices")
+    # As far as the window reaches, or less; -1e9 masks as well.
+    (row,) = without_gradients(lambda q, k, v: in_windows(q, k, v, 4, 5, 3, -1e9), *inputs)
+    assert (row.kernel, row.slices) == ("flex", "merged from 3 slices")
+
+
+def test_windows_of_keys_where_no_kernel_leaves_out_what_is_masked() -> None:
+    """The slices compute less than the whole would."""
 
     def windows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return in_windows(q, k, v, 4, 3, 3)
+
+    inputs = tuple(part.requires_grad_() for part in operands(3, queries=12, keys=12))
+    found = rows(windows, *inputs)
+    assert [(row.status, row.kernel) for row in found] == [("rewritten", "native")] * 3
+    assert all("native, _native_flash" in row.slices and "would compute all scores" in row.slices for row in found)
+    torch._dynamo.reset()
+    compiled = rewritten(windows, "aot_eager")
+    assert relative_error(gradients(compiled, inputs), gradients(windows, inputs)) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda q, k, v: in_windows(q, k, v, 4, 2, 3), "no mask is known to keep its queries to them"),
+        (lambda q, k, v: in_windows(q, k, v, 4, 3, 99), "no mask is known to keep its queries to them"),
+        (lambda q, k, v: in_windows(q, k, v, 4, 3, 3, -1.0), "no mask is known to keep its queries to them"),
+        (
+            lambda q, k, v: torch.cat(
+                [attend(q[:, i : i + 4], k[:, i : i + 4], v[:, i : i + 4]) for i in (0, 4, 8)], 1
+            ),
+            "",
+        ),
+        (
+            lambda q, k, v: torch.cat([attend(q[:, i : i + 4], k[:, : i + 4], v[:, : i + 4]) for i in (0, 4, 8)], 1),
+            "no mask is known to keep its queries to them",
+        ),
+        (
+            lambda q, k, v: torch.cat(
+                [attend(q[:, i : i + 4], k[:, i : i + 4], v[:, 8 - i : 12 - i]) for i in (0, 4, 8)], 1
+            ),
+            "",
+        ),
+    ],
+    ids=["wider_mask", "no_mask", "no_masking_number", "blocks", "prefixes", "other_values"],
+)
+def test_windows_that_hold_less_than_the_mask_leaves(function: Attend, reason: str) -> None:
+    inputs = operands(3, queries=12, keys=12)
+    found = without_gradients(function, *inputs)
+    assert [row.status for row in found] == ["rewritten"] * 3
+    assert all(row.slices.startswith("slices are not merged") and reason in row.slices for row in found)
+
+
+def test_windows_in_which_padding_may_leave_a_row_without_a_key() -> None:
+    """Such a row is the mean of its window, not of all keys."""
+
+    def padded(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
         parts = []
-        for start in range(0, 12, 4):
-            own, near = torch.arange(start, start + 4), torch.arange(max(0, start - 3), min(12, start + 7))
-            keep = (own[:, None] - near[None, :]).abs() <= 3
-            scores = q[:, start : start + 4] @ k[:, max(0, start - 3) : start + 7].mT * 0.25
-            weights = scores.masked_fill(~keep, float("-inf")).softmax(-1)
-            parts.append(weights @ v[:, max(0, start - 3) : start + 7])
+        for start in (0, 4, 8):
+            first, last = max(0, start - 3), min(12, start + 7)
+            far = (torch.arange(start, start + 4)[:, None] - torch.arange(first, last)).abs() > 3
+            scores = (q[:, start : start + 4] @ k[:, first:last].mT).masked_fill(far, -1e9)
+            scores = scores.masked_fill(~keep[:, None, first:last], -1e9)
+            parts.append(scores.softmax(-1) @ v[:, first:last])
         return torch.cat(parts, dim=1)
 
-    check_kept(windows, *operands(3, queries=12, keys=12), slices=3, reason="the key is not sliced as the result is")
+    keep = torch.ones(3, 12, dtype=torch.bool)
+    keep[1, 4:] = False
+    found = without_gradients(padded, *operands(3, queries=12, keys=12), keep)
+    assert len(found) == 3 and all("a query may have none of them" in row.slices for row in found)
+
+
+# What is not merged.
 
 
 def test_buffer_of_the_caller() -> None:

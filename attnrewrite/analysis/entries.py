@@ -135,6 +135,8 @@ class Entries:
             return _combined(_SUMS[target], a, b, dtype)
         if target is aten.neg.default:
             return _combined(lambda a, b: a * b, self.at(args[0], index), sympy.Integer(-1), dtype)
+        if target is aten.abs.default:
+            return self._distance(self.at(args[0], index))
         if target is aten.index.Tensor:
             return self._gathered(node, index)
         if target in _SCATTERS:
@@ -213,6 +215,11 @@ class Entries:
             + [(number, conjunction([negation(condition), formula])) for number, formula in b.numbers],
             dtype,
         )
+
+    def _distance(self, entry: Entry | None) -> Entry | None:
+        if isinstance(entry, Cases):
+            return Cases(tuple((abs(number), formula) for number, formula in entry.numbers))
+        return sympy.Abs(entry) if isinstance(entry, sympy.Expr) and entry.is_integer else None
 
     def _logic(self, relation: str, args: Sequence[Any], index: list[Any]) -> Entry | None:
         entries = []

@@ -116,6 +116,14 @@ def at_least(expression: Any, highest: Mapping[Any, Any]) -> Formula:
     ``highest``: each position's largest value; the smallest is 0.
     """
     expression = sympy.expand(expression)
+    distances = expression.atoms(sympy.Abs)
+    if len(distances) == 1:
+        (distance,) = distances
+        factor = expression.coeff(distance)
+        rest = expression - factor * distance
+        if factor.is_number and not rest.atoms(sympy.Abs):
+            both = [at_least(rest + sign * factor * distance.args[0], highest) for sign in (1, -1)]
+            return conjunction(both) if factor.is_negative else disjunction(both)
     low, high = _extremes(expression, highest)
     if low is not None and low.is_nonnegative:
         return True

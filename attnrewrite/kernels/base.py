@@ -47,6 +47,8 @@ class Kernel(Protocol):
     Another is ``keeps_scores``, true of one that writes the scores to memory: it is chosen unasked only where no other
     kernel is willing. A third is a method ``concerns(site)``: where it gives False the kernel is asked only by name.
     ``takes_unbacked``, if true, lets it be asked where a number of queries or keys depends on the data (``nonzero``).
+    A method ``skips_masked(site)`` says whether it leaves out the blocks of scores that the mask takes away altogether;
+    one without it is not asked to compute whole what the source computes in windows.
     ``needs`` says in a few words what must be there for it to run.
     ``supports`` decides from the site alone and touches no data. ``emit`` writes the call at the builder's insertion
     point and returns the output with the shape and dtype of the source's result.

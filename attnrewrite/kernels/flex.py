@@ -92,6 +92,9 @@ class Flex:
             return Verdict.no("a mask or a bias has 2**31 entries or more, and the kernel counts them in 32 bits")
         return Verdict.yes() if _by_blocks(site) is not None else self._supports_steps(site)
 
+    def skips_masked(self, site: AttentionSite) -> bool:
+        return _by_blocks(site) is not None
+
     def _supports_steps(self, site: AttentionSite) -> Verdict:
         """Whether the source's steps can be its function of the scores."""
         scores = site.scores

@@ -154,6 +154,10 @@ class LibraryKernel:
             return Verdict.no(f"not available: {available.detail}")
         return self.verdict(site, capability_of(site.device))
 
+    def skips_masked(self, site: AttentionSite) -> bool:
+        asked = self.limits_now().asked(site)
+        return isinstance(asked, Asked) and asked.is_bounded
+
     def verdict(self, site: AttentionSite, capability: Capability | None) -> Verdict:
         """What the kernel would say of the site on a GPU of this compute capability, were it available."""
         reason = self.limits_now().refusal(site, capability)
