@@ -82,7 +82,13 @@ def measured(name: str, gradients: bool, timeout: int) -> dict[str, Any]:
         lost = {"name": name, "form": model.form, "sites": model.sites}
         return {**lost, **apart(lambda: measure_model(model, gradients=gradients), timeout)}
     processor = PROCESSORS[name]
-    empty = {"name": name, "structure": processor.structure, "needs": processor.needs, "instead": processor.instead}
+    empty = {
+        "name": name,
+        "structure": processor.structure,
+        "needs": processor.needs,
+        "instead": processor.instead,
+        "proved": processor.proved,
+    }
     lost = {**empty, "state": {"kind": "class", "modules": []}, "uses": []}
     return {**lost, **apart(lambda: measure(processor, gradients=gradients), timeout)}
 

@@ -63,6 +63,7 @@ class Processor:
 
     ``needs``: the library or device without which it does not run as it is meant to, and what calls it.
     ``instead``: what is measured where it cannot run, with a sentence that says why that tells something.
+    ``proved``: what is proved of the call that cannot run, with the test that does it.
     """
 
     name: str
@@ -71,3 +72,4 @@ class Processor:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     needs: str = ""
     instead: str = ""
+    proved: str = ""

@@ -650,25 +650,39 @@ _LINEAR = (
     ),
 )
 
-_XFORMERS = "xformers: the processor calls `xformers.ops.memory_efficient_attention`"
+_TESTS = "[tests/test_library_calls.py](../tests/test_library_calls.py)"
+_XFORMERS: Mapping[str, Any] = {
+    "needs": "xformers: the processor calls `xformers.ops.memory_efficient_attention`",
+    "proved": "the operators that this call comes down to in a graph, `xformer::memory_efficient_attention_forward` "
+    "and `xformers_flash::flash_fwd`, are read by their schemas in xformers 0.0.35, and rewritten to the right values "
+    f"(`test_xformers` and `test_xformers_flash` of {_TESTS})",
+}
+_NPU = (
+    "the operator `npu::npu_fusion_attention` is read by its schema in torch-npu 2.13.0, in each of its layouts, and "
+    f"rewritten to the right values (`test_npu` of {_TESTS})"
+)
+_XLA = (
+    "the operator that this call comes down to in a graph, `xla::fa_custom_forward`, is read by its schema in "
+    f"torch-xla 2.9.0, and rewritten to the right values (`test_xla` of {_TESTS})"
+)
 
 _DEVICE = (
-    Processor("XFormersAttnProcessor", "device", _plain("XFormersAttnProcessor"), needs=_XFORMERS),
-    Processor("XFormersAttnAddedKVProcessor", "device", _added("XFormersAttnAddedKVProcessor"), needs=_XFORMERS),
-    Processor("XFormersJointAttnProcessor", "device", _joint("XFormersJointAttnProcessor"), needs=_XFORMERS),
+    Processor("XFormersAttnProcessor", "device", _plain("XFormersAttnProcessor"), **_XFORMERS),
+    Processor("XFormersAttnAddedKVProcessor", "device", _added("XFormersAttnAddedKVProcessor"), **_XFORMERS),
+    Processor("XFormersJointAttnProcessor", "device", _joint("XFormersJointAttnProcessor"), **_XFORMERS),
     Processor(
         "CustomDiffusionXFormersAttnProcessor",
         "device",
         _custom("CustomDiffusionXFormersAttnProcessor"),
         {"hidden_size": WIDTH},
-        needs=_XFORMERS,
+        **_XFORMERS,
     ),
     Processor(
         "IPAdapterXFormersAttnProcessor",
         "device",
         _adapted("IPAdapterXFormersAttnProcessor"),
         {"hidden_size": WIDTH, "cross_attention_dim": CONTEXT},
-        needs=_XFORMERS,
+        **_XFORMERS,
     ),
     Processor(
         "AttnProcessorNPU",
@@ -676,6 +690,7 @@ _DEVICE = (
         (Use("float32, self, mask", 1, without_init("AttnProcessorNPU"), _self(attention_mask=_mask(LENGTH))),),
         needs="torch_npu: in half precision the processor calls `torch_npu.npu_fusion_attention`",
         instead="its `__call__` in float32, where it is `scaled_dot_product_attention`, made without `__init__`",
+        proved=_NPU,
     ),
     Processor(
         "XLAFlashAttnProcessor2_0",
@@ -690,12 +705,14 @@ _DEVICE = (
         ),
         needs="torch_xla: from 4096 tokens on the processor calls `flash_attention` of torch_xla",
         instead="its `__call__` below 4096 tokens, where it is `scaled_dot_product_attention`, made without `__init__`",
+        proved=_XLA,
     ),
     Processor(
         "XLAFluxFlashAttnProcessor2_0",
         "device",
         (Use("joint", 1, flux("XLAFluxFlashAttnProcessor2_0"), _flux_joint),),
         needs="torch_xla: it makes a `FluxAttnProcessor` with the attention backend `_native_xla`",
+        proved=_XLA,
     ),
     *(
         Processor(
@@ -703,6 +720,7 @@ _DEVICE = (
             "device",
             (Use("joint", 1, (fused if name.startswith("Fused") else lambda build: build)(flux(name)), _flux_joint),),
             needs=f"torch_npu: it makes a `FluxAttnProcessor` with the attention backend `{backend}`",
+            proved=_NPU,
         )
         for name, backend in (
             ("FluxAttnProcessor2_0_NPU", "_native_npu"),

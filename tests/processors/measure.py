@@ -41,6 +41,7 @@ def measure(processor: Processor, *, gradients: bool = True) -> Row:
         "state": asdict(state(processor.name, **processor.arguments)),
         "needs": processor.needs,
         "instead": processor.instead,
+        "proved": processor.proved,
         "uses": [measure_use(use, gradients=gradients) for use in processor.uses],
         "failures": {},
     }

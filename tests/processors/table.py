@@ -224,7 +224,8 @@ def _cannot(rows: list[Row]) -> str:
         texts += [f"making one raises {escaped(state.raises)}"] if state.raises else []
         raised = dict.fromkeys(use["cannot_run"] for use in row["uses"] if "cannot_run" in use)
         texts += [f"calling it raises {escaped(text)}" for text in raised if text != state.raises]
-        texts.append(f"measured instead: {row['instead']}" if row["instead"] else "nothing is measured instead")
+        texts += [f"measured instead: {row['instead']}"] if row["instead"] else []
+        texts += [f"proved instead: {row['proved']}"] if row["proved"] else []
         lines.append(f"- **{row['name']}**: {'; '.join(texts)}.")
     return "\n".join(lines) if lines else "Nothing."
 
