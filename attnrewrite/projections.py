@@ -7,13 +7,14 @@ Guidance by perturbed attention (PAG) attends one part of a batch and lets the v
 Each part is projected by itself, with the same weights; rows of a projection are independent of each other. So are the
 samples of a norm, and entries under views and arithmetic, through which the whole is looked for.
 
-Only what feeds a rewritten attention, or follows it, is looked at. Nothing random is moved, and nothing across a switch
-of grad mode, autocast or checkpointing.
+Only what feeds an attention that was rewritten or, without a softmax, recognised, or follows it, is looked at. Nothing
+random is moved, and nothing across a switch of grad mode, autocast or checkpointing.
 """
 
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,15 +22,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnrewrite.analysis.features import PIECES
 from attnrewrite.analysis.pieces import taken_from
 from attnrewrite.analysis.views import is_layout_op, permutation_of
 from attnrewrite.ir import Builder, Size, is_cast, is_tensor, is_view, product, same, same_shape, tensor
 from attnrewrite.kernels.layout import in_memory_order_of
 from attnrewrite.patterns import GraphView
-from attnrewrite.site import AttentionSite
 from attnrewrite.wholes import is_pointwise, same_argument
 
-__all__ = ["join_projections"]
+__all__ = ["join_projections", "projections_behind"]
 
 aten = torch.ops.aten
 
@@ -37,23 +38,26 @@ _FAR = 24
 """Nodes behind an attention among which the concatenation of the parts is looked for."""
 
 
-def join_projections(view: GraphView, site: AttentionSite, output: fx.Node) -> tuple[str, list[fx.Node]]:
-    """Makes one of the projections that ``site`` shares with parts of the batch that it does not attend.
+def join_projections(
+    view: GraphView, query: fx.Node, key: fx.Node, value: fx.Node, output: fx.Node
+) -> tuple[str, dict[fx.Node, fx.Node]]:
+    """Makes one of the projections that an attention shares with parts of the batch that it does not attend.
 
     Args:
-        view: of the graph as it is; where nodes were replaced, another one is needed for the next site.
-        output: what the site's kernel put in its place.
+        view: of the graph as it is; where nodes were replaced, another one is needed for the next attention.
+        query, key, value: its operands; one that is in the graph no longer has no projections.
+        output: its result, or what a kernel put in its place.
 
     Returns:
-        What is to be said of it, empty if there are none, and the nodes that were replaced.
+        What is to be said of it, empty if there are none, and the nodes that were replaced, each with what took its
+        place; they are in the graph still.
     """
-    # What was replaced in front of other sites is not read any more.
-    operands = dict.fromkeys(operand.node for operand in (site.query, site.key, site.value))
-    projections = [node for node in operands if not node._erased and node.target is aten.linear.default]
-    said, gone = "", []
-    for projection in projections:
-        gone += _project_whole(projection, view)
-    weights = [node.args[1] for node in projections if node is site.value.node]
+    said = ""
+    replaced: dict[fx.Node, fx.Node] = {}
+    weights = [node.args[1] for node in projections_behind(value)]
+    for projection in dict.fromkeys(node for part in (query, key, value) for node in projections_behind(part)):
+        if projection not in replaced:
+            replaced |= _project_whole(projection, view)
     for joint in _joints_after(output):
         parts = _parts(joint)
         joining = _Joining(view, parts, joint)
@@ -65,9 +69,28 @@ def join_projections(view: GraphView, site: AttentionSite, output: fx.Node) -> t
             whole = in_memory_order_of(tensor(joint), whole, joining.builder)
         joint.replace_all_uses_with(whole)
         joining.take_back()
-        gone.append(joint)
+        replaced[joint] = whole
         said = said or _in_words(joining, weights)
-    return said, gone
+    return said, replaced
+
+
+def projections_behind(operand: fx.Node) -> list[fx.Node]:
+    """The projections that an operand of an attention is made of, behind views, pieces, norms and arithmetic."""
+    found: dict[fx.Node, None] = {}
+    seen = [] if operand._erased else [operand]
+    for node in seen:
+        if node.target is aten.linear.default:
+            found[node] = None
+        elif _is_row_by_row(node) or _is_piece(node) or node.target in _PUT_TOGETHER:
+            seen += [source for source in node.all_input_nodes if source not in seen and len(seen) < _FAR]
+    return list(found)
+
+
+_PUT_TOGETHER = frozenset({aten.cat.default, aten.pad.default, aten.constant_pad_nd.default})
+
+
+def _is_piece(node: fx.Node) -> bool:
+    return node.target in PIECES or node.target is operator.getitem
 
 
 def _in_words(joining: _Joining, value_weights: Sequence[Any]) -> str:
@@ -85,12 +108,12 @@ def _in_words(joining: _Joining, value_weights: Sequence[Any]) -> str:
 # Parts of a batch, projected before the attention.
 
 
-def _project_whole(projection: fx.Node, view: GraphView) -> list[fx.Node]:
-    """Replaces projections of all parts of a tensor by parts of its projection; returns what is of no use then."""
+def _project_whole(projection: fx.Node, view: GraphView) -> dict[fx.Node, fx.Node]:
+    """Replaces projections of all parts of a tensor by parts of its projection; returns which by which."""
     weight: Any = projection.args[1]
     peers = [node for node in weight.users if node.target is aten.linear.default and _same_weights(node, projection)]
     if not 2 <= len(peers) <= 4:
-        return []
+        return {}
     for order in itertools.permutations(sorted(peers)):
         for dim in range(tensor(projection).dim() - 1):
             joining = _Joining(view, order, None)
@@ -98,7 +121,7 @@ def _project_whole(projection: fx.Node, view: GraphView) -> list[fx.Node]:
             if whole is not None and (replaced := joining.replace_parts()):
                 return replaced
             joining.take_back()
-    return []
+    return {}
 
 
 def _same_weights(a: fx.Node, b: fx.Node) -> bool:
@@ -120,7 +143,7 @@ def _joints_after(output: fx.Node) -> list[fx.Node]:
         for user in node.users:
             if user.target is aten.cat.default:
                 found.append(user)
-            elif user not in seen and len(seen) < _FAR and _is_row_by_row(user):
+            elif user not in seen and len(seen) < _FAR and (_is_row_by_row(user) or _is_piece(user)):
                 seen.append(user)
     return list(dict.fromkeys(found))
 
@@ -194,9 +217,9 @@ class _Joining:
             if not node._erased and not node.users:
                 self.view.graph.erase_node(node)
 
-    def replace_parts(self) -> list[fx.Node]:
+    def replace_parts(self) -> dict[fx.Node, fx.Node]:
         """Lets each part that is read be a slice of its whole; none if memory would look different to its readers."""
-        replacements: list[tuple[fx.Node, fx.Node]] = []
+        replacements: dict[fx.Node, fx.Node] = {}
         own = {node for level in self.levels for node in level.nodes}
         for level in self.levels:
             start: Size = 0
@@ -205,12 +228,12 @@ class _Joining:
                 if any(user not in own for user in node.users):
                     part = self._call(level.nodes, aten.slice.Tensor, level.whole, level.dim, start, stop)
                     if _is_returned(node) or not _same_strides(part, node):
-                        return []
-                    replacements.append((node, part))
+                        return {}
+                    replacements[node] = part
                 start = stop
-        for node, part in replacements:
+        for node, part in replacements.items():
             node.replace_all_uses_with(part)
-        return [node for node, _ in replacements]
+        return replacements
 
     def _call(self, nodes: list[fx.Node], target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         builder = self._builder_at(self.joint or min(nodes), nodes[0])

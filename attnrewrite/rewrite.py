@@ -66,7 +66,7 @@ class Rewritten:
 
     @property
     def changed(self) -> bool:
-        return any(site.status == "rewritten" for site in self.sites)
+        return any(site.status == "rewritten" or site.projections for site in self.sites)
 
     def add_time(self, step: str, start: float) -> None:
         self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
@@ -91,7 +91,7 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Re
     findings = deque((f"site{index}", finding) for index, finding in enumerate(_find(gm)))
     result.add_time("find", start)
     replaced: dict[fx.Node, fx.Node] = {}
-    spliced: list[tuple[AttentionSite, SiteReport]] = []
+    served: list[tuple[AttentionSite | LinearAttention, SiteReport]] = []
     written = _WrittenByRegion(gm.graph)
     while findings:
         name, finding = findings.popleft()
@@ -100,6 +100,7 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Re
             continue
         if isinstance(finding, LinearAttention):
             result.sites.append(_order_products(gm, name, finding, replaced, result))
+            served.append((finding, result.sites[-1]))
             continue
         start = time.perf_counter()
         _redirect(finding, replaced)
@@ -125,10 +126,10 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Re
         # A mask that was proved is not read.
         _remove(gm.graph, finding.written)
         row.nodes_after = tuple(node.name for node in (*finding.written, *created) if not node._erased)
-        spliced.append((finding, row))
+        served.append((finding, row))
         result.add_time("splice", start)
     start = time.perf_counter()
-    _join_projections(gm, spliced, replaced)
+    _join_projections(gm, served, replaced)
     result.add_time("splice", start)
     if result.changed:
         gm.graph.lint()
@@ -137,22 +138,32 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Re
 
 
 def _join_projections(
-    gm: fx.GraphModule, spliced: list[tuple[AttentionSite, SiteReport]], replaced: dict[fx.Node, fx.Node]
+    gm: fx.GraphModule,
+    served: list[tuple[AttentionSite | LinearAttention, SiteReport]],
+    replaced: dict[fx.Node, fx.Node],
 ) -> None:
     """Once all sites are replaced: projections around them that are those of a whole batch become one."""
     view: GraphView | None = None
-    for site, row in spliced:
-        output = replaced[site.result]
+    for site, row in served:
+        output = _latest(site.result, replaced)
         if output._erased:
             continue
         view = view or GraphView(gm)
-        said, gone = join_projections(view, site, output)
-        _remove(gm.graph, gone)
+        query, key, value = (_latest(part.node, replaced) for part in (site.query, site.key, site.value))
+        said, gone = join_projections(view, query, key, value, output)
+        replaced.update(gone)
+        _remove(gm.graph, list(gone))
         if gone:
             view = None
             left = {node.name for node in gm.graph.nodes}
             row.projections = said or "projections of parts of the batch are one"
             row.nodes_after = tuple(name for name in row.nodes_after if name in left)
+
+
+def _latest(node: fx.Node, replaced: dict[fx.Node, fx.Node]) -> fx.Node:
+    while node in replaced:
+        node = replaced[node]
+    return node
 
 
 def _simplify_and_choose(

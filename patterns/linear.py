@@ -47,6 +47,7 @@ from attnrewrite.ir import is_cast, is_tensor, same_shape, scalar, tensor
 from attnrewrite.site import LinearAttention, Order, Scale
 
 from .base import Finding, GraphView, NearMiss, Specimen, reader_in_words
+from .perturbed import LINEAR_SPECIMENS
 from .samples import Specimens, keep, normal
 
 __all__ = ["PATTERN"]
@@ -70,7 +71,7 @@ class LinearAttentionPattern:
 
     @property
     def specimens(self) -> tuple[Specimen, ...]:
-        return tuple(_spelling)
+        return (*_spelling, *LINEAR_SPECIMENS)
 
     def find(self, view: GraphView) -> Iterator[Finding]:
         reader = _Reader(self.name, view)

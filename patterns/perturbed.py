@@ -8,13 +8,16 @@ part, are those of the whole batch (:mod:`attnrewrite.projections`).
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from .samples import Specimens, learned, normal
 
-__all__ = ["SPECIMENS"]
+__all__ = ["LINEAR_SPECIMENS", "SPECIMENS"]
 
 _spelling = Specimens()
 _W = learned(32, 32)
@@ -62,4 +65,37 @@ def skipped_attention(tokens: Tensor, qkv: Tensor, out: Tensor, bias: Tensor) ->
     return torch.cat(halves, dim=0)
 
 
+# Without a softmax.
+
+_linear = Specimens()
+_recognised = partial(_linear.add, status="recognised")
+
+
+@_recognised(normal(6, "L", 32), _W, _W, _W, _W, _B)
+def identity_without_a_softmax(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo: Tensor, bias: Tensor) -> Tensor:
+    """diffusers' PAGCFGSanaLinearAttnProcessor2_0."""
+    without, text, perturbed = x.chunk(3)
+    kept = torch.cat([without, text])
+    q, k, v = (rearrange(F.linear(kept, w), "b n (h d) -> b h d n", h=8) for w in (wq, wk, wv))
+    q, k = F.relu(q).float(), F.relu(k.transpose(2, 3)).float()
+    kept = F.pad(v.float(), (0, 0, 0, 1), value=1.0) @ k @ q
+    kept = kept[:, :, :-1] / (kept[:, :, -1:] + 1e-15)
+    kept = F.linear(kept.flatten(1, 2).transpose(1, 2).to(x.dtype), wo, bias)
+    perturbed = F.linear(F.linear(perturbed, wv).to(x.dtype), wo, bias)
+    return torch.cat([kept, perturbed])
+
+
+@_recognised(normal(3, "L", 32), learned(96, 32), _W)
+def skipped_attention_without_a_softmax(tokens: Tensor, qkv: Tensor, out: Tensor) -> Tensor:
+    """From scratch: the last entry of the batch skips attention."""
+    wq, wk, wv = qkv.chunk(3)
+    through, skip = tokens.tensor_split([2])
+    q, k, v = (rearrange(F.linear(through, w), "b n (g c) -> b g n c", g=8) for w in (wq, wk, wv))
+    q, k = q.sigmoid(), k.sigmoid()
+    mixed = q @ (k.mT @ v) / (q @ k.sum(dim=2)[..., None])
+    mixed = rearrange(mixed, "b g n e -> b n (g e)")
+    return torch.cat([F.linear(mixed, out), F.linear(F.linear(skip, wv), out)])
+
+
 SPECIMENS = tuple(_spelling)
+LINEAR_SPECIMENS = tuple(_linear)

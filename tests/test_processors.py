@@ -70,6 +70,8 @@ REWRITTEN = {
     "MochiVaeAttnProcessor2_0": ("causal", "single frame"),
     "SanaLinearAttnProcessor2_0": ("long", "short"),
     "SanaMultiscaleAttnProcessor2_0": ("linear", "quadratic"),
+    "PAGIdentitySanaLinearAttnProcessor2_0": ("self",),
+    "PAGCFGSanaLinearAttnProcessor2_0": ("self",),
 }
 
 

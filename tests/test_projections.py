@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
 from attnrewrite.backend import collect_reports
@@ -95,6 +95,32 @@ def _without_a_gradient(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo: Tenso
 def _checkpointed(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo: Tensor, other: Tensor) -> Tensor:
     a: Any = checkpoint(lambda part: F.linear(attended(part, wq, wk, wv), wo), x[:3], use_reentrant=False)
     return torch.cat([a, F.linear(F.linear(x[3:], wv), wo)])
+
+
+def test_attention_that_is_recognised() -> None:
+    """Nothing else of the graph changes, and it is the changed graph that runs."""
+
+    def function(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo: Tensor) -> Tensor:
+        q, k, v = (F.linear(x[:3], w).view(3, -1, 2, 8).transpose(1, 2) for w in (wq, wk, wv))
+        q, k = q.relu(), k.relu()
+        kept = q @ (k.mT @ F.pad(v, (0, 1), value=1.0))
+        kept = (kept[..., :-1] / (kept[..., -1:] + 1e-6)).transpose(1, 2).reshape(3, -1, 16)
+        return torch.cat([F.linear(kept, wo), F.linear(F.linear(x[3:], wv), wo)])
+
+    inputs = (torch.cat([X] * 4, dim=1), *WEIGHTS[:4])
+    given: list[fx.GraphModule] = []
+
+    def inner(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        given.append(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    with collect_reports() as graphs:
+        result = rewritten(function, inner)(*inputs)
+    (row,) = graphs[0].sites
+    assert (row.status, row.projections) == ("recognised", "identity part of 1 of 4 batch entries")
+    assert len(given[0].graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)) == 4
+    assert relative_error(result, function(*inputs)) <= 1e-5
 
 
 # How many projections remain: 4 is all of them joined, 6 none.
