@@ -30,6 +30,7 @@ __all__ = [
     "Triangle",
     "Written",
     "copy_attributes",
+    "evaluated",
     "is_cast",
     "is_view",
     "regions",
@@ -247,7 +248,7 @@ class Builder:
         if found is not None:
             return found
         fakes = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
-        with self._evaluating():
+        with _evaluating(self._fake_mode):
             value = target(*fakes[0], **fakes[1])
         return self.insert(target, args, kwargs, value)
 
@@ -280,14 +281,6 @@ class Builder:
         node.meta = {**self._meta, "val": module}
         self.created.append(node)
         return node
-
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            if self._fake_mode is not None:
-                stack.enter_context(self._fake_mode)
-            stack.enter_context(torch.no_grad())
-            yield
 
     def _as_argument(self, value: Any) -> Any:
         if isinstance(value, torch.SymInt):
@@ -348,6 +341,23 @@ def _fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
         if mode is not None:
             return mode  # type: ignore[no-any-return]
     return None
+
+
+@contextlib.contextmanager
+def _evaluating(fake_mode: FakeTensorMode | None) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if fake_mode is not None:
+            stack.enter_context(fake_mode)
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+def evaluated(node: fx.Node) -> Any:
+    """The fake value of a call, worked out anew of those of its arguments."""
+    target: Any = node.target
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
+    with _evaluating(_fake_mode_of(node.graph)):
+        return target(*args, **kwargs)
 
 
 @dataclass

@@ -71,6 +71,9 @@ class Policy:
             kernel takes it, with a warning.
         autotune: whether the automatic choice times the willing kernels on each site's own shapes. Default
             ``ATTNREWRITE_AUTOTUNE``, which is False where it is unset.
+        fuse_projections: whether projections of one input that feed an attention become one. Default
+            ``ATTNREWRITE_FUSE_PROJECTIONS``; None, where that is unset: only those whose weights are constants that
+            Inductor freezes.
         capture_dynamic_output_shape_ops: whether Dynamo traces operators such as ``nonzero``, whose output's size
             depends on the data, which otherwise break the graph. ``explain`` and ``accelerate_attention`` switch it on
             while Dynamo traces; ``torch.compile`` itself has traced the graph when it reads options. Default False.
@@ -87,6 +90,7 @@ class Policy:
     kernel_rules: tuple[tuple[str, tuple[str, ...]], ...] = ()
     strict: bool = False
     autotune: bool = False
+    fuse_projections: bool | None = None
     capture_dynamic_output_shape_ops: bool = False
     mode: str | None = None
     inner_options: Mapping[str, Any] = field(default_factory=dict)
@@ -105,10 +109,14 @@ class Policy:
         for key, value in (options or {}).items():
             (own if key in OWN_OPTIONS else inner)[key] = value
         for key in ("verify", "checks", "autotune"):
-            own.setdefault(key, _switched_on(f"ATTNREWRITE_{key.upper()}"))
+            own.setdefault(key, bool(_switched(f"ATTNREWRITE_{key.upper()}")))
+        if own.get("fuse_projections") is None:
+            own["fuse_projections"] = _switched("ATTNREWRITE_FUSE_PROJECTIONS")
         for key in ("assume_attended_rows", "verify", "checks", "strict", "autotune", DATA_DEPENDENT_SIZES):
             if not isinstance(own.get(key, False), bool):
                 raise OptionError(f"options[{key!r}] takes True or False; got {own[key]!r}")
+        if not isinstance(own["fuse_projections"], (bool, type(None))):
+            raise OptionError(f"options['fuse_projections'] takes True, False or None; got {own['fuse_projections']!r}")
         if "tolerance" in own:
             own["tolerance"] = _tolerance(own["tolerance"])
         if "kernels" in own:
@@ -128,6 +136,15 @@ class Policy:
         import torch._inductor.config
 
         return bool(self.inner_options.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs))
+
+    @property
+    def freezes(self) -> bool:
+        """Whether Inductor works out once what depends on constants alone, where gradients are off."""
+        if self.inner_backend != "inductor":
+            return False
+        import torch._inductor.config
+
+        return bool(self.inner_options.get("freezing", torch._inductor.config.freezing))
 
 
 OWN_OPTIONS = tuple(f.name for f in dataclasses.fields(Policy) if f.name not in ("mode", "inner_options"))
@@ -207,12 +224,12 @@ def request_of_environment() -> Request | None:
     return Request(kernel_names([_DIFFSYNTH[name]], name), f"DIFFSYNTH_ATTENTION_IMPLEMENTATION={name}")
 
 
-def _switched_on(name: str) -> bool:
-    """An environment variable that is 1 or 0, for every graph whose options say nothing; 0 where it is unset."""
+def _switched(name: str) -> bool | None:
+    """An environment variable that is 1 or 0, for every graph whose options say nothing; None where it is unset."""
     value = os.environ.get(name, "")
     if value not in ("", "0", "1"):
         raise OptionError(f"{name} takes 1 or 0; got {value!r}")
-    return value == "1"
+    return value == "1" if value else None
 
 
 def tracing_settings(options: Mapping[str, Any] | None) -> dict[str, Any]:

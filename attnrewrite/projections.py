@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ from attnrewrite.kernels.layout import in_memory_order_of
 from attnrewrite.patterns import GraphView
 from attnrewrite.wholes import is_pointwise, same_argument
 
-__all__ = ["join_projections", "projections_behind"]
+__all__ = ["is_piece", "join_projections", "projections_behind", "tags"]
 
 aten = torch.ops.aten
 
@@ -74,14 +74,20 @@ def join_projections(
     return said, replaced
 
 
-def projections_behind(operand: fx.Node) -> list[fx.Node]:
-    """The projections that an operand of an attention is made of, behind views, pieces, norms and arithmetic."""
+_LINEAR = frozenset({aten.linear.default})
+
+
+def projections_behind(operand: fx.Node, products: Collection[Any] = _LINEAR) -> list[fx.Node]:
+    """The projections that an operand of an attention is made of, behind views, pieces, norms and arithmetic.
+
+    ``products``: the operators that count as projections.
+    """
     found: dict[fx.Node, None] = {}
     seen = [] if operand._erased else [operand]
     for node in seen:
-        if node.target is aten.linear.default:
+        if node.target in products:
             found[node] = None
-        elif _is_row_by_row(node) or _is_piece(node) or node.target in _PUT_TOGETHER:
+        elif _is_row_by_row(node) or is_piece(node) or node.target in _PUT_TOGETHER:
             seen += [source for source in node.all_input_nodes if source not in seen and len(seen) < _FAR]
     return list(found)
 
@@ -89,7 +95,8 @@ def projections_behind(operand: fx.Node) -> list[fx.Node]:
 _PUT_TOGETHER = frozenset({aten.cat.default, aten.pad.default, aten.constant_pad_nd.default})
 
 
-def _is_piece(node: fx.Node) -> bool:
+def is_piece(node: fx.Node) -> bool:
+    """Whether the node is a part of its operand, or of what was split, or is split."""
     return node.target in PIECES or node.target is operator.getitem
 
 
@@ -143,7 +150,7 @@ def _joints_after(output: fx.Node) -> list[fx.Node]:
         for user in node.users:
             if user.target is aten.cat.default:
                 found.append(user)
-            elif user not in seen and len(seen) < _FAR and (_is_row_by_row(user) or _is_piece(user)):
+            elif user not in seen and len(seen) < _FAR and (_is_row_by_row(user) or is_piece(user)):
                 seen.append(user)
     return list(dict.fromkeys(found))
 
@@ -261,7 +268,7 @@ class _Joining:
             and tensor(node).dim() == tensor(first).dim()
             and same_shape(_others(node, dim), shape)
             and self.view.same_region(node, place)
-            and _tags(node) == _tags(place)
+            and tags(node) == tags(place)
             and (self.joint is None or len(node.users) == 1)
             for node in nodes
         )
@@ -370,7 +377,8 @@ def _is_returned(node: fx.Node) -> bool:
     return any(user.op == "output" or (is_view(user) and _is_returned(user)) for user in node.users)
 
 
-def _tags(node: fx.Node) -> tuple[str, ...]:
+def tags(node: fx.Node) -> tuple[str, ...]:
+    """What a checkpoint has marked the node with: what is computed anew may not be one with what is not."""
     return tuple(str(node.meta.get(tag)) for tag in ("recompute", "ac_graph_id"))
 
 

@@ -51,7 +51,8 @@ class SiteReport:
     Shapes are tuples of strings, since a size may be symbolic ("s37"); they read (batch..., heads, length, features).
     ``requested``: the kernels that were asked for here, and where; empty for the automatic choice.
     ``slices``: that the site was merged from slices of one attention, or why slices were not merged.
-    ``projections``: that projections of parts of the batch, around the attention, are one.
+    ``projections``: which projections around the attention are one, of parts of the batch or of one input; and with
+    ``fuse_projections`` why others of one input are not.
     ``tolerance``: the largest relative error that a lower-precision kernel was admitted with; 0 for any other kernel.
     ``order``: of linear attention, in which its products are multiplied: "linear" (key and value first), "quadratic"
     (query and key first), or "linear, was quadratic". ``operations``: the floating-point operations of either order.

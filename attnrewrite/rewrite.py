@@ -19,6 +19,7 @@ from attnrewrite.checks import insert_check
 from attnrewrite.choose import choose, say_unserved
 from attnrewrite.errors import KernelError
 from attnrewrite.folding import fold_batches
+from attnrewrite.fused_projections import fuse_projections
 from attnrewrite.ir import Builder, Written, is_cast, is_tensor, regions, same_shape, source_location, tensor
 from attnrewrite.kernels import Kernel
 from attnrewrite.kernels.layout import in_memory_order_of
@@ -56,17 +57,19 @@ class Rewritten:
     """What became of a graph: a row for each site, in graph order, and the seconds that each step took.
 
     ``round_like_eager``: a site was kept because the rounding of its scores decides its result. ``offered``: kernels
-    were asked, so that what comes out depends on the kernels that the user asks for.
+    were asked, so that what comes out depends on the kernels that the user asks for. ``joined``: projections were
+    joined or fused.
     """
 
     sites: list[SiteReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     round_like_eager: bool = False
     offered: bool = False
+    joined: bool = False
 
     @property
     def changed(self) -> bool:
-        return any(site.status == "rewritten" or site.projections for site in self.sites)
+        return self.joined or any(site.status == "rewritten" for site in self.sites)
 
     def add_time(self, step: str, start: float) -> None:
         self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
@@ -129,7 +132,9 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Re
         served.append((finding, row))
         result.add_time("splice", start)
     start = time.perf_counter()
-    _join_projections(gm, served, replaced)
+    result.joined = _join_projections(gm, served, replaced)
+    if policy.fuse_projections or (policy.fuse_projections is None and policy.freezes):
+        result.joined |= _fuse_projections(gm, served, replaced, constants=policy.fuse_projections is None)
     result.add_time("splice", start)
     if result.changed:
         gm.graph.lint()
@@ -141,9 +146,13 @@ def _join_projections(
     gm: fx.GraphModule,
     served: list[tuple[AttentionSite | LinearAttention, SiteReport]],
     replaced: dict[fx.Node, fx.Node],
-) -> None:
-    """Once all sites are replaced: projections around them that are those of a whole batch become one."""
+) -> bool:
+    """Once all sites are replaced: projections around them that are those of a whole batch become one.
+
+    Returns whether any did.
+    """
     view: GraphView | None = None
+    joined = False
     for site, row in served:
         output = _latest(site.result, replaced)
         if output._erased:
@@ -154,10 +163,37 @@ def _join_projections(
         replaced.update(gone)
         _remove(gm.graph, list(gone))
         if gone:
-            view = None
+            view, joined = None, True
             left = {node.name for node in gm.graph.nodes}
             row.projections = said or "projections of parts of the batch are one"
             row.nodes_after = tuple(name for name in row.nodes_after if name in left)
+    return joined
+
+
+def _fuse_projections(
+    gm: fx.GraphModule,
+    served: list[tuple[AttentionSite | LinearAttention, SiteReport]],
+    replaced: dict[fx.Node, fx.Node],
+    constants: bool,
+) -> bool:
+    """Behind that, since parts of one batch are not one input: projections of one input become one.
+
+    Returns whether any did.
+    """
+    view: GraphView | None = None
+    fused = False
+    kernels = {name for _, row in served for name in row.nodes_after}
+    for site, row in served:
+        parts = {"query": site.query, "key": site.key, "value": site.value}
+        operands = {role: _latest(part.node, replaced) for role, part in parts.items()}
+        view = view or GraphView(gm)
+        said, gone = fuse_projections(view, operands, kernels, constants)
+        replaced.update(gone)
+        _remove(gm.graph, list(gone))
+        row.projections = "; ".join(filter(None, (row.projections, said)))
+        if gone:
+            view, fused = None, True
+    return fused
 
 
 def _latest(node: fx.Node, replaced: dict[fx.Node, fx.Node]) -> fx.Node:
