@@ -271,19 +271,24 @@ def _fuse(group: list[_Projection], view: GraphView) -> dict[fx.Node, fx.Node]:
 
 
 def _bias(group: list[_Projection], builder: Builder) -> fx.Node | None:
-    """The biases one after another, zero where there is none; None where nothing has one."""
-    biases: list[fx.Node] = []
-    before: Size = 0
+    """The biases one after another, zero where there is none; None where nothing has one.
+
+    A bias is padded: zeros of their own would be made at each call, even beside weights that are frozen.
+    """
+    given: list[fx.Node] = []
+    zeros: list[Size] = [0]  # In front of the first, and behind each.
     for each in group:
-        if each.bias is not None:
-            biases.append(_padded(each.bias, before, 0, builder))
-            before = 0
-        elif biases:
-            # Zeros of their own would be made at each call, even beside weights that are frozen.
-            biases[-1] = _padded(biases[-1], 0, each.features, builder)
+        if each.bias is None:
+            zeros[-1] = zeros[-1] + each.features
         else:
-            before = before + each.features
-    return builder.call(aten.cat.default, biases, 0) if biases else None
+            given.append(each.bias)
+            zeros.append(0)
+    if not given:
+        return None
+    first, *others = given
+    biases = [_padded(first, zeros[0], zeros[1], builder)]
+    biases += [_padded(bias, 0, after, builder) for bias, after in zip(others, zeros[2:], strict=True)]
+    return builder.call(aten.cat.default, biases, 0) if others else biases[0]
 
 
 def _padded(bias: fx.Node, before: Size, after: Size, builder: Builder) -> fx.Node:

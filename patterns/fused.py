@@ -195,6 +195,14 @@ def call_between_projections(x: Tensor, weight: Tensor, bias: Tensor, out: Tenso
     return y.transpose(1, 2).contiguous().view(b, n, c) @ out
 
 
+@_call.add(normal(2, "L", 32), normal(2, "S", 24), learned(32, 32), learned(64, 24))
+def key_and_value_of_one_projection(x: Tensor, text: Tensor, wq: Tensor, wkv: Tensor) -> Tensor:
+    """diffusers' FusedAttnProcessor2_0 in cross attention: the kernel takes the halves as they lie."""
+    halves = F.linear(text, wkv).chunk(2, dim=-1)
+    q, k, v = (t.view(t.shape[0], -1, 4, 8).transpose(1, 2) for t in (F.linear(x, wq), *halves))
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=0.0).transpose(1, 2).reshape(x.shape)
+
+
 @_call.add(normal("L", 2, 32), learned(96, 32), learned(96), learned(32, 32), learned(32), padding(2, "L"))
 def multi_head_attention_forward(
     x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, out_bias: Tensor, ignored: Tensor

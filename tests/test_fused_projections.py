@@ -15,6 +15,7 @@ from attnrewrite import OptionError
 from attnrewrite.backend import collect_reports
 from attnrewrite.policy import Policy
 from tests.helpers import cast, compile_count, gradients, relative_error, rewritten
+from tests.test_specimens import rewritten_code
 
 aten = torch.ops.aten
 
@@ -118,6 +119,40 @@ def test_one_projection(function: Callable[..., Any]) -> None:
         t.stride() for t in torch.utils._pytree.tree_leaves(expected)
     ]
     agrees(function, inputs)
+
+
+_GOLDEN = """\
+placeholder: float32[2, 6, 16]
+placeholder_1: float32[16, 16]
+placeholder_2: float32[16, 16]
+placeholder_3: float32[16]
+placeholder_4: float32[16, 16]
+cat: float32[48, 16] = cat.default([placeholder_1, placeholder_2, placeholder_4], 0)
+constant_pad_nd: float32[48] = constant_pad_nd.default(placeholder_3, [16, 16], 0.0)
+linear: float32[2, 6, 48] = linear.default(placeholder, cat, constant_pad_nd)
+slice: float32[2, 6, 16] = slice.Tensor(linear, -1, 0, 16)
+slice_1: float32[2, 6, 16] = slice.Tensor(linear, -1, 16, 32)
+slice_2: float32[2, 6, 16] = slice.Tensor(linear, -1, 32, 48)
+reshape: float32[2, 6, 4, 4] = reshape.default(slice, [2, 6, 4, 4])
+permute: float32[2, 4, 6, 4] = permute.default(reshape, [0, 2, 1, 3])
+reshape_1: float32[2, 6, 4, 4] = reshape.default(slice_1, [2, 6, 4, 4])
+permute_1: float32[2, 4, 6, 4] = permute.default(reshape_1, [0, 2, 1, 3])
+reshape_2: float32[2, 6, 4, 4] = reshape.default(slice_2, [2, 6, 4, 4])
+permute_2: float32[2, 4, 6, 4] = permute.default(reshape_2, [0, 2, 1, 3])
+scaled_dot_product_attention: float32[2, 4, 6, 4] = scaled_dot_product_attention.default(\
+permute, permute_1, permute_2, None, 0.0, False, scale=0.5, enable_gqa=False)
+transpose: float32[2, 6, 4, 4] = transpose.int(scaled_dot_product_attention, 1, 2)
+reshape_3: float32[2, 6, 16] = reshape.default(transpose, [2, 6, -1])
+matmul: float32[2, 6, 16] = matmul.default(reshape_3, placeholder_1)
+return [matmul]
+"""
+
+
+def test_golden() -> None:
+    def function(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, bias: Tensor) -> Tensor:
+        return attended(F.linear(x, wq), F.linear(x, wk, bias), F.linear(x, wv)) @ wq
+
+    assert rewritten_code(function, (X, *WEIGHTS, BIAS), Policy(fuse_projections=True)) == _GOLDEN
 
 
 def test_the_parts_are_views_as_the_kernel_takes_them() -> None:

@@ -641,6 +641,16 @@ def test_checkpointed_slices() -> None:
     check_kept(sliced, *inputs, slices=2, reason="checkpointed one by one")
 
 
+def test_a_cache_that_is_empty() -> None:
+    """transformers' DynamicCache begins as a tensor of no dimension but one, without entries."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (torch.cat([torch.empty(0), part], dim=-2) for part in (k, v))
+        return attend(q, k, v)
+
+    assert [(row.status, row.reason) for row in rows(function, *operands(2, 4))] == [("rewritten", "")]
+
+
 def test_different_attentions_side_by_side_say_nothing() -> None:
     def two(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.cat([attend(q, k, v), attend(q * 2, v, k)], dim=1)

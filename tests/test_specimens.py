@@ -141,13 +141,13 @@ def test_through_inductor(name: str) -> None:
     assert relative_error(actual, gradients(specimen.function, inputs)) <= 1e-4
 
 
-def rewritten_code(function: Callable[..., Any], inputs: Sequence[Any]) -> str:
+def rewritten_code(function: Callable[..., Any], inputs: Sequence[Any], policy: Policy | None = None) -> str:
     """The rewritten graph, a line a node, without what Dynamo or torch may name otherwise another day."""
     lines: list[str] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         captured = capture(gm, example_inputs).gm
-        rewrite(captured, Policy())
+        rewrite(captured, policy or Policy())
         lines.extend(_lines(captured.graph))
         return gm.forward
 

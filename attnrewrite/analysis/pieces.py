@@ -202,7 +202,9 @@ def assemblies(graph: fx.Graph) -> dict[fx.Node, Assembly]:
             continue
         args: Any = node.args
         if node.target in (aten.cat.default, aten.stack.default):
-            if all(is_tensor(part) for part in args[0]):
+            # An empty tensor of one dimension may be concatenated with any other (transformers' empty cache is one).
+            rank = tensor(node).dim() - (node.target is aten.stack.default)
+            if all(is_tensor(part) and tensor(part).dim() == rank for part in args[0]):
                 known[node] = found[node] = _joined(node, [(part, contents(part)) for part in args[0]])
         elif node.target in (aten.slice_scatter.default, aten.select_scatter.default):
             known[node] = found[node] = _written(node, contents(args[0]), contents(args[1]))
