@@ -21,6 +21,7 @@ from attnrewrite.capture import CaptureError, capture
 from attnrewrite.constants import Constants
 from attnrewrite.dump import dump_graph, graph_source
 from attnrewrite.errors import KernelError, OptionError
+from attnrewrite.inlined import say_what_is_lost
 from attnrewrite.inner import CompiledFn, InnerCompiler
 from attnrewrite.legalise import legalised
 from attnrewrite.patterns import PatternError
@@ -90,6 +91,7 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy)
     """The compiled graph under the request in force, and whether it depends on that."""
     inner = InnerCompiler(policy)
     report = GraphReport(_graph_name(), inner_backend=inner.name, node_count=len(gm.graph.nodes))
+    report.notes += say_what_is_lost(gm, policy)
     wanted = _collector.get() is not None or debug_directory() is not None
     before = after = result = gm
     rewritten = Rewritten()

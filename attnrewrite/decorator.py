@@ -10,8 +10,10 @@ from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
+from torch.fx.traceback import annotate
 
 from attnrewrite.errors import AttnRewriteError
+from attnrewrite.inlined import annotation_of
 from attnrewrite.policy import kernel_names, tracing_settings
 
 __all__ = ["accelerate_attention"]
@@ -46,6 +48,12 @@ def accelerate_attention(
     work as before, and copies are compiled anew. On an instance, that instance is compiled in place and returned;
     copies of it are plain modules. On a function, a compiled function is returned.
 
+    Within a model that is itself compiled with ``backend="attnrewrite"`` the decorated part belongs to the model's
+    graph. What concerns single attentions holds there as well (``kernels`` and, of the options, ``kernels``,
+    ``kernel_rules``, ``strict``, ``assume_attended_rows``, ``checks`` and ``autotune``), the innermost decorator first;
+    of the rest a warning names what differs from the model's own options. Where the part breaks the graph it is
+    compiled by itself, with all that it asks for.
+
     Args:
         target: an ``nn.Module`` class, an ``nn.Module`` or a function. Left out, a decorator is returned.
         kernels: the kernels to use here, in order of preference, whatever a context manager, the options or the
@@ -70,15 +78,48 @@ def _accelerate(target: Any, arguments: dict[str, Any]) -> Any:
         # nn.Module.__call__ looks here first; a descriptor makes the compiled call for each instance when it is needed.
         # Instances keep it under the same name, which nn.Module.__getstate__ leaves out of copies and pickles.
         target._compiled_call_impl = _CompiledCall(arguments)  # type: ignore[assignment]
+        _let_dynamo_look(target, annotation_of(target.__qualname__, arguments))
         return target
     if isinstance(target, nn.Module):
-        target._compiled_call_impl = _compiled(target._call_impl, arguments)
+        target._compiled_call_impl = _compiled(target._call_impl, arguments, type(target).__qualname__)
+        _let_dynamo_look(type(target), None)
         return target
     if inspect.isroutine(target):
-        return _compiled(target, arguments)
+        return _compiled(target, arguments, getattr(target, "__qualname__", repr(target)))
     raise AcceleratedTypeError(
         f"accelerate_attention takes an nn.Module class, an nn.Module or a function; got {target!r}"
     )
+
+
+def _let_dynamo_look(cls: type[nn.Module], annotation: dict[str, str] | None) -> None:
+    """Gives the class a ``__call__`` of its own: with ``nn.Module``'s Dynamo goes to ``forward`` and asks for nothing.
+
+    Args:
+        annotation: of the class's instances; None leaves it to the ``_compiled_call_impl`` of each.
+    """
+    before = cls.__call__
+    if annotation is None and before is not nn.Module.__call__:
+        return
+    before = getattr(before, "_undecorated", before)
+    plain = before is nn.Module.__call__
+
+    @functools.wraps(before)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if annotation is None or not torch.compiler.is_compiling():
+            # Looked up again, since tracers put their own in its place.
+            return nn.Module.__call__(self, *args, **kwargs) if plain else before(self, *args, **kwargs)
+        with annotate(annotation):
+            # nn.Module's would come upon the descriptor, which is not for Dynamo to trace.
+            return self._call_impl(*args, **kwargs) if plain else before(self, *args, **kwargs)
+
+    call._undecorated = before  # type: ignore[attr-defined]
+    cls.__call__ = _with_code_of_its_own(call)  # type: ignore[method-assign]
+
+
+def _with_code_of_its_own(function: Any) -> Any:
+    """Dynamo keeps what it compiled, and what it skips, by code object."""
+    function.__code__ = function.__code__.replace()
+    return function
 
 
 class AcceleratedTypeError(AttnRewriteError, TypeError):
@@ -89,13 +130,15 @@ class _CompiledCall:
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._arguments = arguments
 
+    # Dynamo takes a torch.compile that it comes upon for the function itself, which would then be kept.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __get__(self, instance: nn.Module | None, owner: type) -> Callable[..., Any] | None:
         if instance is None:
             return None
         kept = instance.__dict__.get("_compiled_call_impl")
         # A replica of DataParallel takes over the whole __dict__: what is in it must have been made for this instance.
         if kept is None or kept[0]() is not instance:
-            kept = (weakref.ref(instance), _compiled(instance._call_impl, self._arguments))
+            kept = (weakref.ref(instance), _compiled_alone(instance._call_impl, self._arguments))
             instance.__dict__["_compiled_call_impl"] = kept
         compiled: Callable[..., Any] | None = kept[1]
         return compiled
@@ -105,7 +148,26 @@ class _CompiledCall:
         instance.__dict__["_compiled_call_impl"] = (weakref.ref(instance), value)
 
 
-def _compiled(function: Callable[..., Any], arguments: dict[str, Any]) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], arguments: dict[str, Any], name: str) -> Callable[..., Any]:
+    """The function, compiled; where Dynamo comes upon it in a larger graph it is a part of that."""
+    compiled = _compiled_alone(function, arguments)
+    annotation = annotation_of(name, arguments)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return compiled(*args, **kwargs)
+        # Dynamo breaks no graph within an annotation: what it cannot trace is called as it is, and compiled alone.
+        with annotate(annotation):
+            return function(*args, **kwargs)
+
+    for attribute in [key for key in vars(call) if key.startswith("_torchdynamo")]:
+        delattr(call, attribute)  # Of a function that was compiled before: Dynamo would pass by this one.
+    result: Callable[..., Any] = _with_code_of_its_own(call)
+    return result
+
+
+def _compiled_alone(function: Callable[..., Any], arguments: dict[str, Any]) -> Callable[..., Any]:
     compiled: Callable[..., Any] = torch.compile(function, backend="attnrewrite", **arguments)
     settings = tracing_settings(arguments["options"])
     if not settings:

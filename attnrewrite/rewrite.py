@@ -20,6 +20,7 @@ from attnrewrite.choose import choose, say_unserved
 from attnrewrite.errors import KernelError
 from attnrewrite.folding import fold_batches
 from attnrewrite.fused_projections import fuse_projections
+from attnrewrite.inlined import policy_at
 from attnrewrite.ir import Builder, Written, is_cast, is_tensor, regions, same_shape, source_location, tensor
 from attnrewrite.kernels import Kernel
 from attnrewrite.kernels.layout import in_memory_order_of
@@ -123,7 +124,7 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Re
         start = time.perf_counter()
         row.status, row.kernel = "rewritten", kernel.name
         created = _splice(gm, finding, kernel, replaced, written)
-        if policy.checks:
+        if policy_at(policy, finding.anchor).checks:
             check = insert_check(gm, finding, created, row.location)
             created = created if check is None else (check, *created)
         # A mask that was proved is not read.
@@ -203,10 +204,11 @@ def _latest(node: fx.Node, replaced: dict[fx.Node, fx.Node]) -> fx.Node:
 
 
 def _simplify_and_choose(
-    gm: fx.GraphModule, site: AttentionSite, row: SiteReport, policy: Policy, asking: Asking, result: Rewritten
+    gm: fx.GraphModule, site: AttentionSite, row: SiteReport, graph_policy: Policy, asking: Asking, result: Rewritten
 ) -> Kernel | None:
     """The kernel that takes the site; None if none does, and the row says why."""
     start = time.perf_counter()
+    policy = policy_at(graph_policy, site.anchor)
     try:
         _simplify(site, policy)
     except NotAttention as reason:
@@ -226,6 +228,10 @@ def _simplify_and_choose(
     result.add_time("simplify", start)
     start = time.perf_counter()
     result.offered = True
+    if not _asked_alike(site, graph_policy):
+        row.reason = "its slices are not asked for alike (kernels, or other options of single sites)"
+        result.add_time("choose", start)
+        return None
     request = asking(row.name, site, request_for(policy, row.location, site.anchor))
     try:
         return choose(gm, site, request, row, policy)
@@ -236,6 +242,15 @@ def _simplify_and_choose(
         return None
     finally:
         result.add_time("choose", start)
+
+
+def _asked_alike(site: AttentionSite, policy: Policy) -> bool:
+    """Whether the same is asked for at all slices of a whole."""
+    asked = []
+    for part in site.parts:
+        here = policy_at(policy, part.anchor)
+        asked.append((here, request_for(here, source_location(part.anchor), part.anchor)))
+    return all(each == asked[0] for each in asked)
 
 
 def _simplify(site: AttentionSite, policy: Policy) -> None:

@@ -1,9 +1,9 @@
 """Which kernels a site is offered, and in which order.
 
-First come those that the user asked for, at one of six levels. From the strongest: an argument of the call itself
-(``compatibility_mode`` of :func:`attnrewrite.attention_forward`), a rule for the site
-(``options["kernel_rules"]``, or ``kernels=`` of the decorator), the context manager :func:`attention_backend`,
-``options["kernels"]``, ``ATTNREWRITE_KERNELS``, then the variables that diffusers and DiffSynth-Studio read.
+First come those that the user asked for, at one of seven levels. From the strongest: an argument of the call itself
+(``compatibility_mode`` of :func:`attnrewrite.attention_forward`), ``kernels=`` of the decorator (a rule for all sites of
+a part of the model), ``options["kernel_rules"]``, the context manager :func:`attention_backend`, ``options["kernels"]``,
+``ATTNREWRITE_KERNELS``, then the variables that diffusers and DiffSynth-Studio read.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
-from attnrewrite import AttnRewriteError, accelerate_attention
+from attnrewrite import AttnRewriteError, KernelError, accelerate_attention, attention_backend
+from attnrewrite.backend import collect_reports
 from tests.helpers import relative_error
 
 COMPILED: list[bool] = []
@@ -189,3 +192,198 @@ def test_anything_else_is_an_error_of_one_line(target: Any) -> None:
             decorate(target)
         assert isinstance(error.value, AttnRewriteError)
         assert "\n" not in str(error.value)
+
+
+# Within a model that is compiled as a whole.
+
+
+def attend(x: Tensor) -> Tensor:
+    return (x @ x.mT / 4).softmax(-1) @ x
+
+
+@accelerate_attention(kernels="_native_math")
+def by_math(x: Tensor) -> Tensor:
+    return attend(x)
+
+
+@accelerate_attention(kernels="flex")
+def by_flex_but_for_a_part(x: Tensor) -> Tensor:
+    return by_math(x) + attend(x)
+
+
+class Attend(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return attend(x)
+
+
+@accelerate_attention(kernels="_native_math")
+class AttendByMath(Attend):
+    pass
+
+
+class SubclassOfIt(AttendByMath):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + attend(x)
+
+
+class WithMethod(nn.Module):
+    @accelerate_attention(kernels="_native_math")
+    def attend(self, x: Tensor) -> Tensor:
+        return attend(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend(x) + attend(x)
+
+
+class BreaksByMath(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = attend(x)
+        torch._dynamo.graph_break()
+        return attend(x)
+
+
+def modules_by_math(cls: type[nn.Module]) -> list[nn.Module]:
+    """A decorated instance, and one of a decorated class."""
+    decorate = accelerate_attention(kernels="_native_math", options={"inner_backend": "aot_eager"})
+    return [decorate(cls()), decorate(type("Decorated", (cls,), {}))()]
+
+
+def with_hook(model: nn.Module) -> nn.Module:
+    model.register_forward_hook(lambda module, args, output: output + 1)
+    return model
+
+
+def compiled_whole(
+    function: Callable[[Tensor], Tensor], x: Tensor = X, **arguments: Any
+) -> tuple[Tensor, list[str | None], list[str]]:
+    """Its result, the kernels of its sites and what else the reports say."""
+    torch._dynamo.reset()
+    arguments = {"options": {"inner_backend": "aot_eager"}, **arguments}
+    with collect_reports() as reports:
+        result = torch.compile(function, backend="attnrewrite", **arguments)(x)
+    kernels = [site.kernel for report in reports for site in report.sites]
+    return result, kernels, [note for report in reports for note in report.notes]
+
+
+MATH, NATIVE, FLEX = "_native_math", "native", "flex"
+INLINED: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], list[str]]] = {
+    "function, twice": (lambda: lambda x: by_math(x) + attend(x) + by_math(2 * x), [MATH, NATIVE, MATH]),
+    "function, itself": (lambda: by_math, [MATH]),
+    "nested": (lambda: lambda x: by_flex_but_for_a_part(x) + attend(x), [MATH, FLEX, NATIVE]),
+    "method": (WithMethod, [MATH, NATIVE]),
+    "class": (lambda: nn.Sequential(Attend(), AttendByMath(), Attend()), [NATIVE, MATH, NATIVE]),
+    "class, itself": (AttendByMath, [MATH]),
+    "subclass": (lambda: nn.Sequential(SubclassOfIt(), Attend()), [MATH, MATH, NATIVE]),
+    "instance": (lambda: nn.Sequential(Attend(), modules_by_math(Attend)[0], Attend()), [NATIVE, MATH, NATIVE]),
+    "copy of an instance": (lambda: nn.Sequential(copy.deepcopy(modules_by_math(Attend)[0])), [NATIVE]),
+    "hooks": (lambda: nn.Sequential(*map(with_hook, modules_by_math(Attend)), Attend()), [MATH, MATH, NATIVE]),
+    "instance in a function": (
+        lambda: accelerate_attention(kernels="flex")(nn.Sequential(Attend(), *modules_by_math(Attend))),
+        [FLEX, MATH, MATH],
+    ),
+    "checkpoint": (lambda: lambda x: attend(checkpoint(by_math, x, use_reentrant=False)), [MATH, NATIVE]),
+    "checkpoint within": (
+        lambda: accelerate_attention(kernels="flex")(lambda x: by_math(checkpoint(attend, x, use_reentrant=False))),
+        [FLEX, MATH],
+    ),
+    "graph break": (
+        # It is compiled alone then, once for both.
+        lambda: nn.Sequential(Attend(), *modules_by_math(BreaksByMath)),
+        [NATIVE, MATH, MATH],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INLINED)
+def test_what_is_decorated_keeps_its_kernels_within_a_model(name: str) -> None:
+    make, expected = INLINED[name]
+    model = make()
+    trains = FLEX not in expected  # On the CPU it has no backward pass.
+    x = X.clone().requires_grad_(trains)
+    result, kernels, notes = compiled_whole(model, x)
+    assert kernels == expected
+    assert [note for note in notes if "accelerate_attention" in note] == []
+    found = torch.autograd.grad(result.square().sum(), x)[0] if trains else None
+    torch._dynamo.reset()
+    with torch.compiler.set_stance("force_eager"):
+        reference = model(x)
+        assert relative_error(result, reference) <= 1e-5
+        if found is not None:
+            (wanted,) = torch.autograd.grad(reference.square().sum(), x)
+            assert relative_error(found, wanted) <= 1e-4
+
+
+def test_within_a_model_of_dynamic_shapes() -> None:
+    torch._dynamo.reset()
+    with collect_reports() as reports:
+        options: dict[str, Any] = {"inner_backend": "aot_eager"}
+        function = torch.compile(
+            lambda x: by_math(x) + attend(x), backend="attnrewrite", dynamic=True, fullgraph=True, options=options
+        )
+        for length in (8, 13):
+            x = torch.randn(2, length, 16)
+            assert relative_error(function(x), 2 * attend(x)) <= 1e-5
+    assert [site.kernel for report in reports for site in report.sites] == [MATH, NATIVE]
+
+
+def test_the_context_and_rules_of_the_model_are_weaker_than_the_decorator() -> None:
+    options = {"inner_backend": "aot_eager", "kernel_rules": {"*": "native"}}
+    with torch.no_grad(), attention_backend("flex"):
+        assert compiled_whole(lambda x: by_math(x) + attend(x), options=options)[1] == [MATH, NATIVE]
+        assert compiled_whole(lambda x: by_math(x) + attend(x))[1] == [MATH, FLEX]
+
+
+def test_options_of_single_sites_hold_within_a_model() -> None:
+    @accelerate_attention(kernels="flex", options={"strict": True})
+    def strict(x: Tensor) -> Tensor:
+        return attend(x)
+
+    @accelerate_attention(options={"assume_attended_rows": True, "kernels": "_native_math"})
+    def assured(x: Tensor) -> Tensor:
+        return (x @ x.mT / 4 + x.new_zeros(8, 8)).softmax(-1) @ x
+
+    # No kernel is asked for in the model itself, so nothing is an error there.
+    assert compiled_whole(lambda x: assured(x) + attend(x))[1] == [MATH, NATIVE]
+    with attention_backend("flex"), torch.no_grad():
+        assert compiled_whole(lambda x: assured(x) + attend(x))[1] == [FLEX, FLEX]
+    with pytest.raises(KernelError, match="flex was asked for"):
+        compiled_whole(lambda x: strict(x.double()))
+
+
+def test_options_of_the_whole_graph_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    options = {"inner_backend": "aot_eager", "verify": True, "max_autotune": True, "strict": True}
+
+    @accelerate_attention(dynamic=True, options=options)
+    def attends(x: Tensor) -> Tensor:
+        return attend(x)
+
+    with caplog.at_level(logging.WARNING, "attnrewrite"):
+        for _ in range(2):
+            notes = compiled_whole(attends)[2]
+            said = "dynamic, options['verify'], options['max_autotune'] are not heard"
+            assert [note for note in notes if said in note and "attends" in note], notes
+    assert len([record for record in caplog.records if "not heard" in record.message]) == 1
+    # What the model is compiled with holds.
+    notes = compiled_whole(attends, options={"inner_backend": "aot_eager", "verify": True})[2]
+    assert not any("verify" in note for note in notes if "not heard" in note)
+
+
+def test_slices_that_are_asked_for_by_different_kernels_are_not_merged() -> None:
+    def sliced(first: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def function(x: Tensor) -> Tensor:
+            result = torch.zeros_like(x)
+            result[:1] = first(x[:1])
+            result[1:] = by_math(x[1:])
+            return result
+
+        return function
+
+    with torch.no_grad():
+        assert compiled_whole(sliced(by_math))[1] == [MATH]
+        assert compiled_whole(sliced(attend))[1] == [NATIVE, MATH]
+
+
+def test_another_backend_compiles_the_decorated_part_as_it_is() -> None:
+    with collect_reports() as reports:
+        result = torch.compile(lambda x: by_math(x) + attend(x), backend="aot_eager")(X)
+    assert relative_error(result, 2 * attend(X)) <= 1e-5 and reports == []
