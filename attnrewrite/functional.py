@@ -10,6 +10,7 @@ Source: https://github.com/modelscope/DiffSynth-Studio/blob/16ab67bf/diffsynth/c
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +24,9 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from attnrewrite.arguments import PLAIN, ScoreMod, Settings, checked, under_autocast
 from attnrewrite.errors import AttentionInputError
+from attnrewrite.ir import called_from
 from attnrewrite.policy import Request, request_of_environment
+from attnrewrite.report import SourceLocation
 from attnrewrite.selection import COMPATIBILITY, KERNEL_OF_CALL
 
 __all__ = ["attention_forward"]
@@ -89,6 +92,8 @@ def attention_forward(
     # Said here and not out of a half-traced graph.
     checked(settings, q, k, v, attn_mask, score_mod)
     compiled = _compiled(settings, _kind(q, k, v, attn_mask), request_of_environment())
+    caller = sys._getframe(1)
+    token = called_from.set(SourceLocation(caller.f_code.co_filename, caller.f_lineno, caller.f_code.co_name, ""))
     try:
         return compiled(q, k, v, attn_mask, score_mod)
     except FailOnRecompileLimitHit:
@@ -96,6 +101,8 @@ def attention_forward(
             "attention_forward was compiled too often for one kind of call; define score_mod once, outside of the "
             "loop, or raise torch._dynamo.config.recompile_limit"
         ) from None
+    finally:
+        called_from.reset(token)
 
 
 # Eager calls.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import linecache
 import math
 import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ __all__ = [
     "StoredPattern",
     "Triangle",
     "Written",
+    "called_from",
     "copy_attributes",
     "evaluated",
     "is_cast",
@@ -160,6 +164,10 @@ _ATTENTION_FORWARD = str(Path(__file__).with_name("functional.py"))
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.*)\n\s*(?P<code>.*)')
 
 
+called_from: ContextVar[SourceLocation | None] = ContextVar("attnrewrite_called_from", default=None)
+"""The line that calls ``attention_forward`` eagerly: the graph that is compiled for it begins inside."""
+
+
 def source_location(node: fx.Node) -> SourceLocation | None:
     """The innermost line of the user's source that made ``node``, and the module it ran in."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
@@ -167,6 +175,9 @@ def source_location(node: fx.Node) -> SourceLocation | None:
         return None
     # A call of attention_forward stands where the user wrote it.
     outside = [frame for frame in frames if frame[0] != _ATTENTION_FORWARD]
+    caller = called_from.get()
+    if not outside and caller is not None:
+        return dataclasses.replace(caller, code=linecache.getline(caller.file, caller.line).strip())
     file, line, function, code = (outside or frames)[-1]
     stack = node.meta.get("nn_module_stack") or {}
     path = ""

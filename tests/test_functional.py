@@ -573,3 +573,15 @@ def test_flex_takes_a_mask_of_one_entry(shape: tuple[int, ...], boolean: bool) -
     with torch.no_grad():
         actual = attention_forward(q, k, v, attn_mask=mask, use_flex=True)
         assert relative_error(actual, attention_forward(q, k, v, attn_mask=mask)) <= 1e-5
+
+
+def test_an_eager_call_stands_where_the_user_wrote_it(caplog: pytest.LogCaptureFixture) -> None:
+    q, k, v = (part.double() for part in operands(2))
+    with torch.no_grad(), attention_backend("flex"), collect_reports() as graphs, caplog.at_level("WARNING"):
+        attention_forward(q, k, v, scale=0.123)
+    (row,) = [site for graph in graphs for site in graph.sites]
+    assert row.location is not None and row.location.file == __file__
+    assert row.location.code == "attention_forward(q, k, v, scale=0.123)"
+    assert row.location.function == "test_an_eager_call_stands_where_the_user_wrote_it"
+    (message,) = [record.message for record in caplog.records if "was asked for" in record.message]
+    assert f"{__file__}:{row.location.line}" in message and "functional.py:" not in message.replace(__file__, "")
