@@ -121,6 +121,7 @@ def run_sites_benchmark(
         "seconds": round(time.perf_counter() - start, 1),
         "packages": {kernel.name: kernel.availability().detail for kernel in registered_kernels()},
     }
+    about |= {"asked": list(kernels)} if kernels else {}
     failed = {row["name"]: row["failed"] for row in rows if "failed" in row}
     return SitesBenchmark([row for row in rows if "failed" not in row], {**about, "failed": failed})
 
@@ -436,6 +437,8 @@ def print_sites_benchmark(result: SitesBenchmark, console: Console | None = None
     console.print(table)
     for name, words in result.environment.get("failed", {}).items():
         console.print(f"{name} failed: {words}", markup=False)
+    for line in _why_untimed(result):
+        console.print(line, markup=False)
     for what, words in (("call", "calls"), ("graph", "replays of CUDA graphs")):
         ratios = [site["auto"][what]["over_best"] for site in result.sites if "over_best" in site["auto"].get(what, {})]
         if ratios:
@@ -444,6 +447,19 @@ def print_sites_benchmark(result: SitesBenchmark, console: Console | None = None
                 f"{words}: the automatic choice is within 5% of the fastest exact kernel at {within} of {len(ratios)} "
                 f"sites; at most {max(ratios):.2f} times its time."
             )
+
+
+def _why_untimed(result: SitesBenchmark) -> Iterator[str]:
+    """A line for each reason for which a kernel has no times: of those that were asked for, or that failed."""
+    asked = result.environment.get("asked", [])
+    reasons: dict[tuple[str, str], int] = {}
+    for site in result.sites:
+        for name, row in site["kernels"].items():
+            reason = row.get("failed") or (row.get("refused") if name in asked else None)
+            if reason:
+                reasons[name, reason] = reasons.get((name, reason), 0) + 1
+    for (name, reason), count in reasons.items():
+        yield f"{name} has no times at {count} of {len(result.sites)} sites: {reason}"
 
 
 def _measured_names(sites: Sequence[dict[str, Any]]) -> list[str]:
