@@ -28,6 +28,7 @@ from attnrewrite.patterns import PatternError
 from attnrewrite.policy import DATA_DEPENDENT_SIZES, Policy, debug_directory
 from attnrewrite.report import GraphReport, RewriteReport
 from attnrewrite.rewrite import Rewritten, as_asked, rewrite
+from attnrewrite.selection import unmatched_rules
 from attnrewrite.tolerance import Admission, admitted
 from attnrewrite.variants import Variants
 from attnrewrite.verify import Original, verified
@@ -124,6 +125,7 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy)
             keep_attention = True
         else:
             report.sites = rewritten.sites
+            report.unmatched_rules = unmatched_rules(policy, [site.location for site in report.sites])
             report.seconds.update(rewritten.seconds)
             if admission is not None:
                 admission.tell(report.sites)

@@ -104,7 +104,7 @@ def explain(
         try:
             report = explain_model(model, *args, options=options, dynamic=dynamic or None, **kwargs)
         except AttnRewriteError as error:
-            raise _BadInput(str(error)) from error
+            raise _BadInput(_in_a_line(error)) from error
     if as_json:
         click.echo(report.to_json())
     elif sys.stdout.isatty():
@@ -194,16 +194,28 @@ def bench_sites(
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if place.startswith("cuda") and not torch.cuda.is_available():
         raise _BadInput(f"--device {place}: PyTorch sees no GPU here; leave it out, or see attnrewrite doctor")
+    try:
+        torch.zeros(1, device=place).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise _BadInput(
+            f"--device {place}: PyTorch cannot use it ({reason}); give cpu, cuda or cuda:N, or leave it out"
+        ) from error
     cases = [case for grid in grids or (("small",) if place == "cpu" else ("main",)) for case in GRIDS[grid]]
     try:
         names = kernel_names(kernels, "--kernels") if kernels else ()
         result = run_sites_benchmark(cases, names, place, seconds, workers)
     except AttnRewriteError as error:
-        raise _BadInput(str(error)) from error
+        raise _BadInput(_in_a_line(error)) from error
     print_sites_benchmark(result)
     _write(path, result.save)
     _write(table, result.save_table)
     _write(plot, lambda file: plot_sites(result, file))
+
+
+def _in_a_line(error: Exception) -> str:
+    """Without the list that may follow the message."""
+    return str(getattr(error, "message", error))
 
 
 def _check_writable(path: Path | None) -> None:

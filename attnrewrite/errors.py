@@ -1,4 +1,4 @@
-"""The errors a user may see. Each message is one line that says what to do."""
+"""The errors a user may see. Each message is one line that says what to do; a list may follow it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,18 @@ class _RaisedInBackend(AttnRewriteError, ShortenTraceback):
     (https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_dynamo/output_graph.py, ``_call_user_compiler``).
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, details: str = "") -> None:
+        """Args:
+        message: one line.
+        details: further lines, such as a list of what there is.
+        """
         ShortenTraceback.__init__(self, message, first_useful_frame=None)
-        self._message = message
+        self.message = message
+        self._details = details
 
     def __str__(self) -> str:
         """The message alone: Dynamo adds a hint at its own stack trace to an exception's arguments."""
-        return self._message
+        return f"{self.message}\n{self._details}" if self._details else self.message
 
 
 class OptionError(_RaisedInBackend, ValueError):

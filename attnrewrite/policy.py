@@ -212,6 +212,11 @@ def request_of_environment() -> Request | None:
         return Request(kernel_names(os.environ["ATTNREWRITE_KERNELS"], "ATTNREWRITE_KERNELS"), "ATTNREWRITE_KERNELS")
     if os.environ.get("DIFFUSERS_ATTN_BACKEND"):
         name = os.environ["DIFFUSERS_ATTN_BACKEND"]
+        if "," in name:
+            raise OptionError(
+                f"DIFFUSERS_ATTN_BACKEND takes one name, such as native; got {name!r} (several go into "
+                "ATTNREWRITE_KERNELS)"
+            )
         return Request(kernel_names([name], "DIFFUSERS_ATTN_BACKEND"), "DIFFUSERS_ATTN_BACKEND")
     name = os.environ.get("DIFFSYNTH_ATTENTION_IMPLEMENTATION", "").lower()
     if not name:

@@ -148,6 +148,8 @@ def _report(report: RewriteReport, width: int) -> RenderableType:
     parts.append(Text(report.summary, style="bold green" if report.rewritten else "bold"))
     for graph in report.graphs:
         parts += [Text(), *_graph(graph, width)]
+    if report.remarks:
+        parts += [Text(), *(_item(text, "yellow") for text in report.remarks)]
     if report.graph_breaks:
         count = len(report.graph_breaks)
         parts += [Text(), Text(f"{count} graph break{'s' * (count != 1)}:", style="bold yellow")]

@@ -94,7 +94,8 @@ class GraphReport:
 
     ``captured`` is False when the graph went to the inner compiler untouched; ``reason`` then says why.
     ``before_code`` and ``after_code`` are Python source of the graph's module. ``seconds`` maps the name of a step
-    ("capture", "find", "choose", "splice", "inner") to the time that it took.
+    ("capture", "find", "choose", "splice", "inner") to the time that it took. ``unmatched_rules``: the globs of
+    ``options["kernel_rules"]`` that match no site of this graph; those of another graph may.
     """
 
     name: str
@@ -107,6 +108,7 @@ class GraphReport:
     inner_backend: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    unmatched_rules: tuple[str, ...] = ()
 
     @property
     def rewritten(self) -> list[SiteReport]:
@@ -146,6 +148,23 @@ class RewriteReport:
     @property
     def kept(self) -> list[SiteReport]:
         return [site for site in self.sites if site.status == "kept"]
+
+    @property
+    def unmatched_rules(self) -> list[str]:
+        """The globs of ``options["kernel_rules"]`` that match no site of any graph; none if that is not known."""
+        if not self.graphs or not all(graph.captured and not graph.reason for graph in self.graphs):
+            return []
+        first, *others = self.graphs
+        return [glob for glob in first.unmatched_rules if all(glob in graph.unmatched_rules for graph in others)]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is to be said of the model as a whole: a sentence for each rule that matches nothing."""
+        places = [site.location for site in self.sites if site.location is not None]
+        paths = list(dict.fromkeys(repr(place.module or str(place)) for place in places))
+        there = f"; there are attentions at {', '.join(paths[:4])}" if paths else ""
+        there += ", ..." if len(paths) > 4 else ""
+        return [f"kernel_rules: {glob!r} matches no attention here{there}" for glob in self.unmatched_rules]
 
     @property
     def summary(self) -> str:

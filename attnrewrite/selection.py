@@ -1,9 +1,9 @@
 """Which kernels a site is offered, and in which order.
 
 First come those that the user asked for, at one of seven levels. From the strongest: an argument of the call itself
-(``compatibility_mode`` of :func:`attnrewrite.attention_forward`), ``kernels=`` of the decorator (a rule for all sites of
-a part of the model), ``options["kernel_rules"]``, the context manager :func:`attention_backend`, ``options["kernels"]``,
-``ATTNREWRITE_KERNELS``, then the variables that diffusers and DiffSynth-Studio read.
+(``compatibility_mode`` of :func:`attnrewrite.attention_forward`), ``kernels=`` of the decorator (a rule for all sites
+of a part of the model), ``options["kernel_rules"]``, the context manager :func:`attention_backend`,
+``options["kernels"]``, ``ATTNREWRITE_KERNELS``, then the variables that diffusers and DiffSynth-Studio read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import fnmatch
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -35,6 +35,7 @@ __all__ = [
     "reset_attention_backend",
     "set_attention_backend",
     "standing",
+    "unmatched_rules",
 ]
 
 _in_force: ContextVar[Request | None] = ContextVar("attnrewrite_kernels", default=None)
@@ -98,6 +99,12 @@ def request_for(policy: Policy, location: SourceLocation | None, call: fx.Node) 
         return Request(policy.kernels, "options['kernels']", policy.strict)
     environment = request_of_environment()
     return environment and Request(environment.names, environment.origin, environment.strict or policy.strict)
+
+
+def unmatched_rules(policy: Policy, locations: Iterable[SourceLocation | None]) -> tuple[str, ...]:
+    """The globs of ``options["kernel_rules"]`` that match none of the sites at these places."""
+    places = list(locations)
+    return tuple(glob for glob, _ in policy.kernel_rules if not any(_matches(glob, place) for place in places))
 
 
 def _matches(pattern: str, location: SourceLocation | None) -> bool:

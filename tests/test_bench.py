@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 from click.testing import CliRunner
+from rich.console import Console
 
 from attnrewrite.bench import STEPS, measure_pass
 from attnrewrite.bench_cases import GRIDS, Case
-from attnrewrite.bench_sites import plot_sites, run_sites_benchmark
+from attnrewrite.bench_sites import SitesBenchmark, plot_sites, print_sites_benchmark, run_sites_benchmark
 from attnrewrite.cli import main
 from attnrewrite.kernels.costs import CostTable, Workload
 
@@ -112,11 +114,26 @@ def test_the_grids() -> None:
 
 def test_bad_input_of_bench_sites(tmp_path: Path) -> None:
     for arguments, words in (
-        (["--kernels", "nativ"], "unknown kernel 'nativ' (did you mean 'native'?)"),
+        (["--kernels", "nativ"], "unknown kernel 'nativ' (did you mean 'native'"),
         (["--json", str(tmp_path / "missing" / "x.json")], "is no directory"),
         (["--device", "cuda:7"], "cuda:7"),
+        (["--device", "cud"], "--device cud: PyTorch cannot use it"),
+        (["--device", "meta"], "give cpu, cuda or cuda:N"),
     ):
         result = CliRunner().invoke(main, ["bench", "sites", *arguments])
         assert result.exit_code == 2, result.output
         (line,) = result.stderr.strip().splitlines()
         assert words in line
+
+
+def test_why_a_kernel_that_was_asked_for_has_no_times() -> None:
+    row = {"native": {"call_ms": 1.0}, "flash": {"refused": "not available: no GPU"}, "flex": {"failed": "Error: x"}}
+    sites = [{"name": name, "workload": {}, "kernels": row, "auto": {}} for name in ("one", "two")]
+    for asked, expected in (
+        (["native", "flash"], "flash has no times at 2 of 2 sites: not available: no GPU"),
+        ([], "flex has no times at 2 of 2 sites: Error: x"),
+    ):
+        console = Console(width=200, file=io.StringIO(), record=True)
+        print_sites_benchmark(SitesBenchmark(sites, {"asked": asked}), console)
+        text = console.export_text()
+        assert expected in text and ("flash has" in text) == bool(asked)

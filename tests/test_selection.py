@@ -179,8 +179,50 @@ def test_unknown_names(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
         else:
             monkeypatch.setenv(where, "nativ")
             compiled()(inputs())
-    known = "torch" if where.startswith("DIFFSYNTH") else "native (PyTorch)"
-    assert "'nativ'" in str(error.value) and known in str(error.value)
+    first, *others = str(error.value).splitlines()
+    assert "'nativ'" in first and len(first) < 200
+    if where.startswith("DIFFSYNTH"):
+        assert "torch" in first and not others
+        return
+    assert "did you mean 'native'" in first and "attnrewrite doctor" in first
+    assert where not in VARIABLES or first.startswith(where)
+    # Every kernel and what it needs, in lines that can be read.
+    assert max(map(len, others)) < 300 and any("native" in line and line.endswith(": PyTorch") for line in others)
+    assert all(any(kernel.name in line for line in others) for kernel in _known())
+
+
+def test_capitals_in_a_name() -> None:
+    with pytest.raises(attnrewrite.OptionError, match=r"unknown kernel 'FLEX' .did you mean 'flex'"):
+        attnrewrite.accelerate_attention(kernels="FLEX")
+
+
+def test_the_variable_of_diffusers_takes_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFUSERS_ATTN_BACKEND", "flex,native")
+    with pytest.raises(attnrewrite.OptionError, match=r"DIFFUSERS_ATTN_BACKEND takes one name.*'flex,native'"):
+        compiled()(inputs())
+
+
+class BreaksBetween(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        result: Tensor = self.second(x)
+        return result
+
+
+def test_rules_that_match_nothing_are_said_by_explain(caplog: pytest.LogCaptureFixture) -> None:
+    rules = {"*frist": "flex", "*first": "native", "*second": "native", "no_such.py:3": "flex"}
+    for model in (Model(), BreaksBetween()):
+        with torch.no_grad(), caplog.at_level(logging.WARNING, "attnrewrite"):
+            report = attnrewrite.explain(model, inputs(), options={"kernel_rules": rules})
+        assert report.unmatched_rules == ["*frist", "no_such.py:3"]
+        text = report.to_text(120)
+        assert "'*frist' matches no attention here" in text and "'first', 'second'" in text
+        assert "*frist" in report.to_html() and "'*second' matches" not in text
+    assert len(report.graphs) == 2 and report.graphs[0].unmatched_rules[1] == "*second"
+    assert [record for record in caplog.records if "matches no" in record.message] == []
+    with torch.no_grad():
+        assert attnrewrite.explain(Model(), inputs()).remarks == []
 
 
 @pytest.mark.parametrize("options", [{"kernels": []}, {"kernels": 3}, {"kernel_rules": ["flex"]}, {"strict": "yes"}])

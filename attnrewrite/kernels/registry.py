@@ -46,12 +46,27 @@ def kernel_named(name: str, where: str = "") -> Kernel:
         OptionError: there is none; the message lists those that exist.
     """
     if name not in _KERNELS:
-        close = difflib.get_close_matches(name, _KERNELS, 1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        known = ", ".join(f"{kernel.name} ({kernel.needs})" for kernel in _KERNELS.values())
         prefix = f"{where}: " if where else ""
-        raise OptionError(f"{prefix}unknown kernel {name!r}{hint}; there are auto, {known}")
+        raise OptionError(
+            f"{prefix}unknown kernel {name!r}{_near(name)}; attnrewrite doctor says which kernels can run here",
+            f"There are auto and, by what they need:\n{_by_needs()}",
+        )
     return _KERNELS[name]
+
+
+def _near(name: str) -> str:
+    # Case is what people get wrong most; compare without it.
+    known = {known.lower(): known for known in _KERNELS}
+    near = [repr(known[match]) for match in difflib.get_close_matches(name.lower(), known)]
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+def _by_needs() -> str:
+    """A line for each need, with the kernels that have it."""
+    names: dict[str, list[str]] = {}
+    for kernel in _KERNELS.values():
+        names.setdefault(kernel.needs, []).append(kernel.name)
+    return "\n".join(f"  {', '.join(kernels)}: {needs}" for needs, kernels in names.items())
 
 
 def made_ready(kernel: Kernel, asked: bool) -> Availability:
