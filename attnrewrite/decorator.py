@@ -10,6 +10,7 @@ from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import skip_code
 from torch.fx.traceback import annotate
 
 from attnrewrite.errors import AttnRewriteError
@@ -109,7 +110,6 @@ def _let_dynamo_look(cls: type[nn.Module], annotation: dict[str, str] | None) ->
             # Looked up again, since tracers put their own in its place.
             return nn.Module.__call__(self, *args, **kwargs) if plain else before(self, *args, **kwargs)
         with annotate(annotation):
-            # nn.Module's would come upon the descriptor, which is not for Dynamo to trace.
             return self._call_impl(*args, **kwargs) if plain else before(self, *args, **kwargs)
 
     call._undecorated = before  # type: ignore[attr-defined]
@@ -130,15 +130,14 @@ class _CompiledCall:
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._arguments = arguments
 
-    # Dynamo takes a torch.compile that it comes upon for the function itself, which would then be kept.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __get__(self, instance: nn.Module | None, owner: type) -> Callable[..., Any] | None:
-        if instance is None:
+        # Dynamo has annotated what it inlines (_let_dynamo_look), and goes on to forward.
+        if instance is None or torch.compiler.is_compiling():
             return None
         kept = instance.__dict__.get("_compiled_call_impl")
         # A replica of DataParallel takes over the whole __dict__: what is in it must have been made for this instance.
         if kept is None or kept[0]() is not instance:
-            kept = (weakref.ref(instance), _compiled_alone(instance._call_impl, self._arguments))
+            kept = (weakref.ref(instance), _compiled_for_instance(instance._call_impl, self._arguments))
             instance.__dict__["_compiled_call_impl"] = kept
         compiled: Callable[..., Any] | None = kept[1]
         return compiled
@@ -146,6 +145,16 @@ class _CompiledCall:
     def __set__(self, instance: nn.Module, value: Callable[..., Any] | None) -> None:
         """``module.compile(...)`` puts its own compiled call here, and so does the decorator on an instance."""
         instance.__dict__["_compiled_call_impl"] = (weakref.ref(instance), value)
+
+
+# A frame of it is run as it is, whatever Dynamo compiles around it.
+skip_code(_CompiledCall.__get__.__code__)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _compiled_for_instance(call: Callable[..., Any], arguments: dict[str, Any]) -> Callable[..., Any]:
+    """Dynamo would take ``torch.compile`` for the function that it is given."""
+    return _compiled_alone(call, arguments)
 
 
 def _compiled(function: Callable[..., Any], arguments: dict[str, Any], name: str) -> Callable[..., Any]:

@@ -235,6 +235,13 @@ class WithMethod(nn.Module):
         return self.attend(x) + attend(x)
 
 
+class WithCallOfItsOwn(Attend):
+    """As transformers' layers that may be checkpointed."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
 class BreaksByMath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = attend(x)
@@ -277,6 +284,10 @@ INLINED: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], list[str]]] =
     "instance": (lambda: nn.Sequential(Attend(), modules_by_math(Attend)[0], Attend()), [NATIVE, MATH, NATIVE]),
     "copy of an instance": (lambda: nn.Sequential(copy.deepcopy(modules_by_math(Attend)[0])), [NATIVE]),
     "hooks": (lambda: nn.Sequential(*map(with_hook, modules_by_math(Attend)), Attend()), [MATH, MATH, NATIVE]),
+    "__call__ of its own": (
+        lambda: nn.Sequential(*modules_by_math(WithCallOfItsOwn), WithCallOfItsOwn()),
+        [MATH, MATH, NATIVE],
+    ),
     "instance in a function": (
         lambda: accelerate_attention(kernels="flex")(nn.Sequential(Attend(), *modules_by_math(Attend))),
         [FLEX, MATH, MATH],
@@ -300,7 +311,7 @@ def test_what_is_decorated_keeps_its_kernels_within_a_model(name: str) -> None:
     model = make()
     trains = FLEX not in expected  # On the CPU it has no backward pass.
     x = X.clone().requires_grad_(trains)
-    result, kernels, notes = compiled_whole(model, x)
+    result, kernels, notes = compiled_whole(model, x, fullgraph=name != "graph break")
     assert kernels == expected
     assert [note for note in notes if "accelerate_attention" in note] == []
     found = torch.autograd.grad(result.square().sum(), x)[0] if trains else None
@@ -331,6 +342,16 @@ def test_the_context_and_rules_of_the_model_are_weaker_than_the_decorator() -> N
     with torch.no_grad(), attention_backend("flex"):
         assert compiled_whole(lambda x: by_math(x) + attend(x), options=options)[1] == [MATH, NATIVE]
         assert compiled_whole(lambda x: by_math(x) + attend(x))[1] == [MATH, FLEX]
+
+
+def test_switching_a_compiled_model_leaves_the_decorated_part() -> None:
+    options: dict[str, Any] = {"inner_backend": "aot_eager"}
+    function = torch.compile(lambda x: by_math(x) + attend(x), backend="attnrewrite", options=options)
+    with collect_reports() as reports, torch.no_grad():
+        function(X)
+        with attention_backend("flex"):
+            assert relative_error(function(X), 2 * attend(X)) <= 1e-5
+    assert [[site.kernel for site in report.sites] for report in reports] == [[MATH, NATIVE], [MATH, FLEX]]
 
 
 def test_options_of_single_sites_hold_within_a_model() -> None:
