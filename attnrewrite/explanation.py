@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from attnrewrite.backend import attnrewrite, collect_reports
+from attnrewrite.inlined import inner_backend_is_given
 from attnrewrite.policy import tracing_settings
 from attnrewrite.report import RewriteReport
 
@@ -38,7 +39,11 @@ def explain(
     chosen = {"inner_backend": "eager", **(options or {})}
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        return attnrewrite(gm, example_inputs, options=chosen)
+        token = inner_backend_is_given.set("inner_backend" in (options or {}))
+        try:
+            return attnrewrite(gm, example_inputs, options=chosen)
+        finally:
+            inner_backend_is_given.reset(token)
 
     breaks_before = Counter(torch._dynamo.utils.counters["graph_break"])
     # A new backend means a new entry in Dynamo's cache for the model's code, next to those that are there: the limit on

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,13 +17,17 @@ from torch import fx
 
 from attnrewrite.policy import DATA_DEPENDENT_SIZES, OWN_OPTIONS, Policy
 
-__all__ = ["annotation_of", "policy_at", "say_what_is_lost"]
+__all__ = ["annotation_of", "inner_backend_is_given", "policy_at", "say_what_is_lost"]
 
 log = logging.getLogger("attnrewrite")
 
 _INNERMOST = "attnrewrite_part"
 _OF_SITES = ("kernels", "kernel_rules", "strict", "assume_attended_rows", "checks", "autotune")
 """The options that may differ from site to site of one graph."""
+
+
+inner_backend_is_given: ContextVar[bool] = ContextVar("attnrewrite_inner_backend_is_given", default=True)
+"""False where nothing is lost with a part's own inner backend, since ``explain`` takes none of the user's."""
 
 
 @dataclasses.dataclass
@@ -51,6 +56,8 @@ class _Part:
         for key in self._options:
             if key == DATA_DEPENDENT_SIZES:
                 holds = own.capture_dynamic_output_shape_ops == torch._dynamo.config.capture_dynamic_output_shape_ops
+            elif key == "inner_backend" and not inner_backend_is_given.get():
+                holds = True
             elif key in OWN_OPTIONS:
                 holds = key in _OF_SITES or getattr(own, key) == getattr(policy, key)
             else:

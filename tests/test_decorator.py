@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from attnrewrite import AttnRewriteError, KernelError, accelerate_attention, attention_backend
+from attnrewrite import AttnRewriteError, KernelError, accelerate_attention, attention_backend, explain
 from attnrewrite.backend import collect_reports
 from tests.helpers import relative_error
 
@@ -387,6 +387,14 @@ def test_options_of_the_whole_graph_are_said_once(caplog: pytest.LogCaptureFixtu
     # What the model is compiled with holds.
     notes = compiled_whole(attends, options={"inner_backend": "aot_eager", "verify": True})[2]
     assert not any("verify" in note for note in notes if "not heard" in note)
+
+
+def test_what_is_decorated_is_explained_with_its_kernels() -> None:
+    model = modules_by_math(Attend)[1]
+    report = explain(model, X)
+    assert [site.kernel for site in report.sites] == [MATH] and report.graphs[0].notes == []
+    report = explain(model, X, options={"inner_backend": "eager"})
+    assert "options['inner_backend'] is not heard" in report.graphs[0].notes[0]
 
 
 def test_slices_that_are_asked_for_by_different_kernels_are_not_merged() -> None:
