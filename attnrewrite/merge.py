@@ -323,6 +323,8 @@ class _Merge:
         if self._windows:
             self._require_band(site)
         site.change_operands(weigh)
+        if model.dropout and not set(self._axes.values()) <= set(weighed):
+            raise NotSlices("each slice of the value drops weights of its own")
         added = tuple((axis,) for axis in self._axes.values() if axis in unseen & set(weighed))
         site.weight_layout = (*added, *self._renamed(model.weight_layout))
         # Now that all is compared axes may be divided: the whole may be a view itself.

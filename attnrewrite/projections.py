@@ -234,7 +234,7 @@ class _Joining:
                 stop = start + tensor(node).shape[level.dim]
                 if any(user not in own for user in node.users):
                     part = self._call(level.nodes, aten.slice.Tensor, level.whole, level.dim, start, stop)
-                    if _is_returned(node) or not _same_strides(part, node):
+                    if _shows_its_memory(node) or not _same_strides(part, node):
                         return {}
                     replacements[node] = part
                 start = stop
@@ -372,9 +372,25 @@ def _fit(nodes: Sequence[fx.Node], dim: int) -> bool:
     )
 
 
-def _is_returned(node: fx.Node) -> bool:
-    """Whether the caller gets the node, or a view of it: it should not hold the memory of the whole."""
-    return any(user.op == "output" or (is_view(user) and _is_returned(user)) for user in node.users)
+def _shows_its_memory(node: fx.Node) -> bool:
+    """Whether it matters that a node is a part of other memory.
+
+    A caller would hold the whole, and ``as_strided`` counts from where the memory begins.
+    """
+    return any(
+        user.op == "output" or user.target in _PLACED or (_may_share_memory(user) and _shows_its_memory(user))
+        for user in node.users
+    )
+
+
+_PLACED = frozenset({aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default})
+
+
+def _may_share_memory(node: fx.Node) -> bool:
+    """Whether a node may be a view of its argument; a split returns several."""
+    schema = getattr(node.target, "_schema", None)
+    aliases = schema is not None and any(result.alias_info is not None for result in schema.returns)
+    return is_view(node) or aliases or node.target is operator.getitem
 
 
 def tags(node: fx.Node) -> tuple[str, ...]:

@@ -119,6 +119,23 @@ def test_what_is_no_isolated_block(function: object) -> None:
     assert row.kernel == "native" and not row.mask.startswith("isolated")
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_a_block_of_its_own_for_each_batch(dynamic: bool) -> None:
+    """Texts of other lengths: the mask is one, and no block of positions."""
+
+    def ragged(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        place = torch.arange(q.shape[2])
+        patch = place >= torch.arange(q.shape[0])[:, None] + 2
+        hidden = patch[:, :, None] & patch[:, None] & (place[:, None] != place)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=~hidden[:, None])
+
+    with torch.no_grad(), collect_reports() as graphs:
+        result = rewritten(ragged, dynamic=dynamic)(*operands())
+    assert relative_error(result, ragged(*operands())) <= 1e-6
+    (row,) = graphs[0].sites
+    assert (row.kernel, row.mask) == ("native", "dense")
+
+
 # fill_diagonal_.
 
 

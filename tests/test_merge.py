@@ -81,6 +81,19 @@ def test_written_into_a_buffer(size: int, empty: Callable[..., Tensor], dynamic:
     check(sliced, *operands(6), slices=-(-6 // size), dynamic=dynamic)
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_memory_order_of_the_buffer(dynamic: bool) -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result = torch.zeros_like(q)
+        for start in range(0, q.shape[0], 3):
+            own = slice(start, start + 3)
+            result[own] = attend(q[own], k[own], v[own])
+        return result
+
+    q, k, v = operands(6)
+    check_values(sliced, q.transpose(0, 1).contiguous().transpose(0, 1), k, v, slices=2, dynamic=dynamic)
+
+
 def test_in_another_order() -> None:
     """The order of writing does not matter where each part is written once."""
 
@@ -167,6 +180,20 @@ def test_dropout_keeps_its_probability() -> None:
     generous = [rewritten(sliced)(q, k, v) for _ in range(400)]
     expected = (q @ k.mT).softmax(-1) @ v
     assert relative_error(torch.stack(generous).mean(0), expected) < 0.2
+
+
+def test_dropout_of_slices_of_the_value_is_their_own() -> None:
+    """Each slice of the features has weights of its own; merged they would be the same for all."""
+
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([F.dropout((q @ k.mT).softmax(-1), 0.5) @ part for part in v.chunk(2, dim=-1)], dim=-1)
+
+    q, k, v = operands(3)
+    v[..., 4:] = v[..., :4]
+    reason = "slices are not merged: each slice of the value drops weights of its own"
+    assert [row.slices for row in rows(sliced, q, k, v)] == [reason] * 2
+    first, second = rewritten(sliced)(q, k, v).chunk(2, dim=-1)
+    assert not torch.equal(first, second)
 
 
 def test_calls_with_causal_masks_by_batch() -> None:

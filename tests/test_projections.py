@@ -123,6 +123,13 @@ def test_attention_that_is_recognised() -> None:
     assert relative_error(result, function(*inputs)) <= 1e-5
 
 
+def _read_by_its_place(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo: Tensor, other: Tensor) -> Tensor:
+    """``as_strided`` counts from where the memory of the part begins, in that of a piece of it, too."""
+    value = F.linear(x[3:], wv)
+    through = torch.cat([F.linear(attended(x[:3], wq, wk, wv), wo), F.linear(value, wo)])
+    return through + value.as_strided((16,), (1,), 3) + value[:, 3:].as_strided((16,), (1,), 1)
+
+
 # How many projections remain: 4 is all of them joined, 6 none.
 @pytest.mark.parametrize(
     ("function", "linears"),
@@ -136,6 +143,7 @@ def test_attention_that_is_recognised() -> None:
         (_along_the_features, 5),
         (_read_elsewhere, 5),
         (_without_a_gradient, 6),
+        (_read_by_its_place, 5),
     ],
 )
 def test_what_is_not_the_same(function: Callable[..., Any], linears: int) -> None:

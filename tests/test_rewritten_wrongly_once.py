@@ -297,6 +297,20 @@ def test_a_batch_that_only_the_value_has_drops_weights_of_its_own() -> None:
     assert not torch.equal(one, other)
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_memory_order_of_a_call(dynamic: bool) -> None:
+    """The result of a call lies in memory as its query does, and so do views of it that eager code takes afterwards."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.view(*t.shape[:2], 2, 8).transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v)
+
+    inputs = [_normal(3, 6, 16) for _ in range(3)]
+    actual, expected = rewritten(attend, dynamic=dynamic)(*inputs), attend(*inputs)
+    assert relative_error(actual, expected) <= 1e-5
+    assert actual.stride() == expected.stride()
+
+
 def test_sizes_that_depend_on_the_data() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
         k, v = k[kept], v[kept]

@@ -55,6 +55,10 @@ class Positions:
             self._highest[symbol] = expression_of(axis.size) - 1
         return self._symbols[axis]
 
+    def is_position(self, symbol: Any) -> bool:
+        """Whether a symbol is the place along an axis, and no size."""
+        return symbol in self._highest
+
     def index(self, operand: Operand, at: dict[Axis, Any] | None = None) -> list[Any]:
         return [self._position(dim, at or {}) for dim in operand.resolved().layout]
 
@@ -151,6 +155,8 @@ def isolated_block_of(kept: Formula, positions: Positions) -> tuple[Any, Any] | 
     bounds = list(dict.fromkeys(read[1] for read in literals.values() if read is not None and read[0] != "distance"))
     if len(bounds) == 2 and (bounds[0] - bounds[1]).is_positive:
         bounds.reverse()
+    if any(positions.is_position(symbol) for bound in bounds for symbol in bound.free_symbols):
+        return None  # The block is another in each batch or head.
     if not bounds or len(bounds) > 2 or (len(bounds) == 2 and not (bounds[1] - bounds[0]).is_positive):
         return None
     edges = [sympy.Integer(0), *bounds, positions.keys]
