@@ -8,8 +8,8 @@ heads.
 
 The rule: queries are folded where their memory is not that of grouped heads already, so that grouping would copy them:
 frames stand outside the positions, (batch, frame, position, head, feature), and heads inside. A mask must have all of
-the folded positions or none: one of a few of them would be written out for all. Under a causal mask, or a window,
-positions count, and nothing is folded.
+the folded positions or none: one of a few of them would be written out for all. Under a causal mask, a window or an
+isolated block positions count, and nothing is folded.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def fold_batches(site: AttentionSite) -> None:
     """
     scores, groups = site.scores, site.group_axes
     assert scores is not None
-    if not groups or site.is_causal or scores.is_causal or scores.band is not None:
+    if not groups or site.is_causal or scores.is_causal or scores.band is not None or scores.isolated is not None:
         return
     strides = _strides(site.query)
     if _is_one_dimension(Plan.of(site).query_dims[1], strides):

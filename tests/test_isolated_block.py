@@ -136,6 +136,28 @@ def test_a_block_of_its_own_for_each_batch(dynamic: bool) -> None:
     assert (row.kernel, row.mask) == ("native", "dense")
 
 
+@pytest.mark.parametrize("kernel", ["auto", "flex"])
+def test_frames_that_share_their_keys_are_not_folded(kernel: str) -> None:
+    """The mask is written for each frame; positions within the block are those of one frame."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (t.view(2, 3, *t.shape[1:])[:, [0] * 3].flatten(0, 1) for t in (k, v))
+        q, k, v = (t.view(*t.shape[:2], 2, 8).transpose(1, 2) for t in (q, k, v))
+        mask = torch.zeros(6, 1, 14, 14)
+        mask[..., :4, :4] = -torch.inf
+        place = torch.arange(14)
+        mask = mask.masked_fill(place[:, None] == place, 0.0)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(6, 14, 16, generator=generator) for _ in range(3)]
+    with torch.no_grad(), collect_reports() as graphs:
+        result = rewritten(attend, kernels=kernel)(*inputs)
+    assert relative_error(result, attend(*inputs)) <= 1e-6
+    (row,) = graphs[0].sites
+    assert (row.status, row.mask, row.grouping) == ("rewritten", "isolated from 0 to 4", "3 query heads share a key")
+
+
 # fill_diagonal_.
 
 
