@@ -585,7 +585,7 @@ def _lora(name: str, original: str, sites: tuple[Use, ...]) -> Processor:
         name,
         "adapted",
         sites,
-        instead=f"`{original}` with `LoRACompatibleLinear` of diffusers as its projections",
+        instead=f"`{original}` with peft's LoRA layers around its projections",
     )
 
 

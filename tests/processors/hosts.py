@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -71,21 +70,17 @@ def fused(build: Callable[[], Any]) -> Callable[[], nn.Module]:
 
 
 def low_rank(build: Callable[[], nn.Module], rank: int = 3) -> Callable[[], nn.Module]:
-    """The same with diffusers' own adapters of low rank added to every projection."""
+    """The same with peft's adapters of low rank added to every projection."""
 
     def build_adapted() -> nn.Module:
-        from diffusers.models.lora import LoRACompatibleLinear, LoRALinearLayer
+        from peft import LoraConfig, inject_adapter_in_model
 
         module = build()
-        for path, child in list(module.named_modules()):
-            if type(child) is nn.Linear:
-                sizes = (child.in_features, child.out_features)
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    adapted = LoRACompatibleLinear(*sizes, bias=child.bias is not None)
-                    adapted.set_lora_layer(LoRALinearLayer(*sizes, rank=rank, network_alpha=2.0))
-                module.set_submodule(path, adapted)
-        return module
+        paths = [path for path, child in module.named_modules() if type(child) is nn.Linear]
+        # As made the second matrix is zero, and the adapters do nothing.
+        config = LoraConfig(r=rank, lora_alpha=2, target_modules=paths, init_lora_weights=False)
+        adapted: nn.Module = inject_adapter_in_model(config, module)
+        return adapted
 
     return build_adapted
 
