@@ -199,6 +199,8 @@ def _passes_on(node: fx.Node) -> bool:
 _TELL_STRIDES = frozenset(
     {
         aten.as_strided.default,
+        aten.as_strided_copy.default,
+        aten.as_strided_scatter.default,
         aten.sym_stride.int,
         aten.sym_stride.default,
         aten.sym_storage_offset.default,

@@ -222,6 +222,11 @@ def _strides_asked_for(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor) -> tuple[T
     return attended(q, F.linear(x, wk), F.linear(x, wv)), torch.as_strided(q, (2, 3), (1, 2)) * 2
 
 
+def _memory_copied(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor) -> tuple[Tensor, Tensor]:
+    q = F.linear(x, wq)
+    return attended(q, F.linear(x, wk), F.linear(x, wv)), torch.as_strided_copy(q, (2, 3), (1, 2)) * 2
+
+
 def _without_a_gradient(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor) -> Tensor:
     with torch.no_grad():
         q = F.linear(x, wq)
@@ -260,6 +265,7 @@ _STRIDES = "by itself: it is returned from the graph, or read by an operator tha
         (_value_returned, 2, f"query and key {_OF_TWO}; value {_STRIDES}"),
         (_read_by_others, 1, "query, key and value are one projection to 48 features"),
         (_strides_asked_for, 2, f"key and value {_OF_TWO}; query {_STRIDES}"),
+        (_memory_copied, 2, f"key and value {_OF_TWO}; query {_STRIDES}"),
         (_without_a_gradient, 2, f"key and value {_OF_TWO}; {_BETWEEN}"),
         (_in_two_dtypes, 2, f"key and value {_OF_TWO}"),
         (_of_two_inputs, 2, f"query and value {_OF_TWO}"),
