@@ -71,7 +71,9 @@ def _check_settings(settings: Settings, score_mod: ScoreMod | None) -> None:
             f"scale takes a number or None, not {type(settings.scale).__name__}; multiply a tensor into q"
         )
     if settings.window_size is not None and (
-        isinstance(settings.window_size, (bool, float)) or settings.window_size < 0
+        isinstance(settings.window_size, bool)
+        or not isinstance(settings.window_size, (int, torch.SymInt))
+        or settings.window_size < 0
     ):
         raise AttentionInputError(
             f"window_size takes how many positions a query sees on either side, 0 or more, or None for all; got "

@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.eval_frame import skip_code
 from torch.fx.traceback import annotate
 
-from attnrewrite.errors import AttnRewriteError
+from attnrewrite.errors import AttnRewriteError, OptionError
 from attnrewrite.inlined import annotation_of
 from attnrewrite.policy import kernel_names, tracing_settings
 
@@ -63,8 +63,14 @@ def accelerate_attention(
 
     Raises:
         TypeError: ``target`` is none of the three.
+        OptionError: ``kernels`` beside ``mode``, which is no more an option than it is for ``torch.compile``.
     """
     if kernels is not None:
+        if mode is not None:
+            raise OptionError(
+                "accelerate_attention takes kernels=... or mode=..., not both, as torch.compile takes options or mode: "
+                "give what the mode stands for in options, such as {'triton.cudagraphs': True} for 'reduce-overhead'"
+            )
         kernels = kernel_names(kernels, "accelerate_attention(kernels=...)")
         options = {**(options or {})}
         options["kernel_rules"] = {**options.get("kernel_rules", {}), "*": kernels}

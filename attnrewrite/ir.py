@@ -187,7 +187,10 @@ def source_location(node: fx.Node) -> SourceLocation | None:
 
 
 def _module_path(path: str) -> str:
-    """Dynamo writes ``L['self'].encoder.layer.0`` or ``L['self']._modules['encoder']``: the dotted path is wanted."""
+    """The dotted path, for Dynamo's ``L['self'].encoder.layer.0``, ``L['self']._modules['encoder']`` or
+    ``L['self'].__dict__['_modules']['encoder']``.
+    """
+    path = re.sub(r"\.__dict__\[['\"]_modules['\"]\]", "._modules", path)
     path = re.sub(r"\.?_modules\[['\"]([^'\"]+)['\"]\]", r".\1", path)
     path = re.sub(r"^[LG]\[['\"][^'\"]+['\"]\]", "", path)
     path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)

@@ -20,6 +20,7 @@ __all__ = [
     "outputs",
     "relative_error",
     "rewritten",
+    "rewritten_and_rows",
     "rows",
     "specimens_for_kernels",
 ]
@@ -42,12 +43,20 @@ def rewritten(
     return torch.compile(function, backend="attnrewrite", dynamic=dynamic, fullgraph=fullgraph, options=settings)
 
 
+def rewritten_and_rows(
+    function: Callable[..., Any], *inputs: Any, **settings: Any
+) -> tuple[Callable[..., Any], Any, list[SiteReport]]:
+    """The compiled function, its first result, and the rows of the report; every graph is captured."""
+    compiled = rewritten(function, **settings)
+    with collect_reports() as graphs:
+        result = compiled(*inputs)
+    assert [graph.reason for graph in graphs if not graph.captured] == []
+    return compiled, result, [site for graph in graphs for site in graph.sites]
+
+
 def rows(function: Callable[..., Any], *inputs: Any, **settings: Any) -> list[SiteReport]:
     """The rows of the report, every graph captured."""
-    with collect_reports() as graphs:
-        rewritten(function, **settings)(*inputs)
-    assert [graph.reason for graph in graphs if not graph.captured] == []
-    return [site for graph in graphs for site in graph.sites]
+    return rewritten_and_rows(function, *inputs, **settings)[2]
 
 
 def cast(inputs: Any, dtype: torch.dtype, device: str = "cpu") -> Any:

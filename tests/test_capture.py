@@ -470,6 +470,26 @@ def test_module_path_of_a_site() -> None:
     assert [site.location.module for site in graph.sites if site.location] == ["1.0", "1.1"]
 
 
+class Lenient(nn.Module):
+    """diffusers' models look up attributes in their own way, and Dynamo names their modules by ``__dict__``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block()])
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.blocks[0](x)
+        return result
+
+
+def test_module_path_within_a_module_that_looks_up_attributes() -> None:
+    _, (graph,) = run(Lenient(), torch.randn(2, 8, 16), sites=1)
+    assert [site.location.module for site in graph.sites if site.location] == ["blocks.0"]
+
+
 def test_source_location_inside_a_checkpoint() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return checkpoint(attention, q, k, v, use_reentrant=False)  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from attnrewrite import AttnRewriteError, KernelError, accelerate_attention, attention_backend, explain
+from attnrewrite import AttnRewriteError, KernelError, OptionError, accelerate_attention, attention_backend, explain
 from attnrewrite.backend import collect_reports
 from tests.helpers import relative_error
 
@@ -416,3 +416,8 @@ def test_another_backend_compiles_the_decorated_part_as_it_is() -> None:
     with collect_reports() as reports:
         result = torch.compile(lambda x: by_math(x) + attend(x), backend="aot_eager")(X)
     assert relative_error(result, 2 * attend(X)) <= 1e-5 and reports == []
+
+
+def test_kernels_beside_a_mode() -> None:
+    with pytest.raises(OptionError, match="or mode"):
+        accelerate_attention(kernels="native", mode="max-autotune")

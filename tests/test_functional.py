@@ -495,6 +495,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"scale": torch.ones(())}, "scale takes a number or None, not Tensor; multiply a tensor into q"),
     ({"window_size": -1}, "window_size takes how many positions a query sees on either side, 0 or more, or None"),
     ({"window_size": 2.5}, "window_size takes how many positions"),
+    ({"window_size": (2, 0)}, "window_size takes how many positions"),
     (
         {"window_size": 2, "k": _Q[:, :, :5], "v": _Q[:, :, :5]},
         "window_size is for self-attention, and q has 10 positions and k 5; give the window as attn_mask",

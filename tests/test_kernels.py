@@ -10,7 +10,7 @@ from attnrewrite.patterns import Specimen
 
 from attnrewrite import KernelError
 from attnrewrite.kernels import Kernel, registered_kernels
-from tests.helpers import gradients, relative_error, rewritten, rows, specimens_for_kernels
+from tests.helpers import gradients, relative_error, rewritten, rewritten_and_rows, specimens_for_kernels
 
 LENGTH = 12
 AVAILABLE = [kernel for kernel in registered_kernels() if kernel.availability().available]
@@ -22,13 +22,14 @@ def test_alone(specimen: Specimen, kernel: Kernel) -> None:
     inputs = specimen.inputs(0, LENGTH)
     asked: Any = {"kernels": kernel.name, "strict": True}
     try:
-        assert {row.kernel for row in rows(specimen.function, *inputs, **asked)} == {kernel.name}
+        compiled, actual, found = rewritten_and_rows(specimen.function, *inputs, **asked)
     except KernelError:
         pytest.skip("the kernel is not willing")
-    cases = [inputs] + ([specimen.masked_rows(inputs)] if specimen.masked_rows else [])
-    for case in cases:
-        actual = rewritten(specimen.function, **asked)(*case)
-        assert relative_error(actual, specimen.function(*case)) <= 1e-5
+    assert {row.kernel for row in found} == {kernel.name}
+    assert relative_error(actual, specimen.function(*inputs)) <= 1e-5
+    if specimen.masked_rows:
+        masked = specimen.masked_rows(inputs)
+        assert relative_error(compiled(*masked), specimen.function(*masked)) <= 1e-5
     if not specimen.gradients:
         return
     torch._dynamo.reset()
