@@ -87,9 +87,11 @@ def test_dynamic_shapes(specimen: Specimen) -> None:
     if not specimen.dynamic:
         pytest.skip("its length is part of what it means")
     calls = [specimen.inputs(0, length) for length in (LENGTH, 19, 9)]
-    allowed = compile_count(specimen.function, calls, "aot_eager")
+    # AOTAutograd takes most of the time there is under symbolic sizes: every third goes through it.
+    inner = "eager" if NAMES.index(specimen.name) % 3 else "aot_eager"
+    allowed = compile_count(specimen.function, calls, inner)
     torch._dynamo.reset()
-    function = rewritten(specimen.function, "aot_eager", dynamic=True)
+    function = rewritten(specimen.function, inner, dynamic=True)
     with collect_reports() as graphs:
         for inputs in calls:
             assert relative_error(function(*inputs), specimen.function(*inputs)) <= 1e-5
