@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.pieces import Assembly, Piece, Span, assemblies, grid, taken_from
-from attnrewrite.analysis.views import Axis, Dim, Layout, Operand, axes_of, is_layout_op, peel, push, resolve
+from attnrewrite.analysis.views import Axis, Dim, Layout, Operand, axes_of, is_layout_op, peel, push, resolve, size_of
 from attnrewrite.ir import Builder, same, tensor
 from attnrewrite.patterns import Finding, GraphView
 from attnrewrite.patterns.base import reader_in_words
@@ -406,6 +406,8 @@ class _Merge:
         merged = list(layouts[self._place])
         for dim, along in whole.sliced.items():
             merged[dim] = (self._axes[along],)
+        if not all(same(size_of(axes), size) for axes, size in zip(merged, tensor(whole.node).shape, strict=True)):
+            raise NotSlices(f"the {what} of the whole is broadcast, and that of the slices is not")
         return Operand(whole.node, tuple(merged))
 
     def _behind_views(self, operand: Operand) -> Operand:

@@ -17,7 +17,7 @@ from attnrewrite.analysis.masks import Positions, attended_everywhere, band_of, 
 from attnrewrite.analysis.pieces import Span, same_span, taken_from
 from attnrewrite.analysis.views import Operand
 from attnrewrite.ir import Size, same, tensor
-from attnrewrite.site import AttentionSite, Bias, Fill
+from attnrewrite.site import AttentionSite, Bias, Fill, Narrow, Reach, Shift
 from attnrewrite.wholes import NotSlices
 
 __all__ = ["key_windows", "require_band"]
@@ -65,19 +65,24 @@ def require_band(whole: AttentionSite, queries: Sequence[Span], windows: Sequenc
     """
     positions = Positions(whole.query_axes, whole.key_axes)
     masks = [mod for mod in whole.mods if isinstance(mod, (Bias, Fill))]
-    kept = (kept_where(mod, positions) for mod in masks)
-    bands = [band_of(formula, positions) for formula in kept if formula is not None]
-    reaches = [band.from_first for band in bands if band is not None and band.from_first is not None]
-    if not any(
-        all(_holds(reach, own, window, count) for own, window in zip(queries, windows, strict=True))
-        for reach in reaches
-    ):
+    bounded = False
+    for mod in whole.mods:
+        kept = kept_where(mod, positions) if isinstance(mod, (Bias, Fill)) else None
+        if bounded and kept is None and not isinstance(mod, (Shift, Narrow)):
+            raise NotSlices("each slice has keys of its own, and more is done to its scores after they were masked")
+        band = None if kept is None else band_of(kept, positions)
+        reach = None if band is None else band.from_first
+        bounded = bounded or (
+            reach is not None
+            and all(_holds(reach, own, window, count) for own, window in zip(queries, windows, strict=True))
+        )
+    if not bounded:
         raise NotSlices("each slice has keys of its own, and no mask is known to keep its queries to them")
     if attended_everywhere(masks, positions) is None:
         raise NotSlices("each slice has keys of its own, and a query may have none of them")
 
 
-def _holds(reach: tuple[int | None, int | None], queries: Span, window: Span, count: Size) -> bool:
+def _holds(reach: Reach, queries: Span, window: Span, count: Size) -> bool:
     """Whether the window has all the keys within reach of the queries."""
     before, after = reach
     first = _at_most(window.start, 0) or (before is not None and _at_most(window.start, queries.start - before))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from attnrewrite.patterns import Specimen, catalogue
+from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnrewrite.backend import collect_reports
@@ -57,6 +58,17 @@ def rewritten_and_rows(
 def rows(function: Callable[..., Any], *inputs: Any, **settings: Any) -> list[SiteReport]:
     """The rows of the report, every graph captured."""
     return rewritten_and_rows(function, *inputs, **settings)[2]
+
+
+def recording() -> tuple[Callable[..., Any], list[fx.GraphModule]]:
+    """An inner compiler that runs graphs as they are, and the graphs that it is given."""
+    given: list[fx.GraphModule] = []
+
+    def inner(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        given.append(gm)
+        return gm.forward
+
+    return inner, given
 
 
 def cast(inputs: Any, dtype: torch.dtype, device: str = "cpu") -> Any:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from attnrewrite import OptionError
 from attnrewrite.backend import collect_reports
 from attnrewrite.policy import Policy
-from tests.helpers import cast, compile_count, gradients, relative_error, rewritten
+from tests.helpers import cast, compile_count, gradients, recording, relative_error, rewritten
 from tests.test_specimens import rewritten_code
 
 aten = torch.ops.aten
@@ -41,12 +41,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def fused(function: Callable[..., Any], *inputs: Any, **settings: Any) -> tuple[Any, list[str], list[fx.GraphModule]]:
     """What comes out, what the report says, and the graphs that the inner compiler is given."""
-    given: list[fx.GraphModule] = []
-
-    def inner(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        given.append(gm)
-        return gm.forward
-
+    inner, given = recording()
     torch._dynamo.reset()
     with collect_reports() as graphs:
         result = rewritten(function, inner, **{"fuse_projections": True, **settings})(*inputs)

@@ -458,6 +458,37 @@ def test_windows_that_hold_less_than_the_mask_leaves(function: Attend, reason: s
     assert all(row.slices.startswith("slices are not merged") and reason in row.slices for row in found)
 
 
+def test_windows_whose_masked_scores_are_filled_again() -> None:
+    """In the whole that would open keys outside the windows."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = []
+        for start in (0, 4, 8):
+            first, last = max(0, start - 3), min(12, start + 7)
+            ahead = torch.arange(first, last) - torch.arange(start, start + 4)[:, None]
+            scores = (q[:, start : start + 4] @ k[:, first:last].mT).masked_fill(ahead.abs() > 3, float("-inf"))
+            parts.append(scores.masked_fill(ahead > 2, 0.0).softmax(-1) @ v[:, first:last])
+        return torch.cat(parts, dim=1)
+
+    found = without_gradients(function, *operands(3, queries=12, keys=12))
+    assert len(found) == 3 and all("after they were masked" in row.slices for row in found)
+
+
+def test_windows_whose_mask_is_broadcast_over_the_keys() -> None:
+    """What is written for the whole has one column, and the masks of the slices have as many as there are keys."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        parts = []
+        for start, stop in ((0, 4), (4, 8), (8, 10)):
+            mask = torch.zeros(stop - start, 7).masked_fill(~keep[start:stop, None], -1.5)
+            parts.append(attend(q[:, start:stop], k, v, mask=mask))
+        return torch.cat(parts, dim=1)
+
+    keep = torch.arange(10) % 3 > 0
+    found = without_gradients(function, *operands(3), keep)
+    assert [row.status for row in found] == ["rewritten"] * len(found)
+
+
 def test_windows_in_which_padding_may_leave_a_row_without_a_key() -> None:
     """Such a row is the mean of its window, not of all keys."""
 

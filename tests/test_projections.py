@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attnrewrite.backend import collect_reports
-from tests.helpers import gradients, relative_error, rewritten
+from tests.helpers import gradients, recording, relative_error, rewritten
 
 _generator = torch.Generator().manual_seed(0)
 X = torch.randn(4, 5, 16, generator=_generator)
@@ -108,12 +108,7 @@ def test_attention_that_is_recognised() -> None:
         return torch.cat([F.linear(kept, wo), F.linear(F.linear(x[3:], wv), wo)])
 
     inputs = (torch.cat([X] * 4, dim=1), *WEIGHTS[:4])
-    given: list[fx.GraphModule] = []
-
-    def inner(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        given.append(gm)
-        return gm.forward
-
+    inner, given = recording()
     torch._dynamo.reset()
     with collect_reports() as graphs:
         result = rewritten(function, inner)(*inputs)

@@ -168,7 +168,7 @@ class CostTable:
         if cuda_graphs:
             return device
         # What the host needs does not grow with the work; other work of the host's only ever adds to it.
-        return device + min(row.host for row in alike)
+        return device + min(row.host for row in alike if row.graph is not None)
 
 
 def device_family(device: torch.device) -> str:

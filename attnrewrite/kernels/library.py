@@ -155,7 +155,7 @@ class LibraryKernel:
         return self.verdict(site, capability_of(site.device))
 
     def skips_masked(self, site: AttentionSite) -> bool:
-        asked = self.limits_now().asked(site)
+        asked = self.limits.asked(site)
         return isinstance(asked, Asked) and asked.is_bounded
 
     def verdict(self, site: AttentionSite, capability: Capability | None) -> Verdict:
