@@ -8,6 +8,8 @@
 - :func:`attention_forward`: one attention, called from eager or compiled code.
 - :func:`register_kernel`, :func:`unregister_kernel`: kernels of your own; see docs/options.md.
 - :func:`register_pattern`, :func:`unregister_pattern`: attentions that the catalogue lacks; see docs/patterns.md.
+- :func:`enable_cache`, :func:`disable_cache`, :func:`reset_cache`, :func:`attention_cache`, :func:`cache_stream`,
+  :class:`PyramidAttentionBroadcastConfig`, :class:`FasterCacheConfig`: attention reused across diffusion steps.
 - :func:`explain`: a :class:`RewriteReport` of what is rewritten in a model, into what, and why the rest is not.
 """
 
@@ -17,11 +19,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from attnrewrite.caching.config import FasterCacheConfig, PyramidAttentionBroadcastConfig
+    from attnrewrite.caching.enabling import attention_cache, disable_cache, enable_cache, reset_cache
+    from attnrewrite.caching.session import cache_stream
     from attnrewrite.decorator import accelerate_attention
     from attnrewrite.errors import (
         AttentionCheckError,
         AttentionInputError,
         AttnRewriteError,
+        CacheError,
+        CacheMemoryError,
         KernelError,
         OptionError,
     )
@@ -36,19 +43,28 @@ __all__ = [
     "AttentionCheckError",
     "AttentionInputError",
     "AttnRewriteError",
+    "CacheError",
+    "CacheMemoryError",
+    "FasterCacheConfig",
     "GraphReport",
     "KernelError",
     "OptionError",
     "PatternError",
+    "PyramidAttentionBroadcastConfig",
     "RewriteReport",
     "SiteReport",
     "accelerate_attention",
     "attention_backend",
+    "attention_cache",
     "attention_forward",
+    "cache_stream",
+    "disable_cache",
+    "enable_cache",
     "explain",
     "register_kernel",
     "register_pattern",
     "reset_attention_backend",
+    "reset_cache",
     "set_attention_backend",
     "unregister_kernel",
     "unregister_pattern",
@@ -58,19 +74,28 @@ _HOMES = {
     "AttentionCheckError": "errors",
     "AttentionInputError": "errors",
     "AttnRewriteError": "errors",
+    "CacheError": "errors",
+    "CacheMemoryError": "errors",
+    "FasterCacheConfig": "caching.config",
     "GraphReport": "report",
     "KernelError": "errors",
     "OptionError": "errors",
     "PatternError": "patterns",
+    "PyramidAttentionBroadcastConfig": "caching.config",
     "RewriteReport": "report",
     "SiteReport": "report",
     "accelerate_attention": "decorator",
     "attention_backend": "selection",
+    "attention_cache": "caching.enabling",
     "attention_forward": "functional",
+    "cache_stream": "caching.session",
+    "disable_cache": "caching.enabling",
+    "enable_cache": "caching.enabling",
     "explain": "explanation",
     "register_kernel": "kernels",
     "register_pattern": "patterns",
     "reset_attention_backend": "selection",
+    "reset_cache": "caching.enabling",
     "set_attention_backend": "selection",
     "unregister_kernel": "kernels",
     "unregister_pattern": "patterns",

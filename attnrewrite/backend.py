@@ -17,6 +17,8 @@ from torch._guards import CompileContext
 from torch._logging._internal import trace_structured
 
 from attnrewrite.analysis.scores import leads_to_product
+from attnrewrite.caching.compiled import kept_attention
+from attnrewrite.caching.session import Session, current_call
 from attnrewrite.capture import CaptureError, capture
 from attnrewrite.constants import Constants
 from attnrewrite.dump import dump_graph, graph_source
@@ -82,14 +84,28 @@ def attnrewrite(
             f"torch._dynamo.config.{DATA_DEPENDENT_SIZES} = True, or use accelerate_attention"
         )
     gm = legalised(gm)
-    compiled, offered = _compiled(gm, example_inputs, policy)
-    if not offered:
+    call = current_call()
+    if policy.cache is None or (call is not None and call.is_of_graph):
+        return _with_variants(gm, example_inputs, policy)
+    if call is not None:
+        raise OptionError(
+            "the model was compiled with options['cache'], and attnrewrite.enable_cache was called on it: leave one out"
+        )
+    session = Session(policy.cache)
+    with session.planned():
+        return session.around_graph(_with_variants(gm, example_inputs, policy), gm)
+
+
+def _with_variants(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy) -> CompiledFn:
+    compiled, varies = _compiled(gm, example_inputs, policy)
+    if not varies:
         return compiled
     return Variants(gm, example_inputs, lambda gm, inputs: _compiled(gm, inputs, policy)[0]).add(compiled)
 
 
 def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy) -> tuple[CompiledFn, bool]:
-    """The compiled graph under the request in force, and whether it depends on that."""
+    """The compiled graph under the request and the plan in force, and whether it depends on them."""
+    call = current_call()
     inner = InnerCompiler(policy)
     report = GraphReport(_graph_name(), inner_backend=inner.name, node_count=len(gm.graph.nodes))
     report.notes += say_what_is_lost(gm, policy)
@@ -115,7 +131,8 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy)
                 start = time.perf_counter()
                 admission = admitted(captured.gm, policy, example_inputs, policy.tolerance)
                 report.seconds["tolerance"] = time.perf_counter() - start
-            rewritten = rewrite(captured.gm, policy, as_asked if admission is None else admission.asking)
+            asking = as_asked if admission is None else admission.asking
+            rewritten = rewrite(captured.gm, policy, asking, with_kinds=call is not None)
         except KernelError:
             raise
         except Exception as error:  # A defect of ours must not break the user's model; it is reported.
@@ -138,6 +155,9 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy)
         report.notes.append("Inductor's own attention patterns are kept from this graph")
     if rewritten.round_like_eager and inner.name == "inductor":
         report.notes.append("Inductor rounds half-precision results as eager does (emulate_precision_casts)")
+    kept = None if call is None or not rewritten.results else kept_attention(captured.gm, rewritten.results, call.plan)
+    if kept is not None and original is not None:
+        report.notes.append("graphs that keep attention values are not verified")
     if wanted:
         report.before_code, report.after_code = graph_source(before), graph_source(after)
     _publish(report)
@@ -147,6 +167,15 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy)
     start = time.perf_counter()
     round_like_eager = rewritten.round_like_eager
     unchanged: CompiledFn | None = None
+    if kept is not None:
+        compiled: CompiledFn = kept.compiled(
+            lambda gm, more: inner.compile(
+                gm, [*example_inputs, *more], keep_attention=keep_attention, round_like_eager=round_like_eager
+            ),
+            copies=policy.cuda_graphs,
+        )
+        report.seconds["inner"] = time.perf_counter() - start
+        return (constants.guarded(compiled, gm.forward, report.name) if rewritten.changed else compiled), True
     if original is not None and rewritten.changed:
         # Now and not when it is needed: guards that compiling adds belong to this compilation of Dynamo's. If it is
         # needed, its attention is left as it is on purpose.
@@ -157,7 +186,7 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy)
         compiled = verified(original, captured.gm, report, unchanged, compiled)
     if rewritten.changed:
         compiled = constants.guarded(compiled, gm.forward, report.name)
-    return compiled, rewritten.offered
+    return compiled, rewritten.offered or bool(rewritten.results)
 
 
 def _graph_name() -> str:

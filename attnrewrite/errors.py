@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from torch._dynamo.exc import ShortenTraceback
 
-__all__ = ["AttentionCheckError", "AttentionInputError", "AttnRewriteError", "KernelError", "OptionError"]
+__all__ = [
+    "AttentionCheckError",
+    "AttentionInputError",
+    "AttnRewriteError",
+    "CacheError",
+    "CacheMemoryError",
+    "KernelError",
+    "OptionError",
+]
 
 
 class AttnRewriteError(Exception):
@@ -17,6 +25,14 @@ class AttentionInputError(AttnRewriteError, ValueError):
 
 class AttentionCheckError(AttnRewriteError):
     """With ``checks``: operands of a rewritten attention that are not what it was compiled for."""
+
+
+class CacheError(AttnRewriteError, RuntimeError):
+    """Cross-step caching cannot go on: a callback's answer, or tensors that do not fit the settings."""
+
+
+class CacheMemoryError(CacheError):
+    """What cross-step caching would store is more than its ``memory_limit``."""
 
 
 class _RaisedInBackend(AttnRewriteError, ShortenTraceback):

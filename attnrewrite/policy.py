@@ -12,6 +12,7 @@ from typing import Any
 
 import platformdirs
 
+from attnrewrite.caching.config import FasterCacheConfig, PyramidAttentionBroadcastConfig, validated
 from attnrewrite.errors import OptionError
 from attnrewrite.kernels import kernel_named
 
@@ -74,6 +75,8 @@ class Policy:
         fuse_projections: whether projections of one input that feed an attention become one. Default
             ``ATTNREWRITE_FUSE_PROJECTIONS``; None, where that is unset: only those whose weights are constants that
             Inductor freezes.
+        cache: reuse of attention across diffusion steps, for each graph by itself: a validated config. Default None. A
+            model's calls as a whole have :func:`attnrewrite.enable_cache`.
         capture_dynamic_output_shape_ops: whether Dynamo traces operators such as ``nonzero``, whose output's size
             depends on the data, which otherwise break the graph. ``explain`` and ``accelerate_attention`` switch it on
             while Dynamo traces; ``torch.compile`` itself has traced the graph when it reads options. Default False.
@@ -91,6 +94,7 @@ class Policy:
     strict: bool = False
     autotune: bool = False
     fuse_projections: bool | None = None
+    cache: PyramidAttentionBroadcastConfig | FasterCacheConfig | None = None
     capture_dynamic_output_shape_ops: bool = False
     mode: str | None = None
     inner_options: Mapping[str, Any] = field(default_factory=dict)
@@ -119,6 +123,8 @@ class Policy:
             raise OptionError(f"options['fuse_projections'] takes True, False or None; got {own['fuse_projections']!r}")
         if "tolerance" in own:
             own["tolerance"] = _tolerance(own["tolerance"])
+        if own.get("cache") is not None:
+            own["cache"] = _cache(own["cache"])
         if "kernels" in own:
             own["kernels"] = kernel_names(own["kernels"], "options['kernels']")
         if "kernel_rules" in own:
@@ -178,6 +184,16 @@ def _tolerance(value: Any) -> float | None:
             f"attention's result, such as 1e-2; got {value!r}"
         )
     return float(value)
+
+
+def _cache(value: Any) -> PyramidAttentionBroadcastConfig | FasterCacheConfig:
+    config = validated(value)
+    if isinstance(config, FasterCacheConfig) and not config.is_guidance_distilled:
+        raise OptionError(
+            "options['cache'] reuses attention in each graph by itself, and FasterCache halves what a model is called "
+            "with: call attnrewrite.enable_cache(compiled_model, config) instead, or set is_guidance_distilled=True"
+        )
+    return config
 
 
 def _rules(value: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:

@@ -56,6 +56,7 @@ class SiteReport:
     ``tolerance``: the largest relative error that a lower-precision kernel was admitted with; 0 for any other kernel.
     ``order``: of linear attention, in which its products are multiplied: "linear" (key and value first), "quadratic"
     (query and key first), or "linear, was quadratic". ``operations``: the floating-point operations of either order.
+    ``cached``: with a cache, as which kind the attention is reused across steps and why, or "no: " and why not.
     ``nodes_before`` and ``nodes_after`` are the names of graph nodes: the left-hand sides of the lines in
     ``GraphReport.before_code`` and ``GraphReport.after_code`` that belong to this site.
     """
@@ -84,6 +85,7 @@ class SiteReport:
     order: str = ""
     operations: dict[str, str] = field(default_factory=dict)
     projections: str = ""
+    cached: str = ""
     nodes_before: tuple[str, ...] = ()
     nodes_after: tuple[str, ...] = ()
 

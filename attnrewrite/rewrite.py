@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols, statically_known_true
 
+from attnrewrite.analysis.kinds import Kind, kinds_of
 from attnrewrite.analysis.views import Axis, Operand, axes_of, is_layout_op, shape_of
 from attnrewrite.association import choose_order, emit_result, emit_sum, operations
 from attnrewrite.checks import insert_check
@@ -57,6 +58,8 @@ aten = torch.ops.aten
 class Rewritten:
     """What became of a graph: a row for each site, in graph order, and the seconds that each step took.
 
+    ``results``: of each attention, rewritten or not, its row, its kind with the reason for it where kinds were asked
+    for, and the node that holds its result now.
     ``round_like_eager``: a site was kept because the rounding of its scores decides its result. ``offered``: kernels
     were asked, so that what comes out depends on the kernels that the user asks for. ``joined``: projections were
     joined or fused.
@@ -67,6 +70,7 @@ class Rewritten:
     round_like_eager: bool = False
     offered: bool = False
     joined: bool = False
+    results: list[tuple[SiteReport, tuple[Kind, str] | None, fx.Node]] = field(default_factory=list)
 
     @property
     def changed(self) -> bool:
@@ -84,18 +88,22 @@ def as_asked(name: str, site: AttentionSite, request: Request | None) -> Request
     return request
 
 
-def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Rewritten:
+def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked, with_kinds: bool = False) -> Rewritten:
     """Replaces, in place, each attention of the IR graph that a kernel is willing to take.
 
-    ``asking`` may change what the user asked for at a site; it is given the site's name in the report.
+    Args:
+        asking: may change what the user asked for at a site; it is given the site's name in the report.
+        with_kinds: whether attentions are told apart as spatial, temporal and cross.
     """
     result = Rewritten()
     start = time.perf_counter()
     # A site has the same name whatever becomes of others: what it is asked for goes by names.
     findings = deque((f"site{index}", finding) for index, finding in enumerate(_find(gm)))
     result.add_time("find", start)
+    kinds = _kinds(gm, [finding for _, finding in findings]) if with_kinds else {}
     replaced: dict[fx.Node, fx.Node] = {}
     served: list[tuple[AttentionSite | LinearAttention, SiteReport]] = []
+    attentions: list[tuple[AttentionSite | LinearAttention, SiteReport]] = []
     written = _WrittenByRegion(gm.graph)
     while findings:
         name, finding = findings.popleft()
@@ -105,6 +113,7 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Re
         if isinstance(finding, LinearAttention):
             result.sites.append(_order_products(gm, name, finding, replaced, result))
             served.append((finding, result.sites[-1]))
+            attentions.append(served[-1])
             continue
         start = time.perf_counter()
         _redirect(finding, replaced)
@@ -117,6 +126,7 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Re
             _remove(gm.graph, finding.written)
             continue
         result.sites.append(row)
+        attentions.append((finding, row))
         if kernel is None:
             # Operands that were written for a kernel that did not come.
             _remove(gm.graph, finding.written)
@@ -137,10 +147,21 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked) -> Re
     if policy.fuse_projections or (policy.fuse_projections is None and policy.freezes):
         result.joined |= _fuse_projections(gm, served, replaced, constants=policy.fuse_projections is None)
     result.add_time("splice", start)
+    for site, row in attentions:
+        node = _latest(site.result, replaced)
+        if not node._erased:
+            result.results.append((row, kinds.get(site.result), node))
     if result.changed:
         gm.graph.lint()
         gm.recompile()
     return result
+
+
+def _kinds(gm: fx.GraphModule, findings: Sequence[Finding]) -> dict[fx.Node, tuple[Kind, str]]:
+    """By the node that holds the result in the source: of wholes, and of the slices that may stand for them."""
+    sites = [finding for finding in findings if not isinstance(finding, NearMiss)]
+    sites += [part for site in sites if isinstance(site, AttentionSite) for part in site.parts]
+    return {site.result: kind for site, kind in zip(sites, kinds_of(gm, sites), strict=True)}
 
 
 def _join_projections(

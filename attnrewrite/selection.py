@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from attnrewrite.errors import AttnRewriteError
@@ -24,6 +23,7 @@ from attnrewrite.kernels import Kernel, kernel_named, registered_kernels
 from attnrewrite.kernels.costs import CostTable
 from attnrewrite.policy import Policy, Request, kernel_names, request_of_environment
 from attnrewrite.report import SourceLocation
+from attnrewrite.wrapping import compiled_modules, unwrap_calls, wrap_calls
 
 __all__ = [
     "COMPATIBILITY",
@@ -138,7 +138,7 @@ def standing(table: CostTable | None) -> list[Kernel]:
 
 # The kernels of one model.
 
-_wrapped: weakref.WeakKeyDictionary[nn.Module, list[tuple[nn.Module, str, Any]]] = weakref.WeakKeyDictionary()
+_chosen: weakref.WeakKeyDictionary[nn.Module, list[nn.Module]] = weakref.WeakKeyDictionary()
 
 
 def set_attention_backend(model: nn.Module, *names: str | Sequence[str], strict: bool = False) -> None:
@@ -159,40 +159,28 @@ def set_attention_backend(model: nn.Module, *names: str | Sequence[str], strict:
             "attention_backend(...)"
         )
     reset_attention_backend(model)
-    calls = [(module, _compiled_call(module)) for module in _compiled_modules(model)]
-    if not calls:
+    modules = list(compiled_modules(model))
+    if not modules:
         raise BackendTypeError(
             f"set_attention_backend takes a compiled module, and nothing in {type(model).__name__} is compiled: call "
             "torch.compile(model, backend='attnrewrite') or model.compile(backend='attnrewrite') first"
         )
-    kept = []
-    for module, attribute in calls:
-        before = getattr(module, attribute)
-        kept.append((module, attribute, before))
-        object.__setattr__(module, attribute, _under(before, names, strict))
-    _wrapped[model] = kept
+    for module in modules:
+        wrap_calls(module, _LAYER, lambda call: _under(call, names, strict))
+    _chosen[model] = modules
 
 
 def reset_attention_backend(model: nn.Module) -> None:
     """Undoes :func:`set_attention_backend`; nothing happens where it was not called."""
-    for module, attribute, before in _wrapped.pop(model, []):
-        object.__setattr__(module, attribute, before)
+    for module in _chosen.pop(model, []):
+        unwrap_calls(module, _LAYER)
+
+
+_LAYER = "kernels"
 
 
 class BackendTypeError(AttnRewriteError, TypeError):
     """A kernel was asked for on something that is not compiled."""
-
-
-def _compiled_modules(model: nn.Module) -> Iterator[nn.Module]:
-    if isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl is not None:
-        yield model
-        return
-    for child in model.children():
-        yield from _compiled_modules(child)
-
-
-def _compiled_call(module: nn.Module) -> str:
-    return "forward" if isinstance(module, torch._dynamo.OptimizedModule) else "_compiled_call_impl"
 
 
 def _under(call: Callable[..., Any], names: Sequence[str | Sequence[str]], strict: bool) -> Callable[..., Any]:

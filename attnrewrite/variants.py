@@ -1,4 +1,7 @@
-"""One compiled graph for each set of kernels that it is called under, chosen at the call, outside the graph."""
+"""One compiled graph for each set of kernels and each plan of attention reuse that it is called under.
+
+Which one is chosen at the call, outside the graph.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnrewrite.caching.session import Plan, current_call
 from attnrewrite.inner import CompiledFn
 from attnrewrite.policy import Request
 from attnrewrite.selection import request_in_force
@@ -17,10 +21,11 @@ from attnrewrite.selection import request_in_force
 __all__ = ["Variants"]
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], CompiledFn]
+_Key = tuple[Request | None, Plan | None]
 
 
 class Variants:
-    """A compiled graph that is compiled once more for each :class:`Request` that is in force when it is called.
+    """A compiled graph that is compiled once more for each :class:`Request` and :class:`Plan` that it is called under.
 
     The first was compiled by Dynamo with the guards of the user's code. Another is Dynamo's own compilation of the
     graph, with guards of its own: sizes that it specialises are checked, and nothing is assumed of inputs that the
@@ -30,26 +35,26 @@ class Variants:
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], backend: Backend) -> None:
         """Args:
         gm: Dynamo's graph, before anything was done to it.
-        backend: what compiles the graph under the request that is in force.
+        backend: what compiles the graph under the request and the plan that are in force.
         """
         self._gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
         self._backend = backend
         self._dynamic = any(_is_symbolic(value) for value in example_inputs) or None
-        self._compiled: dict[Request | None, CompiledFn] = {}
+        self._compiled: dict[_Key, CompiledFn] = {}
         self._lock = threading.Lock()
 
     def add(self, compiled: CompiledFn) -> CompiledFn:
-        """The variant for the request in force now; returns what to call."""
-        self._compiled[request_in_force()] = compiled
+        """The variant for what is in force now; returns what to call."""
+        self._compiled[_in_force()] = compiled
         return self
 
     def __call__(self, *args: Any) -> Any:
-        request = request_in_force()
-        compiled = self._compiled.get(request)
+        key = _in_force()
+        compiled = self._compiled.get(key)
         if compiled is None:
             with self._lock:
-                compiled = self._compiled.get(request) or self._compile()
-                self._compiled[request] = compiled
+                compiled = self._compiled.get(key) or self._compile()
+                self._compiled[key] = compiled
         return compiled(*args)
 
     def _compile(self) -> CompiledFn:
@@ -57,6 +62,11 @@ class Variants:
         module = fx.GraphModule(self._gm, copy.deepcopy(self._gm.graph))
         compiled: CompiledFn = torch.compile(module, backend=self._backend, fullgraph=True, dynamic=self._dynamic)
         return compiled
+
+
+def _in_force() -> _Key:
+    call = current_call()
+    return request_in_force(), None if call is None else call.plan
 
 
 def _is_symbolic(value: Any) -> bool:

@@ -1,0 +1,137 @@
+"""``enable_cache`` and what belongs to it: a compiled model whose calls reuse attention."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnrewrite.caching.config import validated
+from attnrewrite.caching.session import Session, cache_stream
+from attnrewrite.errors import AttnRewriteError, CacheError
+from attnrewrite.wrapping import compiled_modules, unwrap_calls, wrap_calls
+
+__all__ = ["attention_cache", "disable_cache", "enable_cache", "reset_cache"]
+
+_LAYER = "cache"
+
+_enabled: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], Session]] = weakref.WeakKeyDictionary()
+"""By the model as it was before it was compiled: what is called, and its session."""
+
+
+class CacheTypeError(AttnRewriteError, TypeError):
+    """A cache was asked for on something that is not a compiled module."""
+
+
+def enable_cache(model: nn.Module, config: object) -> None:
+    """Lets a compiled model reuse attention from one denoising step to the next.
+
+    The next calls of the model compute attention or take it from an earlier step, as ``config`` says; graphs that take
+    it are compiled beside those that compute it, and nothing is compiled from step to step. A run begins at the first
+    call, where shapes, dtypes or devices change, where timesteps turn back, at the end of a call of a diffusers
+    pipeline, and at :func:`reset_cache`.
+
+    Args:
+        model: a compiled module (``torch.compile(module, backend="attnrewrite")``, ``module.compile(...)`` or a class
+            under :func:`accelerate_attention`), or a module of which parts are compiled.
+        config: a :class:`PyramidAttentionBroadcastConfig` or :class:`FasterCacheConfig`, attnrewrite's or diffusers'.
+
+    Raises:
+        OptionError: a setting of ``config`` is wrong.
+        CacheError: the model has a cache already. From calls of the model: in training mode, where the timestep is not
+            known, where ``config`` matches no attention, and (as CacheMemoryError) over its memory limit.
+        TypeError: nothing in ``model`` is compiled.
+
+    Example::
+
+        pipe.transformer = torch.compile(pipe.transformer, backend="attnrewrite")
+        config = PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2, current_timestep_callback=lambda: pipe.current_timestep
+        )
+        attnrewrite.enable_cache(pipe.transformer, config)
+    """
+    root = _root(model, "enable_cache")
+    if not any(True for _ in compiled_modules(model)):
+        raise CacheTypeError(
+            f"enable_cache takes a compiled module, and nothing in {type(model).__name__} is compiled: call "
+            "torch.compile(model, backend='attnrewrite') or model.compile(backend='attnrewrite') first, and give what "
+            "that returns"
+        )
+    if root in _enabled:
+        raise CacheError(f"{type(root).__name__} has a cache already: call disable_cache(model) first")
+    if getattr(root, "is_cache_enabled", False):
+        raise CacheError(
+            f"{type(root).__name__} has diffusers' own cache enabled, whose hooks break graphs: call its "
+            "disable_cache() first"
+        )
+    session = Session(validated(config), root)
+    wrap_calls(model, _LAYER, session.around)
+    _enabled[root] = (weakref.ref(model), session)
+    # diffusers' pipelines name their streams and say when a run is over. Methods are bound anew in copies of the model.
+    if hasattr(type(root), "cache_context"):
+        root.__dict__["cache_context"] = types.MethodType(_cache_context, root)
+    root.__dict__["_reset_stateful_cache"] = types.MethodType(_reset_stateful_cache, root)
+
+
+def disable_cache(model: nn.Module) -> None:
+    """Undoes :func:`enable_cache` and frees what was stored; nothing happens where it was not called."""
+    root = _root(model, "disable_cache")
+    if root not in _enabled:
+        return
+    wrapped, session = _enabled.pop(root)
+    session.reset()
+    called = wrapped()
+    if called is not None:
+        unwrap_calls(called, _LAYER)
+    for name in ("cache_context", "_reset_stateful_cache"):
+        root.__dict__.pop(name, None)
+
+
+def reset_cache(model: nn.Module) -> None:
+    """Forgets what was stored, in every stream and thread: the next call of each is the first of a run.
+
+    Nothing happens where the model has no cache.
+    """
+    enabled = _enabled.get(_root(model, "reset_cache"))
+    if enabled is not None:
+        enabled[1].reset()
+
+
+@contextlib.contextmanager
+def attention_cache(model: nn.Module, config: object) -> Iterator[None]:
+    """:func:`enable_cache` for the calls inside.
+
+    Args:
+        model, config: as for :func:`enable_cache`, which names the errors.
+    """
+    enable_cache(model, config)
+    try:
+        yield
+    finally:
+        disable_cache(model)
+
+
+def _root(model: nn.Module, function: str) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise CacheTypeError(f"{function} takes a compiled nn.Module, not {model!r}")
+    return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
+
+
+@contextlib.contextmanager
+def _cache_context(self: Any, name: str, **kwargs: Any) -> Iterator[None]:
+    """In the place of ``CacheMixin.cache_context``."""
+    with type(self).cache_context(self, name, **kwargs), cache_stream(name):
+        yield
+
+
+def _reset_stateful_cache(self: Any, *args: Any, **kwargs: Any) -> None:
+    """In the place of ``CacheMixin._reset_stateful_cache``, which pipelines call at their end on what has it."""
+    reset_cache(self)
+    inherited = getattr(type(self), "_reset_stateful_cache", None)
+    if inherited is not None:
+        inherited(self, *args, **kwargs)

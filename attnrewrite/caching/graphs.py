@@ -1,0 +1,337 @@
+"""What is kept of each attention, and the graphs that give it or take it.
+
+A *value* is what depends on the results of attentions and on parameters alone, such as the output projection: the last
+nodes of which that is true, so that as little as possible is left to compute where values are reused. Values are
+functions of the attentions' results, so reusing them is the same as reusing those.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from attnrewrite.analysis.kinds import Kind
+from attnrewrite.ir import Builder, copy_attributes, is_tensor, is_view, product, same, tensor
+from attnrewrite.kernels.layout import in_memory_order_of
+
+__all__ = ["Attention", "Value", "find_values", "is_parameter", "with_values"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention of a rewritten graph: the node that holds its result, and the kind under which it is kept."""
+
+    result: fx.Node
+    kind: Kind
+    path: str
+
+
+@dataclass(frozen=True)
+class Value:
+    """What is kept, contiguous in memory.
+
+    Attributes:
+        node: that holds it.
+        kind: of the attentions that it depends on; they are all of one kind.
+        path: the module path of the first of them; empty for a function.
+        place: the value's number among those of its kind and path.
+        parameter: the position among the graph's inputs of the parameter that is nearest to it, which tells apart
+            modules that share the graph; None if there is none.
+    """
+
+    node: fx.Node
+    kind: Kind
+    path: str
+    place: int
+    parameter: int | None
+
+    @property
+    def device(self) -> torch.device:
+        return tensor(self.node).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return tensor(self.node).dtype
+
+
+def find_values(gm: fx.GraphModule, attentions: Sequence[Attention]) -> list[Value]:
+    """The values of the attentions, in graph order; none of an attention whose result nothing reads."""
+    sources = _sources(gm, attentions)
+    frontier = {node: None for node in sources if any(user not in sources for user in node.users)}
+    _merge_views(frontier, sources)
+    order = {node: number for number, node in enumerate(gm.graph.nodes)}
+    parameters = {
+        node: number for number, node in enumerate(gm.graph.find_nodes(op="placeholder")) if is_parameter(node)
+    }
+    places: Counter[tuple[Kind, str]] = Counter()
+    values = []
+    for node in sorted(frontier, key=order.__getitem__):
+        first = attentions[min(sources[node])]
+        own = (first.kind, first.path)
+        values.append(Value(node, *own, places[own], _nearest(node, parameters)))
+        places[own] += 1
+    return values
+
+
+def _sources(gm: fx.GraphModule, attentions: Sequence[Attention]) -> dict[fx.Node, frozenset[int]]:
+    """The nodes that depend on attentions of one kind and on what is the same at each step, with those attentions."""
+    results = {attention.result: number for number, attention in enumerate(attentions)}
+    sizes = {
+        symbol
+        for node in gm.graph.find_nodes(op="placeholder")
+        if is_tensor(node)
+        for size in map(_symbolic, tensor(node).shape)
+        if size is not None
+        for symbol in size.node.expr.free_symbols
+    }
+    constant: set[fx.Node] = set()
+    sources: dict[fx.Node, frozenset[int]] = {}
+    for node in gm.graph.nodes:
+        if node in results:
+            sources[node] = frozenset([results[node]])
+        elif node.op == "placeholder":
+            value = node.meta.get("val")
+            # A number that is not the size of anything may be another one at the next step.
+            is_size = isinstance(value, torch.SymInt) and value.node.expr.free_symbols <= sizes
+            if is_size or is_parameter(node):
+                constant.add(node)
+        elif node.op == "get_attr":
+            constant.add(node)
+        elif node.op == "call_function" and _is_function(node):
+            others = [source for source in node.all_input_nodes if source not in constant]
+            if not others:
+                constant.add(node)
+            elif all(source in sources for source in others):
+                union = frozenset().union(*(sources[source] for source in others))
+                # Of what gives a list (split), the parts are read.
+                readable = is_tensor(node) or all(user.target is operator.getitem for user in node.users)
+                if readable and len({attentions[number].kind for number in union}) == 1:
+                    sources[node] = union
+    return sources
+
+
+def _symbolic(size: Any) -> torch.SymInt | None:
+    return size if isinstance(size, torch.SymInt) else None
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """Whether a graph's input is a parameter or a buffer."""
+    return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+
+
+def _is_function(node: fx.Node) -> bool:
+    """Whether the node is a function of its arguments."""
+    target: Any = node.target
+    if not isinstance(target, OpOverload):
+        return getattr(target, "__module__", "") in ("_operator", "math", "torch")
+    if target in (aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default):
+        return bool(node.args[2] is False or node.args[1] == 0)
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+_PARTS = (aten.slice.Tensor, aten.narrow.default, aten.select.int)
+
+
+def _merge_views(frontier: dict[fx.Node, None], sources: dict[fx.Node, frozenset[int]]) -> None:
+    """Puts in place of views what they are views of: of all its parts, that is, not of one that is smaller."""
+    changed = True
+    while changed:
+        changed = False
+        views: dict[fx.Node, list[fx.Node]] = {}
+        for node in frontier:
+            base = _base(node)
+            if base is not None and base in sources and is_tensor(base) and _is_dense(tensor(base)):
+                views.setdefault(base, []).append(node)
+        for base, parts in views.items():
+            whole = product(tensor(base).shape)
+            total = sum(product(tensor(part).shape) for part in parts)
+            if base in frontier or statically_known_true(total >= whole):
+                for part in parts:
+                    del frontier[part]
+                frontier[base] = None
+                changed = True
+                break
+
+
+def _base(node: fx.Node) -> fx.Node | None:
+    """What the node is a view of, up to the dtype and the place in memory."""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+        if node.target not in (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int):
+            return None
+    elif not is_view(node) and node.target not in _PARTS:
+        return None
+    base = node.args[0]
+    return base if isinstance(base, fx.Node) else None
+
+
+def _is_dense(value: torch.Tensor) -> bool:
+    """Whether the tensor is contiguous, as far as that is known without a guard."""
+    expected: Any = 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if not same(size, 1) and not same(stride, expected):
+            return False
+        expected = expected * size
+    return True
+
+
+def _nearest(node: fx.Node, parameters: dict[fx.Node, int]) -> int | None:
+    seen = {node}
+    queue = deque([node])
+    while queue:
+        current = queue.popleft()
+        if current in parameters:
+            return parameters[current]
+        new = [source for source in current.all_input_nodes if source not in seen]
+        seen.update(new)
+        queue.extend(new)
+    return None
+
+
+def with_values(gm: fx.GraphModule, values: Sequence[Value], reused: frozenset[Kind]) -> fx.GraphModule:
+    """The graph, with values of the kinds in ``reused`` as further inputs, and the others as further outputs.
+
+    Both in the order of ``values``. What served only a reused value is gone.
+    """
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for node in placeholders:
+        env[node] = _copied(graph, node, env)
+    taken = {value.node: number for number, value in enumerate(values) if value.kind in reused}
+    inputs: dict[fx.Node, fx.Node] = {}
+    for node, number in taken.items():
+        inputs[node] = graph.placeholder(f"attention_value_{number}")
+        inputs[node].meta = {"val": _contiguous(tensor(node))}
+        inputs[node]._dynamo_source = None
+    for node in gm.graph.nodes:
+        if node.op == "output" or node in env:
+            continue
+        env[node] = inputs[node] if node in inputs else _copied(graph, node, env)
+    (results,) = gm.graph.output_node().args
+    assert isinstance(results, (tuple, list))
+    outputs = [fx.node.map_arg(result, env.__getitem__) for result in results]
+    given = [value for value in values if value.kind not in reused]
+    graph.output((*outputs, *(env[value.node] for value in given)))
+    graph.output_node().meta = dict(gm.graph.output_node().meta)
+    result = fx.GraphModule(_attributes(gm), graph, gm.__class__.__name__)
+    for name in [name for name in result._buffers if name not in gm._buffers]:
+        # A tensor that the graph makes itself is no buffer (see capture.py).
+        constant = result._buffers.pop(name)
+        result.__dict__[name] = constant
+    copy_attributes(gm, result)
+    result.meta = gm.meta
+    for node, taken_node in inputs.items():
+        _restore(result, tensor(node), taken_node)
+    _keep_apart(result, [env[value.node] for value in given], len(outputs))
+    for node in reversed(list(result.graph.nodes)):
+        if not node.users and _is_removable(node):
+            result.graph.erase_node(node)
+    result.graph.lint()
+    result.recompile()
+    return result
+
+
+def _copied(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
+    copied = graph.node_copy(node, env.__getitem__)
+    copy_attributes(node, copied)
+    return copied
+
+
+def _attributes(gm: fx.GraphModule) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value: Any = gm
+        for name in str(node.target).split("."):
+            value = getattr(value, name)
+        found[str(node.target)] = value
+    return found
+
+
+def _contiguous(value: torch.Tensor) -> torch.Tensor:
+    mode = getattr(value, "fake_mode", None)
+    if mode is None or _is_dense(value):
+        return value
+    with mode:
+        return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+
+
+def _restore(gm: fx.GraphModule, original: torch.Tensor, taken: fx.Node) -> None:
+    """A reused value lies in memory as the one that was computed did, and is nobody else's to write to."""
+    users = list(taken.users)
+    before = next(node for node in gm.graph.nodes if node.op != "placeholder")
+    builder = Builder(gm, before=before, like=taken)
+    if not _is_dense(original):
+        restored = in_memory_order_of(original, taken, builder)
+    elif _reaches_output(taken):
+        restored = builder.call(aten.clone.default, taken)
+    else:
+        return
+    for user in users:
+        user.replace_input_with(taken, restored)
+
+
+def _keep_apart(gm: fx.GraphModule, given: Sequence[fx.Node], count: int) -> None:
+    """What is kept is contiguous, and shares no memory with what the caller gets and may write to."""
+    output = gm.graph.output_node()
+    builder = Builder(gm, before=output, like=given[0] if given else output)
+    (results,) = output.args
+    assert isinstance(results, tuple)
+    kept = [
+        node
+        if _is_dense(tensor(node)) and not _reaches_output(node, count) and not is_view(node)
+        else builder.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+        for node in given
+    ]
+    output.args = ((*results[:count], *kept),)
+
+
+def _reaches_output(node: fx.Node, count: int | None = None) -> bool:
+    """Whether one of the first ``count`` outputs may share the node's memory."""
+    for user in node.users:
+        if user.op == "output":
+            (results,) = user.args
+            assert isinstance(results, tuple)
+            if node in results[:count]:
+                return True
+        elif (user.target is operator.getitem or is_view(user) or _may_alias(user)) and _reaches_output(user, count):
+            return True
+    return False
+
+
+def _may_alias(node: fx.Node) -> bool:
+    """Operators that may give back (a view of) their argument: those that say so, and those that the IR keeps whole."""
+    target = node.target
+    if not isinstance(target, OpOverload):
+        return False
+    returns = target._schema.returns
+    composite = target in (aten.contiguous.default, aten.dropout.default) or node.target in _CONVERSIONS
+    return composite or any(value.alias_info is not None for value in returns)
+
+
+_CONVERSIONS = (aten.to.dtype, aten.to.device, aten.to.other, aten.to.dtype_layout, aten.type_as.default)
+
+
+def _is_removable(node: fx.Node) -> bool:
+    """Whether the node has no effect but its result."""
+    if node.op == "get_attr":
+        return True
+    if node.op != "call_function":
+        return False
+    target: Any = node.target
+    if isinstance(target, OpOverload):
+        name = target._schema.name
+        return not target._schema.is_mutable and "assert" not in name and "constrain" not in name
+    if isinstance(target, HigherOrderOperator):
+        return bool(target is torch.ops.higher_order.flex_attention)
+    return getattr(target, "__module__", "") in ("_operator", "math", "torch")

@@ -1,0 +1,191 @@
+"""FasterCache's prediction of the unconditional half of a model's output from the conditional one.
+
+Equations 9 to 11 of https://arxiv.org/abs/2410.19355. Where both halves are computed, their difference is learned,
+with its low and its high spatial frequencies apart. Where the unconditional half is skipped, it is the conditional one
+plus both differences, each multiplied by its weight. As in the published code
+(https://github.com/Vchitect/FasterCache), the weights of successive skipped calls multiply up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from attnrewrite.errors import CacheError
+
+__all__ = ["TENSOR_FORMATS", "GuidanceDelta", "halved_inputs"]
+
+TENSOR_FORMATS = {"BCFHW": 5, "BFCHW": 5, "BCHW": 4}
+"""What a model's output may be: height and width come last, so only the number of dimensions matters here."""
+
+
+class GuidanceDelta:
+    """The difference between the unconditional and the conditional half of a model's output.
+
+    Computed in float32, as published. The Fourier transform is linear and the disc of low frequencies symmetric, so the
+    transform of the difference, of which half is kept, is all that is stored: as many bytes as one half in float32.
+    """
+
+    def __init__(self, tensor_format: str) -> None:
+        """Args:
+        tensor_format: of the output, ``"BCFHW"``, ``"BFCHW"`` or ``"BCHW"``.
+        """
+        self._format = tensor_format
+        self._delta: Tensor | None = None
+        self._shape: tuple[int, ...] = ()
+        self._low = self._high = 1.0
+
+    @property
+    def learned(self) -> bool:
+        """Whether there is a difference to predict from."""
+        return self._delta is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are stored."""
+        return 0 if self._delta is None else self._delta.nbytes
+
+    def reset(self) -> None:
+        """Forgets what was learned."""
+        self._delta, self._shape = None, ()
+        self._low = self._high = 1.0
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves what is stored. A prediction fetches it to where it is needed, and leaves it where it is."""
+        if self._delta is not None:
+            self._delta = self._delta.to(device)
+
+    def learn(self, output: Tensor) -> None:
+        """Learns from a full output, the unconditional half first along dimension 0.
+
+        Raises:
+            CacheError: the output is not of the tensor format, or has no two halves.
+        """
+        self._check(output)
+        if output.shape[0] % 2:
+            _odd(output, "the model's output")
+        unconditional, conditional = output.chunk(2)
+        self.learn_from(unconditional, conditional)
+
+    @torch.no_grad()
+    def learn_from(self, unconditional: Tensor, conditional: Tensor) -> None:
+        """Learns from two outputs of one shape, which came from calls of their own.
+
+        Raises:
+            CacheError: they are not of the tensor format, or not of one shape.
+        """
+        self._check(unconditional)
+        if unconditional.shape != conditional.shape:
+            raise CacheError(
+                f"the unconditional output has the shape {tuple(unconditional.shape)} and the conditional one "
+                f"{tuple(conditional.shape)}; FasterCache needs both of one shape"
+            )
+        self._delta = torch.fft.rfft2(unconditional.float() - conditional.float())
+        self._shape = tuple(conditional.shape)
+        self._low = self._high = 1.0
+
+    @torch.no_grad()
+    def predict(self, conditional: Tensor, low_weight: float, high_weight: float) -> Tensor:
+        """The unconditional output that goes with a conditional one, in its shape and dtype.
+
+        Args:
+            conditional: the conditional output.
+            low_weight, high_weight: what the low and the high frequencies of the difference are multiplied by, from
+                this call on until :meth:`learn`.
+
+        Raises:
+            CacheError: nothing was learned yet, or the shape is another one than was learned.
+        """
+        self._check(conditional)
+        if self._delta is None:
+            raise CacheError(
+                "FasterCache has no difference of guidance yet: both halves must be computed once before one is skipped"
+            )
+        if tuple(conditional.shape) != self._shape:
+            raise CacheError(
+                f"FasterCache learned the difference of guidance from halves of shape {self._shape}; this conditional "
+                f"output has the shape {tuple(conditional.shape)}. Reset the cache when shapes change"
+            )
+        self._low *= low_weight
+        self._high *= high_weight
+        height, width = conditional.shape[-2:]
+        delta = self._delta.to(conditional.device)
+        low = _low_frequencies(height, width, conditional.device)
+        weights = torch.full_like(low, self._high, dtype=torch.float32).masked_fill_(low, self._low)
+        difference = torch.fft.irfft2(delta * weights, s=(height, width))
+        unconditional: Tensor = conditional.float() + difference
+        return unconditional.to(conditional.dtype)
+
+    def complete(self, conditional: Tensor, low_weight: float, high_weight: float) -> Tensor:
+        """The full output: the unconditional half as :meth:`predict` has it, then the conditional one as it is."""
+        return torch.cat([self.predict(conditional, low_weight, high_weight), conditional])
+
+    def _check(self, output: Tensor) -> None:
+        dims = TENSOR_FORMATS[self._format]
+        if output.dim() != dims:
+            raise CacheError(
+                f"tensor_format {self._format!r} means {dims} dimensions, and the model's output has the shape "
+                f"{tuple(output.shape)}; set tensor_format to what the output is ({', '.join(TENSOR_FORMATS)}). For "
+                "outputs without height and width use is_guidance_distilled=True, which keeps to attention"
+            )
+        if not output.is_floating_point():
+            raise CacheError(f"FasterCache predicts real floating-point outputs; the model's output is {output.dtype}")
+
+
+def _low_frequencies(height: int, width: int, device: torch.device) -> Tensor:
+    """Where the half spectrum ``[height, width // 2 + 1]`` of a real image is within the published radius."""
+    radius = min(height, width) // 5
+    vertical = torch.fft.fftfreq(height, 1 / height, device=device).round()
+    horizontal = torch.arange(width // 2 + 1, device=device)
+    low: Tensor = vertical[:, None] ** 2 + horizontal**2 <= radius**2
+    return low
+
+
+def halved_inputs(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Collection[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with, for the conditional half alone: the second half of dimension 0.
+
+    Tensors without dimensions, and what is no tensor, serve both halves.
+
+    Args:
+        args: halved where they are tensors, or lists, tuples or dictionaries of them.
+        kwargs: halved likewise, those that are named.
+        names: of the keyword arguments that hold both halves.
+
+    Raises:
+        CacheError: an odd dimension 0, or nothing to halve.
+    """
+    halved_args = tuple(_halved(arg, f"positional argument {index}") for index, arg in enumerate(args))
+    halved_kwargs = {key: _halved(arg, f"argument {key!r}") if key in names else arg for key, arg in kwargs.items()}
+    taken = [*args, *(arg for key, arg in kwargs.items() if key in names)]
+    if not any(isinstance(leaf, Tensor) and leaf.dim() for leaf in tree_leaves(taken)):
+        raise CacheError(
+            "none of the model's arguments is known to hold an unconditional and a conditional half; name them in "
+            f"unconditional_conditional_input_kwargs_identifiers (now {', '.join(names) or 'empty'}; "
+            f"the call's keywords are {', '.join(kwargs) or 'none'})"
+        )
+    return halved_args, halved_kwargs
+
+
+def _halved(value: Any, name: str) -> Any:
+    def second_half(tensor: Tensor) -> Tensor:
+        if not tensor.dim():
+            return tensor
+        if tensor.shape[0] % 2:
+            _odd(tensor, name)
+        return tensor[tensor.shape[0] // 2 :]
+
+    return tree_map_only(Tensor, second_half, value)
+
+
+def _odd(tensor: Tensor, name: str) -> NoReturn:
+    raise CacheError(
+        f"FasterCache skips the unconditional half of a batch, and {name} has the odd batch size {tensor.shape[0]} "
+        f"(shape {tuple(tensor.shape)}); call the model with both halves concatenated, or set "
+        "is_guidance_distilled=True for a model without an unconditional half"
+    )

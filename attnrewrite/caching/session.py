@@ -1,0 +1,437 @@
+"""One model's reuse of attention: what stands around its calls, and what is stored between them.
+
+A session asks for the timestep before each call of the model, counts the calls of a stream's run, and says in a context
+variable what the compiled graphs within the call may reuse. Streams are kept apart by name and by thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from attnrewrite.analysis.kinds import Kind
+from attnrewrite.caching.config import FasterCacheConfig, PyramidAttentionBroadcastConfig
+from attnrewrite.caching.graphs import Value, is_parameter
+from attnrewrite.caching.guidance import GuidanceDelta, halved_inputs
+from attnrewrite.caching.method import Method, method_of
+from attnrewrite.caching.runs import Run, timestep_of, weight_of
+from attnrewrite.errors import CacheError, CacheMemoryError
+
+__all__ = ["Key", "ModelCall", "Plan", "Session", "cache_stream", "current_call"]
+
+log = logging.getLogger("attnrewrite")
+
+Key = Hashable
+"""What names a value from call to call, in whichever graph it is computed."""
+
+_call: ContextVar[ModelCall | None] = ContextVar("attnrewrite_model_call", default=None)
+_stream: ContextVar[tuple[str, ...]] = ContextVar("attnrewrite_cache_stream", default=())
+
+
+def current_call() -> ModelCall | None:
+    """The call of a model that is being made and keeps attention values; None where none is."""
+    return _call.get()
+
+
+@contextlib.contextmanager
+def cache_stream(name: str) -> Iterator[None]:
+    """Keeps what is stored within apart from other streams: one for each sequence of calls that belong together.
+
+    Conditional and unconditional passes that are calls of their own need a stream each: call them ``"cond"`` and
+    ``"uncond"``, as diffusers' ``cache_context`` does, which has the same effect on a model with a cache. Streams nest:
+    ``cache_stream("a")`` around ``cache_stream("cond")`` is another one than ``cache_stream("cond")`` alone. It holds
+    in the thread (or asyncio task) that enters it.
+    """
+    token = _stream.set((*_stream.get(), name))
+    try:
+        yield
+    finally:
+        _stream.reset(token)
+
+
+def _is_separate(stream: tuple[str, ...]) -> bool:
+    """Whether its calls are of one half of guidance alone, by the names that diffusers' pipelines use."""
+    return bool(stream) and (stream[-1] == "cond" or stream[-1].startswith("uncond"))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a graph is compiled for: which attentions are kept, and which kinds are reused together."""
+
+    settings: Hashable
+    reused: frozenset[frozenset[Kind]]
+    method: Method = field(compare=False)
+
+
+class _Stream:
+    def __init__(self, tensor_format: str | None) -> None:
+        self.run = Run()
+        self.values: dict[Key, list[Tensor]] = {}
+        self.reserved: dict[Key, int] = {}
+        self.guidance = None if tensor_format is None else GuidanceDelta(tensor_format)
+        self.in_call = False
+
+    def clear(self) -> None:
+        self.values.clear()
+        self.reserved.clear()
+        if self.guidance is not None:
+            self.guidance.reset()
+
+
+class Session:
+    """What is stored for one model (or for one graph), and the rules for it."""
+
+    def __init__(
+        self, config: PyramidAttentionBroadcastConfig | FasterCacheConfig, model: nn.Module | None = None
+    ) -> None:
+        """Args:
+        config: validated.
+        model: whose calls are counted; None for those of a single graph.
+        """
+        self.config = config
+        self.method = method_of(config)
+        kinds = ("spatial", "temporal", "cross")
+        identifiers = (getattr(config, f"{kind}_attention_block_identifiers", None) for kind in kinds)
+        self.settings = (self.method.kinds, *identifiers)
+        self.name = "the graph" if model is None else type(model).__qualname__
+        self._model = None if model is None else weakref.ref(model)
+        self._here = threading.local()
+        self._streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._generation = 0
+        self._warned = False
+        self._matched = False
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that are stored, or will be at the end of the calls that are being made."""
+        with self._lock:
+            return sum(sum(stream.reserved.values()) for stream in self._streams)
+
+    @contextlib.contextmanager
+    def planned(self) -> Iterator[None]:
+        """Graphs that are compiled within are compiled for the first call of a run."""
+        token = _call.set(ModelCall(self, _Stream(None), 0, math.nan, halved=False, separate=False))
+        try:
+            yield
+        finally:
+            _call.reset(token)
+
+    def reset(self) -> None:
+        """Forgets all that is stored, in every stream and thread: the next call of each is the first of a run."""
+        with self._lock:
+            self._generation += 1
+            for stream in self._streams:
+                # One that is in a call, of another thread, is replaced, and not emptied under it.
+                if not stream.in_call:
+                    stream.clear()
+            self._streams = weakref.WeakSet()
+
+    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The model's call, with reuse."""
+
+        @functools.wraps(call)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return self.call(call, args, kwargs)
+
+        return wrapper
+
+    def around_graph(self, compiled: Callable[..., Any], gm: fx.GraphModule) -> Callable[..., Any]:
+        """A compiled graph's call, with reuse; runs are told apart by what it is called with beside parameters."""
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        inputs = [number for number, node in enumerate(placeholders) if not is_parameter(node)]
+
+        def wrapper(*args: Any) -> Any:
+            return self.call(compiled, args, {}, [args[number] for number in inputs])
+
+        return wrapper
+
+    def call(
+        self,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        signature: Sequence[Any] | None = None,
+    ) -> Any:
+        """One call of the model.
+
+        Args:
+            signature: of the arguments, those whose change begins another run; default all.
+        """
+        self._require_inference(args, kwargs)
+        assert self.config.current_timestep_callback is not None
+        timestep = timestep_of(self.config.current_timestep_callback)
+        name = _stream.get()
+        separate = _is_separate(name)
+        stream = self._stream(name)
+        shapes = _signature((args, kwargs) if signature is None else signature)
+        iteration = stream.run.advance(timestep, shapes)
+        if iteration == 0:
+            stream.clear()
+        if stream.run.repeats and not self._warned:
+            self._warned = True
+            log.warning(
+                "%s was called twice at timestep %g within one cache stream. If these are the conditional and the "
+                "unconditional pass, they now share attention: call each within attnrewrite.cache_stream('cond') and "
+                "cache_stream('uncond')",
+                self.name,
+                timestep,
+            )
+        skips = self.method.skips_unconditional(iteration, timestep, separate)
+        if skips:
+            args, kwargs = halved_inputs(tuple(args), kwargs, self._split_names)
+        current = ModelCall(self, stream, iteration, timestep, halved=skips, separate=separate)
+        token = _call.set(current)
+        stream.in_call = True
+        try:
+            result = function(*args, **kwargs)
+            if self._predicts(separate):
+                result = _with_guidance(self, stream, result, skips)
+        except BaseException:
+            # Some values are of this call and some of the one before.
+            stream.run.reset()
+            stream.clear()
+            raise
+        finally:
+            stream.in_call = False
+            _call.reset(token)
+        if not self._matched and self._model is not None:
+            current.require_match()
+            self._matched = True
+        return result
+
+    def _require_inference(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        model = self._module("")
+        if model.training and self._model is not None:
+            raise CacheError(
+                f"{self.name} is in training mode, and attention is reused at inference only: call model.eval(), or "
+                "disable_cache(model) to train"
+            )
+        if torch.is_grad_enabled() and any(
+            tensor.requires_grad
+            for tensor in (*model.parameters(), *tree_leaves((args, kwargs)))
+            if isinstance(tensor, Tensor)
+        ):
+            raise CacheError(
+                f"{self.name} is called with gradients, and attention is reused at inference only: call it within "
+                "torch.no_grad() or torch.inference_mode(), or disable_cache(model) to train"
+            )
+
+    @property
+    def _split_names(self) -> Sequence[str]:
+        assert isinstance(self.config, FasterCacheConfig)
+        return self.config.unconditional_conditional_input_kwargs_identifiers or ()
+
+    def _predicts(self, separate: bool) -> bool:
+        config = self.config
+        return isinstance(config, FasterCacheConfig) and not config.is_guidance_distilled and not separate
+
+    def _stream(self, name: tuple[str, ...]) -> _Stream:
+        here = self._here
+        if getattr(here, "generation", None) != self._generation:
+            here.generation, here.streams = self._generation, {}
+        streams: dict[tuple[str, ...], _Stream] = here.streams
+        if name not in streams:
+            predicts = self._predicts(_is_separate(name))
+            streams[name] = _Stream(self.config.tensor_format if predicts else None)  # type: ignore[union-attr]
+            with self._lock:
+                self._streams.add(streams[name])
+        return streams[name]
+
+    def reserve(self, stream: _Stream, key: Key, nbytes: int, what: Callable[[], str]) -> None:
+        """Counts a value before it is stored.
+
+        Raises:
+            CacheMemoryError: it would be more than ``memory_limit``.
+        """
+        if key in stream.reserved:
+            return
+        limit = self.config.memory_limit
+        taken = self.nbytes
+        if limit is not None and taken + nbytes > limit:
+            raise CacheMemoryError(
+                f"the attention values of {self.name} take more than memory_limit, {_mib(limit)}: {what()}. Raise "
+                "memory_limit (None is no limit), keep fewer attentions (a skip range of None, or block identifiers), "
+                "or compile without a cache"
+            )
+        stream.reserved[key] = nbytes
+
+    def weight(self, path: str) -> float:
+        """FasterCache's weight for the attention at a path; 0 for a method that has none."""
+        config = self.config
+        if not isinstance(config, FasterCacheConfig):
+            return 0.0
+        assert config.attention_weight_callback is not None
+        return weight_of(config.attention_weight_callback, self._module(path), "attention_weight_callback")
+
+    def guidance_weights(self) -> tuple[float, float]:
+        """FasterCache's weights for low and high frequencies at this call."""
+        config = self.config
+        assert isinstance(config, FasterCacheConfig)
+        low, high = config.low_frequency_weight_callback, config.high_frequency_weight_callback
+        assert low is not None and high is not None
+        model = self._module("")
+        return (
+            weight_of(low, model, "low_frequency_weight_callback"),
+            weight_of(high, model, "high_frequency_weight_callback"),
+        )
+
+    def _module(self, path: str) -> nn.Module:
+        """The module at a path; the model itself where the path is another one's (of a part that is compiled alone)."""
+        model = None if self._model is None else self._model()
+        if model is None:
+            return nn.Module()
+        try:
+            return model.get_submodule(path)
+        except AttributeError:
+            return model
+
+
+class ModelCall:
+    """One call of the model: what its graphs may reuse, and where they put what they compute."""
+
+    def __init__(
+        self, session: Session, stream: _Stream, iteration: int, timestep: float, *, halved: bool, separate: bool
+    ) -> None:
+        method = session.method
+        self.reused = method.reused(iteration, timestep, halved, separate)
+        self.plan = Plan(session.settings, method.reachable(halved, separate), method)
+        self.is_of_graph = session._model is None
+        self._session = session
+        self._stream = stream
+        # Where both halves are computed, the conditional one is kept.
+        self._both = session._predicts(separate) and not halved
+        self._visits: Counter[Key] = Counter()
+        self._matched = False
+        self._found: dict[str, None] = {}
+
+    def visit(self, key: Key) -> Key:
+        """The key, and how often it was met in this call before."""
+        self._visits[key] += 1
+        return key, self._visits[key] - 1
+
+    def found(self, values: Sequence[Value], others: Sequence[str]) -> None:
+        """Notes what a graph of this call keeps, and what it does not."""
+        self._matched = self._matched or bool(values)
+        self._found.update(dict.fromkeys(others))
+
+    def require_match(self) -> None:
+        """Raises:
+        CacheError: no graph of the call keeps anything.
+        """
+        if self._matched:
+            return
+        there = "; ".join([*self._found][:6]) or (
+            "no graph with attention was compiled by attnrewrite (compile with backend='attnrewrite')"
+        )
+        raise CacheError(
+            f"the cache's config matches no attention of {self._session.name}: {there}. Set the skip range of a kind "
+            "that there is, or block identifiers that match"
+        )
+
+    def holds(self, key: Key, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        """Whether there is a value to reuse, of that shape and dtype."""
+        history = self._stream.values.get(key)
+        return history is not None and all(value.shape == shape and value.dtype == dtype for value in history)
+
+    def reuse(self, key: Key, value: Value) -> Tensor:
+        """The value that takes the place of one that is not computed."""
+        session, history = self._session, self._stream.values[key]
+        present = [each.to(value.device, non_blocking=True) for each in history]
+        result = session.method.next_value(present, session.weight(value.path) if len(present) > 1 else 0.0)
+        if session.method.keeps_reused:
+            self._put(key, result)
+        return result
+
+    def reserve(self, key: Key, value: Value, shape: tuple[int, ...]) -> None:
+        """Counts what will be stored of a value, before it is computed."""
+        session = self._session
+        entries = functools.reduce(lambda a, b: a * b, shape, 1) // (2 if self._both else 1)
+        nbytes = entries * value.dtype.itemsize * session.method.kept
+
+        def what() -> str:
+            kept = len(self._stream.reserved)
+            return (
+                f"{kept} values of one stream take {_mib(sum(self._stream.reserved.values()))}, and the next one, of "
+                f"{value.path or 'a function'} ({'x'.join(map(str, shape))} {str(value.dtype).removeprefix('torch.')}, "
+                f"{session.method.kept} kept), takes {_mib(nbytes)}"
+            )
+
+        session.reserve(self._stream, key, nbytes, what)
+
+    def keep(self, key: Key, value: Tensor) -> None:
+        """Stores what was computed."""
+        if self._both:
+            if value.shape[0] % 2:
+                raise CacheError(
+                    f"an attention of {self._session.name} gives a tensor of shape {tuple(value.shape)}, of which "
+                    "FasterCache cannot take the conditional half: dimension 0 is odd. Exclude it by block identifiers"
+                )
+            value = value.chunk(2)[1].clone()
+        self._put(key, value)
+
+    def _put(self, key: Key, value: Tensor) -> None:
+        history = self._stream.values.get(key)
+        value = _to_host(value) if self._session.config.offload else value
+        kept = self._session.method.kept
+        self._stream.values[key] = [*history, value][-kept:] if history else [value] * kept
+
+
+def _to_host(value: Tensor) -> Tensor:
+    if value.device.type != "cuda":
+        return value.cpu()
+    return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
+
+
+def _signature(arguments: Any) -> Hashable:
+    """The shapes, dtypes and devices of all tensors."""
+    return tuple(
+        (tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)
+    )
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.1f} MiB"
+
+
+def _with_guidance(session: Session, stream: _Stream, result: Any, halved: bool) -> Any:
+    """The model's result with both halves, of which the unconditional one may be a prediction."""
+    assert stream.guidance is not None
+    output, put_back = _first_output(result)
+    if not halved:
+        stream.guidance.learn(output)
+        return result
+    return put_back(stream.guidance.complete(output, *session.guidance_weights()))
+
+
+def _first_output(result: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The tensor that the denoiser gives, and how to put another in its place."""
+    if isinstance(result, Tensor):
+        return result, lambda output: output
+    if type(result) is tuple and result and isinstance(result[0], Tensor):
+        return result[0], lambda output: (output, *result[1:])
+    sample = getattr(result, "sample", None)
+    if isinstance(sample, Tensor):
+
+        def put_back(output: Tensor) -> Any:
+            result.sample = output
+            return result
+
+        return sample, put_back
+    raise CacheError(
+        f"FasterCache takes a tensor, a tuple that begins with one, or an output with .sample; the model returned "
+        f"{type(result).__name__}. Set is_guidance_distilled=True to keep to attention"
+    )

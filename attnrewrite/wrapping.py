@@ -1,0 +1,64 @@
+"""What stands around the calls of a compiled module: layers that come and go in any order."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["compiled_modules", "unwrap_calls", "wrap_calls"]
+
+Call = Callable[..., Any]
+Layer = Callable[[Call], Call]
+
+
+class _Wrapped:
+    """One module's call without layers, and the layers by their names, the innermost first."""
+
+    def __init__(self, module: nn.Module) -> None:
+        # An OptimizedModule calls its forward; a module that is compiled in place has its call here. One of which only
+        # parts are compiled has none.
+        self.attribute = "forward" if isinstance(module, torch._dynamo.OptimizedModule) else "_compiled_call_impl"
+        self.before = getattr(module, self.attribute)
+        self.layers: dict[str, Layer] = {}
+
+    def apply(self, module: nn.Module) -> None:
+        if not self.layers:
+            object.__setattr__(module, self.attribute, self.before)
+            return
+        call: Call = self.before if self.before is not None else module._call_impl
+        for layer in self.layers.values():
+            call = layer(call)
+        object.__setattr__(module, self.attribute, call)
+
+
+_wrapped: weakref.WeakKeyDictionary[nn.Module, _Wrapped] = weakref.WeakKeyDictionary()
+
+
+def wrap_calls(module: nn.Module, name: str, layer: Layer) -> None:
+    """Puts ``layer(call)`` in the place of the module's call, instead of the layer of that name that may be there."""
+    wrapped = _wrapped.setdefault(module, _Wrapped(module))
+    wrapped.layers[name] = layer
+    wrapped.apply(module)
+
+
+def unwrap_calls(module: nn.Module, name: str) -> None:
+    """Undoes :func:`wrap_calls`; nothing happens where it was not called."""
+    wrapped = _wrapped.get(module)
+    if wrapped is None or wrapped.layers.pop(name, None) is None:
+        return
+    wrapped.apply(module)
+    if not wrapped.layers:
+        del _wrapped[module]
+
+
+def compiled_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules that are compiled: the model itself, or parts of it."""
+    if isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl is not None:
+        yield model
+        return
+    for child in model.children():
+        yield from compiled_modules(child)
