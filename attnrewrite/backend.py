@@ -17,7 +17,7 @@ from torch._guards import CompileContext
 from torch._logging._internal import trace_structured
 
 from attnrewrite.analysis.scores import leads_to_product
-from attnrewrite.caching.compiled import kept_attention
+from attnrewrite.caching.compiled import Kept, kept_attention
 from attnrewrite.caching.session import Session, current_call
 from attnrewrite.capture import CaptureError, capture
 from attnrewrite.constants import Constants
@@ -155,7 +155,13 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy)
         report.notes.append("Inductor's own attention patterns are kept from this graph")
     if rewritten.round_like_eager and inner.name == "inductor":
         report.notes.append("Inductor rounds half-precision results as eager does (emulate_precision_casts)")
-    kept = None if call is None or not rewritten.results else kept_attention(captured.gm, rewritten.results, call.plan)
+    kept: Kept | None = None
+    if call is not None and rewritten.results:
+        try:
+            kept = kept_attention(captured.gm, example_inputs, rewritten.results, call)
+        except Exception as error:  # As above: the model runs without reuse.
+            log.warning("%s: attention cannot be kept, please report this", report.name, exc_info=True)
+            report.notes.append(f"attention is not kept: {type(error).__name__}: {error}")
     if kept is not None and original is not None:
         report.notes.append("graphs that keep attention values are not verified")
     if wanted:

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols, statically_known_true
 
-from attnrewrite.analysis.kinds import Kind, kinds_of
+from attnrewrite.analysis.kinds import SiteKind, kinds_of
 from attnrewrite.analysis.views import Axis, Operand, axes_of, is_layout_op, shape_of
 from attnrewrite.association import choose_order, emit_result, emit_sum, operations
 from attnrewrite.checks import insert_check
@@ -70,7 +70,7 @@ class Rewritten:
     round_like_eager: bool = False
     offered: bool = False
     joined: bool = False
-    results: list[tuple[SiteReport, tuple[Kind, str] | None, fx.Node]] = field(default_factory=list)
+    results: list[tuple[SiteReport, SiteKind | None, fx.Node]] = field(default_factory=list)
 
     @property
     def changed(self) -> bool:
@@ -157,7 +157,7 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked, with_
     return result
 
 
-def _kinds(gm: fx.GraphModule, findings: Sequence[Finding]) -> dict[fx.Node, tuple[Kind, str]]:
+def _kinds(gm: fx.GraphModule, findings: Sequence[Finding]) -> dict[fx.Node, SiteKind]:
     """By the node that holds the result in the source: of wholes, and of the slices that may stand for them."""
     sites = [finding for finding in findings if not isinstance(finding, NearMiss)]
     sites += [part for site in sites if isinstance(site, AttentionSite) for part in site.parts]

@@ -1,28 +1,272 @@
-"""stub"""
+"""Whether an attention is spatial, temporal or cross attention, told from the graph.
+
+    cross       the key's positions are other data than the query's
+    temporal    the query's positions are the frames of a video, and nothing else
+    spatial     all others: height and width, space and time at once, a plain sequence
+
+These are the kinds that Pyramid Attention Broadcast (https://arxiv.org/abs/2408.12588) tells apart. An attention whose
+keys are the query's own sequence and more besides (a text appended) is self attention.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import re
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
 
+import torch
 from torch import fx
+
+from attnrewrite.analysis.dimensions import Dimension, Dimensions, Origin, is_learned, origins_of
+from attnrewrite.analysis.views import Axis, Operand, axes_of, resolve, size_of, take_minor
+from attnrewrite.ir import is_tensor, same, source_location, tensor
+from attnrewrite.site import AttentionSite, LinearAttention
+
+__all__ = ["Kind", "SiteKind", "is_named_temporal", "kinds_of"]
+
+_SIZES = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 Kind = Literal["spatial", "temporal", "cross"]
 
 
-def kinds_of(gm: fx.GraphModule, sites: Sequence[Any]) -> list[tuple[Kind, str]]:
-    deps: dict[fx.Node, frozenset[fx.Node]] = {}
-    for n in gm.graph.nodes:
-        if n.op == "placeholder":
-            deps[n] = frozenset() if "_dynamo_static_input_type" in n.meta.get("tensor_dict", {}) else frozenset([n])
-        else:
-            deps[n] = frozenset().union(*(deps.get(i, frozenset()) for i in n.all_input_nodes))
-    out = []
-    from attnrewrite.ir import source_location
+class SiteKind(NamedTuple):
+    """The kind of one attention, and what tells it, in words; not proved where that is a name, or nothing."""
 
-    for s in sites:
-        q, k = deps.get(s.query.node, frozenset()), deps.get(s.key.node, frozenset())
-        loc = source_location(s.anchor)
-        kind = "cross" if not q <= k else ("temporal" if loc and "temporal" in loc.module else "spatial")
-        out.append((kind, "stub"))
-    return out
+    kind: Kind
+    reason: str
+    is_proved: bool = True
+
+
+def kinds_of(gm: fx.GraphModule, sites: Sequence[AttentionSite | LinearAttention]) -> list[SiteKind]:
+    """The kind of each attention of a captured graph that was not rewritten yet.
+
+    Args:
+        gm: the graph; it is not changed, and no guard is added.
+        sites: its attentions, as they were found. Their operands may be nodes that were written for a merged site.
+
+    Returns:
+        a kind for each site, in order. Where the graph does not tell whether a self attention is spatial or temporal,
+        the sites' relation to each other does, then the words of the module's path, and at last it is spatial; the
+        reason says which.
+    """
+    if not sites:
+        return []
+    dimensions = Dimensions(gm.graph)
+    read = [_Site(site, dimensions) for site in sites]
+    for each in read:
+        each.resolve()
+    kinds = [_cross(each) or _told(each, dimensions) for each in read]
+    kinds = [kind or _named(each) for kind, each in zip(kinds, read, strict=True)]
+    return [kind or _related(each, read, kinds, dimensions) for kind, each in zip(kinds, read, strict=True)]
+
+
+class _Site:
+    """A site in terms of the graph's dimensions.
+
+    Attributes:
+        query, key: the positions of each; a single position has no dimension.
+        query_features, key_features: what the scores are summed over.
+        batch: the query's other dimensions.
+    """
+
+    def __init__(self, site: AttentionSite | LinearAttention, dimensions: Dimensions) -> None:
+        self.site = site
+        folded = site.folded if isinstance(site, AttentionSite) else ()
+        positions = set(axes_of((site.query_axes,))) - set(axes_of((folded,)))
+        features = set(axes_of((site.feature_axes,)))
+        self.query = _of_axes(site.query, positions, dimensions)
+        self.key = _of_axes(site.key, set(axes_of((site.key_axes,))), dimensions)
+        self.query_features = _of_axes(site.query, features, dimensions)
+        self.key_features = _of_axes(site.key, features, dimensions)
+        own = {*self.query, *self.query_features}
+        self.batch = tuple(axis for axis in axes_of(dimensions.of(site.query.node)) if axis not in own)
+
+    def resolve(self) -> None:
+        """Dimensions that were divided since are told by their parts."""
+        self.query, self.key, self.batch = resolve((self.query, self.key, self.batch))
+
+
+def _of_axes(operand: Operand, axes: set[Axis], dimensions: Dimensions) -> tuple[Axis, ...]:
+    """The graph's dimensions that are ``axes`` of the site."""
+    found: list[Axis] = []
+    operand = operand.resolved()
+    for dim, own in zip(operand.layout, dimensions.of(operand.node), strict=True):
+        if axes.issuperset(dim):
+            found.extend(own if dim else ())
+            continue
+        rest = list(own)
+        for axis in reversed(dim):
+            taken = take_minor(rest, axis.size)
+            if taken is None:
+                # The dimension is divided otherwise than the graph says; all of it stands for its part.
+                found.extend(rest if axes.intersection(dim) else ())
+                break
+            found.extend(taken if axis in axes else ())
+    return axes_of((tuple(found),))
+
+
+# Cross attention.
+
+
+def _cross(site: _Site) -> SiteKind | None:
+    """Whether the key's positions are other data than the query's; None for a self attention."""
+    query, key = origins_of(site.query), origins_of(site.key)
+    from_query, from_key = _nodes(query), _nodes(key)
+    if from_query & from_key:
+        return None
+    if not query or not key or None in query | key:
+        return _cross_by_data(site, from_query)
+    if _is_input(site.query_features) and _is_input(site.key_features):
+        # What the projections before the graph were given is not known.
+        if same(size_of(site.query), size_of(site.key)):
+            return None
+        return SiteKind("cross", "query and key are inputs of the graph, and of different lengths")
+    return SiteKind("cross", f"the key comes from {_in_words(from_key)}, the query from {_in_words(from_query)}")
+
+
+def _cross_by_data(site: _Site, from_query: set[fx.Node]) -> SiteKind | None:
+    """The same where a single position, or an operator that mixes them, leaves nothing to go by but the flow of data.
+
+    Of inputs that the query alone reads, a vector (a timestep, a scale) does not say where its positions come from.
+    """
+    reach_key = _ancestors(site.site.key.node)
+    if from_query:
+        missing = set() if from_query & reach_key else from_query
+    else:
+        inputs = [node for node in _ancestors(site.site.query.node) if _is_data(node) and tensor(node).dim() > 1]
+        missing = set(inputs) - reach_key
+    if not missing:
+        return None
+    from_key = {node for node in reach_key if _is_data(node)}
+    others = f"comes from {_in_words(from_key)}" if from_key else "comes from no input"
+    return SiteKind("cross", f"the key {others}, and not from {_in_words(missing)} as the query does")
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """The node, and all that its data are computed of; what only gives sizes is left out."""
+    found: set[fx.Node] = set()
+    ahead = [node]
+    while ahead:
+        node = ahead.pop()
+        if node not in found and (is_tensor(node) or not isinstance(node.meta.get("val"), _SIZES)):
+            found.add(node)
+            ahead.extend(node.all_input_nodes)
+    return found
+
+
+def _is_data(node: fx.Node) -> bool:
+    return node.op == "placeholder" and is_tensor(node) and not is_learned(node)
+
+
+def _is_input(dim: Iterable[Axis]) -> bool:
+    """Whether the dimension is one of the graph's inputs as it is, and was made by no projection."""
+    origins = origins_of(dim)
+    return bool(origins) and all(origin is not None and _is_data(origin[0]) for origin in origins)
+
+
+def _nodes(origins: Iterable[Origin | None]) -> set[fx.Node]:
+    return {origin[0] for origin in origins if origin is not None}
+
+
+def _in_words(nodes: Iterable[fx.Node]) -> str:
+    inputs = sorted(_input_name(node) for node in nodes if _is_data(node))
+    learned = ["a parameter"] if any(map(is_learned, nodes)) else []
+    return " and ".join([*inputs, *learned]) or "a constant"
+
+
+def _input_name(node: fx.Node) -> str:
+    """``encoder_hidden_states``, for Dynamo's ``l_encoder_hidden_states_``."""
+    return re.sub(r"^[lL]_(?:kwargs_)?(.+?)_*$", r"\1", node.name)
+
+
+# Spatial and temporal attention.
+
+
+def _told(site: _Site, dimensions: Dimensions) -> SiteKind | None:
+    """What convolutions and projections say of the query's positions."""
+    each = [dimensions.roles(axis) for axis in site.query]
+    space = [roles["space"] for roles in each if "space" in roles]
+    if space:
+        return SiteKind("spatial", f"the query's positions are height and width of {space[0]}")
+    frames = [roles["frames"] for roles in each if "frames" in roles]
+    unknown = any(not roles and None in origins_of((axis,)) for axis, roles in zip(site.query, each, strict=True))
+    if frames and not unknown:
+        return SiteKind("temporal", f"the query's positions are frames: {frames[0]}")
+    return None
+
+
+_TEMPORAL = frozenset({"temporal", "time", "motion"})
+_NOT_TEMPORAL = frozenset({"spatial", "spatio", "space", "embed", "embedder", "embedding", "emb", "step"})
+
+
+def _named(site: _Site) -> SiteKind | None:
+    """What the name of a module says that the attention is in."""
+    location = source_location(site.site.anchor)
+    name = is_named_temporal(location.module if location is not None else "")
+    if not name:
+        return None
+    return SiteKind("temporal", f"the module is named {name}; the graph does not tell frames from space", False)
+
+
+def is_named_temporal(path: str) -> str:
+    """The name in a module's path that says that its attention is temporal; empty if none does."""
+    for name in reversed(path.split(".")):
+        words = set(name.lower().split("_"))
+        if words & _TEMPORAL and not words & _NOT_TEMPORAL:
+            return name
+    return ""
+
+
+def _related(site: _Site, sites: Sequence[_Site], kinds: Sequence[SiteKind | None], dimensions: Dimensions) -> SiteKind:
+    """What another attention says, for which this one's positions are batch, as its own are for this one.
+
+    One of the two attends over frames, the other one over space. If neither is known, frames are what comes first in
+    the input of both: (batch, frames, height, width, channels), (batch, channels, frames, height, width).
+    """
+    undecided = []
+    for other, kind in zip(sites, kinds, strict=True):
+        if not _take_turns(site, other):
+            continue
+        if kind is None:
+            undecided.append(other)
+        elif kind.kind != "cross":
+            opposite: Kind = "spatial" if kind.kind == "temporal" else "temporal"
+            return SiteKind(opposite, f"its positions are batch of a {kind.kind} attention")
+    for other in undecided:
+        first = _is_first(site, other, dimensions)
+        if first is not None:
+            place = "before" if first else "behind"
+            reason = f"its positions come {place} those of another attention, for which they are batch"
+            return SiteKind("temporal" if first else "spatial", reason)
+    return SiteKind("spatial", "a self attention; nothing in the graph tells frames from space", False)
+
+
+def _take_turns(site: _Site, other: _Site) -> bool:
+    own, others = _begun(site.query), _begun(other.query)
+    return bool(own and others) and own <= _begun(other.batch) and others <= _begun(site.batch)
+
+
+def _begun(dim: Iterable[Axis]) -> set[Axis]:
+    """The dimensions that these are slices and rescalings of."""
+    found = set()
+    for axis in dim:
+        while isinstance(axis, Dimension) and len(axis.sources) == 1 and len(axis.sources[0].leaves()) == 1:
+            (axis,) = axis.sources[0].leaves()
+        found.add(axis)
+    return found
+
+
+def _is_first(site: _Site, other: _Site, dimensions: Dimensions) -> bool | None:
+    """Whether the site's positions come before the other's in the one input that both come from."""
+    origins = origins_of((*site.query, *other.query))
+    nodes = _nodes(origins)
+    if None in origins or len(nodes) != 1:
+        return None
+    order = axes_of(dimensions.of(*nodes))
+    own, others = _begun(site.query), _begun(other.query)
+    if not own | others <= set(order):
+        return None
+    own_places, other_places = ([order.index(axis) for axis in dims] for dims in (own, others))
+    if max(own_places) < min(other_places):
+        return True
+    return False if max(other_places) < min(own_places) else None

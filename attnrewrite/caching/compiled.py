@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.kinds import Kind
-from attnrewrite.caching.graphs import Attention, Value, find_values, with_values
-from attnrewrite.caching.session import Key, ModelCall, Plan, current_call
+from attnrewrite.analysis.kinds import Kind, SiteKind
+from attnrewrite.caching.graphs import Attention, Value, find_values, nearest, parameters_of, with_values
+from attnrewrite.caching.session import Key, ModelCall, current_call
 from attnrewrite.inner import CompiledFn
 from attnrewrite.ir import is_tensor, tensor
 from attnrewrite.report import SiteReport
@@ -21,11 +21,11 @@ __all__ = ["Kept", "kept_attention"]
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept of a rewritten graph's attentions, and which kinds are reused together."""
+    """What is kept of a rewritten graph's attentions, and a graph for each set of kinds that are reused together."""
 
     gm: fx.GraphModule
     values: tuple[Value, ...]
-    reused: frozenset[frozenset[Kind]]
+    graphs: Mapping[frozenset[Kind], fx.GraphModule]
     others: tuple[str, ...]
 
     def compiled(
@@ -38,32 +38,52 @@ class Kept:
             copies: the outputs of a call are overwritten by the next one (CUDA graphs).
         """
         variants = {}
-        for reused in sorted({frozenset[Kind](), *self.reused}, key=sorted):
-            taken = [tensor(value.node) for value in self.values if value.kind in reused]
-            variants[reused] = compile_graph(with_values(self.gm, self.values, reused), taken)
+        for reused, graph in self.graphs.items():
+            added = graph.graph.find_nodes(op="placeholder")[len(self.gm.graph.find_nodes(op="placeholder")) :]
+            variants[reused] = compile_graph(graph, [tensor(node) for node in added])
         return _KeepingGraph(self, variants, copies)
 
 
 def kept_attention(
-    gm: fx.GraphModule, results: Sequence[tuple[SiteReport, tuple[Kind, str] | None, fx.Node]], plan: Plan
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    results: Sequence[tuple[SiteReport, SiteKind | None, fx.Node]],
+    call: ModelCall,
 ) -> Kept:
-    """What a plan keeps of a rewritten graph; the attentions' rows are told."""
+    """What a call's plan keeps of a rewritten graph; the attentions' rows are told."""
+    parameters = parameters_of(gm)
     attentions = []
     others = []
-    for row, kind, node in results:
-        assert kind is not None
-        path = "" if row.location is None else row.location.module
-        chosen = plan.method.kind_of(path, kind[0])
-        where = path or str(row.location)
-        if chosen is None:
-            row.cached = f"no: {kind[0]} ({kind[1]})"
-            others.append(f"{where} is {kind[0]}, which is not kept")
+    for row, told, node in results:
+        assert told is not None
+        own = "" if row.location is None else row.location.module
+        parameter = nearest(node, parameters)
+        path = call.path_of(own, None if parameter is None else example_inputs[parameter])
+        kind = call.plan.method.kind_of(path, told.kind)
+        if kind is None:
+            row.cached = f"no: {told.kind} ({told.reason})"
+            others.append(f"{path or str(row.location)} is {told.kind}, which is not kept")
         else:
-            row.cached = f"{chosen} ({kind[1]})" if chosen == kind[0] else f"{chosen} (by its block identifiers)"
-            attentions.append(Attention(node, chosen, path))
+            row.cached = f"{kind} ({told.reason})" if kind == told.kind else f"{kind} (by its block identifiers)"
+        # A module that is compiled alone may share its graph with others, of other kinds by their paths.
+        if kind is not None or path != own:
+            attentions.append(Attention(node, kind or told.kind, own, told))
     values = find_values(gm, attentions)
     present = {value.kind for value in values}
-    return Kept(gm, tuple(values), frozenset({kinds & present for kinds in plan.reused} - {frozenset()}), tuple(others))
+    together = {frozenset[Kind](), *(kinds & present for kinds in call.plan.reused)}
+    graphs = {reused: with_values(gm, values, reused) for reused in sorted(together, key=sorted)}
+    return Kept(gm, tuple(values), graphs, tuple(others))
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A value in one call: the kind and the path of the module that the graph is called for, the key, the shape."""
+
+    value: Value
+    kind: Kind | None
+    path: str
+    key: Key
+    shape: tuple[int, ...]
 
 
 class _KeepingGraph:
@@ -71,6 +91,7 @@ class _KeepingGraph:
 
     def __init__(self, kept: Kept, variants: Mapping[frozenset[Kind], CompiledFn], copies: bool) -> None:
         self._values = kept.values
+        self._kinds = {value.kind for value in kept.values}
         self._variants = variants
         self._others = kept.others
         self._copies = copies
@@ -82,41 +103,38 @@ class _KeepingGraph:
     def __call__(self, *args: Any) -> Any:
         call = current_call()
         assert call is not None, "chosen for a call that keeps attention values"
-        call.found(self._values, self._others)
-        keys = self._keys(call, args)
-        shapes = self._shapes(args)
-        fits = [
-            value.kind in call.reused and call.holds(key, shape, value.dtype)
-            for value, key, shape in zip(self._values, keys, shapes, strict=True)
-        ]
-        kinds = {value.kind for value in self._values}
-        reused = frozenset(
-            kind
-            for kind in kinds
-            if all(fit for value, fit in zip(self._values, fits, strict=True) if value.kind == kind)
-        )
-        # Computing is always right: it is what a first call does.
-        variant = self._variants.get(reused)
-        if variant is None:
-            reused, variant = frozenset(), self._variants[frozenset()]
-        rows = list(zip(self._values, keys, shapes, strict=True))
-        for value, key, shape in rows:
-            if value.kind not in reused:
-                call.reserve(key, value, shape)
-        inputs = [call.reuse(key, value) for value, key, _ in rows if value.kind in reused]
-        results = list(variant(*args, *inputs))
-        given = results[self._outputs :]
-        for (_, key, _), kept in zip((row for row in rows if row[0].kind not in reused), given, strict=True):
-            call.keep(key, kept.clone() if self._copies else kept.contiguous())
+        entries = self._entries(call, args)
+        kept = [entry for entry in entries if entry.kind is not None]
+        call.found(len(kept), self._others)
+        lacking = {entry.value.kind for entry in entries if not self._is_there(call, entry)}
+        reused = frozenset(self._kinds - lacking)
+        if reused not in self._variants:
+            # Some of what is there is not used. Computing is always right: it is what a first call does.
+            reused = frozenset()
+        computed = [entry for entry in entries if entry.value.kind not in reused]
+        call.reserve([(entry.key, entry.value, entry.shape) for entry in computed if entry.kind is not None])
+        taken = [entry for entry in entries if entry.value.kind in reused]
+        inputs = [call.reuse(entry.key, entry.value, entry.path) for entry in taken]
+        results = list(self._variants[reused](*args, *inputs))
+        for entry, value in zip(computed, results[self._outputs :], strict=True):
+            if entry.kind is not None:
+                call.keep(entry.key, value.clone() if self._copies else value.contiguous())
         return results[: self._outputs]
 
-    def _keys(self, call: ModelCall, args: Sequence[Any]) -> list[Key]:
-        """Modules that share the graph have parameters of their own; one that is called again counts its calls."""
-        modules = (None if value.parameter is None else id(args[value.parameter]) for value in self._values)
-        return [
-            call.visit((value.kind, value.path, value.place, module))
-            for value, module in zip(self._values, modules, strict=True)
-        ]
+    @staticmethod
+    def _is_there(call: ModelCall, entry: _Entry) -> bool:
+        return entry.kind in call.reused and call.holds(entry.key, entry.shape, entry.value.dtype)
+
+    def _entries(self, call: ModelCall, args: Sequence[Any]) -> list[_Entry]:
+        entries = []
+        for value, shape in zip(self._values, self._shapes(args), strict=True):
+            # Modules that share the graph have parameters of their own; one that is called again counts its calls.
+            parameter = None if value.parameter is None else args[value.parameter]
+            path = call.path_of(value.path, parameter)
+            kind = value.kind if path == value.path else call.kind_at(path, value.told)
+            key = call.visit((value.path, value.place, None if parameter is None else id(parameter)))
+            entries.append(_Entry(value, kind, path, key, shape))
+        return entries
 
 
 class _Shapes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,22 +18,30 @@ from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from attnrewrite.analysis.kinds import Kind
+from attnrewrite.analysis.kinds import Kind, SiteKind
 from attnrewrite.ir import Builder, copy_attributes, is_tensor, is_view, product, same, tensor
 from attnrewrite.kernels.layout import in_memory_order_of
 
-__all__ = ["Attention", "Value", "find_values", "is_parameter", "with_values"]
+__all__ = ["Attention", "Value", "find_values", "is_parameter", "nearest", "parameters_of", "with_values"]
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Attention:
-    """An attention of a rewritten graph: the node that holds its result, and the kind under which it is kept."""
+    """An attention of a rewritten graph.
+
+    Attributes:
+        result: the node that holds its result.
+        kind: under which it is kept.
+        path: of its module, as the graph has it; empty for a function.
+        told: the kind that the graph tells.
+    """
 
     result: fx.Node
     kind: Kind
     path: str
+    told: SiteKind
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,8 @@ class Value:
     Attributes:
         node: that holds it.
         kind: of the attentions that it depends on; they are all of one kind.
-        path: the module path of the first of them; empty for a function.
-        place: the value's number among those of its kind and path.
+        path, told: of the first of them.
+        place: the value's number among those of its path.
         parameter: the position among the graph's inputs of the parameter that is nearest to it, which tells apart
             modules that share the graph; None if there is none.
     """
@@ -52,6 +60,7 @@ class Value:
     node: fx.Node
     kind: Kind
     path: str
+    told: SiteKind
     place: int
     parameter: int | None
 
@@ -70,16 +79,14 @@ def find_values(gm: fx.GraphModule, attentions: Sequence[Attention]) -> list[Val
     frontier = {node: None for node in sources if any(user not in sources for user in node.users)}
     _merge_views(frontier, sources)
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
-    parameters = {
-        node: number for number, node in enumerate(gm.graph.find_nodes(op="placeholder")) if is_parameter(node)
-    }
-    places: Counter[tuple[Kind, str]] = Counter()
+    parameters = parameters_of(gm)
+    places: Counter[str] = Counter()
     values = []
     for node in sorted(frontier, key=order.__getitem__):
         first = attentions[min(sources[node])]
-        own = (first.kind, first.path)
-        values.append(Value(node, *own, places[own], _nearest(node, parameters)))
-        places[own] += 1
+        place = places[first.path]
+        values.append(Value(node, first.kind, first.path, first.told, place, nearest(node, parameters)))
+        places[first.path] += 1
     return values
 
 
@@ -185,7 +192,14 @@ def _is_dense(value: torch.Tensor) -> bool:
     return True
 
 
-def _nearest(node: fx.Node, parameters: dict[fx.Node, int]) -> int | None:
+def parameters_of(gm: fx.GraphModule) -> dict[fx.Node, int]:
+    """The parameters and buffers among a graph's inputs, with their positions."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return {node: number for number, node in enumerate(placeholders) if is_parameter(node)}
+
+
+def nearest(node: fx.Node, parameters: Mapping[fx.Node, int]) -> int | None:
+    """The position of the parameter that the node is computed of by the fewest steps; None if there is none."""
     seen = {node}
     queue = deque([node])
     while queue:

@@ -13,7 +13,7 @@ import math
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from attnrewrite.analysis.kinds import Kind
+from attnrewrite.analysis.kinds import Kind, SiteKind, is_named_temporal
 from attnrewrite.caching.config import FasterCacheConfig, PyramidAttentionBroadcastConfig
 from attnrewrite.caching.graphs import Value, is_parameter
 from attnrewrite.caching.guidance import GuidanceDelta, halved_inputs
@@ -108,6 +108,8 @@ class Session:
         self.settings = (self.method.kinds, *identifiers)
         self.name = "the graph" if model is None else type(model).__qualname__
         self._model = None if model is None else weakref.ref(model)
+        self._paths: dict[tuple[str, int], str] = {}
+        self._kinds: dict[tuple[str, Kind], Kind | None] = {}
         self._here = threading.local()
         self._streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
         self._lock = threading.Lock()
@@ -251,23 +253,47 @@ class Session:
                 self._streams.add(streams[name])
         return streams[name]
 
-    def reserve(self, stream: _Stream, key: Key, nbytes: int, what: Callable[[], str]) -> None:
-        """Counts a value before it is stored.
+    def reserve(self, stream: _Stream, sizes: Mapping[Key, int]) -> None:
+        """Counts values, in bytes, before they are stored.
 
         Raises:
             CacheMemoryError: it would be more than ``memory_limit``.
         """
-        if key in stream.reserved:
+        new = {key: nbytes for key, nbytes in sizes.items() if key not in stream.reserved}
+        if not new:
             return
-        limit = self.config.memory_limit
-        taken = self.nbytes
-        if limit is not None and taken + nbytes > limit:
+        limit, taken, needed = self.config.memory_limit, self.nbytes, sum(new.values())
+        where = "the host" if self.config.offload else "the device"
+        log.info("%s: %d attention values take %s of %s's memory", self.name, len(new), _mib(needed), where)
+        if limit is not None and taken + needed > limit:
+            others = f", beside {_mib(taken)} that are stored already" if taken else ""
             raise CacheMemoryError(
-                f"the attention values of {self.name} take more than memory_limit, {_mib(limit)}: {what()}. Raise "
-                "memory_limit (None is no limit), keep fewer attentions (a skip range of None, or block identifiers), "
-                "or compile without a cache"
+                f"{len(new)} attention values of {self.name} take {_mib(needed)} of {where}'s memory{others}, and "
+                f"memory_limit is {_mib(limit)}: raise it (None is no limit), keep fewer attentions (a skip range of "
+                "None, or block identifiers), or call disable_cache(model)"
             )
-        stream.reserved[key] = nbytes
+        stream.reserved.update(new)
+
+    def path_of(self, path: str, parameter: Tensor | None) -> str:
+        """Where in the model a module is that its own graph knows as ``path``, by one of its parameters."""
+        key = path, id(parameter)
+        if parameter is None or self._model is None:
+            return path
+        if key not in self._paths:
+            name = next((name for name, each in self._module("").named_parameters() if each is parameter), "")
+            end = f".{name}".find(f".{path}.") + len(path) if path else len(name)
+            self._paths[key] = name[:end] if name and f".{path}." in f".{name}" else path
+        return self._paths[key]
+
+    def kind_at(self, path: str, told: SiteKind) -> Kind | None:
+        """The kind under which the attention of a module is kept whose graph serves modules at other paths, too."""
+        key = path, told.kind
+        if key not in self._kinds:
+            kind = told.kind
+            if kind == "spatial" and not told.is_proved and is_named_temporal(path):
+                kind = "temporal"
+            self._kinds[key] = self.method.kind_of(path, kind)
+        return self._kinds[key]
 
     def weight(self, path: str) -> float:
         """FasterCache's weight for the attention at a path; 0 for a method that has none."""
@@ -323,9 +349,17 @@ class ModelCall:
         self._visits[key] += 1
         return key, self._visits[key] - 1
 
-    def found(self, values: Sequence[Value], others: Sequence[str]) -> None:
-        """Notes what a graph of this call keeps, and what it does not."""
-        self._matched = self._matched or bool(values)
+    def path_of(self, path: str, parameter: Tensor | None) -> str:
+        """See :meth:`Session.path_of`."""
+        return self._session.path_of(path, parameter)
+
+    def kind_at(self, path: str, told: SiteKind) -> Kind | None:
+        """See :meth:`Session.kind_at`."""
+        return self._session.kind_at(path, told)
+
+    def found(self, kept: int, others: Sequence[str]) -> None:
+        """Notes how many attentions a graph of this call keeps, and, in words, which it does not."""
+        self._matched = self._matched or bool(kept)
         self._found.update(dict.fromkeys(others))
 
     def require_match(self) -> None:
@@ -347,30 +381,20 @@ class ModelCall:
         history = self._stream.values.get(key)
         return history is not None and all(value.shape == shape and value.dtype == dtype for value in history)
 
-    def reuse(self, key: Key, value: Value) -> Tensor:
-        """The value that takes the place of one that is not computed."""
+    def reuse(self, key: Key, value: Value, path: str) -> Tensor:
+        """The value that takes the place of one that is not computed; ``path`` is its module's."""
         session, history = self._session, self._stream.values[key]
         present = [each.to(value.device, non_blocking=True) for each in history]
-        result = session.method.next_value(present, session.weight(value.path) if len(present) > 1 else 0.0)
+        result = session.method.next_value(present, session.weight(path) if len(present) > 1 else 0.0)
         if session.method.keeps_reused:
             self._put(key, result)
         return result
 
-    def reserve(self, key: Key, value: Value, shape: tuple[int, ...]) -> None:
-        """Counts what will be stored of a value, before it is computed."""
-        session = self._session
-        entries = functools.reduce(lambda a, b: a * b, shape, 1) // (2 if self._both else 1)
-        nbytes = entries * value.dtype.itemsize * session.method.kept
-
-        def what() -> str:
-            kept = len(self._stream.reserved)
-            return (
-                f"{kept} values of one stream take {_mib(sum(self._stream.reserved.values()))}, and the next one, of "
-                f"{value.path or 'a function'} ({'x'.join(map(str, shape))} {str(value.dtype).removeprefix('torch.')}, "
-                f"{session.method.kept} kept), takes {_mib(nbytes)}"
-            )
-
-        session.reserve(self._stream, key, nbytes, what)
+    def reserve(self, values: Sequence[tuple[Key, Value, tuple[int, ...]]]) -> None:
+        """Counts what will be stored of values of these shapes, before they are computed."""
+        each = self._session.method.kept / (2 if self._both else 1)
+        sizes = {key: int(math.prod(shape) * value.dtype.itemsize * each) for key, value, shape in values}
+        self._session.reserve(self._stream, sizes)
 
     def keep(self, key: Key, value: Tensor) -> None:
         """Stores what was computed."""
