@@ -53,8 +53,9 @@ class Variants:
         compiled = self._compiled.get(key)
         if compiled is None:
             with self._lock:
-                compiled = self._compiled.get(key) or self._compile()
-                self._compiled[key] = compiled
+                compiled = self._compiled.get(key)
+                if compiled is None:
+                    compiled = self._compiled[key] = self._compile()
         return compiled(*args)
 
     def _compile(self) -> CompiledFn:

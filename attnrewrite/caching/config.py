@@ -249,7 +249,7 @@ def _checked(config: PyramidAttentionBroadcastConfig | FasterCacheConfig) -> dic
             if not _is_number(value) or not math.isfinite(value):
                 raise OptionError(f"{setting} must be a finite number; got {value!r}")
         elif field.name == "tensor_format":
-            if value not in TENSOR_FORMATS:
+            if not isinstance(value, str) or value not in TENSOR_FORMATS:
                 raise OptionError(f"{setting} must be one of {', '.join(TENSOR_FORMATS)}; got {value!r}")
         elif field.name == "memory_limit":
             if value is not None and not _is_count(value):
@@ -332,9 +332,9 @@ def _timesteps(value: object, setting: str) -> tuple[float, float]:
         first, last = value
         if first <= last:
             return first, last
+    advice = "; to switch this kind of attention off, set its block_skip_range to None" if value is None else ""
     raise OptionError(
-        f"{setting} must be two timesteps, the lower one first, such as (100, 800); got {value!r} (to switch a kind of "
-        "attention off, set its block_skip_range to None)"
+        f"{setting} must be two timesteps, the lower one first, such as (100, 800); got {value!r}{advice}"
     )
 
 

@@ -106,13 +106,11 @@ def _sources(gm: fx.GraphModule, attentions: Sequence[Attention]) -> dict[fx.Nod
     for node in gm.graph.nodes:
         if node in results:
             sources[node] = frozenset([results[node]])
-        elif node.op == "placeholder":
-            value = node.meta.get("val")
+        elif isinstance(node.meta.get("val"), torch.SymInt):
             # A number that is not the size of anything may be another one at the next step.
-            is_size = isinstance(value, torch.SymInt) and value.node.expr.free_symbols <= sizes
-            if is_size or is_parameter(node):
+            if node.meta["val"].node.expr.free_symbols <= sizes:
                 constant.add(node)
-        elif node.op == "get_attr":
+        elif node.op == "get_attr" or is_parameter(node):
             constant.add(node)
         elif node.op == "call_function" and _is_function(node):
             others = [source for source in node.all_input_nodes if source not in constant]

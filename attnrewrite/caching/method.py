@@ -101,6 +101,11 @@ class Method(ABC):
             iteration, timestep, separate: as in :meth:`reused`. A call of its own has no half to skip.
         """
 
+    @property
+    def may_skip_unconditional(self) -> bool:
+        """Whether :meth:`skips_unconditional` may say yes at all."""
+        return False
+
     @abstractmethod
     def next_value(self, history: Sequence[Tensor], weight: float) -> Tensor:
         """What stands in for an attention's output.
@@ -174,6 +179,11 @@ class _FasterCache(Method):
 
     def skips_unconditional(self, iteration: int, timestep: float, separate: bool) -> bool:
         return self._unconditional is not None and not separate and self._unconditional.skips(iteration, timestep)
+
+    @property
+    def may_skip_unconditional(self) -> bool:
+        rule = self._unconditional
+        return rule is not None and rule.every > 1 and rule.after < rule.before
 
     def next_value(self, history: Sequence[Tensor], weight: float) -> Tensor:
         last = history[-1]

@@ -116,6 +116,7 @@ class Session:
         self._generation = 0
         self._warned = False
         self._matched = False
+        self._prepared: set[Hashable] = set()
 
     @property
     def nbytes(self) -> int:
@@ -213,7 +214,28 @@ class Session:
         if not self._matched and self._model is not None:
             current.require_match()
             self._matched = True
+        if iteration == 0 and not separate:
+            self._prepare(function, args, kwargs, shapes)
         return result
+
+    def _prepare(
+        self,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        shapes: Hashable,
+        separate: bool,
+    ) -> None:
+        """Has the graphs for the conditional half compiled at once, by a call of which nothing is kept."""
+        if separate or shapes in self._prepared or not self.method.may_skip_unconditional:
+            return
+        self._prepared.add(shapes)
+        args, kwargs = halved_inputs(tuple(args), kwargs, self._split_names)
+        token = _call.set(ModelCall(self, _Stream(None), 0, math.nan, halved=True, separate=False))
+        try:
+            function(*args, **kwargs)
+        finally:
+            _call.reset(token)
 
     def _require_inference(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         model = self._module("")
@@ -281,8 +303,8 @@ class Session:
             return path
         if key not in self._paths:
             name = next((name for name, each in self._module("").named_parameters() if each is parameter), "")
-            end = f".{name}".find(f".{path}.") + len(path) if path else len(name)
-            self._paths[key] = name[:end] if name and f".{path}." in f".{name}" else path
+            before, found, _ = f".{name}".partition(f".{path}.") if path else (f".{name}".rpartition(".")[0], "", "")
+            self._paths[key] = f"{before}{found}".strip(".") or path
         return self._paths[key]
 
     def kind_at(self, path: str, told: SiteKind) -> Kind | None:

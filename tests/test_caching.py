@@ -1,0 +1,698 @@
+"""Attention reuse on small models: what is kept, when it is taken, and that nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import attnrewrite
+from attnrewrite import CacheError, CacheMemoryError, FasterCacheConfig, OptionError, PyramidAttentionBroadcastConfig
+from attnrewrite.backend import collect_reports
+from attnrewrite.caching.config import validated
+from attnrewrite.caching.enabling import CacheTypeError
+from attnrewrite.report import SiteReport
+from tests.caching_reference import Call, evaluate, settings_of, simulate
+from tests.helpers import recording, relative_error
+
+linear = torch.ops.aten.linear.default
+
+
+class Attention(nn.Module):
+    """Projections, attention and an output projection; every row has two heads of four features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = (
+            linear(each).unflatten(-1, (2, 4)).transpose(-3, -2)
+            for linear, each in ((self.query, x), (self.key, context), (self.value, context))
+        )
+        weights = (q @ k.transpose(-1, -2) * 0.5).softmax(-1)
+        result: Tensor = self.out((weights @ v).transpose(-3, -2).flatten(-2))
+        return result
+
+
+class Video(nn.Module):
+    """A spatial, a temporal and a cross-attention of one video, side by side, and an image of its size.
+
+    ``x``: ``[batch, frames, positions, 8]``; ``text``: ``[batch, words, 8]``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spatial, self.temporal, self.cross = Attention(), Attention(), Attention()
+
+    def forward(self, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        frames = x.transpose(1, 2)
+        image = x.mean(-1).unsqueeze(1) * 2
+        return image, self.spatial(x), self.temporal(frames), self.cross(x.flatten(1, 2), text)
+
+
+class Clock:
+    """What the timestep callback gives."""
+
+    def __init__(self) -> None:
+        self.now: Any = 500
+
+    def __call__(self) -> Any:
+        return self.now
+
+
+def video() -> Video:
+    torch.manual_seed(0)
+    return Video().eval()
+
+
+def inputs(seed: int, batch: int = 2, positions: int = 5) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "x": torch.randn(batch, 3, positions, 8, generator=generator),
+        "text": torch.randn(batch, 4, 8, generator=generator),
+    }
+
+
+def compiled(model: nn.Module, inner: Any = "eager", **arguments: Any) -> Any:
+    torch._dynamo.reset()
+    options = {"inner_backend": inner, **arguments.pop("options", {})}
+    return torch.compile(model, backend="attnrewrite", fullgraph=True, options=options, **arguments)
+
+
+def broadcast(clock: Callable[[], Any], every: int = 2, **settings: Any) -> PyramidAttentionBroadcastConfig:
+    chosen = {"spatial_attention_block_skip_range": every, **settings}
+    return PyramidAttentionBroadcastConfig(**chosen, current_timestep_callback=clock)
+
+
+ALL: dict[str, Any] = {
+    "spatial_attention_block_skip_range": 2,
+    "temporal_attention_block_skip_range": 2,
+    "cross_attention_block_skip_range": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def steps(model: Any, clock: Clock, timesteps: Sequence[float], **sizes: int) -> list[Any]:
+    """The outputs of a run; the inputs of call ``n`` are ``inputs(n)``."""
+    results = []
+    for number, timestep in enumerate(timesteps):
+        clock.now = timestep
+        results.append(model(**inputs(number, **sizes)))
+    return results
+
+
+def truth(numbers: Sequence[int], **sizes: int) -> list[Any]:
+    model = video()
+    return [model(**inputs(number, **sizes)) for number in numbers]
+
+
+def spatial(results: Sequence[Any]) -> list[Tensor]:
+    return [result[1] for result in results]
+
+
+# What is kept ---------------------------------------------------------------------------------------------------------
+
+
+def rows(model: Any, clock: Clock, config: Any) -> list[SiteReport]:
+    with collect_reports() as graphs, attnrewrite.attention_cache(model, config):
+        steps(model, clock, [500])
+    return [row for graph in graphs for row in graph.sites]
+
+
+def test_kinds_are_told_in_the_report() -> None:
+    clock = Clock()
+    found = rows(compiled(video()), clock, broadcast(clock, cross_attention_block_skip_range=3))
+    kept = {row.location.module: row.cached for row in found if row.location is not None}
+    assert kept["spatial"].startswith("spatial (")
+    assert kept["temporal"].startswith("no: temporal (")
+    assert kept["cross"].startswith("cross (the key comes from text")
+
+
+def test_what_feeds_a_reused_attention_alone_is_gone() -> None:
+    clock = Clock()
+    inner, graphs = recording()
+    model = compiled(video(), inner)
+    with attnrewrite.attention_cache(model, broadcast(clock, **ALL)):
+        steps(model, clock, [500, 400])
+    counts = [len(graph.graph.find_nodes(op="call_function", target=linear)) for graph in graphs]
+    # All twelve projections, and none: the output projection is kept with the attention.
+    assert counts == [12, 0]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_each_set_of_kinds_has_a_graph_and_all_are_compiled_at_once(dynamic: bool) -> None:
+    clock = Clock()
+    inner, graphs = recording()
+    model = compiled(video(), inner, dynamic=dynamic)
+    config = broadcast(clock, temporal_attention_block_skip_range=4, cross_attention_block_skip_range=4)
+    with attnrewrite.attention_cache(model, config):
+        found = steps(model, clock, [900, 400])
+        assert len(graphs) == 3  # Nothing, everything, and what is computed once in four calls.
+        for number, timestep in enumerate([300, 200, 150], start=2):
+            clock.now = timestep
+            found.append(model(**inputs(number)))
+    assert len(graphs) == 3
+    expected = truth(range(5))
+    for place, numbers in ((1, (0, 0, 2, 2, 4)), (2, (0, 0, 0, 0, 4)), (3, (0, 0, 0, 0, 4))):
+        for result, number in zip(found, numbers, strict=True):
+            assert relative_error(result[place], expected[number][place]) <= 1e-5
+    assert all(relative_error(result[0], each[0]) == 0 for result, each in zip(found, expected, strict=True))
+
+
+class Joint(nn.Module):
+    """Two sequences in one attention, divided behind the output projection, as in CogVideoX."""
+
+    def __init__(self, drop_text: bool) -> None:
+        super().__init__()
+        self.attention = Attention()
+        self.drop_text = drop_text
+
+    def forward(self, x: Tensor, text: Tensor) -> Any:
+        x = x.flatten(1, 2)
+        both = self.attention(torch.cat([text, x], dim=1))
+        words, positions = both.split([text.shape[1], x.shape[1]], dim=1)
+        return positions + x if self.drop_text else (positions + x, words + text)
+
+
+@pytest.mark.parametrize(("drop_text", "kept"), [(False, (2, 19, 8)), (True, (2, 15, 8))])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_parts_of_an_attention_are_kept_as_one_and_unread_parts_are_not(
+    drop_text: bool, kept: tuple[int, ...], dynamic: bool
+) -> None:
+    torch.manual_seed(0)
+    model, clock = Joint(drop_text).eval(), Clock()
+    inner, graphs = recording()
+    fast = compiled(model, inner, dynamic=dynamic)
+    with attnrewrite.attention_cache(fast, broadcast(clock)):
+        clock.now = 500
+        first = fast(**inputs(0))
+        clock.now = 400
+        found = fast(**inputs(1))
+    reuse = graphs[1]
+    (taken,) = [node for node in reuse.graph.find_nodes(op="placeholder") if "attention_value" in node.name]
+    assert len(taken.meta["val"].shape) == 3
+    if not dynamic:
+        assert tuple(taken.meta["val"].shape) == kept
+    assert relative_error(first, model(**inputs(0))) <= 1e-5
+    pairs = [(inputs(0)["x"], inputs(1)["x"]), (inputs(0)["text"], inputs(1)["text"])]
+    plain = model(**inputs(0))
+    plain = (plain,) if drop_text else plain
+    for result, before, (old, new) in zip((found,) if drop_text else found, plain, pairs, strict=False):
+        old, new = (each.flatten(1, 2) if each.dim() == 4 else each for each in (old, new))
+        assert relative_error(result, before - old + new) <= 1e-5
+
+
+class Alone(nn.Module):
+    """An attention that is the model's output itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x: Tensor, text: Tensor) -> Any:
+        return self.attention(x).transpose(1, 2)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_what_the_caller_does_to_a_result_does_not_reach_what_is_kept(inner: str) -> None:
+    torch.manual_seed(0)
+    model, clock = Alone().eval(), Clock()
+    expected = model(**inputs(0)).clone()
+    fast = compiled(model, inner)
+    with attnrewrite.attention_cache(fast, broadcast(clock, every=4)):
+        for number in range(4):
+            clock.now = 500 - number
+            result = fast(**inputs(number))
+            assert relative_error(result, expected) <= 1e-5
+            result.zero_()
+
+
+class Scaled(nn.Module):
+    """What is done to the attention behind its projection depends on more than parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x: Tensor, scale: Tensor, factor: int) -> Any:
+        return self.attention(x) * scale * factor
+
+
+def test_what_changes_from_step_to_step_is_not_kept() -> None:
+    torch.manual_seed(0)
+    model, clock = Scaled().eval(), Clock()
+    fast = compiled(model, dynamic=True)
+    x = inputs(0)["x"]
+    with attnrewrite.attention_cache(fast, broadcast(clock, every=8)):
+        for number, factor in enumerate((2, 3, 5)):
+            clock.now = 500 - number
+            scale = torch.tensor(1.0 + number)
+            assert relative_error(fast(x, scale, factor), model(x, scale, factor)) <= 1e-5
+
+
+# When it is taken -----------------------------------------------------------------------------------------------------
+
+kinds = ("spatial", "temporal", "cross")
+ranges = st.none() | st.integers(1, 4)
+windows = st.sampled_from([(-1, 12), (2, 9)])
+timesteps = st.lists(st.integers(0, 10), min_size=1, max_size=7) | st.integers(1, 7).map(
+    lambda count: list(range(10, 10 - count, -1))
+)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Any:
+    chosen: dict[str, Any] = {f"{kind}_attention_block_skip_range": draw(ranges) for kind in kinds}
+    if not any(chosen.values()):
+        chosen["spatial_attention_block_skip_range"] = 2
+    chosen |= {f"{kind}_attention_timestep_skip_range": draw(windows) for kind in kinds}
+    if draw(st.booleans()):
+        return PyramidAttentionBroadcastConfig(**chosen)
+    chosen = {key: value for key, value in chosen.items() if not key.startswith("cross")}
+    if not any(value for key, value in chosen.items() if key.endswith("block_skip_range")):
+        chosen["spatial_attention_block_skip_range"] = 2
+    return FasterCacheConfig(
+        **chosen,
+        unconditional_batch_skip_range=draw(st.integers(1, 4)),
+        unconditional_batch_timestep_skip_range=draw(windows),
+        attention_weight_callback=lambda module: 0.25,
+        low_frequency_weight_callback=lambda module: 1.0,
+        high_frequency_weight_callback=lambda module: 1.0,
+        tensor_format="BCHW",
+        unconditional_conditional_input_kwargs_identifiers=("x", "text"),
+        follow_diffusers=draw(st.booleans()),
+    )
+
+
+@st.composite
+def series(draw: st.DrawFn) -> tuple[list[Call], bool]:
+    separate = draw(st.booleans())
+    calls = []
+    for timestep in draw(timesteps):
+        stream = draw(st.sampled_from(["cond", "uncond"])) if separate else draw(st.sampled_from(["", "other"]))
+        reset = draw(st.integers(0, 9)) == 0
+        positions = draw(st.sampled_from([5, 5, 5, 6]))
+        calls.append(Call(timestep, stream, positions, reset, Fraction(1, 4)))
+    return calls, separate
+
+
+machine = None
+
+
+def the_machine() -> tuple[Any, Video, dict[int, list[Any]]]:
+    """A compiled model that all series share, and what it gives without a cache, by positions and call."""
+    global machine
+    if machine is None:
+        model = video()
+        fast = compiled(model)
+        plain = {positions: [model(**inputs(n, positions=positions)) for n in range(7)] for positions in (5, 6)}
+        machine = fast, model, plain
+    return machine
+
+
+@settings(max_examples=60, deadline=None)
+@given(config=configs(), drawn=series())
+def test_series_of_calls_give_what_the_reference_gives(config: Any, drawn: tuple[list[Call], bool]) -> None:
+    calls, separate = drawn
+    clock = Clock()
+    config.current_timestep_callback = clock
+    sites = {"spatial": "spatial", "temporal": "temporal", "cross": "cross"}
+    expected = simulate(settings_of(validated(config), separate), sites, calls)
+    fast, _, plain = the_machine()
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1000), attnrewrite.attention_cache(fast, config):
+        for number, (call, outcome) in enumerate(zip(calls, expected, strict=True)):
+            if call.reset:
+                attnrewrite.reset_cache(fast)
+            clock.now = call.timestep
+            positions: Any = call.signature
+            with attnrewrite.cache_stream(call.stream):
+                found = fast(**inputs(number, positions=positions))
+            for place, site in enumerate(sites, start=1):
+                whole = [plain[positions][n][place] for n in range(len(calls))]
+                value = evaluate(outcome.values[site], whole) if site in outcome.values else whole[number]
+                if len(found[place]) < len(value):
+                    assert outcome.guidance is not None
+                if site in outcome.reused or outcome.guidance is not None:
+                    value = value[-len(found[place]) :]
+                assert relative_error(found[place], value) <= 1e-5, (number, site, outcome)
+            if outcome.guidance is None:
+                assert relative_error(found[0], plain[positions][number][0]) <= 1e-6
+            else:
+                images = plain[positions]
+                learned = images[outcome.guidance.learned][0]
+                both = images[number][0]
+                # Weights of one: the difference as it was learned.
+                predicted = both[1:] + learned[:1] - learned[1:]
+                assert relative_error(found[0], torch.cat([predicted, both[1:]])) <= 1e-5
+
+
+def test_a_series_is_counted_through_graphs_of_several_sizes() -> None:
+    """Another shape is another run, and the first one's again another."""
+    clock = Clock()
+    model = compiled(video())
+    with attnrewrite.attention_cache(model, broadcast(clock, every=3)):
+        found = steps(model, clock, [900, 500, 400], positions=5)
+        found += steps(model, clock, [900, 500], positions=7)
+        found += steps(model, clock, [300], positions=5)
+    expected = [*truth([0, 0, 0]), *truth([0, 0], positions=7), *truth([0])]
+    assert relative_error(spatial(found), spatial(expected)) <= 1e-5
+
+
+# Streams and threads --------------------------------------------------------------------------------------------------
+
+
+def test_streams_nest_and_do_not_mix() -> None:
+    clock = Clock()
+    model = compiled(video())
+    found = {}
+    with attnrewrite.attention_cache(model, broadcast(clock, every=2)):
+        for step, timestep in enumerate([500, 400]):
+            clock.now = timestep
+            for number, names in enumerate((("a", "cond"), ("a", "uncond"), ("cond",))):
+                with attnrewrite.cache_stream(names[0]):
+                    if len(names) > 1:
+                        with attnrewrite.cache_stream(names[1]):
+                            found[step, number] = model(**inputs(3 * step + number))
+                    else:
+                        found[step, number] = model(**inputs(3 * step + number))
+    for number, expected in enumerate(truth(range(3))):
+        assert relative_error(found[1, number][1], expected[1]) <= 1e-5
+
+
+def test_two_calls_at_one_timestep_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    model = compiled(video())
+    with attnrewrite.attention_cache(model, broadcast(clock)), caplog.at_level("WARNING", "attnrewrite"):
+        steps(model, clock, [500, 500, 400, 400])
+    assert caplog.text.count("called twice at timestep 500") == 1
+    assert "cache_stream('cond')" in caplog.text
+
+
+def test_threads_do_not_mix() -> None:
+    model = compiled(video())
+    clock = Clock()
+    model(**inputs(0))
+    barrier = threading.Barrier(2, timeout=60)
+    found: dict[int, Tensor] = {}
+
+    def run(number: int) -> None:
+        with torch.no_grad():
+            for timestep in (500, 400):
+                barrier.wait()
+                clock.now = timestep
+                barrier.wait()
+                found[number] = model(**inputs(number if timestep == 500 else 5))[1]
+
+    with attnrewrite.attention_cache(model, broadcast(clock)):
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for number, expected in enumerate(truth(range(2))):
+        assert relative_error(found[number], expected[1]) <= 1e-5
+
+
+def test_two_models_have_a_cache_each() -> None:
+    clock = Clock()
+    models = [compiled(video()), torch.compile(video(), backend="attnrewrite", options={"inner_backend": "eager"})]
+    for model in models:
+        attnrewrite.enable_cache(model, broadcast(clock))
+    found = {}
+    for step, timestep in enumerate([500, 400]):
+        clock.now = timestep
+        for number, model in enumerate(models):
+            found[step, number] = model(**inputs(2 * step + number))
+    for number, expected in enumerate(truth(range(2))):
+        assert relative_error(found[1, number][1], expected[1]) <= 1e-5
+
+
+# How a model is compiled ----------------------------------------------------------------------------------------------
+
+
+def test_enabled_after_the_first_call_and_disabled_again() -> None:
+    clock = Clock()
+    inner, graphs = recording()
+    model = compiled(video(), inner)
+    plain = steps(model, clock, [500, 400])
+    assert len(graphs) == 1
+    for _ in range(2):
+        with attnrewrite.attention_cache(model, broadcast(clock)):
+            found = steps(model, clock, [500, 400])
+        assert relative_error(spatial(found), spatial(truth([0, 0]))) <= 1e-5
+        assert relative_error(steps(model, clock, [500, 400]), plain) == 0
+    assert len(graphs) == 3
+
+
+def test_kernels_change_in_the_middle_of_a_run() -> None:
+    clock = Clock()
+    model = compiled(video())
+    with attnrewrite.attention_cache(model, broadcast(clock)):
+        found = steps(model, clock, [500])
+        with attnrewrite.attention_backend("_native_math"):
+            clock.now = 400
+            found.append(model(**inputs(1)))
+    assert relative_error(spatial(found), spatial(truth([0, 0]))) <= 1e-5
+
+
+@pytest.mark.parametrize("cache_first", [True, False])
+def test_beside_kernels_for_the_model(cache_first: bool) -> None:
+    clock = Clock()
+    model = compiled(video())
+    config = broadcast(clock)
+    if cache_first:
+        attnrewrite.enable_cache(model, config)
+    attnrewrite.set_attention_backend(model, "_native_math")
+    if not cache_first:
+        attnrewrite.enable_cache(model, config)
+    attnrewrite.reset_attention_backend(model)
+    assert relative_error(spatial(steps(model, clock, [500, 400])), spatial(truth([0, 0]))) <= 1e-5
+    attnrewrite.disable_cache(model)
+    assert relative_error(spatial(steps(model, clock, [500, 400])), spatial(truth([0, 1]))) <= 1e-5
+
+
+class Stack(nn.Module):
+    """Blocks of one class, each compiled by itself, which share their graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spatial_blocks = nn.ModuleList([Attention(), Attention()])
+        self.temporal_blocks = nn.ModuleList([Attention()])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [block(x) for block in (*self.spatial_blocks, *self.temporal_blocks)]
+
+
+@pytest.mark.parametrize("identifiers", [None, ("^spatial_blocks",)])
+def test_blocks_that_share_a_graph_keep_their_own_values_and_kinds(identifiers: Any) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, clock = Stack().eval(), Clock()
+    expected = [model(inputs(n)["x"]) for n in range(2)]
+    inner, graphs = recording()
+    for block in (*model.spatial_blocks, *model.temporal_blocks):
+        block.compile(backend="attnrewrite", options={"inner_backend": inner})
+    config = broadcast(clock, spatial_attention_block_identifiers=identifiers)
+    with attnrewrite.attention_cache(model, config):
+        for number, timestep in enumerate([500, 400]):
+            clock.now = timestep
+            found = model(inputs(number)["x"])
+    assert len(graphs) == 2
+    assert relative_error(found[:2], expected[0][:2]) <= 1e-5
+    assert relative_error(found[2], expected[1][2]) <= 1e-5
+
+
+class Twice(nn.Module):
+    """A module that is called twice in a call of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.attention(x), self.attention(x + 1)])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_module_that_is_called_twice(whole: bool) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, clock = Twice().eval(), Clock()
+    expected = model(inputs(0)["x"])
+    (model if whole else model.attention).compile(backend="attnrewrite", options={"inner_backend": "eager"})
+    with attnrewrite.attention_cache(model, broadcast(clock)):
+        model(inputs(0)["x"])
+        clock.now = 400
+        assert relative_error(model(inputs(1)["x"]), expected) <= 1e-5
+
+
+class Broken(nn.Module):
+    """The graph breaks between two attentions, and behind the product of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Attention(), Attention()
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.first(x)
+        torch._dynamo.graph_break()
+        y *= 2
+        return self.second(x) + y
+
+
+def test_graph_breaks() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, clock = Broken().eval(), Clock()
+    expected = model(inputs(0)["x"])
+    fast: Any = torch.compile(model, backend="attnrewrite", options={"inner_backend": "eager"})
+    with attnrewrite.attention_cache(fast, broadcast(clock, every=4)):
+        for number in range(4):
+            clock.now = 500 - number
+            assert relative_error(fast(inputs(number)["x"]), expected) <= 1e-5
+
+
+def test_as_an_option_of_torch_compile() -> None:
+    clock = Clock()
+    inner, graphs = recording()
+    model = compiled(video(), inner, options={"cache": broadcast(clock)})
+    with collect_reports() as reports:
+        found = steps(model, clock, [500, 400, 300, 900])
+    assert relative_error(spatial(found), spatial(truth([0, 0, 2, 3]))) <= 1e-5
+    assert len(graphs) == 2
+    assert [row.cached[:7] for row in reports[0].sites].count("spatial") == 1
+
+
+def test_copies_of_a_model_with_a_cache_have_none() -> None:
+    clock = Clock()
+    torch._dynamo.reset()
+    model = video()
+    model.compile(backend="attnrewrite", options={"inner_backend": "eager"})
+    attnrewrite.enable_cache(model, broadcast(clock))
+    steps(model, clock, [500])
+    other = copy.deepcopy(model)
+    assert relative_error(steps(other, clock, [500, 400]), truth([0, 1])) <= 1e-5
+    attnrewrite.disable_cache(other)
+    clock.now = 300
+    assert relative_error(model(**inputs(1))[1], truth([0])[0][1]) <= 1e-5
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+VALUE = 2 * 3 * 5 * 8 * 4
+"""The bytes of the spatial attention's value."""
+
+
+def test_the_memory_limit_is_heard_before_anything_is_stored() -> None:
+    clock = Clock()
+    model = compiled(video())
+    message = r"1 attention values of Video take 0\.0 MiB.*memory_limit is 0\.0"
+    tight = attnrewrite.attention_cache(model, broadcast(clock, memory_limit=VALUE - 1))
+    with tight, pytest.raises(CacheMemoryError, match=message):
+        steps(model, clock, [500])
+    with attnrewrite.attention_cache(model, broadcast(clock, memory_limit=2 * VALUE)):
+        steps(model, clock, [500, 400])
+        with attnrewrite.cache_stream("other"):
+            steps(model, clock, [500, 400])
+        with attnrewrite.cache_stream("third"), pytest.raises(CacheMemoryError, match="are stored already"):
+            steps(model, clock, [500])
+        attnrewrite.reset_cache(model)
+        with attnrewrite.cache_stream("third"):
+            steps(model, clock, [500])
+
+
+@pytest.mark.parametrize("kind", [PyramidAttentionBroadcastConfig, FasterCacheConfig])
+def test_offloaded_values_give_the_same(kind: Any) -> None:
+    clock = Clock()
+    model = compiled(video())
+    own = {} if kind is PyramidAttentionBroadcastConfig else {"is_guidance_distilled": True}
+    results = []
+    for offload in (False, True):
+        config = kind(spatial_attention_block_skip_range=2, offload=offload, current_timestep_callback=clock, **own)
+        with attnrewrite.attention_cache(model, config):
+            results.append(steps(model, clock, [600, 500, 400, 300]))
+    assert relative_error(results[0], results[1]) == 0
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_timestep_that_is_not_known() -> None:
+    clock = Clock()
+    model = compiled(video())
+    with attnrewrite.attention_cache(model, broadcast(clock)), pytest.raises(CacheError, match="returned None"):
+        steps(model, clock, [None])  # type: ignore[list-item]
+
+
+def test_a_config_that_matches_nothing() -> None:
+    clock = Clock()
+    model = compiled(video())
+    config = broadcast(clock, spatial_attention_block_identifiers=["nowhere"])
+    message = "matches no attention of Video: spatial is spatial, which is not kept;"
+    with attnrewrite.attention_cache(model, config), pytest.raises(CacheError, match=message):
+        steps(model, clock, [500])
+    torch._dynamo.reset()
+    other: Any = torch.compile(video(), backend="eager")
+    with (
+        attnrewrite.attention_cache(other, broadcast(clock)),
+        pytest.raises(CacheError, match="no graph with attention"),
+    ):
+        steps(other, clock, [500])
+
+
+def test_training() -> None:
+    clock = Clock()
+    model = compiled(video())
+    with attnrewrite.attention_cache(model, broadcast(clock)):
+        with torch.enable_grad(), pytest.raises(CacheError, match=r"torch\.no_grad"):
+            steps(model, clock, [500])
+        model.train()
+        with pytest.raises(CacheError, match=r"model\.eval\(\)"):
+            steps(model, clock, [500])
+    with torch.enable_grad():
+        assert steps(model, clock, [500])[0][1].requires_grad
+
+
+def test_what_cannot_have_a_cache() -> None:
+    clock = Clock()
+    with pytest.raises(CacheTypeError, match=r"nothing in Video is compiled"):
+        attnrewrite.enable_cache(video(), broadcast(clock))
+    with pytest.raises(CacheTypeError, match="takes a compiled"):
+        attnrewrite.enable_cache(lambda x: x, broadcast(clock))  # type: ignore[arg-type]
+    model = compiled(video())
+    again = pytest.raises(CacheError, match="has a cache already")
+    with attnrewrite.attention_cache(model, broadcast(clock)), again:
+        attnrewrite.enable_cache(model, broadcast(clock))
+    attnrewrite.disable_cache(model)
+    with pytest.raises(OptionError, match="enable_cache"):
+        steps(compiled(video(), options={"cache": FasterCacheConfig(current_timestep_callback=clock)}), clock, [500])
+    twice = compiled(video(), options={"cache": broadcast(clock)})
+    with attnrewrite.attention_cache(twice, broadcast(clock)), pytest.raises(OptionError, match="leave one out"):
+        steps(twice, clock, [500])
+
+
+def test_an_error_in_a_call_ends_the_run() -> None:
+    clock = Clock()
+    model = compiled(video())
+    with attnrewrite.attention_cache(model, broadcast(clock, every=4)):
+        found = steps(model, clock, [500])
+        clock.now = 400
+        with pytest.raises(TypeError):
+            model(**inputs(1), unknown=1)
+        found += [model(**inputs(1)), model(**inputs(2))]
+    assert relative_error(spatial(found), spatial(truth([0, 1, 1]))) <= 1e-5
