@@ -10,6 +10,7 @@
 - :func:`register_pattern`, :func:`unregister_pattern`: attentions that the catalogue lacks; see docs/patterns.md.
 - :func:`enable_cache`, :func:`disable_cache`, :func:`reset_cache`, :func:`attention_cache`, :func:`cache_stream`,
   :class:`PyramidAttentionBroadcastConfig`, :class:`FasterCacheConfig`: attention reused across diffusion steps.
+- :func:`calibrate`: a :class:`Calibration` of how much a model's attentions change from step to step.
 - :func:`explain`: a :class:`RewriteReport` of what is rewritten in a model, into what, and why the rest is not.
 """
 
@@ -19,6 +20,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from attnrewrite.caching.calibration import Calibration, calibrate
     from attnrewrite.caching.config import FasterCacheConfig, PyramidAttentionBroadcastConfig
     from attnrewrite.caching.enabling import attention_cache, disable_cache, enable_cache, reset_cache
     from attnrewrite.caching.session import cache_stream
@@ -45,6 +47,7 @@ __all__ = [
     "AttnRewriteError",
     "CacheError",
     "CacheMemoryError",
+    "Calibration",
     "FasterCacheConfig",
     "GraphReport",
     "KernelError",
@@ -58,6 +61,7 @@ __all__ = [
     "attention_cache",
     "attention_forward",
     "cache_stream",
+    "calibrate",
     "disable_cache",
     "enable_cache",
     "explain",
@@ -76,6 +80,7 @@ _HOMES = {
     "AttnRewriteError": "errors",
     "CacheError": "errors",
     "CacheMemoryError": "errors",
+    "Calibration": "caching.calibration",
     "FasterCacheConfig": "caching.config",
     "GraphReport": "report",
     "KernelError": "errors",
@@ -89,6 +94,7 @@ _HOMES = {
     "attention_cache": "caching.enabling",
     "attention_forward": "functional",
     "cache_stream": "caching.session",
+    "calibrate": "caching.calibration",
     "disable_cache": "caching.enabling",
     "enable_cache": "caching.enabling",
     "explain": "explanation",

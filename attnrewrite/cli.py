@@ -1,4 +1,4 @@
-"""The command line: ``attnrewrite doctor``, ``attnrewrite explain`` and ``attnrewrite bench``.
+"""The command line: ``attnrewrite doctor``, ``explain``, ``calibrate`` and ``bench``.
 
 torch is imported by the commands, not here: ``attnrewrite --help`` answers at once. Mistakes of the caller end in one
 line on standard error and exit code 2.
@@ -22,6 +22,9 @@ __all__ = ["main"]
 
 _FILE: Any = click.Path(dir_okay=False, path_type=Path)
 _RETURNS = "return model, (model, args), (model, args, kwargs), or a dict with the keys model, args, kwargs"
+_RETURNS_A_RUN = (
+    "return (model, run, current_timestep_callback), or a dict with the keys model, run, current_timestep_callback"
+)
 
 
 class _BadInput(click.ClickException):
@@ -81,13 +84,7 @@ def explain(
     (model, args), or (model, args, kwargs), or a dict with the keys model, args and kwargs; the model is called with
     these arguments. Modules in the current directory are found.
     """
-    # As `python -m` has it, so that modules of the current directory are found.
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    function = _load(factory, traceback)
-    with _users_code(f"{factory}()", traceback):
-        made = function()
-    model, args, kwargs = _model_and_inputs(made, factory)
+    model, args, kwargs = _model_and_inputs(_made_by(factory, traceback), factory)
 
     import torch
 
@@ -117,6 +114,86 @@ def explain(
         except OSError as error:
             raise _BadInput(f"the HTML page could not be written to {html}: {error.strerror or error}") from error
         click.echo(f"Wrote {html}", err=True)
+
+
+@main.command()
+@click.argument("factory", metavar="MODULE:FACTORY")
+@click.option("--threshold", metavar="X", type=float, help="The relative difference to tolerate (default 0.1).")
+@click.option(
+    "--lags",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=4,
+    help="Compare with up to N calls before, and propose skip ranges up to N + 1 (default 4).",
+)
+@click.option("--plot", type=_FILE, help="Draw the differences into this file (.png, .svg, .pdf); needs matplotlib.")
+@click.option("--json", "path", type=_FILE, help="Write the differences and the proposals here.")
+@click.option("--offload", is_flag=True, help="Keep earlier values in the host's memory.")
+@click.option(
+    "--inner-backend",
+    metavar="NAME",
+    help="What runs the rewritten graphs (default: eager, since each runs only a few times; inductor for long runs).",
+)
+@click.option("--traceback", is_flag=True, help="Show the whole traceback when the model's own code fails.")
+def calibrate(
+    factory: str,
+    threshold: float | None,
+    lags: int,
+    plot: Path | None,
+    path: Path | None,
+    offload: bool,
+    inner_backend: str | None,
+    traceback: bool,
+) -> None:
+    """Show how much each attention of a diffusion model changes from step to step, and propose what to reuse.
+
+    MODULE:FACTORY names a function without arguments. It returns (model, run, current_timestep_callback), or a dict
+    with these keys: the model; a function without arguments that runs it for real, such as a call of its pipeline; and
+    a function that gives the timestep of the call that is being made. The model is put in evaluation mode and run
+    without gradients, and compiled in place if nothing in it is compiled. Modules in the current directory are found.
+    """
+    for file in (plot, path):
+        _check_writable(file)
+    _check_plot(plot)
+    model, run, callback = _model_and_run(_made_by(factory, traceback), factory)
+
+    import torch
+
+    from attnrewrite import calibrate as calibrate_model
+    from attnrewrite.caching.calibration import DEFAULT_THRESHOLD
+    from attnrewrite.caching.calibration_views import print_calibration
+    from attnrewrite.errors import AttnRewriteError
+    from attnrewrite.wrapping import compiled_modules
+
+    if not isinstance(model, torch.nn.Module):
+        _bad_return(factory, f"an object of type {type(model).__name__} as the model", _RETURNS_A_RUN)
+    model.eval()
+    if not any(True for _ in compiled_modules(model)):
+        model.compile(backend="attnrewrite", options={"inner_backend": inner_backend or "eager"})
+    elif inner_backend is not None:
+        raise _BadInput(
+            f"--inner-backend {inner_backend}: the model that {factory} returned is compiled already; leave it out"
+        )
+    with _users_code("run()", traceback), torch.no_grad():
+        try:
+            found = calibrate_model(
+                model,
+                run,
+                callback,
+                threshold=DEFAULT_THRESHOLD if threshold is None else threshold,
+                lags=lags,
+                offload=offload,
+            )
+        except AttnRewriteError as error:
+            raise _BadInput(_in_a_line(error)) from error
+    if sys.stdout.isatty():
+        print_calibration(found)
+    else:  # as in `explain`
+        click.echo(found.to_text(), nl=False)
+    if any(found.proposals.values()):
+        click.echo(f"\nThe proposed configuration:\n\n{found.to_python()}")
+    _write(path, lambda file: file.write_text(found.to_json() + "\n", encoding="utf-8"))
+    _write(plot, found.save_plot)
 
 
 @main.group()
@@ -181,8 +258,7 @@ def bench_sites(
     """
     for file in (path, table, plot):
         _check_writable(file)
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise _BadInput("--plot needs matplotlib: pip install 'attnrewrite[plot]'")
+    _check_plot(plot)
 
     import torch
 
@@ -224,7 +300,12 @@ def _check_writable(path: Path | None) -> None:
         raise _BadInput(f"the data could not be written to {path}: {path.parent} is no directory")
 
 
-def _write(path: Path | None, save: Callable[[Path], None]) -> None:
+def _check_plot(path: Path | None) -> None:
+    if path is not None and importlib.util.find_spec("matplotlib") is None:
+        raise _BadInput("--plot needs matplotlib: pip install 'attnrewrite[plot]'")
+
+
+def _write(path: Path | None, save: Callable[[Path], object]) -> None:
     if path is None:
         return
     try:
@@ -233,6 +314,16 @@ def _write(path: Path | None, save: Callable[[Path], None]) -> None:
         words = getattr(error, "strerror", None) or error
         raise _BadInput(f"the data could not be written to {path}: {words}") from error
     click.echo(f"Wrote {path}", err=True)
+
+
+def _made_by(factory: str, traceback: bool) -> Any:
+    """What the function returns that "package.module:factory" names."""
+    # As `python -m` has it, so that modules of the current directory are found.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    function = _load(factory, traceback)
+    with _users_code(f"{factory}()", traceback):
+        return function()
 
 
 def _load(target: str, traceback: bool) -> Callable[[], Any]:
@@ -319,8 +410,33 @@ def _model_and_inputs(made: Any, factory: str) -> tuple[Callable[..., Any], tupl
     return model, tuple(args), dict(kwargs)
 
 
-def _bad_return(factory: str, what: str) -> NoReturn:
-    raise _BadInput(f"{factory} returned {what}; {_RETURNS}")
+def _model_and_run(made: Any, factory: str) -> tuple[Any, Callable[[], Any], Callable[[], Any]]:
+    """What the factory returned, as a model, what runs it, and what gives its timestep."""
+    names = ("model", "run", "current_timestep_callback")
+    if isinstance(made, Mapping):
+        wrong = [f"no key {name!r}" for name in names if name not in made]
+        wrong += [f"the unknown key {str(key)!r}" for key in made if key not in names]
+        if wrong:
+            _bad_return(factory, f"a dict with {wrong[0]}", _RETURNS_A_RUN)
+        parts = tuple(made[name] for name in names)
+    elif isinstance(made, tuple) and len(made) == len(names):
+        parts = made
+    else:
+        _bad_return(
+            factory,
+            f"a tuple of {len(made)}" if isinstance(made, tuple) else f"an object of type {type(made).__name__}",
+            _RETURNS_A_RUN,
+        )
+    for name, part in zip(names[1:], parts[1:], strict=True):
+        if not callable(part):
+            _bad_return(factory, f"an object of type {type(part).__name__} as {name}", _RETURNS_A_RUN)
+        if not _accepts(part):
+            raise _BadInput(f"{name} of {factory} must be callable without arguments; it takes {_signature(part)}")
+    return parts[0], parts[1], parts[2]
+
+
+def _bad_return(factory: str, what: str, returns: str = _RETURNS) -> NoReturn:
+    raise _BadInput(f"{factory} returned {what}; {returns}")
 
 
 @contextlib.contextmanager

@@ -118,7 +118,7 @@ class _KeepingGraph:
         results = list(self._variants[reused](*args, *inputs))
         for entry, value in zip(computed, results[self._outputs :], strict=True):
             if entry.kind is not None:
-                call.keep(entry.key, value.clone() if self._copies else value.contiguous())
+                call.keep(entry.key, value.clone() if self._copies else value.contiguous(), entry.path, entry.kind)
         return results[: self._outputs]
 
     @staticmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from attnrewrite.caching.session import Session, cache_stream
 from attnrewrite.errors import AttnRewriteError, CacheError
 from attnrewrite.wrapping import compiled_modules, unwrap_calls, wrap_calls
 
-__all__ = ["attention_cache", "disable_cache", "enable_cache", "reset_cache"]
+__all__ = ["attention_cache", "disable_cache", "enable_cache", "enable_session", "reset_cache"]
 
 _LAYER = "cache"
 
@@ -55,10 +55,21 @@ def enable_cache(model: nn.Module, config: object) -> None:
         )
         attnrewrite.enable_cache(pipe.transformer, config)
     """
-    root = _root(model, "enable_cache")
+    enable_session(model, lambda root: Session(validated(config), root), "enable_cache")
+
+
+def enable_session(model: nn.Module, session_of: Callable[[nn.Module], Session], function: str) -> None:
+    """Puts a session around a compiled model's calls; :func:`disable_cache` undoes it.
+
+    Args:
+        model: as for :func:`enable_cache`, which names the errors.
+        session_of: makes the session for the model as it was before it was compiled.
+        function: what the caller called, for the messages.
+    """
+    root = _root(model, function)
     if not any(True for _ in compiled_modules(model)):
         raise CacheTypeError(
-            f"enable_cache takes a compiled module, and nothing in {type(model).__name__} is compiled: call "
+            f"{function} takes a compiled module, and nothing in {type(model).__name__} is compiled: call "
             "torch.compile(model, backend='attnrewrite') or model.compile(backend='attnrewrite') first, and give what "
             "that returns"
         )
@@ -69,7 +80,7 @@ def enable_cache(model: nn.Module, config: object) -> None:
             f"{type(root).__name__} has diffusers' own cache enabled, whose hooks break graphs: call its "
             "disable_cache() first"
         )
-    session = Session(validated(config), root)
+    session = session_of(root)
     wrap_calls(model, _LAYER, session.around)
     _enabled[root] = (weakref.ref(model), session)
     # diffusers' pipelines name their streams and say when a run is over. Methods are bound anew in copies of the model.

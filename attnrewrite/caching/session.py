@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,7 +30,7 @@ from attnrewrite.caching.method import Method, method_of
 from attnrewrite.caching.runs import Run, timestep_of, weight_of
 from attnrewrite.errors import CacheError, CacheMemoryError
 
-__all__ = ["Key", "ModelCall", "Plan", "Session", "cache_stream", "current_call"]
+__all__ = ["Key", "ModelCall", "Observation", "Observer", "Plan", "Session", "cache_stream", "current_call"]
 
 log = logging.getLogger("attnrewrite")
 
@@ -76,6 +76,43 @@ class Plan:
     method: Method = field(compare=False)
 
 
+class Observation(NamedTuple):
+    """A value that was computed, before it is stored.
+
+    Attributes:
+        key: the same for the values of one attention at all calls.
+        path: of the attention's module.
+        stream: the names of the streams that the call is made in, the outermost first.
+        iteration: how many calls of the run came before; 0 begins a run.
+        timestep: of the call, in the scheduler's units.
+        value: the new value; not to be changed.
+        earlier: what is stored of the calls before, the latest last. Before ``kept`` values there were, the first one
+            is there several times.
+    """
+
+    key: Key
+    path: str
+    kind: Kind
+    stream: tuple[str, ...]
+    iteration: int
+    timestep: float
+    value: Tensor
+    earlier: Sequence[Tensor]
+
+
+class Observer(Protocol):
+    """Sees every value that a session stores.
+
+    Attributes:
+        kept: how many values are stored for a site.
+    """
+
+    kept: int
+
+    def see(self, observation: Observation) -> None:
+        """Called in the thread that calls the model."""
+
+
 class _Stream:
     def __init__(self, tensor_format: str | None) -> None:
         self.run = Run()
@@ -95,14 +132,20 @@ class Session:
     """What is stored for one model (or for one graph), and the rules for it."""
 
     def __init__(
-        self, config: PyramidAttentionBroadcastConfig | FasterCacheConfig, model: nn.Module | None = None
+        self,
+        config: PyramidAttentionBroadcastConfig | FasterCacheConfig,
+        model: nn.Module | None = None,
+        observer: Observer | None = None,
     ) -> None:
         """Args:
         config: validated.
         model: whose calls are counted; None for those of a single graph.
+        observer: sees what is stored, and says how much of it is; default None: as much as the method needs.
         """
         self.config = config
         self.method = method_of(config)
+        self.observer = observer
+        self.kept = self.method.kept if observer is None else observer.kept
         kinds = ("spatial", "temporal", "cross")
         identifiers = (getattr(config, f"{kind}_attention_block_identifiers", None) for kind in kinds)
         self.settings = (self.method.kinds, *identifiers)
@@ -360,6 +403,7 @@ class ModelCall:
         self.is_of_graph = session._model is None
         self._session = session
         self._stream = stream
+        self._names, self._iteration, self._timestep = _stream.get(), iteration, timestep
         # Where both halves are computed, the conditional one is kept.
         self._both = session._predicts(separate) and not halved
         self._visits: Counter[Key] = Counter()
@@ -414,12 +458,12 @@ class ModelCall:
 
     def reserve(self, values: Sequence[tuple[Key, Value, tuple[int, ...]]]) -> None:
         """Counts what will be stored of values of these shapes, before they are computed."""
-        each = self._session.method.kept / (2 if self._both else 1)
+        each = self._session.kept / (2 if self._both else 1)
         sizes = {key: int(math.prod(shape) * value.dtype.itemsize * each) for key, value, shape in values}
         self._session.reserve(self._stream, sizes)
 
-    def keep(self, key: Key, value: Tensor) -> None:
-        """Stores what was computed."""
+    def keep(self, key: Key, value: Tensor, path: str, kind: Kind) -> None:
+        """Stores what was computed; ``path`` is its module's."""
         if self._both:
             if value.shape[0] % 2:
                 raise CacheError(
@@ -427,12 +471,16 @@ class ModelCall:
                     "FasterCache cannot take the conditional half: dimension 0 is odd. Exclude it by block identifiers"
                 )
             value = value.chunk(2)[1].clone()
+        observer = self._session.observer
+        if observer is not None:
+            earlier = self._stream.values.get(key, ())
+            observer.see(Observation(key, path, kind, self._names, self._iteration, self._timestep, value, earlier))
         self._put(key, value)
 
     def _put(self, key: Key, value: Tensor) -> None:
         history = self._stream.values.get(key)
         value = _to_host(value) if self._session.config.offload else value
-        kept = self._session.method.kept
+        kept = self._session.kept
         self._stream.values[key] = [*history, value][-kept:] if history else [value] * kept
 
 
