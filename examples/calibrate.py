@@ -28,7 +28,7 @@ def latte() -> tuple[nn.Module, Callable[[], torch.Tensor], Callable[[], float |
         num_attention_heads=2,
         attention_head_dim=16,
         in_channels=4,
-        num_layers=2,
+        num_layers=1,
         cross_attention_dim=32,
         attention_bias=True,
         sample_size=8,
