@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from attnrewrite.analysis.kinds import Kind
@@ -110,18 +110,21 @@ def proposed(runs: Sequence[Sequence[Step]], threshold: float) -> Window | None:
     calls = [run for run in runs if run]
     lags = max((len(run[0].differences) for run in calls), default=0)
     timesteps = sorted({step.timestep for run in calls for step in run})
+    every_call = sorted(step.timestep for run in calls for step in run)
+    before = [bisect_left(every_call, timestep) for timestep in timesteps] + [len(every_call)]
     best: tuple[tuple[float, ...], int, int, int, _Total] | None = None
     for every in range(2, lags + 2):
         tried = [_Run(run, every, threshold, timesteps) for run in calls]
-        for low in range(len(timesteps)):
-            for high in range(low, len(timesteps)):
-                totals = [run.reuse(low, high) for run in tried]
-                found = _sum(totals)
-                if found is None or not found.reused:
-                    continue
-                rank = (found.reused, -found.differences / found.reused, low - high)
-                if best is None or rank > best[0]:
-                    best = rank, every, low, high, found
+        # The widest first, so that what holds fewer calls than are reused already is passed over.
+        for low, high in _widest_first(len(timesteps)):
+            if best is not None and before[high + 1] - before[low] < best[0][0]:
+                continue
+            found = _sum(run.reuse(low, high) for run in tried)
+            if found is None or not found.reused:
+                continue
+            rank = (found.reused, -found.differences / found.reused, low - high)
+            if best is None or rank > best[0]:
+                best = rank, every, low, high, found
     if best is None:
         return None
     _, every, low, high, total = best
@@ -142,10 +145,19 @@ class _Total:
     largest: float = 0.0
 
 
-def _sum(totals: Sequence[_Total | None]) -> _Total | None:
-    known = [total for total in totals if total is not None]
-    if len(known) < len(totals):
-        return None
+def _widest_first(count: int) -> Iterator[tuple[int, int]]:
+    """The first and the last place of each stretch of ``count``."""
+    for width in range(count, 0, -1):
+        for low in range(count - width + 1):
+            yield low, low + width - 1
+
+
+def _sum(totals: Iterable[_Total | None]) -> _Total | None:
+    known = []
+    for total in totals:
+        if total is None:
+            return None
+        known.append(total)
     return _Total(
         sum(total.reused for total in known),
         math.fsum(total.differences for total in known),
