@@ -239,6 +239,8 @@ class Session:
         skips = self.method.skips_unconditional(iteration, timestep, separate)
         if skips:
             args, kwargs = halved_inputs(tuple(args), kwargs, self._split_names)
+        elif iteration == 0 and self._predicts(separate):
+            self._prepare(function, args, kwargs, shapes)
         current = ModelCall(self, stream, iteration, timestep, halved=skips, separate=separate)
         token = _call.set(current)
         stream.in_call = True
@@ -257,20 +259,16 @@ class Session:
         if not self._matched and self._model is not None:
             current.require_match()
             self._matched = True
-        if iteration == 0 and not separate:
-            self._prepare(function, args, kwargs, shapes)
         return result
 
     def _prepare(
-        self,
-        function: Callable[..., Any],
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
-        shapes: Hashable,
-        separate: bool,
+        self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], shapes: Hashable
     ) -> None:
-        """Has the graphs for the conditional half compiled at once, by a call of which nothing is kept."""
-        if separate or shapes in self._prepared or not self.method.may_skip_unconditional:
+        """Has the graphs for the conditional half compiled at once, by a call of which nothing is kept.
+
+        It comes before the call that is asked for, whose result the next replay of a CUDA graph would overwrite.
+        """
+        if shapes in self._prepared or not self.method.may_skip_unconditional:
             return
         self._prepared.add(shapes)
         args, kwargs = halved_inputs(tuple(args), kwargs, self._split_names)
