@@ -39,7 +39,7 @@ class Attention(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """``x``: ``[batch, 128 positions, 128]``; ``text``: ``[batch, 64, 128]``. An image, and what both attentions give."""
+    """``x``: ``[batch, 128 positions, 128]``; ``text``: ``[batch, 64, 128]``. Gives an image, and both attentions."""
 
     def __init__(self) -> None:
         super().__init__()
