@@ -115,11 +115,17 @@ class _KeepingGraph:
         call.reserve([(entry.key, entry.value, entry.shape) for entry in computed if entry.kind is not None])
         taken = [entry for entry in entries if entry.value.kind in reused]
         inputs = [call.reuse(entry.key, entry.value, entry.path) for entry in taken]
+        for entry in computed:
+            call.make_room(entry.key)
         results = list(self._variants[reused](*args, *inputs))
-        for entry, value in zip(computed, results[self._outputs :], strict=True):
+        given = list(reversed(results[self._outputs :]))
+        del results[self._outputs :], inputs
+        for entry in computed:
+            # What is not stored as it is goes at once.
+            value = given.pop()
             if entry.kind is not None:
                 call.keep(entry.key, value.clone() if self._copies else value.contiguous(), entry.path, entry.kind)
-        return results[: self._outputs]
+        return results
 
     @staticmethod
     def _is_there(call: ModelCall, entry: _Entry) -> bool:

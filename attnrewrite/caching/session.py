@@ -442,8 +442,8 @@ class ModelCall:
 
     def holds(self, key: Key, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
         """Whether there is a value to reuse, of that shape and dtype."""
-        history = self._stream.values.get(key)
-        return history is not None and all(value.shape == shape and value.dtype == dtype for value in history)
+        history = self._stream.values.get(key, [])
+        return bool(history) and all(value.shape == shape and value.dtype == dtype for value in history)
 
     def reuse(self, key: Key, value: Value, path: str) -> Tensor:
         """The value that takes the place of one that is not computed; ``path`` is its module's."""
@@ -459,6 +459,12 @@ class ModelCall:
         each = self._session.kept / (2 if self._both else 1)
         sizes = {key: int(math.prod(shape) * value.dtype.itemsize * each) for key, value, shape in values}
         self._session.reserve(self._stream, sizes)
+
+    def make_room(self, key: Key) -> None:
+        """Frees what will not be read again, before the value is computed anew."""
+        history = self._stream.values.get(key)
+        if history and self._session.observer is None:
+            del history[: len(history) - self._session.kept + 1]
 
     def keep(self, key: Key, value: Tensor, path: str, kind: Kind) -> None:
         """Stores what was computed; ``path`` is its module's."""
