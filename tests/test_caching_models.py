@@ -47,13 +47,14 @@ class Inner:
 
     def __init__(self, name: str) -> None:
         self.compilations = 0
-        self.attentions = 0
+        self.attentions = self.sites = 0
         self._compile: Any = lookup_backend(name)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.compilations += 1
         attention = torch.ops.aten.scaled_dot_product_attention.default
         attentions = sum(node.target is attention for node in gm.graph.nodes)
+        self.sites = max(self.sites, attentions)
         compiled = self._compile(gm, example_inputs)
 
         def call(*args: Any) -> Any:
@@ -193,7 +194,9 @@ def test_faster_cache(name: str) -> None:
     predictions = denoise(model, compiled, clock, after_step=history)
     assert worst(predictions, expected) <= LIMIT
     assert_reused(predictions, denoise(model, network, clock))
-    assert inner.attentions == eager.count
+    # The graphs of the conditional half are compiled by a call that comes before the first one.
+    extra = 0 if ours.is_guidance_distilled else inner.sites
+    assert inner.attentions == eager.count + extra
     history.check()
 
 

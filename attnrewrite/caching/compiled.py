@@ -71,7 +71,8 @@ def kept_attention(
     values = find_values(gm, attentions)
     present = {value.kind for value in values}
     together = {frozenset[Kind](), *(kinds & present for kinds in call.plan.reused)}
-    graphs = {reused: with_values(gm, values, reused) for reused in sorted(together, key=sorted)}
+    halves = call.plan.halves
+    graphs = {reused: with_values(gm, values, reused, halves) for reused in sorted(together, key=sorted)}
     return Kept(gm, tuple(values), graphs, tuple(others))
 
 
@@ -129,7 +130,7 @@ class _KeepingGraph:
 
     @staticmethod
     def _is_there(call: ModelCall, entry: _Entry) -> bool:
-        return entry.kind in call.reused and call.holds(entry.key, entry.shape, entry.value.dtype)
+        return entry.kind in call.reused and call.holds(entry.key, entry.shape, entry.path)
 
     def _entries(self, call: ModelCall, args: Sequence[Any]) -> list[_Entry]:
         entries = []

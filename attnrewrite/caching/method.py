@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from attnrewrite.analysis.kinds import Kind
@@ -186,9 +187,8 @@ class _FasterCache(Method):
         return rule is not None and rule.every > 1 and rule.after < rule.before
 
     def next_value(self, history: Sequence[Tensor], weight: float) -> Tensor:
-        last = history[-1]
-        # After one computed output, it counts as the one before it, too, as published.
-        return last if len(history) == 1 else last + (last - history[-2]) * weight
+        # After one computed output, it counts as the one before it, too, as published. One pass over memory.
+        return history[-1] if len(history) == 1 else torch.lerp(history[-2], history[-1], 1 + weight)
 
     def _may_extrapolate(self, halved: bool, separate: bool) -> bool:
         # Outputs of conditional halves are stored, which say nothing of an unconditional half in the same call.

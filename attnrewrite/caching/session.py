@@ -69,10 +69,14 @@ def _is_separate(stream: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a graph is compiled for: which attentions are kept, and which kinds are reused together."""
+    """What a graph is compiled for: which attentions are kept, and which kinds are reused together.
+
+    ``halves``: of a batch with both halves of guidance, the second one is kept.
+    """
 
     settings: Hashable
     reused: frozenset[frozenset[Kind]]
+    halves: bool
     method: Method = field(compare=False)
 
 
@@ -397,13 +401,13 @@ class ModelCall:
     ) -> None:
         method = session.method
         self.reused = method.reused(iteration, timestep, halved, separate)
-        self.plan = Plan(session.settings, method.reachable(halved, separate), method)
+        # Where both halves are computed, the conditional one is kept.
+        halves = session._predicts(separate) and not halved
+        self.plan = Plan(session.settings, method.reachable(halved, separate), halves, method)
         self.is_of_graph = session._model is None
         self._session = session
         self._stream = stream
         self._names, self._iteration, self._timestep = _stream.get(), iteration, timestep
-        # Where both halves are computed, the conditional one is kept.
-        self._both = session._predicts(separate) and not halved
         self._visits: Counter[Key] = Counter()
         self._matched = False
         self._found: dict[str, None] = {}
@@ -440,10 +444,19 @@ class ModelCall:
             "that there is, or block identifiers that match"
         )
 
-    def holds(self, key: Key, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-        """Whether there is a value to reuse, of that shape and dtype."""
+    def holds(self, key: Key, shape: tuple[int, ...], path: str) -> bool:
+        """Whether there is a value to reuse.
+
+        Raises:
+            CacheError: it has another shape. Within a run that comes of halving a dimension that is not the batch.
+        """
         history = self._stream.values.get(key, [])
-        return bool(history) and all(value.shape == shape and value.dtype == dtype for value in history)
+        if history and history[-1].shape != shape:
+            raise CacheError(
+                f"what is kept of the attention {path or 'of a function'} has the shape {tuple(history[-1].shape)}, "
+                f"and {shape} is needed: its batch is not dimension 0. Exclude it by block identifiers"
+            )
+        return bool(history)
 
     def reuse(self, key: Key, value: Value, path: str) -> Tensor:
         """The value that takes the place of one that is not computed; ``path`` is its module's."""
@@ -456,7 +469,7 @@ class ModelCall:
 
     def reserve(self, values: Sequence[tuple[Key, Value, tuple[int, ...]]]) -> None:
         """Counts what will be stored of values of these shapes, before they are computed."""
-        each = self._session.kept / (2 if self._both else 1)
+        each = self._session.kept / (2 if self.plan.halves else 1)
         sizes = {key: int(math.prod(shape) * value.dtype.itemsize * each) for key, value, shape in values}
         self._session.reserve(self._stream, sizes)
 
@@ -468,13 +481,6 @@ class ModelCall:
 
     def keep(self, key: Key, value: Tensor, path: str, kind: Kind) -> None:
         """Stores what was computed; ``path`` is its module's."""
-        if self._both:
-            if value.shape[0] % 2:
-                raise CacheError(
-                    f"an attention of {self._session.name} gives a tensor of shape {tuple(value.shape)}, of which "
-                    "FasterCache cannot take the conditional half: dimension 0 is odd. Exclude it by block identifiers"
-                )
-            value = value.chunk(2)[1].clone()
         observer = self._session.observer
         if observer is not None:
             earlier = self._stream.values.get(key, ())
