@@ -91,7 +91,8 @@ def _meaning(site: SiteReport) -> list[str]:
 
 def _why(site: SiteReport) -> list[str]:
     """The reason, the proof, and what the kernels answered."""
-    lines = [text for text in (site.reason, site.slices, site.projections) if text]
+    cached = f"reused across steps: {site.cached}" if site.cached else ""
+    lines = [text for text in (site.reason, site.slices, site.projections, cached) if text]
     lines += site.proof
     for verdict in site.verdicts:
         if verdict.reason and verdict.reason not in site.reason:
