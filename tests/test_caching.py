@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import runpy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 import attnrewrite
 from attnrewrite import CacheError, CacheMemoryError, FasterCacheConfig, OptionError, PyramidAttentionBroadcastConfig
 from attnrewrite.backend import collect_reports
+from attnrewrite.caching import enabling
 from attnrewrite.caching.config import validated
 from attnrewrite.caching.enabling import CacheTypeError
 from attnrewrite.report import SiteReport
@@ -590,6 +593,32 @@ def test_copies_of_a_model_with_a_cache_have_none() -> None:
     attnrewrite.disable_cache(other)
     clock.now = 300
     assert relative_error(model(**inputs(1))[1], truth([0])[0][1]) <= 1e-5
+
+
+def test_a_pipeline_names_its_streams_and_ends_its_runs() -> None:
+    """Nothing of the first video is in the second one, which begins at the timestep at which the first one began."""
+    torch._dynamo.reset()
+    example = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "caching_pipeline.py"))
+    pipeline, video = example["pipeline"], example["video"]
+    pipe = pipeline()
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 1001),
+        current_timestep_callback=lambda: pipe.current_timestep,
+    )
+    plain = video(pipe, 2)
+    inner, graphs = recording()
+    pipe.transformer = torch.compile(pipe.transformer, backend="attnrewrite", options={"inner_backend": inner})
+    with attnrewrite.attention_cache(pipe.transformer, config):
+        (session,) = [session for _, session in enabling._enabled.values()]
+        videos = [video(pipe, 2) for _ in range(2)]
+        assert session.nbytes == 0
+        # One step, which computes everything: without a reset it would go on where the second step was.
+        (single,) = (video(pipe, 1),)
+    assert len(graphs) == 2
+    assert torch.equal(videos[0], videos[1])
+    assert relative_error(videos[0], plain) > 1e-4
+    assert relative_error(single, video(pipeline(), 1)) <= 1e-5
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------

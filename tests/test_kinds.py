@@ -98,18 +98,6 @@ def motion() -> tuple[Any, dict[str, Any]]:
     return model, {**inputs, "timestep": torch.tensor(7), "return_dict": False}
 
 
-def unet_3d() -> tuple[Any, dict[str, Any]]:
-    model = diffusers_model(
-        "UNet3DConditionModel",
-        **_UNET,
-        attention_head_dim=8,
-        down_block_types=("CrossAttnDownBlock3D",),
-        up_block_types=("CrossAttnUpBlock3D",),
-    )
-    inputs = {"sample": noise(2, 4, 3, 8, 8, seed=0), "encoder_hidden_states": _TEXT}
-    return model, {**inputs, "timestep": torch.tensor(7), "return_dict": False}
-
-
 def svd() -> tuple[Any, dict[str, Any]]:
     model = diffusers_model(
         "UNetSpatioTemporalConditionModel",
@@ -172,7 +160,6 @@ VIDEO: tuple[tuple[Callable[[], tuple[Any, dict[str, Any]]], dict[str, int]], ..
     # Down 1, middle 1, up 2 transformers; a motion module of two self attentions beside each.
     (motion, {"spatial": 4, "cross": 4, "temporal": 8}),
     # The same, and one more over time at the input: each has two self attentions.
-    (unet_3d, {"spatial": 4, "cross": 4, "temporal": 10}),
     # A block over space and one over time in each of the four; both have a cross attention to the image.
     (svd, {"spatial": 4, "cross": 8, "temporal": 4}),
     # Space and time in one attention, and the text.
@@ -182,7 +169,6 @@ VIDEO: tuple[tuple[Callable[[], tuple[Any, dict[str, Any]]], dict[str, int]], ..
 )
 IMAGE: dict[str, dict[str, int]] = {
     # Down 1, middle 1, up 2 transformers; two keys for each cross attention, the text and the image.
-    "ip-adapter-unet-2_0": {"spatial": 4, "cross": 8},
     # Text and image in one attention.
     "sd3": {"spatial": 2},
     "flux": {"spatial": 3},

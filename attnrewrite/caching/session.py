@@ -241,17 +241,19 @@ class Session:
                 timestep,
             )
         skips = self.method.skips_unconditional(iteration, timestep, separate)
-        if skips:
-            args, kwargs = halved_inputs(tuple(args), kwargs, self._split_names)
-        elif iteration == 0 and self._predicts(separate):
-            self._prepare(function, args, kwargs, shapes)
         current = ModelCall(self, stream, iteration, timestep, halved=skips, separate=separate)
-        token = _call.set(current)
         stream.in_call = True
         try:
-            result = function(*args, **kwargs)
+            if skips:
+                args, kwargs = halved_inputs(tuple(args), kwargs, self._split_names)
+            elif iteration == 0 and self._predicts(separate):
+                self._prepare(function, args, kwargs, shapes)
+            result = _within(current, function, args, kwargs)
             if self._predicts(separate):
                 result = _with_guidance(self, stream, result, skips)
+            if not self._matched and self._model is not None:
+                current.require_match()
+                self._matched = True
         except BaseException:
             # Some values are of this call and some of the one before.
             stream.run.reset()
@@ -259,10 +261,6 @@ class Session:
             raise
         finally:
             stream.in_call = False
-            _call.reset(token)
-        if not self._matched and self._model is not None:
-            current.require_match()
-            self._matched = True
         return result
 
     def _prepare(
@@ -274,13 +272,19 @@ class Session:
         """
         if shapes in self._prepared or not self.method.may_skip_unconditional:
             return
-        self._prepared.add(shapes)
-        args, kwargs = halved_inputs(tuple(args), kwargs, self._split_names)
-        token = _call.set(ModelCall(self, _Stream(None), 0, math.nan, halved=True, separate=False))
+        halved_args, halved_kwargs = halved_inputs(tuple(args), kwargs, self._split_names)
+        current = ModelCall(self, _Stream(None), 0, math.nan, halved=True, separate=False)
         try:
-            function(*args, **kwargs)
-        finally:
-            _call.reset(token)
+            _within(current, function, halved_args, halved_kwargs)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            whole = [name for name in kwargs if name not in self._split_names]
+            raise CacheError(
+                f"{self.name} cannot be called with the conditional half alone, as FasterCache does "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Halved were positional arguments and "
+                f"{', '.join(self._split_names)}; not halved: {', '.join(whole) or 'none'}. Name all that hold both "
+                "halves in unconditional_conditional_input_kwargs_identifiers"
+            ) from error
+        self._prepared.add(shapes)
 
     def _require_inference(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         model = self._module("")
@@ -492,6 +496,14 @@ class ModelCall:
         value = _to_host(value) if self._session.config.offload else value
         kept = self._session.kept
         self._stream.values[key] = [*history, value][-kept:] if history else [value] * kept
+
+
+def _within(current: ModelCall, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    token = _call.set(current)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _call.reset(token)
 
 
 def _to_host(value: Tensor) -> Tensor:
