@@ -1,6 +1,6 @@
 """Cross-step caching of real models against diffusers' own hooks: how far apart, and what was compiled when.
 
-``python -m tests.caching_comparison --json FILE`` compares all models and methods; the tests assert on the same numbers.
+``python -m tests.caching_comparison --json FILE`` has them for all models and methods; the tests assert on the same.
 """
 
 from __future__ import annotations
