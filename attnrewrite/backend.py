@@ -132,7 +132,13 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy)
                 admission = admitted(captured.gm, policy, example_inputs, policy.tolerance)
                 report.seconds["tolerance"] = time.perf_counter() - start
             asking = as_asked if admission is None else admission.asking
-            rewritten = rewrite(captured.gm, policy, asking, with_kinds=call is not None)
+            rewritten = rewrite(
+                captured.gm,
+                policy,
+                asking,
+                with_kinds=call is not None,
+                with_batch=call is not None and call.plan.halves,
+            )
         except KernelError:
             raise
         except Exception as error:  # A defect of ours must not break the user's model; it is reported.
@@ -158,7 +164,7 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy)
     kept: Kept | None = None
     if call is not None and rewritten.results:
         try:
-            kept = kept_attention(captured.gm, example_inputs, rewritten.results, call)
+            kept = kept_attention(captured.gm, example_inputs, rewritten, call)
         except Exception as error:  # As above: the model runs without reuse.
             log.warning("%s: attention cannot be kept, please report this", report.name, exc_info=True)
             report.notes.append(f"attention is not kept: {type(error).__name__}: {error}")

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols, statically_known_true
 
-from attnrewrite.analysis.kinds import SiteKind, kinds_of
+from attnrewrite.analysis.kinds import SiteKind, begins_with_batch, kinds_of
 from attnrewrite.analysis.views import Axis, Operand, axes_of, is_layout_op, shape_of
 from attnrewrite.association import choose_order, emit_result, emit_sum, operations
 from attnrewrite.checks import insert_check
@@ -59,7 +59,8 @@ class Rewritten:
     """What became of a graph: a row for each site, in graph order, and the seconds that each step took.
 
     ``results``: of each attention, rewritten or not, its row, its kind with the reason for it where kinds were asked
-    for, and the node that holds its result now.
+    for, and the node that holds its result now. ``begins_with_batch``: if asked for, see
+    :func:`attnrewrite.analysis.kinds.begins_with_batch`.
     ``round_like_eager``: a site was kept because the rounding of its scores decides its result. ``offered``: kernels
     were asked, so that what comes out depends on the kernels that the user asks for. ``joined``: projections were
     joined or fused.
@@ -71,6 +72,7 @@ class Rewritten:
     offered: bool = False
     joined: bool = False
     results: list[tuple[SiteReport, SiteKind | None, fx.Node]] = field(default_factory=list)
+    begins_with_batch: frozenset[fx.Node] = frozenset()
 
     @property
     def changed(self) -> bool:
@@ -88,12 +90,15 @@ def as_asked(name: str, site: AttentionSite, request: Request | None) -> Request
     return request
 
 
-def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked, with_kinds: bool = False) -> Rewritten:
+def rewrite(
+    gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked, with_kinds: bool = False, with_batch: bool = False
+) -> Rewritten:
     """Replaces, in place, each attention of the IR graph that a kernel is willing to take.
 
     Args:
         asking: may change what the user asked for at a site; it is given the site's name in the report.
         with_kinds: whether attentions are told apart as spatial, temporal and cross.
+        with_batch: whether tensors are told whose dimension 0 begins with the batch.
     """
     result = Rewritten()
     start = time.perf_counter()
@@ -101,6 +106,7 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked, with_
     findings = deque((f"site{index}", finding) for index, finding in enumerate(_find(gm)))
     result.add_time("find", start)
     kinds = _kinds(gm, [finding for _, finding in findings]) if with_kinds else {}
+    batched = begins_with_batch(gm) if with_batch else frozenset()
     replaced: dict[fx.Node, fx.Node] = {}
     served: list[tuple[AttentionSite | LinearAttention, SiteReport]] = []
     attentions: list[tuple[AttentionSite | LinearAttention, SiteReport]] = []
@@ -151,6 +157,8 @@ def rewrite(gm: fx.GraphModule, policy: Policy, asking: Asking = as_asked, with_
         node = _latest(site.result, replaced)
         if not node._erased:
             result.results.append((row, kinds.get(site.result), node))
+            batched |= {node} if site.result in batched else set()
+    result.begins_with_batch = batched
     if result.changed:
         gm.graph.lint()
         gm.recompile()

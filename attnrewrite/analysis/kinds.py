@@ -22,7 +22,7 @@ from attnrewrite.analysis.views import Axis, Operand, axes_of, resolve, size_of,
 from attnrewrite.ir import is_tensor, same, source_location, tensor
 from attnrewrite.site import AttentionSite, LinearAttention
 
-__all__ = ["Kind", "SiteKind", "is_named_temporal", "kinds_of"]
+__all__ = ["Kind", "SiteKind", "begins_with_batch", "is_named_temporal", "kinds_of"]
 
 _SIZES = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -58,6 +58,20 @@ def kinds_of(gm: fx.GraphModule, sites: Sequence[AttentionSite | LinearAttention
     kinds = [_cross(each) or _told(each, dimensions) for each in read]
     kinds = [kind or _named(each) for kind, each in zip(kinds, read, strict=True)]
     return [kind or _related(each, read, kinds, dimensions) for kind, each in zip(kinds, read, strict=True)]
+
+
+def begins_with_batch(gm: fx.GraphModule) -> frozenset[fx.Node]:
+    """The tensors whose dimension 0 is known to be, or to begin with, dimension 0 of inputs that are data."""
+    dimensions = Dimensions(gm.graph)
+    found = set()
+    for node in gm.graph.nodes:
+        if not is_tensor(node) or not tensor(node).dim():
+            continue
+        dim = dimensions.of(node)[0]
+        origins = origins_of(dim[:1])
+        if origins and all(origin is not None and _is_data(origin[0]) and origin[1] == 0 for origin in origins):
+            found.add(node)
+    return frozenset(found)
 
 
 class _Site:

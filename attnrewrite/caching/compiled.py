@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.kinds import Kind, SiteKind
+from attnrewrite.analysis.kinds import Kind
 from attnrewrite.caching.graphs import Attention, Value, find_values, nearest, parameters_of, with_values
 from attnrewrite.caching.session import Key, ModelCall, current_call
 from attnrewrite.inner import CompiledFn
 from attnrewrite.ir import is_tensor, tensor
-from attnrewrite.report import SiteReport
+from attnrewrite.rewrite import Rewritten
 
 __all__ = ["Kept", "kept_attention"]
 
@@ -47,14 +47,14 @@ class Kept:
 def kept_attention(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
-    results: Sequence[tuple[SiteReport, SiteKind | None, fx.Node]],
+    rewritten: Rewritten,
     call: ModelCall,
 ) -> Kept:
     """What a call's plan keeps of a rewritten graph; the attentions' rows are told."""
     parameters = parameters_of(gm)
     attentions = []
     others = []
-    for row, told, node in results:
+    for row, told, node in rewritten.results:
         assert told is not None
         own = "" if row.location is None else row.location.module
         parameter = nearest(node, parameters)
@@ -68,7 +68,11 @@ def kept_attention(
         # A module that is compiled alone may share its graph with others, of other kinds by their paths.
         if kind is not None or path != own:
             attentions.append(Attention(node, kind or told.kind, own, told))
-    values = find_values(gm, attentions)
+    values = find_values(gm, attentions, rewritten.begins_with_batch if call.plan.halves else None)
+    if call.plan.halves and attentions and not values:
+        others.append(
+            "of no attention is it known that its dimension 0 begins with the batch, of which one half is kept"
+        )
     present = {value.kind for value in values}
     together = {frozenset[Kind](), *(kinds & present for kinds in call.plan.reused)}
     halves = call.plan.halves
@@ -85,6 +89,7 @@ class _Entry:
     path: str
     key: Key
     shape: tuple[int, ...]
+    constants: Sequence[torch.Tensor]
 
 
 class _KeepingGraph:
@@ -115,7 +120,7 @@ class _KeepingGraph:
         computed = [entry for entry in entries if entry.value.kind not in reused]
         call.reserve([(entry.key, entry.value, entry.shape) for entry in computed if entry.kind is not None])
         taken = [entry for entry in entries if entry.value.kind in reused]
-        inputs = [call.reuse(entry.key, entry.value, entry.path) for entry in taken]
+        inputs = [call.reuse(entry.key, entry.value, entry.path, entry.constants) for entry in taken]
         for entry in computed:
             call.make_room(entry.key)
         results = list(self._variants[reused](*args, *inputs))
@@ -125,12 +130,13 @@ class _KeepingGraph:
             # What is not stored as it is goes at once.
             value = given.pop()
             if entry.kind is not None:
-                call.keep(entry.key, value.clone() if self._copies else value.contiguous(), entry.path, entry.kind)
+                value = value.clone() if self._copies else value.contiguous()
+                call.keep(entry.key, value, entry.path, entry.kind, entry.constants)
         return results
 
     @staticmethod
     def _is_there(call: ModelCall, entry: _Entry) -> bool:
-        return entry.kind in call.reused and call.holds(entry.key, entry.shape, entry.path)
+        return entry.kind in call.reused and call.holds(entry.key, entry.shape, entry.path, entry.constants)
 
     def _entries(self, call: ModelCall, args: Sequence[Any]) -> list[_Entry]:
         entries = []
@@ -139,8 +145,9 @@ class _KeepingGraph:
             parameter = None if value.parameter is None else args[value.parameter]
             path = call.path_of(value.path, parameter)
             kind = value.kind if path == value.path else call.kind_at(path, value.told)
-            key = call.visit((value.path, value.place, None if parameter is None else id(parameter)))
-            entries.append(_Entry(value, kind, path, key, shape))
+            own = (value.path, value.place, value.formula, None if parameter is None else id(parameter))
+            constants = [args[position] for position in value.constants]
+            entries.append(_Entry(value, kind, path, call.visit(own), shape, constants))
         return entries
 
 

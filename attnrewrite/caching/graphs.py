@@ -53,6 +53,8 @@ class Value:
         kind: of the attentions that it depends on; they are all of one kind.
         path, told: of the first of them.
         place: the value's number among those of its path.
+        constants: the positions of all parameters and buffers that it is computed of, beside the attentions.
+        formula: how, so that a number that was another one at an earlier step is noticed.
         parameter: the position among the graph's inputs of the parameter that is nearest to it, which tells apart
             modules that share the graph; None if there is none.
     """
@@ -63,6 +65,8 @@ class Value:
     told: SiteKind
     place: int
     parameter: int | None
+    constants: tuple[int, ...]
+    formula: str
 
     @property
     def device(self) -> torch.device:
@@ -73,11 +77,23 @@ class Value:
         return tensor(self.node).dtype
 
 
-def find_values(gm: fx.GraphModule, attentions: Sequence[Attention]) -> list[Value]:
-    """The values of the attentions, in graph order; none of an attention whose result nothing reads."""
-    sources = _sources(gm, attentions)
+def find_values(
+    gm: fx.GraphModule, attentions: Sequence[Attention], allowed: frozenset[fx.Node] | None = None
+) -> list[Value]:
+    """The values of the attentions, in graph order; none of an attention whose result nothing reads.
+
+    Args:
+        allowed: the nodes that may be values. In the place of others come the attentions' own results, if these may be.
+            Default None: all.
+    """
+    sources, constant = _sources(gm, attentions)
     frontier = {node: None for node in sources if any(user not in sources for user in node.users)}
     _merge_views(frontier, sources)
+    if allowed is not None:
+        for node in [node for node in frontier if node not in allowed]:
+            del frontier[node]
+            results = [attentions[number].result for number in sources[node]]
+            frontier.update(dict.fromkeys(result for result in results if result in allowed))
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
     parameters = parameters_of(gm)
     places: Counter[str] = Counter()
@@ -85,13 +101,58 @@ def find_values(gm: fx.GraphModule, attentions: Sequence[Attention]) -> list[Val
     for node in sorted(frontier, key=order.__getitem__):
         first = attentions[min(sources[node])]
         place = places[first.path]
-        values.append(Value(node, first.kind, first.path, first.told, place, nearest(node, parameters)))
+        formula, used = _formula(node, {attentions[number].result for number in sources[node]}, constant)
+        module = nearest(node, parameters)
+        constants = tuple(dict.fromkeys(parameters[each] for each in used))
+        constants += () if module is None or module in constants else (module,)
+        values.append(Value(node, first.kind, first.path, first.told, place, module, constants, formula))
         places[first.path] += 1
     return values
 
 
-def _sources(gm: fx.GraphModule, attentions: Sequence[Attention]) -> dict[fx.Node, frozenset[int]]:
-    """The nodes that depend on attentions of one kind and on what is the same at each step, with those attentions."""
+def _formula(node: fx.Node, results: set[fx.Node], constant: set[fx.Node]) -> tuple[str, list[fx.Node]]:
+    """How a value is computed of attentions' results, and the parameters in it, in the order of the formula.
+
+    Sizes are left out: those of one half of a batch are others.
+    """
+    used: dict[fx.Node, None] = {}
+    names: dict[fx.Node, str] = {}
+    text = []
+
+    def name(current: fx.Node) -> str:
+        if current not in names:
+            names[current] = f"v{len(names)}"
+            if current.op == "placeholder":
+                if is_tensor(current):
+                    used[current] = None
+            elif current not in results:
+                sizes = is_view(current) or current.target in _SHAPED or not is_tensor(current)
+                arguments = [name(source) for source in current.all_input_nodes if is_tensor(source) or not sizes]
+                rest = () if sizes else fx.node.map_arg((current.args, current.kwargs), lambda _: None)
+                text.append(f"{names[current]}={current.target}({arguments},{rest})")
+        return names[current]
+
+    name(node)
+    return ";".join(text), list(used)
+
+
+_SHAPED = (
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    operator.getitem,
+)
+"""Operators whose numbers say which part of a tensor it is, or where in memory."""
+
+
+def _sources(gm: fx.GraphModule, attentions: Sequence[Attention]) -> tuple[dict[fx.Node, frozenset[int]], set[fx.Node]]:
+    """The nodes that depend on attentions of one kind and on what is the same at each step, with those attentions.
+
+    And those that are the same at each step: parameters and buffers that the graph does not write to, and what is
+    computed of them.
+    """
     results = {attention.result: number for number, attention in enumerate(attentions)}
     sizes = {
         symbol
@@ -110,8 +171,9 @@ def _sources(gm: fx.GraphModule, attentions: Sequence[Attention]) -> dict[fx.Nod
             # A number that is not the size of anything may be another one at the next step.
             if node.meta["val"].node.expr.free_symbols <= sizes:
                 constant.add(node)
-        elif node.op == "get_attr" or is_parameter(node):
-            constant.add(node)
+        elif node.op == "placeholder":
+            if is_parameter(node) and not any(_writes_to(user, node) for user in node.users):
+                constant.add(node)
         elif node.op == "call_function" and _is_function(node):
             others = [source for source in node.all_input_nodes if source not in constant]
             if not others:
@@ -122,7 +184,12 @@ def _sources(gm: fx.GraphModule, attentions: Sequence[Attention]) -> dict[fx.Nod
                 readable = is_tensor(node) or all(user.target is operator.getitem for user in node.users)
                 if readable and len({attentions[number].kind for number in union}) == 1:
                     sources[node] = union
-    return sources
+    return sources, constant
+
+
+def _writes_to(node: fx.Node, argument: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable and node.args[:1] == (argument,)
 
 
 def _symbolic(size: Any) -> torch.SymInt | None:
@@ -331,12 +398,8 @@ def _may_alias(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, OpOverload):
         return False
-    returns = target._schema.returns
-    composite = target in (aten.contiguous.default, aten.dropout.default) or node.target in _CONVERSIONS
-    return composite or any(value.alias_info is not None for value in returns)
-
-
-_CONVERSIONS = (aten.to.dtype, aten.to.device, aten.to.other, aten.to.dtype_layout, aten.type_as.default)
+    # What is composed of others (einsum, to, dropout that drops nothing) may come down to a view.
+    return target._can_decompose() or any(value.alias_info is not None for value in target._schema.returns)
 
 
 def _is_removable(node: fx.Node) -> bool:

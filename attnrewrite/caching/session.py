@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnrewrite.analysis.kinds import Kind, SiteKind, is_named_temporal
 from attnrewrite.caching.config import FasterCacheConfig, PyramidAttentionBroadcastConfig
@@ -117,17 +117,37 @@ class Observer(Protocol):
         """Called in the thread that calls the model."""
 
 
+class _Constants:
+    """Parameters and buffers that a stored value was computed of, and whether others are the same."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._seen = [(weakref.ref(tensor), _version(tensor)) for tensor in tensors]
+
+    def are(self, tensors: Sequence[Tensor]) -> bool:
+        return len(tensors) == len(self._seen) and all(
+            seen() is tensor and version == _version(tensor)
+            for (seen, version), tensor in zip(self._seen, tensors, strict=True)
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts what is written to the tensor; tensors that were made in inference mode do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class _Stream:
     def __init__(self, tensor_format: str | None) -> None:
         self.run = Run()
         self.values: dict[Key, list[Tensor]] = {}
         self.reserved: dict[Key, int] = {}
+        self.constants: dict[Key, _Constants] = {}
         self.guidance = None if tensor_format is None else GuidanceDelta(tensor_format)
         self.in_call = False
 
     def clear(self) -> None:
         self.values.clear()
         self.reserved.clear()
+        self.constants.clear()
         if self.guidance is not None:
             self.guidance.reset()
 
@@ -272,10 +292,14 @@ class Session:
         """
         if shapes in self._prepared or not self.method.may_skip_unconditional:
             return
-        halved_args, halved_kwargs = halved_inputs(tuple(args), kwargs, self._split_names)
+        halved = halved_inputs(tuple(args), kwargs, self._split_names)
+        # What the model writes to its inputs, or draws at random, is to happen once.
+        halved_args, halved_kwargs = tree_map_only(Tensor, Tensor.clone, halved)
+        devices = {leaf.device for leaf in tree_leaves(halved) if isinstance(leaf, Tensor) and leaf.is_cuda}
         current = ModelCall(self, _Stream(None), 0, math.nan, halved=True, separate=False)
         try:
-            _within(current, function, halved_args, halved_kwargs)
+            with torch.random.fork_rng(devices=list(devices)):
+                _within(current, function, halved_args, halved_kwargs)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             whole = [name for name in kwargs if name not in self._split_names]
             raise CacheError(
@@ -448,8 +472,8 @@ class ModelCall:
             "that there is, or block identifiers that match"
         )
 
-    def holds(self, key: Key, shape: tuple[int, ...], path: str) -> bool:
-        """Whether there is a value to reuse.
+    def holds(self, key: Key, shape: tuple[int, ...], path: str, constants: Sequence[Tensor]) -> bool:
+        """Whether there is a value to reuse that was computed with these parameters, as they are.
 
         Raises:
             CacheError: it has another shape. Within a run that comes of halving a dimension that is not the batch.
@@ -460,15 +484,15 @@ class ModelCall:
                 f"what is kept of the attention {path or 'of a function'} has the shape {tuple(history[-1].shape)}, "
                 f"and {shape} is needed: its batch is not dimension 0. Exclude it by block identifiers"
             )
-        return bool(history)
+        return bool(history) and self._stream.constants[key].are(constants)
 
-    def reuse(self, key: Key, value: Value, path: str) -> Tensor:
+    def reuse(self, key: Key, value: Value, path: str, constants: Sequence[Tensor]) -> Tensor:
         """The value that takes the place of one that is not computed; ``path`` is its module's."""
         session, history = self._session, self._stream.values[key]
         present = [each.to(value.device, non_blocking=True) for each in history]
         result = session.method.next_value(present, session.weight(path) if len(present) > 1 else 0.0)
         if session.method.keeps_reused:
-            self._put(key, result)
+            self._put(key, result, constants)
         return result
 
     def reserve(self, values: Sequence[tuple[Key, Value, tuple[int, ...]]]) -> None:
@@ -483,15 +507,17 @@ class ModelCall:
         if history and self._session.observer is None:
             del history[: len(history) - self._session.kept + 1]
 
-    def keep(self, key: Key, value: Tensor, path: str, kind: Kind) -> None:
-        """Stores what was computed; ``path`` is its module's."""
+    def keep(self, key: Key, value: Tensor, path: str, kind: Kind, constants: Sequence[Tensor]) -> None:
+        """Stores what was computed of an attention and ``constants``; ``path`` is its module's."""
         observer = self._session.observer
         if observer is not None:
             earlier = self._stream.values.get(key, ())
             observer.see(Observation(key, path, kind, self._names, self._iteration, self._timestep, value, earlier))
-        self._put(key, value)
+        self._put(key, value, constants)
 
-    def _put(self, key: Key, value: Tensor) -> None:
+    def _put(self, key: Key, value: Tensor, constants: Sequence[Tensor]) -> None:
+        if key not in self._stream.constants or not self._stream.constants[key].are(constants):
+            self._stream.constants[key] = _Constants(constants)
         history = self._stream.values.get(key)
         value = _to_host(value) if self._session.config.offload else value
         kept = self._session.kept
