@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import functools
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -138,8 +137,6 @@ def standing(table: CostTable | None) -> list[Kernel]:
 
 # The kernels of one model.
 
-_chosen: weakref.WeakKeyDictionary[nn.Module, list[nn.Module]] = weakref.WeakKeyDictionary()
-
 
 def set_attention_backend(model: nn.Module, *names: str | Sequence[str], strict: bool = False) -> None:
     """Every call of ``model`` runs under :func:`attention_backend` with these kernels, until it is reset.
@@ -167,12 +164,11 @@ def set_attention_backend(model: nn.Module, *names: str | Sequence[str], strict:
         )
     for module in modules:
         wrap_calls(module, _LAYER, lambda call: _under(call, names, strict))
-    _chosen[model] = modules
 
 
 def reset_attention_backend(model: nn.Module) -> None:
     """Undoes :func:`set_attention_backend`; nothing happens where it was not called."""
-    for module in _chosen.pop(model, []):
+    for module in model.modules():
         unwrap_calls(module, _LAYER)
 
 

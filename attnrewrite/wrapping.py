@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,27 +32,36 @@ class _Wrapped:
         call: Call = self.before if self.before is not None else module._call_impl
         for layer in self.layers.values():
             call = layer(call)
-        object.__setattr__(module, self.attribute, call)
+
+        @functools.wraps(call)
+        def layered(*args: Any, **kwargs: Any) -> Any:
+            return call(*args, **kwargs)
+
+        setattr(layered, _LAYERS, self)
+        object.__setattr__(module, self.attribute, layered)
 
 
-_wrapped: weakref.WeakKeyDictionary[nn.Module, _Wrapped] = weakref.WeakKeyDictionary()
+_LAYERS = "_attnrewrite_layers"
+"""Where a wrapped call holds its :class:`_Wrapped`: with the module alone, so that both are freed together."""
+
+
+def _wrapped_of(module: nn.Module) -> _Wrapped | None:
+    attribute = "forward" if isinstance(module, torch._dynamo.OptimizedModule) else "_compiled_call_impl"
+    return getattr(getattr(module, attribute), _LAYERS, None)
 
 
 def wrap_calls(module: nn.Module, name: str, layer: Layer) -> None:
     """Puts ``layer(call)`` in the place of the module's call, instead of the layer of that name that may be there."""
-    wrapped = _wrapped.setdefault(module, _Wrapped(module))
+    wrapped = _wrapped_of(module) or _Wrapped(module)
     wrapped.layers[name] = layer
     wrapped.apply(module)
 
 
 def unwrap_calls(module: nn.Module, name: str) -> None:
     """Undoes :func:`wrap_calls`; nothing happens where it was not called."""
-    wrapped = _wrapped.get(module)
-    if wrapped is None or wrapped.layers.pop(name, None) is None:
-        return
-    wrapped.apply(module)
-    if not wrapped.layers:
-        del _wrapped[module]
+    wrapped = _wrapped_of(module)
+    if wrapped is not None and wrapped.layers.pop(name, None) is not None:
+        wrapped.apply(module)
 
 
 def compiled_modules(model: nn.Module) -> Iterator[nn.Module]:

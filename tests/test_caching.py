@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import runpy
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -581,6 +583,52 @@ def test_as_an_option_of_torch_compile() -> None:
     assert [row.cached[:7] for row in reports[0].sites].count("spatial") == 1
 
 
+def test_as_an_option_of_blocks_that_share_a_graph() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, clock = Stack().eval(), Clock()
+    expected = [model(inputs(n)["x"]) for n in range(3)]
+    options = {"inner_backend": "eager", "cache": broadcast(clock)}
+    for block in (*model.spatial_blocks, *model.temporal_blocks):
+        block.compile(backend="attnrewrite", options=options)
+    for number, of in enumerate((0, 0, 2)):
+        clock.now = 500 - number
+        assert relative_error(model(inputs(number)["x"]), expected[of]) <= 1e-5
+
+
+class Counted(nn.Module):
+    """A buffer that the model updates stands behind the attention; so does a number, and a tensor that is replaced."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+        self.register_buffer("count", torch.zeros(()))
+        self.gate = torch.ones(8)
+
+    def forward(self, x: Tensor, factor: float) -> Any:
+        self.count += 1
+        return self.attention(x) * self.gate * factor * self.count
+
+
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_what_is_another_one_at_the_next_step_is_not_taken_for_the_same(dynamic: bool | None) -> None:
+    torch.manual_seed(0)
+    model, clock = Counted().eval(), Clock()
+    fast = compiled(model, dynamic=dynamic)
+    first = model.attention(inputs(0)["x"])
+    with attnrewrite.attention_cache(fast, broadcast(clock, every=8)):
+        for number, factor in enumerate((2, 3, 5, 0.5, 0.25)):
+            clock.now = 500 - number
+            model.gate = inputs(number + 50)["text"][0, 0]
+            found = fast(inputs(number)["x"], factor)
+            rest = model.gate * factor * (number + 1)
+            now = model.attention(inputs(number)["x"])
+            # Reused, or computed where another graph cannot tell what is the same.
+            assert min(relative_error(found, each * rest) for each in (first, now)) <= 1e-5
+
+
 def test_copies_of_a_model_with_a_cache_have_none() -> None:
     clock = Clock()
     torch._dynamo.reset()
@@ -610,7 +658,8 @@ def test_a_pipeline_names_its_streams_and_ends_its_runs() -> None:
     inner, graphs = recording()
     pipe.transformer = torch.compile(pipe.transformer, backend="attnrewrite", options={"inner_backend": inner})
     with attnrewrite.attention_cache(pipe.transformer, config):
-        (session,) = [session for _, session in enabling._enabled.values()]
+        session = enabling._session_of(pipe.transformer._orig_mod)
+        assert session is not None
         videos = [video(pipe, 2) for _ in range(2)]
         assert session.nbytes == 0
         # One step, which computes everything: without a reset it would go on where the second step was.
@@ -619,6 +668,36 @@ def test_a_pipeline_names_its_streams_and_ends_its_runs() -> None:
     assert torch.equal(videos[0], videos[1])
     assert relative_error(videos[0], plain) > 1e-4
     assert relative_error(single, video(pipeline(), 1)) <= 1e-5
+
+
+class Pipe:
+    """What holds a model, and what the model's callback holds."""
+
+    def __init__(self) -> None:
+        self.now = 500.0
+        self.model: Any = None
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_model_is_freed_with_its_cache(whole: bool) -> None:
+    def used() -> Any:
+        pipe, module = Pipe(), video()
+        if whole:
+            pipe.model = compiled(module)
+        else:
+            module.compile(backend="attnrewrite", options={"inner_backend": "eager"})
+            pipe.model = module
+        attnrewrite.enable_cache(pipe.model, broadcast(lambda: pipe.now))
+        pipe.model(**inputs(0))
+        session = enabling._session_of(module)
+        assert session is not None
+        return weakref.ref(session)
+
+    torch._dynamo.reset()
+    session = used()
+    torch._dynamo.reset()
+    gc.collect()
+    assert session() is None
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------

@@ -20,8 +20,30 @@ __all__ = ["attention_cache", "disable_cache", "enable_cache", "enable_session",
 
 _LAYER = "cache"
 
-_enabled: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], Session]] = weakref.WeakKeyDictionary()
-"""By the model as it was before it was compiled: what is called, and its session."""
+_HANDLE = "_attnrewrite_cache"
+
+
+class _Handle:
+    """What is called, and its session; an attribute of the model as it was before it was compiled.
+
+    Held by nothing else: a config's callback mostly holds the pipeline, and that the model. Copies of the model have an
+    empty one.
+    """
+
+    def __init__(self, called: nn.Module | None = None, session: Session | None = None) -> None:
+        self.called = None if called is None else weakref.ref(called)
+        self.session = session
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Handle:
+        return _Handle()
+
+    def __reduce__(self) -> tuple[type[_Handle], tuple[()]]:
+        return _Handle, ()
+
+
+def _session_of(root: nn.Module) -> Session | None:
+    handle = root.__dict__.get(_HANDLE)
+    return None if handle is None else handle.session
 
 
 class CacheTypeError(AttnRewriteError, TypeError):
@@ -73,7 +95,7 @@ def enable_session(model: nn.Module, session_of: Callable[[nn.Module], Session],
             "torch.compile(model, backend='attnrewrite') or model.compile(backend='attnrewrite') first, and give what "
             "that returns"
         )
-    if root in _enabled:
+    if _session_of(root) is not None:
         raise CacheError(f"{type(root).__name__} has a cache already: call disable_cache(model) first")
     if getattr(root, "is_cache_enabled", False):
         raise CacheError(
@@ -82,7 +104,7 @@ def enable_session(model: nn.Module, session_of: Callable[[nn.Module], Session],
         )
     session = session_of(root)
     wrap_calls(model, _LAYER, session.around)
-    _enabled[root] = (weakref.ref(model), session)
+    root.__dict__[_HANDLE] = _Handle(model, session)
     # diffusers' pipelines name their streams and say when a run is over. Methods are bound anew in copies of the model.
     if hasattr(type(root), "cache_context"):
         root.__dict__["cache_context"] = types.MethodType(_cache_context, root)
@@ -92,14 +114,14 @@ def enable_session(model: nn.Module, session_of: Callable[[nn.Module], Session],
 def disable_cache(model: nn.Module) -> None:
     """Undoes :func:`enable_cache` and frees what was stored; nothing happens where it was not called."""
     root = _root(model, "disable_cache")
-    if root not in _enabled:
+    session = _session_of(root)
+    if session is None:
         return
-    wrapped, session = _enabled.pop(root)
     session.reset()
-    called = wrapped()
+    called = root.__dict__[_HANDLE].called()
     if called is not None:
         unwrap_calls(called, _LAYER)
-    for name in ("cache_context", "_reset_stateful_cache"):
+    for name in (_HANDLE, "cache_context", "_reset_stateful_cache"):
         root.__dict__.pop(name, None)
 
 
@@ -108,9 +130,9 @@ def reset_cache(model: nn.Module) -> None:
 
     Nothing happens where the model has no cache.
     """
-    enabled = _enabled.get(_root(model, "reset_cache"))
-    if enabled is not None:
-        enabled[1].reset()
+    session = _session_of(_root(model, "reset_cache"))
+    if session is not None:
+        session.reset()
 
 
 @contextlib.contextmanager

@@ -220,12 +220,24 @@ class Session:
         return wrapper
 
     def around_graph(self, compiled: Callable[..., Any], gm: fx.GraphModule) -> Callable[..., Any]:
-        """A compiled graph's call, with reuse; runs are told apart by what it is called with beside parameters."""
+        """A compiled graph's call, with reuse; runs are told apart by what it is called with beside parameters.
+
+        Modules that share the graph, and have parameters of their own, have a session each.
+        """
         placeholders = gm.graph.find_nodes(op="placeholder")
         inputs = [number for number, node in enumerate(placeholders) if not is_parameter(node)]
+        parameters = [number for number, node in enumerate(placeholders) if is_parameter(node)]
+        sessions: dict[int, tuple[_Constants, Session]] = {}
 
         def wrapper(*args: Any) -> Any:
-            return self.call(compiled, args, {}, [args[number] for number in inputs])
+            session = self
+            if parameters:
+                first = args[parameters[0]]
+                known = sessions.get(id(first))
+                if known is None or not known[0].are([first]):
+                    known = sessions[id(first)] = _Constants([first]), Session(self.config)
+                session = known[1]
+            return session.call(compiled, args, {}, [args[number] for number in inputs])
 
         return wrapper
 
