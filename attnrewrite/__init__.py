@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from attnrewrite.caching.calibration import Calibration, calibrate
     from attnrewrite.caching.config import FasterCacheConfig, PyramidAttentionBroadcastConfig
     from attnrewrite.caching.enabling import attention_cache, disable_cache, enable_cache, reset_cache
-    from attnrewrite.caching.session import cache_stream
+    from attnrewrite.caching.streams import cache_stream
     from attnrewrite.decorator import accelerate_attention
     from attnrewrite.errors import (
         AttentionCheckError,
@@ -93,7 +93,7 @@ _HOMES = {
     "attention_backend": "selection",
     "attention_cache": "caching.enabling",
     "attention_forward": "functional",
-    "cache_stream": "caching.session",
+    "cache_stream": "caching.streams",
     "calibrate": "caching.calibration",
     "disable_cache": "caching.enabling",
     "enable_cache": "caching.enabling",

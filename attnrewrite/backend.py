@@ -162,6 +162,10 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy)
     if rewritten.round_like_eager and inner.name == "inductor":
         report.notes.append("Inductor rounds half-precision results as eager does (emulate_precision_casts)")
     kept: Kept | None = None
+    if call is not None:
+        found = {id(row) for row, _, _ in rewritten.results}
+        missed = [row for row in rewritten.sites if id(row) not in found]
+        call.found(0, [f"{row.location} is not taken for attention ({row.reason})" for row in missed])
     if call is not None and rewritten.results:
         try:
             kept = kept_attention(captured.gm, example_inputs, rewritten, call)
@@ -231,6 +235,8 @@ def _publish(report: GraphReport) -> None:
         log.info("%s: %d of %d attention sites rewritten", report.name, len(report.rewritten), len(report.sites))
     for site in report.sites:
         log.debug("%s %s at %s: %s %s", site.name, site.pattern, site.location, site.status, site.kernel or site.reason)
+        if site.cached:
+            log.debug("%s is reused across steps: %s", site.name, site.cached)
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": "attnrewrite_report", "encoding": "json"},

@@ -37,6 +37,7 @@ __all__ = [
     "evaluated",
     "is_cast",
     "is_view",
+    "parameter_path",
     "regions",
     "same",
     "same_shape",
@@ -184,6 +185,16 @@ def source_location(node: fx.Node) -> SourceLocation | None:
     for entry in stack.values():
         path = entry[0] if isinstance(entry, tuple) else str(entry)
     return SourceLocation(file, int(line), function.strip(), code.strip(), _module_path(path))
+
+
+def parameter_path(placeholder: fx.Node) -> str:
+    """The dotted path of a parameter or a buffer, relative to the module that the graph is of; empty if unknown."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return ""
+    # A property since torch 2.12, a method before.
+    name = source.name if isinstance(source.name, str) else source.name()
+    return re.sub(r"\.(_parameters|_buffers)(?=\.[^.]+$)", "", f".{_module_path(name)}").strip(".")
 
 
 def _module_path(path: str) -> str:

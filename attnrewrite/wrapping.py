@@ -37,8 +37,11 @@ class _Wrapped:
         def layered(*args: Any, **kwargs: Any) -> Any:
             return call(*args, **kwargs)
 
-        setattr(layered, _LAYERS, self)
-        object.__setattr__(module, self.attribute, layered)
+        # A compiled caller would trace through it, and what is decided anew at each call would be decided once.
+        reason = "what stands around a compiled module's calls is decided anew at each of them"
+        opaque: Call = torch.compiler.disable(layered, reason=reason)  # type: ignore[no-untyped-call]
+        setattr(opaque, _LAYERS, self)
+        object.__setattr__(module, self.attribute, opaque)
 
 
 _LAYERS = "_attnrewrite_layers"

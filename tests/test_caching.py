@@ -7,7 +7,7 @@ import gc
 import runpy
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -26,108 +26,16 @@ from attnrewrite.caching.config import validated
 from attnrewrite.caching.enabling import CacheTypeError
 from attnrewrite.report import SiteReport
 from tests.caching_reference import Call, evaluate, settings_of, simulate
+from tests.caching_video import ALL, Attention, Clock, broadcast, compiled, inputs, spatial, steps, truth, video
 from tests.helpers import recording, relative_error
 
 linear = torch.ops.aten.linear.default
-
-
-class Attention(nn.Module):
-    """Projections, attention and an output projection; every row has two heads of four features."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        q, k, v = (
-            linear(each).unflatten(-1, (2, 4)).transpose(-3, -2)
-            for linear, each in ((self.query, x), (self.key, context), (self.value, context))
-        )
-        weights = (q @ k.transpose(-1, -2) * 0.5).softmax(-1)
-        result: Tensor = self.out((weights @ v).transpose(-3, -2).flatten(-2))
-        return result
-
-
-class Video(nn.Module):
-    """A spatial, a temporal and a cross-attention of one video, side by side, and an image of its size.
-
-    ``x``: ``[batch, frames, positions, 8]``; ``text``: ``[batch, words, 8]``.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.spatial, self.temporal, self.cross = Attention(), Attention(), Attention()
-
-    def forward(self, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        frames = x.transpose(1, 2)
-        image = x.mean(-1).unsqueeze(1) * 2
-        return image, self.spatial(x), self.temporal(frames), self.cross(x.flatten(1, 2), text)
-
-
-class Clock:
-    """What the timestep callback gives."""
-
-    def __init__(self) -> None:
-        self.now: Any = 500
-
-    def __call__(self) -> Any:
-        return self.now
-
-
-def video() -> Video:
-    torch.manual_seed(0)
-    return Video().eval()
-
-
-def inputs(seed: int, batch: int = 2, positions: int = 5) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "x": torch.randn(batch, 3, positions, 8, generator=generator),
-        "text": torch.randn(batch, 4, 8, generator=generator),
-    }
-
-
-def compiled(model: nn.Module, inner: Any = "eager", **arguments: Any) -> Any:
-    torch._dynamo.reset()
-    options = {"inner_backend": inner, **arguments.pop("options", {})}
-    return torch.compile(model, backend="attnrewrite", fullgraph=True, options=options, **arguments)
-
-
-def broadcast(clock: Callable[[], Any], every: int = 2, **settings: Any) -> PyramidAttentionBroadcastConfig:
-    chosen = {"spatial_attention_block_skip_range": every, **settings}
-    return PyramidAttentionBroadcastConfig(**chosen, current_timestep_callback=clock)
-
-
-ALL: dict[str, Any] = {
-    "spatial_attention_block_skip_range": 2,
-    "temporal_attention_block_skip_range": 2,
-    "cross_attention_block_skip_range": 2,
-}
 
 
 @pytest.fixture(autouse=True)
 def inference() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def steps(model: Any, clock: Clock, timesteps: Sequence[float], **sizes: int) -> list[Any]:
-    """The outputs of a run; the inputs of call ``n`` are ``inputs(n)``."""
-    results = []
-    for number, timestep in enumerate(timesteps):
-        clock.now = timestep
-        results.append(model(**inputs(number, **sizes)))
-    return results
-
-
-def truth(numbers: Sequence[int], **sizes: int) -> list[Any]:
-    model = video()
-    return [model(**inputs(number, **sizes)) for number in numbers]
-
-
-def spatial(results: Sequence[Any]) -> list[Tensor]:
-    return [result[1] for result in results]
 
 
 # What is kept ---------------------------------------------------------------------------------------------------------
@@ -319,7 +227,7 @@ def series(draw: st.DrawFn) -> tuple[list[Call], bool]:
 machine = None
 
 
-def the_machine() -> tuple[Any, Video, dict[int, list[Any]]]:
+def the_machine() -> tuple[Any, nn.Module, dict[int, list[Any]]]:
     """A compiled model that all series share, and what it gives without a cache, by positions and call."""
     global machine
     if machine is None:
@@ -709,7 +617,7 @@ VALUE = 2 * 3 * 5 * 8 * 4
 def test_the_memory_limit_is_heard_before_anything_is_stored() -> None:
     clock = Clock()
     model = compiled(video())
-    message = r"1 attention values of Video take 0\.0 MiB.*memory_limit is 0\.0"
+    message = r"1 attention value of Video would take 0\.9 KiB.*memory_limit is 0\.9 KiB"
     tight = attnrewrite.attention_cache(model, broadcast(clock, memory_limit=VALUE - 1))
     with tight, pytest.raises(CacheMemoryError, match=message):
         steps(model, clock, [500])
@@ -758,7 +666,9 @@ def test_a_config_that_matches_nothing() -> None:
     other: Any = torch.compile(video(), backend="eager")
     with (
         attnrewrite.attention_cache(other, broadcast(clock)),
-        pytest.raises(CacheError, match="no graph with attention"),
+        pytest.raises(
+            CacheError, match="no graph of Video with attention was compiled by attnrewrite: compile the model"
+        ),
     ):
         steps(other, clock, [500])
 

@@ -325,16 +325,19 @@ def test_what_guidance_cannot_be_predicted_from_is_refused() -> None:
 
 
 def test_inputs_are_halved() -> None:
-    x, mask = torch.arange(4), torch.arange(8).reshape(2, 4)
+    x, mask, table, one = torch.arange(2), torch.arange(8).reshape(2, 4), torch.arange(4), torch.ones(1, 4)
     args, kwargs = halved_inputs(
-        (x, 3, [mask]),
+        (x, 3, [mask], table, one),
         {"states": {"a": x, "b": [mask, None]}, "timestep": torch.tensor(5), "other": x, "mask": None},
         ("states", "timestep", "mask"),
     )
-    assert args[0].tolist() == [2, 3]
+    assert args[0].tolist() == [1]
     assert args[1] == 3
     assert args[2][0].tolist() == [[4, 5, 6, 7]]
-    assert kwargs["states"]["a"].tolist() == [2, 3]
+    # Of another size than the batch, and with one row for all.
+    assert args[3] is table
+    assert args[4] is one
+    assert kwargs["states"]["a"].tolist() == [1]
     assert kwargs["states"]["b"][0].tolist() == [[4, 5, 6, 7]]
     assert kwargs["states"]["b"][1] is None
     # Without dimensions, a timestep is that of both halves.

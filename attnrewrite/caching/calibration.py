@@ -20,7 +20,8 @@ from attnrewrite.analysis.kinds import Kind
 from attnrewrite.caching.config import PyramidAttentionBroadcastConfig, validated
 from attnrewrite.caching.enabling import disable_cache, enable_session
 from attnrewrite.caching.proposals import SiteRun, Step, Window, mean_runs, proposed
-from attnrewrite.caching.session import Key, Observation, Session
+from attnrewrite.caching.session import Session
+from attnrewrite.caching.streams import Key, Observation
 from attnrewrite.errors import CacheError, OptionError
 
 __all__ = ["DEFAULT_THRESHOLD", "Calibration", "calibrate"]
@@ -293,7 +294,7 @@ class _Recorder:
         self._lock = threading.Lock()
 
     def see(self, observation: Observation) -> None:
-        """See :class:`attnrewrite.caching.session.Observer`."""
+        """See :class:`attnrewrite.caching.streams.Observer`."""
         value, iteration = observation.value, observation.iteration
         place = threading.get_ident(), observation.stream, observation.key
         with self._lock:

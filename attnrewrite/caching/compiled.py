@@ -11,9 +11,10 @@ from torch import fx
 
 from attnrewrite.analysis.kinds import Kind
 from attnrewrite.caching.graphs import Attention, Value, find_values, nearest, parameters_of, with_values
-from attnrewrite.caching.session import Key, ModelCall, current_call
+from attnrewrite.caching.session import ModelCall, current_call
+from attnrewrite.caching.streams import Key
 from attnrewrite.inner import CompiledFn
-from attnrewrite.ir import is_tensor, tensor
+from attnrewrite.ir import is_tensor, parameter_path, tensor
 from attnrewrite.rewrite import Rewritten
 
 __all__ = ["Kept", "kept_attention"]
@@ -58,7 +59,9 @@ def kept_attention(
         assert told is not None
         own = "" if row.location is None else row.location.module
         parameter = nearest(node, parameters)
-        path = call.path_of(own, None if parameter is None else example_inputs[parameter])
+        path = own
+        if parameter is not None:
+            path = call.path_of(own, example_inputs[parameters[parameter]], parameter_path(parameter))
         kind = call.plan.method.kind_of(path, told.kind)
         if kind is None:
             row.cached = f"no: {told.kind} ({told.reason})"
@@ -136,14 +139,14 @@ class _KeepingGraph:
 
     @staticmethod
     def _is_there(call: ModelCall, entry: _Entry) -> bool:
-        return entry.kind in call.reused and call.holds(entry.key, entry.shape, entry.path, entry.constants)
+        return entry.kind in call.reused and call.holds(entry.key, entry.value, entry.shape, entry.constants)
 
     def _entries(self, call: ModelCall, args: Sequence[Any]) -> list[_Entry]:
         entries = []
         for value, shape in zip(self._values, self._shapes(args), strict=True):
             # Modules that share the graph have parameters of their own; one that is called again counts its calls.
             parameter = None if value.parameter is None else args[value.parameter]
-            path = call.path_of(value.path, parameter)
+            path = call.path_of(value.path, parameter, value.parameter_path)
             kind = value.kind if path == value.path else call.kind_at(path, value.told)
             own = (value.path, value.place, value.formula, None if parameter is None else id(parameter))
             constants = [args[position] for position in value.constants]

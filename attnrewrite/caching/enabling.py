@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -12,11 +13,14 @@ import torch
 from torch import nn
 
 from attnrewrite.caching.config import validated
-from attnrewrite.caching.session import Session, cache_stream
+from attnrewrite.caching.session import Session
+from attnrewrite.caching.streams import cache_stream
 from attnrewrite.errors import AttnRewriteError, CacheError
 from attnrewrite.wrapping import compiled_modules, unwrap_calls, wrap_calls
 
 __all__ = ["attention_cache", "disable_cache", "enable_cache", "enable_session", "reset_cache"]
+
+log = logging.getLogger("attnrewrite")
 
 _LAYER = "cache"
 
@@ -118,6 +122,13 @@ def disable_cache(model: nn.Module) -> None:
     if session is None:
         return
     session.reset()
+    if not session.called:
+        log.warning(
+            "the cache of %s is disabled, and was never used: no call of %s was made, or only calls within another "
+            "compiled function, of whose graph they became a part (enable the cache on what is compiled)",
+            session.name,
+            session.name,
+        )
     called = root.__dict__[_HANDLE].called()
     if called is not None:
         unwrap_calls(called, _LAYER)
@@ -151,7 +162,8 @@ def attention_cache(model: nn.Module, config: object) -> Iterator[None]:
 
 def _root(model: nn.Module, function: str) -> nn.Module:
     if not isinstance(model, nn.Module):
-        raise CacheTypeError(f"{function} takes a compiled nn.Module, not {model!r}")
+        advice = ": of a pipeline, give its denoiser, such as pipe.transformer" if hasattr(model, "components") else ""
+        raise CacheTypeError(f"{function} takes a compiled nn.Module, not an object of {type(model).__name__}{advice}")
     return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
 
 

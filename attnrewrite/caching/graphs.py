@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.analysis.kinds import Kind, SiteKind
-from attnrewrite.ir import Builder, copy_attributes, is_tensor, is_view, product, same, tensor
+from attnrewrite.ir import Builder, copy_attributes, is_tensor, is_view, parameter_path, product, same, tensor
 from attnrewrite.kernels.layout import in_memory_order_of
 
 __all__ = ["Attention", "Value", "find_values", "is_parameter", "nearest", "parameters_of", "with_values"]
@@ -57,6 +57,7 @@ class Value:
         formula: how, so that a number that was another one at an earlier step is noticed.
         parameter: the position among the graph's inputs of the parameter that is nearest to it, which tells apart
             modules that share the graph; None if there is none.
+        parameter_path: where the graph has that parameter; empty if there is none.
     """
 
     node: fx.Node
@@ -65,6 +66,7 @@ class Value:
     told: SiteKind
     place: int
     parameter: int | None
+    parameter_path: str
     constants: tuple[int, ...]
     formula: str
 
@@ -87,13 +89,15 @@ def find_values(
             Default None: all.
     """
     sources, constant = _sources(gm, attentions)
-    frontier = {node: None for node in sources if any(user not in sources for user in node.users)}
+    results = {attention.result for attention in attentions}
+    # An attention's result is computed of something else than what it is a source of.
+    frontier = {node: None for node in sources if any(user not in sources or user in results for user in node.users)}
     _merge_views(frontier, sources)
     if allowed is not None:
         for node in [node for node in frontier if node not in allowed]:
             del frontier[node]
-            results = [attentions[number].result for number in sources[node]]
-            frontier.update(dict.fromkeys(result for result in results if result in allowed))
+            computed_of = [attentions[number].result for number in sources[node]]
+            frontier.update(dict.fromkeys(result for result in computed_of if result in allowed))
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
     parameters = parameters_of(gm)
     places: Counter[str] = Counter()
@@ -102,10 +106,11 @@ def find_values(
         first = attentions[min(sources[node])]
         place = places[first.path]
         formula, used = _formula(node, {attentions[number].result for number in sources[node]}, constant)
-        module = nearest(node, parameters)
-        constants = tuple(dict.fromkeys(parameters[each] for each in used))
-        constants += () if module is None or module in constants else (module,)
-        values.append(Value(node, first.kind, first.path, first.told, place, module, constants, formula))
+        own = nearest(node, parameters)
+        constants = tuple(dict.fromkeys(parameters[each] for each in (*used, *([] if own is None else [own]))))
+        position = None if own is None else parameters[own]
+        known_as = "" if own is None else parameter_path(own)
+        values.append(Value(node, first.kind, first.path, first.told, place, position, known_as, constants, formula))
         places[first.path] += 1
     return values
 
@@ -263,14 +268,14 @@ def parameters_of(gm: fx.GraphModule) -> dict[fx.Node, int]:
     return {node: number for number, node in enumerate(placeholders) if is_parameter(node)}
 
 
-def nearest(node: fx.Node, parameters: Mapping[fx.Node, int]) -> int | None:
-    """The position of the parameter that the node is computed of by the fewest steps; None if there is none."""
+def nearest(node: fx.Node, parameters: Collection[fx.Node]) -> fx.Node | None:
+    """The parameter that the node is computed of by the fewest steps; None if there is none."""
     seen = {node}
     queue = deque([node])
     while queue:
         current = queue.popleft()
         if current in parameters:
-            return parameters[current]
+            return current
         new = [source for source in current.all_input_nodes if source not in seen]
         seen.update(new)
         queue.extend(new)

@@ -8,7 +8,9 @@ plus both differences, each multiplied by its weight. As in the published code
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import dataclasses
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -17,7 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnrewrite.errors import CacheError
 
-__all__ = ["TENSOR_FORMATS", "GuidanceDelta", "halved_inputs"]
+__all__ = ["TENSOR_FORMATS", "GuidanceDelta", "check_halved", "first_output", "halved_inputs", "outputs_of"]
+
+log = logging.getLogger("attnrewrite")
 
 TENSOR_FORMATS = {"BCFHW": 5, "BFCHW": 5, "BCHW": 4}
 """What a model's output may be: height and width come last, so only the number of dimensions matters here."""
@@ -150,31 +154,45 @@ def halved_inputs(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a model is called with, for the conditional half alone: the second half of dimension 0.
 
-    Tensors without dimensions, and what is no tensor, serve both halves.
+    What is no tensor, tensors without dimensions, and those of size 1 beside a larger batch serve both halves. The
+    batch's size is that of the tensor with the most dimensions.
 
     Args:
-        args: halved where they are tensors, or lists, tuples or dictionaries of them.
-        kwargs: halved likewise, those that are named.
+        args: halved where they are tensors of the batch's size, or lists, tuples or dictionaries of them.
+        kwargs: halved are those that are named, whatever their size.
         names: of the keyword arguments that hold both halves.
 
     Raises:
         CacheError: an odd dimension 0, or nothing to halve.
     """
-    halved_args = tuple(_halved(arg, f"positional argument {index}") for index, arg in enumerate(args))
-    halved_kwargs = {key: _halved(arg, f"argument {key!r}") if key in names else arg for key, arg in kwargs.items()}
-    taken = [*args, *(arg for key, arg in kwargs.items() if key in names)]
-    if not any(isinstance(leaf, Tensor) and leaf.dim() for leaf in tree_leaves(taken)):
+    taken = {f"positional argument {index}": arg for index, arg in enumerate(args)}
+    taken |= {f"argument {key!r}": arg for key, arg in kwargs.items() if key in names}
+    tensors = [
+        (leaf, name)
+        for name, arg in taken.items()
+        for leaf in tree_leaves(arg)
+        if isinstance(leaf, Tensor) and leaf.dim()
+    ]
+    if not tensors:
         raise CacheError(
             "none of the model's arguments is known to hold an unconditional and a conditional half; name them in "
             f"unconditional_conditional_input_kwargs_identifiers (now {', '.join(names) or 'empty'}; "
             f"the call's keywords are {', '.join(kwargs) or 'none'})"
         )
+    largest, name = max(tensors, key=lambda each: each[0].dim())
+    batch = largest.shape[0]
+    if batch % 2:
+        _odd(largest, name)
+    halved_args = tuple(_halved(arg, f"positional argument {index}", batch, False) for index, arg in enumerate(args))
+    halved_kwargs = {
+        key: _halved(arg, f"argument {key!r}", batch, True) if key in names else arg for key, arg in kwargs.items()
+    }
     return halved_args, halved_kwargs
 
 
-def _halved(value: Any, name: str) -> Any:
+def _halved(value: Any, name: str, batch: int, named: bool) -> Any:
     def second_half(tensor: Tensor) -> Tensor:
-        if not tensor.dim():
+        if not tensor.dim() or tensor.shape[0] == 1 or (not named and tensor.shape[0] != batch):
             return tensor
         if tensor.shape[0] % 2:
             _odd(tensor, name)
@@ -186,6 +204,65 @@ def _halved(value: Any, name: str) -> Any:
 def _odd(tensor: Tensor, name: str) -> NoReturn:
     raise CacheError(
         f"FasterCache skips the unconditional half of a batch, and {name} has the odd batch size {tensor.shape[0]} "
-        f"(shape {tuple(tensor.shape)}); call the model with both halves concatenated, or set "
-        "is_guidance_distilled=True for a model without an unconditional half"
+        f"(shape {tuple(tensor.shape)}); call the model with both halves concatenated, or each half within "
+        "attnrewrite.cache_stream('cond') and cache_stream('uncond'), or set is_guidance_distilled=True for a model "
+        "without an unconditional half"
     )
+
+
+def first_output(result: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The tensor that a denoiser gives, and a function from another tensor to the result with that in its place.
+
+    Raises:
+        CacheError: it is no tensor, tuple that begins with one, or object with one as its ``sample``.
+    """
+    if isinstance(result, Tensor):
+        return result, lambda output: output
+    if isinstance(result, tuple) and result and isinstance(result[0], Tensor):
+        if hasattr(result, "_replace"):
+            return result[0], lambda output: type(result)(output, *result[1:])
+        return result[0], lambda output: (output, *result[1:])
+    sample = getattr(result, "sample", None)
+    if isinstance(sample, Tensor) and dataclasses.is_dataclass(result) and not isinstance(result, type):
+        return sample, lambda output: dataclasses.replace(result, sample=output)
+    raise CacheError(
+        f"FasterCache takes a tensor, a tuple that begins with one, or a dataclass with one as .sample; the model "
+        f"returned {type(result).__name__}. Set is_guidance_distilled=True to keep to attention"
+    )
+
+
+def outputs_of(result: Any) -> list[Tensor]:
+    """All tensors of a model's result."""
+    if dataclasses.is_dataclass(result):
+        result = [getattr(result, field.name) for field in dataclasses.fields(result)]
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def check_halved(whole: Any, halved: Sequence[tuple[int, ...]], name: str) -> None:
+    """Checks that a model's first output for the conditional half is half of that for both; of others it warns.
+
+    Args:
+        whole: the result for both halves.
+        halved: the shapes of all tensors of the result for the conditional half.
+        name: the model's, for the message.
+
+    Raises:
+        CacheError: it is not.
+    """
+    output, _ = first_output(whole)
+    tensors = outputs_of(whole)
+    first = next(number for number, leaf in enumerate(tensors) if leaf is output)
+    expected = (output.shape[0] // 2, *output.shape[1:])
+    given = tuple(halved[first]) if first < len(halved) else None
+    if given != expected:
+        raise CacheError(
+            f"called with the conditional half alone, {name} gives the shape {given} and not {expected}: an argument "
+            "that holds both halves was not halved. Name all that do in "
+            "unconditional_conditional_input_kwargs_identifiers, or set is_guidance_distilled=True to keep to attention"
+        )
+    if [tuple(shape) for shape in halved] != [expected if leaf is output else tuple(leaf.shape) for leaf in tensors]:
+        log.warning(
+            "%s gives more than one tensor. FasterCache predicts the first one's unconditional half: in calls that "
+            "skip it the others are of the conditional half alone",
+            name,
+        )

@@ -38,6 +38,9 @@ class _Rule:
         # In the first call of a run, whose iteration is 0, there is nothing to use.
         return self.after < timestep < self.before and iteration % self.every != 0
 
+    def __str__(self) -> str:
+        return f"in {self.every - 1} of {self.every} calls between {self.after:g} and {self.before:g}"
+
 
 class Method(ABC):
     """One method of cross-step caching, as a configuration has it.
@@ -101,6 +104,10 @@ class Method(ABC):
         Args:
             iteration, timestep, separate: as in :meth:`reused`. A call of its own has no half to skip.
         """
+
+    def describe(self) -> str:
+        """What is reused when, in words."""
+        return ", ".join(f"{kind} attention {rule}" for kind, rule in self._rules.items())
 
     @property
     def may_skip_unconditional(self) -> bool:
@@ -180,6 +187,10 @@ class _FasterCache(Method):
 
     def skips_unconditional(self, iteration: int, timestep: float, separate: bool) -> bool:
         return self._unconditional is not None and not separate and self._unconditional.skips(iteration, timestep)
+
+    def describe(self) -> str:
+        unconditional = [] if self._unconditional is None else [f"the unconditional half {self._unconditional}"]
+        return ", ".join([*filter(None, [super().describe()]), *unconditional])
 
     @property
     def may_skip_unconditional(self) -> bool:

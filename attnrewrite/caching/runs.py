@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable
 from numbers import Real
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from attnrewrite.errors import CacheError
@@ -104,6 +105,8 @@ def _number(answer: Any) -> float | None:
     if isinstance(answer, Tensor):
         if answer.numel() != 1 or answer.is_complex():
             return None
+        answer = answer.item()
+    elif isinstance(answer, np.ndarray) and answer.size == 1:
         answer = answer.item()
     if isinstance(answer, bool) or not isinstance(answer, Real) or not math.isfinite(answer):
         return None

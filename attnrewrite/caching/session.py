@@ -1,13 +1,15 @@
-"""One model's reuse of attention: what stands around its calls, and what is stored between them.
+"""One model's reuse of attention: what stands around its calls.
 
 A session asks for the timestep before each call of the model, counts the calls of a stream's run, and says in a context
-variable what the compiled graphs within the call may reuse. Streams are kept apart by name and by thread.
+variable what the compiled graphs within the call may reuse. Streams (:mod:`attnrewrite.caching.streams`) are kept apart
+by name and by thread.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import math
 import threading
@@ -16,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,46 +27,22 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from attnrewrite.analysis.kinds import Kind, SiteKind, is_named_temporal
 from attnrewrite.caching.config import FasterCacheConfig, PyramidAttentionBroadcastConfig
 from attnrewrite.caching.graphs import Value, is_parameter
-from attnrewrite.caching.guidance import GuidanceDelta, halved_inputs
+from attnrewrite.caching.guidance import check_halved, first_output, halved_inputs, outputs_of
 from attnrewrite.caching.method import Method, method_of
-from attnrewrite.caching.runs import Run, timestep_of, weight_of
+from attnrewrite.caching.runs import timestep_of, weight_of
+from attnrewrite.caching.streams import Constants, Key, Observation, Observer, Stream, current_stream, is_separate
 from attnrewrite.errors import CacheError, CacheMemoryError
 
-__all__ = ["Key", "ModelCall", "Observation", "Observer", "Plan", "Session", "cache_stream", "current_call"]
+__all__ = ["ModelCall", "Plan", "Session", "current_call"]
 
 log = logging.getLogger("attnrewrite")
 
-Key = Hashable
-"""What names a value from call to call, in whichever graph it is computed."""
-
 _call: ContextVar[ModelCall | None] = ContextVar("attnrewrite_model_call", default=None)
-_stream: ContextVar[tuple[str, ...]] = ContextVar("attnrewrite_cache_stream", default=())
 
 
 def current_call() -> ModelCall | None:
     """The call of a model that is being made and keeps attention values; None where none is."""
     return _call.get()
-
-
-@contextlib.contextmanager
-def cache_stream(name: str) -> Iterator[None]:
-    """Keeps what is stored within apart from other streams: one for each sequence of calls that belong together.
-
-    Conditional and unconditional passes that are calls of their own need a stream each: call them ``"cond"`` and
-    ``"uncond"``, as diffusers' ``cache_context`` does, which has the same effect on a model with a cache. Streams nest:
-    ``cache_stream("a")`` around ``cache_stream("cond")`` is another one than ``cache_stream("cond")`` alone. It holds
-    in the thread (or asyncio task) that enters it.
-    """
-    token = _stream.set((*_stream.get(), name))
-    try:
-        yield
-    finally:
-        _stream.reset(token)
-
-
-def _is_separate(stream: tuple[str, ...]) -> bool:
-    """Whether its calls are of one half of guidance alone, by the names that diffusers' pipelines use."""
-    return bool(stream) and (stream[-1] == "cond" or stream[-1].startswith("uncond"))
 
 
 @dataclass(frozen=True)
@@ -78,78 +56,6 @@ class Plan:
     reused: frozenset[frozenset[Kind]]
     halves: bool
     method: Method = field(compare=False)
-
-
-class Observation(NamedTuple):
-    """A value that was computed, before it is stored.
-
-    Attributes:
-        key: the same for the values of one attention at all calls.
-        path: of the attention's module.
-        stream: the names of the streams that the call is made in, the outermost first.
-        iteration: how many calls of the run came before; 0 begins a run.
-        timestep: of the call, in the scheduler's units.
-        value: the new value; not to be changed.
-        earlier: what is stored of the calls before, the latest last. Before ``kept`` values there were, the first one
-            is there several times.
-    """
-
-    key: Key
-    path: str
-    kind: Kind
-    stream: tuple[str, ...]
-    iteration: int
-    timestep: float
-    value: Tensor
-    earlier: Sequence[Tensor]
-
-
-class Observer(Protocol):
-    """Sees every value that a session stores.
-
-    Attributes:
-        kept: how many values are stored for a site.
-    """
-
-    kept: int
-
-    def see(self, observation: Observation) -> None:
-        """Called in the thread that calls the model."""
-
-
-class _Constants:
-    """Parameters and buffers that a stored value was computed of, and whether others are the same."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._seen = [(weakref.ref(tensor), _version(tensor)) for tensor in tensors]
-
-    def are(self, tensors: Sequence[Tensor]) -> bool:
-        return len(tensors) == len(self._seen) and all(
-            seen() is tensor and version == _version(tensor)
-            for (seen, version), tensor in zip(self._seen, tensors, strict=True)
-        )
-
-
-def _version(tensor: Tensor) -> int:
-    """Counts what is written to the tensor; tensors that were made in inference mode do not count it."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-class _Stream:
-    def __init__(self, tensor_format: str | None) -> None:
-        self.run = Run()
-        self.values: dict[Key, list[Tensor]] = {}
-        self.reserved: dict[Key, int] = {}
-        self.constants: dict[Key, _Constants] = {}
-        self.guidance = None if tensor_format is None else GuidanceDelta(tensor_format)
-        self.in_call = False
-
-    def clear(self) -> None:
-        self.values.clear()
-        self.reserved.clear()
-        self.constants.clear()
-        if self.guidance is not None:
-            self.guidance.reset()
 
 
 class Session:
@@ -175,13 +81,15 @@ class Session:
         self.settings = (self.method.kinds, *identifiers)
         self.name = "the graph" if model is None else type(model).__qualname__
         self._model = None if model is None else weakref.ref(model)
-        self._paths: dict[tuple[str, int], str] = {}
+        self._paths: dict[tuple[str, str, int], str] = {}
         self._kinds: dict[tuple[str, Kind], Kind | None] = {}
         self._here = threading.local()
-        self._streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
+        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._generation = 0
+        self.called = False
         self._warned = False
+        self._told_unused = False
         self._matched = False
         self._prepared: set[Hashable] = set()
 
@@ -194,7 +102,7 @@ class Session:
     @contextlib.contextmanager
     def planned(self) -> Iterator[None]:
         """Graphs that are compiled within are compiled for the first call of a run."""
-        token = _call.set(ModelCall(self, _Stream(None), 0, math.nan, halved=False, separate=False))
+        token = _call.set(ModelCall(self, Stream(None), 0, math.nan, halved=False, separate=False))
         try:
             yield
         finally:
@@ -207,6 +115,7 @@ class Session:
             for stream in self._streams:
                 # One that is in a call, of another thread, is replaced, and not emptied under it.
                 if not stream.in_call:
+                    self._tell_unused(stream)
                     stream.clear()
             self._streams = weakref.WeakSet()
 
@@ -227,7 +136,7 @@ class Session:
         placeholders = gm.graph.find_nodes(op="placeholder")
         inputs = [number for number, node in enumerate(placeholders) if not is_parameter(node)]
         parameters = [number for number, node in enumerate(placeholders) if is_parameter(node)]
-        sessions: dict[int, tuple[_Constants, Session]] = {}
+        sessions: dict[int, tuple[Constants, Session]] = {}
 
         def wrapper(*args: Any) -> Any:
             session = self
@@ -235,7 +144,7 @@ class Session:
                 first = args[parameters[0]]
                 known = sessions.get(id(first))
                 if known is None or not known[0].are([first]):
-                    known = sessions[id(first)] = _Constants([first]), Session(self.config)
+                    known = sessions[id(first)] = Constants([first]), Session(self.config)
                 session = known[1]
             return session.call(compiled, args, {}, [args[number] for number in inputs])
 
@@ -253,16 +162,19 @@ class Session:
         Args:
             signature: of the arguments, those whose change begins another run; default all.
         """
+        self.called = True
         self._require_inference(args, kwargs)
         assert self.config.current_timestep_callback is not None
         timestep = timestep_of(self.config.current_timestep_callback)
-        name = _stream.get()
-        separate = _is_separate(name)
+        name = current_stream()
+        separate = is_separate(name)
         stream = self._stream(name)
         shapes = _signature((args, kwargs) if signature is None else signature)
         iteration = stream.run.advance(timestep, shapes)
         if iteration == 0:
+            self._tell_unused(stream)
             stream.clear()
+        stream.timesteps.append(timestep)
         if stream.run.repeats and not self._warned:
             self._warned = True
             log.warning(
@@ -274,15 +186,18 @@ class Session:
             )
         skips = self.method.skips_unconditional(iteration, timestep, separate)
         current = ModelCall(self, stream, iteration, timestep, halved=skips, separate=separate)
+        stream.reuses = stream.reuses or skips or bool(current.reused)
         stream.in_call = True
         try:
             if skips:
                 args, kwargs = halved_inputs(tuple(args), kwargs, self._split_names)
-            elif iteration == 0 and self._predicts(separate):
-                self._prepare(function, args, kwargs, shapes)
+            halved = self._prepare(function, args, kwargs, shapes) if iteration == 0 and current.plan.halves else None
             result = _within(current, function, args, kwargs)
             if self._predicts(separate):
-                result = _with_guidance(self, stream, result, skips)
+                result = self._with_guidance(stream, result, skips)
+                if halved is not None:
+                    check_halved(result, halved, self.name)
+                    self._prepared.add(shapes)
             if not self._matched and self._model is not None:
                 current.require_match()
                 self._matched = True
@@ -297,33 +212,67 @@ class Session:
 
     def _prepare(
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], shapes: Hashable
-    ) -> None:
+    ) -> list[torch.Size] | None:
         """Has the graphs for the conditional half compiled at once, by a call of which nothing is kept.
 
         It comes before the call that is asked for, whose result the next replay of a CUDA graph would overwrite.
+
+        Returns:
+            The shapes of the tensors that it gives; None if it was made before.
         """
         if shapes in self._prepared or not self.method.may_skip_unconditional:
-            return
+            return None
         halved = halved_inputs(tuple(args), kwargs, self._split_names)
         # What the model writes to its inputs, or draws at random, is to happen once.
         halved_args, halved_kwargs = tree_map_only(Tensor, Tensor.clone, halved)
         devices = {leaf.device for leaf in tree_leaves(halved) if isinstance(leaf, Tensor) and leaf.is_cuda}
-        current = ModelCall(self, _Stream(None), 0, math.nan, halved=True, separate=False)
+        current = ModelCall(self, Stream(None), 0, math.nan, halved=True, separate=False)
         try:
             with torch.random.fork_rng(devices=list(devices)):
-                _within(current, function, halved_args, halved_kwargs)
+                result = _within(current, function, halved_args, halved_kwargs)
+        except (CacheError, torch.OutOfMemoryError):
+            raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             whole = [name for name in kwargs if name not in self._split_names]
             raise CacheError(
                 f"{self.name} cannot be called with the conditional half alone, as FasterCache does "
-                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Halved were positional arguments and "
-                f"{', '.join(self._split_names)}; not halved: {', '.join(whole) or 'none'}. Name all that hold both "
-                "halves in unconditional_conditional_input_kwargs_identifiers"
+                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Halved were positional arguments of "
+                f"the batch's size and {', '.join(self._split_names)}; not halved: {', '.join(whole) or 'none'}. Name "
+                "all that hold both halves in unconditional_conditional_input_kwargs_identifiers"
             ) from error
-        self._prepared.add(shapes)
+        return [output.shape for output in outputs_of(result)]
+
+    def _with_guidance(self, stream: Stream, result: Any, halved: bool) -> Any:
+        """The model's result with both halves, of which the unconditional one may be a prediction."""
+        assert stream.guidance is not None
+        output, put_back = first_output(result)
+        if not halved:
+            stream.guidance.learn(output)
+            return result
+        return put_back(stream.guidance.complete(output, *self.guidance_weights()))
+
+    def _tell_unused(self, stream: Stream) -> None:
+        """Warns, once, of a run that is over and in which nothing was to be reused."""
+        if len(stream.timesteps) < 3 or stream.reuses or self._told_unused or self.observer is not None:
+            return
+        self._told_unused = True
+        log.warning(
+            "%s: nothing was reused in a run of %d calls, at timesteps from %g to %g; the config reuses %s. Set the "
+            "timestep ranges to the scheduler's units",
+            self.name,
+            len(stream.timesteps),
+            stream.timesteps[0],
+            stream.timesteps[-1],
+            self.method.describe(),
+        )
 
     def _require_inference(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         model = self._module("")
+        if getattr(model, "is_cache_enabled", False):
+            raise CacheError(
+                f"{self.name} has diffusers' own cache enabled beside this one: call {self.name}.disable_cache(), or "
+                "attnrewrite.disable_cache(model)"
+            )
         if model.training and self._model is not None:
             raise CacheError(
                 f"{self.name} is in training mode, and attention is reused at inference only: call model.eval(), or "
@@ -348,48 +297,59 @@ class Session:
         config = self.config
         return isinstance(config, FasterCacheConfig) and not config.is_guidance_distilled and not separate
 
-    def _stream(self, name: tuple[str, ...]) -> _Stream:
+    def _stream(self, name: tuple[str, ...]) -> Stream:
         here = self._here
         if getattr(here, "generation", None) != self._generation:
             here.generation, here.streams = self._generation, {}
-        streams: dict[tuple[str, ...], _Stream] = here.streams
+        streams: dict[tuple[str, ...], Stream] = here.streams
         if name not in streams:
-            predicts = self._predicts(_is_separate(name))
-            streams[name] = _Stream(self.config.tensor_format if predicts else None)  # type: ignore[union-attr]
+            predicts = self._predicts(is_separate(name))
+            streams[name] = Stream(self.config.tensor_format if predicts else None)  # type: ignore[union-attr]
             with self._lock:
                 self._streams.add(streams[name])
         return streams[name]
 
-    def reserve(self, stream: _Stream, sizes: Mapping[Key, int]) -> None:
+    def reserve(self, stream: Stream, sizes: Mapping[Key, int]) -> None:
         """Counts values, in bytes, before they are stored.
 
         Raises:
             CacheMemoryError: it would be more than ``memory_limit``.
         """
-        new = {key: nbytes for key, nbytes in sizes.items() if key not in stream.reserved}
+        new = {key: nbytes for key, nbytes in sizes.items() if stream.reserved.get(key) != nbytes}
         if not new:
             return
-        limit, taken, needed = self.config.memory_limit, self.nbytes, sum(new.values())
+        limit, needed = self.config.memory_limit, sum(new.values())
+        taken = self.nbytes - sum(stream.reserved.get(key, 0) for key in new)
         where = "the host" if self.config.offload else "the device"
-        log.info("%s: %d attention values take %s of %s's memory", self.name, len(new), _mib(needed), where)
+        what = "1 attention value" if len(new) == 1 else f"{len(new)} attention values"
+        log.info("%s: %s, %s of %s's memory", self.name, what, _in_words(needed), where)
         if limit is not None and taken + needed > limit:
-            others = f", beside {_mib(taken)} that are stored already" if taken else ""
+            others = f", beside {_in_words(taken)} that are stored already" if taken else ""
             raise CacheMemoryError(
-                f"{len(new)} attention values of {self.name} take {_mib(needed)} of {where}'s memory{others}, and "
-                f"memory_limit is {_mib(limit)}: raise it (None is no limit), keep fewer attentions (a skip range of "
-                "None, or block identifiers), or call disable_cache(model)"
+                f"{what} of {self.name} would take {_in_words(needed)} of {where}'s memory{others}, and "
+                f"memory_limit is {_in_words(limit)}: raise it (None is no limit), keep fewer attentions (a skip range "
+                "of None, or block identifiers), or call disable_cache(model)"
             )
         stream.reserved.update(new)
 
-    def path_of(self, path: str, parameter: Tensor | None) -> str:
-        """Where in the model a module is that its own graph knows as ``path``, by one of its parameters."""
-        key = path, id(parameter)
+    def path_of(self, path: str, parameter: Tensor | None, known_as: str) -> str:
+        """Where in the model a module is that its own graph knows as ``path``.
+
+        Args:
+            parameter: one that the graph is called with, and knows as ``known_as``.
+        """
         if parameter is None or self._model is None:
             return path
+        key = path, known_as, id(parameter)
         if key not in self._paths:
-            name = next((name for name, each in self._module("").named_parameters() if each is parameter), "")
-            before, found, _ = f".{name}".partition(f".{path}.") if path else (f".{name}".rpartition(".")[0], "", "")
-            self._paths[key] = f"{before}{found}".strip(".") or path
+            model = self._module("")
+            named = itertools.chain(
+                model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+            )
+            names = [name for name, each in named if each is parameter]
+            # The graph of the whole model knows it by one of its names; that of a part, by the end of one.
+            parents = [name.removesuffix(known_as) for name in names if f".{name}".endswith(f".{known_as}")]
+            self._paths[key] = f"{min(parents, key=len, default='')}{path}".strip(".")
         return self._paths[key]
 
     def kind_at(self, path: str, told: SiteKind) -> Kind | None:
@@ -437,7 +397,7 @@ class ModelCall:
     """One call of the model: what its graphs may reuse, and where they put what they compute."""
 
     def __init__(
-        self, session: Session, stream: _Stream, iteration: int, timestep: float, *, halved: bool, separate: bool
+        self, session: Session, stream: Stream, iteration: int, timestep: float, *, halved: bool, separate: bool
     ) -> None:
         method = session.method
         self.reused = method.reused(iteration, timestep, halved, separate)
@@ -447,7 +407,7 @@ class ModelCall:
         self.is_of_graph = session._model is None
         self._session = session
         self._stream = stream
-        self._names, self._iteration, self._timestep = _stream.get(), iteration, timestep
+        self._names, self._iteration, self._timestep = current_stream(), iteration, timestep
         self._visits: Counter[Key] = Counter()
         self._matched = False
         self._found: dict[str, None] = {}
@@ -457,9 +417,9 @@ class ModelCall:
         self._visits[key] += 1
         return key, self._visits[key] - 1
 
-    def path_of(self, path: str, parameter: Tensor | None) -> str:
+    def path_of(self, path: str, parameter: Tensor | None, known_as: str) -> str:
         """See :meth:`Session.path_of`."""
-        return self._session.path_of(path, parameter)
+        return self._session.path_of(path, parameter, known_as)
 
     def kind_at(self, path: str, told: SiteKind) -> Kind | None:
         """See :meth:`Session.kind_at`."""
@@ -476,27 +436,19 @@ class ModelCall:
         """
         if self._matched:
             return
-        there = "; ".join([*self._found][:6]) or (
-            "no graph with attention was compiled by attnrewrite (compile with backend='attnrewrite')"
-        )
-        raise CacheError(
-            f"the cache's config matches no attention of {self._session.name}: {there}. Set the skip range of a kind "
-            "that there is, or block identifiers that match"
-        )
-
-    def holds(self, key: Key, shape: tuple[int, ...], path: str, constants: Sequence[Tensor]) -> bool:
-        """Whether there is a value to reuse that was computed with these parameters, as they are.
-
-        Raises:
-            CacheError: it has another shape. Within a run that comes of halving a dimension that is not the batch.
-        """
-        history = self._stream.values.get(key, [])
-        if history and history[-1].shape != shape:
+        if not self._found:
             raise CacheError(
-                f"what is kept of the attention {path or 'of a function'} has the shape {tuple(history[-1].shape)}, "
-                f"and {shape} is needed: its batch is not dimension 0. Exclude it by block identifiers"
+                f"no graph of {self._session.name} with attention was compiled by attnrewrite: compile the model, or "
+                "its parts, with backend='attnrewrite', and enable the cache on what is called"
             )
-        return bool(history) and self._stream.constants[key].are(constants)
+        raise CacheError(
+            f"the cache's config matches no attention of {self._session.name}: {'; '.join([*self._found][:6])}. Set "
+            "the skip range of a kind that there is, or block identifiers that match"
+        )
+
+    def holds(self, key: Key, value: Value, shape: tuple[int, ...], constants: Sequence[Tensor]) -> bool:
+        """Whether there is one to reuse that fits, and was computed of these parameters, as they are."""
+        return self._stream.holds(key, shape, value.dtype, constants)
 
     def reuse(self, key: Key, value: Value, path: str, constants: Sequence[Tensor]) -> Tensor:
         """The value that takes the place of one that is not computed; ``path`` is its module's."""
@@ -528,12 +480,8 @@ class ModelCall:
         self._put(key, value, constants)
 
     def _put(self, key: Key, value: Tensor, constants: Sequence[Tensor]) -> None:
-        if key not in self._stream.constants or not self._stream.constants[key].are(constants):
-            self._stream.constants[key] = _Constants(constants)
-        history = self._stream.values.get(key)
         value = _to_host(value) if self._session.config.offload else value
-        kept = self._session.kept
-        self._stream.values[key] = [*history, value][-kept:] if history else [value] * kept
+        self._stream.put(key, value, constants, self._session.kept)
 
 
 def _within(current: ModelCall, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -557,35 +505,5 @@ def _signature(arguments: Any) -> Hashable:
     )
 
 
-def _mib(nbytes: int) -> str:
-    return f"{nbytes / 2**20:,.1f} MiB"
-
-
-def _with_guidance(session: Session, stream: _Stream, result: Any, halved: bool) -> Any:
-    """The model's result with both halves, of which the unconditional one may be a prediction."""
-    assert stream.guidance is not None
-    output, put_back = _first_output(result)
-    if not halved:
-        stream.guidance.learn(output)
-        return result
-    return put_back(stream.guidance.complete(output, *session.guidance_weights()))
-
-
-def _first_output(result: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """The tensor that the denoiser gives, and how to put another in its place."""
-    if isinstance(result, Tensor):
-        return result, lambda output: output
-    if type(result) is tuple and result and isinstance(result[0], Tensor):
-        return result[0], lambda output: (output, *result[1:])
-    sample = getattr(result, "sample", None)
-    if isinstance(sample, Tensor):
-
-        def put_back(output: Tensor) -> Any:
-            result.sample = output
-            return result
-
-        return sample, put_back
-    raise CacheError(
-        f"FasterCache takes a tensor, a tuple that begins with one, or an output with .sample; the model returned "
-        f"{type(result).__name__}. Set is_guidance_distilled=True to keep to attention"
-    )
+def _in_words(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.1f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:,.1f} KiB"
