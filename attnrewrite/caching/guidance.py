@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnrewrite.errors import CacheError
 
-__all__ = ["TENSOR_FORMATS", "GuidanceDelta", "check_halved", "first_output", "halved_inputs", "outputs_of"]
+__all__ = ["TENSOR_FORMATS", "GuidanceDelta", "check_halved", "copied", "first_output", "halved_inputs"]
 
 log = logging.getLogger("attnrewrite")
 
@@ -231,36 +231,43 @@ def first_output(result: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     )
 
 
-def outputs_of(result: Any) -> list[Tensor]:
+def copied(result: Any) -> Any:
+    """A model's result with tensors of its own."""
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+        return dataclasses.replace(result, **copied(fields))
+    return tree_map_only(Tensor, Tensor.clone, result)
+
+
+def _outputs_of(result: Any) -> list[Tensor]:
     """All tensors of a model's result."""
     if dataclasses.is_dataclass(result):
         result = [getattr(result, field.name) for field in dataclasses.fields(result)]
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
-def check_halved(whole: Any, halved: Sequence[tuple[int, ...]], name: str) -> None:
+def check_halved(whole: Any, halved: Any, name: str) -> None:
     """Checks that a model's first output for the conditional half is half of that for both; of others it warns.
 
     Args:
         whole: the result for both halves.
-        halved: the shapes of all tensors of the result for the conditional half.
+        halved: the result for the conditional half.
         name: the model's, for the message.
 
     Raises:
         CacheError: it is not.
     """
     output, _ = first_output(whole)
-    tensors = outputs_of(whole)
-    first = next(number for number, leaf in enumerate(tensors) if leaf is output)
     expected = (output.shape[0] // 2, *output.shape[1:])
-    given = tuple(halved[first]) if first < len(halved) else None
+    given = tuple(first_output(halved)[0].shape)
     if given != expected:
         raise CacheError(
             f"called with the conditional half alone, {name} gives the shape {given} and not {expected}: an argument "
             "that holds both halves was not halved. Name all that do in "
             "unconditional_conditional_input_kwargs_identifiers, or set is_guidance_distilled=True to keep to attention"
         )
-    if [tuple(shape) for shape in halved] != [expected if leaf is output else tuple(leaf.shape) for leaf in tensors]:
+    shapes = [expected if leaf is output else tuple(leaf.shape) for leaf in _outputs_of(whole)]
+    if [tuple(leaf.shape) for leaf in _outputs_of(halved)] != shapes:
         log.warning(
             "%s gives more than one tensor. FasterCache predicts the first one's unconditional half: in calls that "
             "skip it the others are of the conditional half alone",

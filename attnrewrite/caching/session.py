@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from attnrewrite.analysis.kinds import Kind, SiteKind, is_named_temporal
 from attnrewrite.caching.config import FasterCacheConfig, PyramidAttentionBroadcastConfig
 from attnrewrite.caching.graphs import Value, is_parameter
-from attnrewrite.caching.guidance import check_halved, first_output, halved_inputs, outputs_of
+from attnrewrite.caching.guidance import check_halved, copied, first_output, halved_inputs
 from attnrewrite.caching.method import Method, method_of
 from attnrewrite.caching.runs import timestep_of, weight_of
 from attnrewrite.caching.streams import Constants, Key, Observation, Observer, Stream, current_stream, is_separate
@@ -191,13 +191,19 @@ class Session:
         try:
             if skips:
                 args, kwargs = halved_inputs(tuple(args), kwargs, self._split_names)
-            halved = self._prepare(function, args, kwargs, shapes) if iteration == 0 and current.plan.halves else None
+            half: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+            to_prepare = iteration == 0 and current.plan.halves and self.method.may_skip_unconditional
+            if to_prepare and shapes not in self._prepared:
+                # What the model writes to its inputs is to happen once.
+                half = tree_map_only(Tensor, Tensor.clone, halved_inputs(tuple(args), kwargs, self._split_names))
             result = _within(current, function, args, kwargs)
             if self._predicts(separate):
                 result = self._with_guidance(stream, result, skips)
-                if halved is not None:
-                    check_halved(result, halved, self.name)
-                    self._prepared.add(shapes)
+            if half is not None:
+                # The next replay of a CUDA graph would overwrite the result.
+                result = copied(result)
+                self._prepare(function, *half, result)
+                self._prepared.add(shapes)
             if not self._matched and self._model is not None:
                 current.require_match()
                 self._matched = True
@@ -210,26 +216,21 @@ class Session:
             stream.in_call = False
         return result
 
-    def _prepare(
-        self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], shapes: Hashable
-    ) -> list[torch.Size] | None:
+    def _prepare(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], whole: Any) -> None:
         """Has the graphs for the conditional half compiled at once, by a call of which nothing is kept.
 
-        It comes before the call that is asked for, whose result the next replay of a CUDA graph would overwrite.
+        It comes after the call for both halves, so that a batch of two and then one makes no size of them dynamic.
 
-        Returns:
-            The shapes of the tensors that it gives; None if it was made before.
+        Args:
+            args, kwargs: of the conditional half.
+            whole: the result for both.
         """
-        if shapes in self._prepared or not self.method.may_skip_unconditional:
-            return None
-        halved = halved_inputs(tuple(args), kwargs, self._split_names)
-        # What the model writes to its inputs, or draws at random, is to happen once.
-        halved_args, halved_kwargs = tree_map_only(Tensor, Tensor.clone, halved)
-        devices = {leaf.device for leaf in tree_leaves(halved) if isinstance(leaf, Tensor) and leaf.is_cuda}
+        devices = {leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_cuda}
         current = ModelCall(self, Stream(None), 0, math.nan, halved=True, separate=False)
         try:
+            # What the model draws at random is to be drawn once.
             with torch.random.fork_rng(devices=list(devices)):
-                result = _within(current, function, halved_args, halved_kwargs)
+                result = _within(current, function, args, kwargs)
         except (CacheError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -240,7 +241,7 @@ class Session:
                 f"the batch's size and {', '.join(self._split_names)}; not halved: {', '.join(whole) or 'none'}. Name "
                 "all that hold both halves in unconditional_conditional_input_kwargs_identifiers"
             ) from error
-        return [output.shape for output in outputs_of(result)]
+        check_halved(whole, result, self.name)
 
     def _with_guidance(self, stream: Stream, result: Any, halved: bool) -> Any:
         """The model's result with both halves, of which the unconditional one may be a prediction."""
