@@ -19,7 +19,7 @@ from attnrewrite import CacheError, FasterCacheConfig
 from attnrewrite.backend import collect_reports
 from attnrewrite.caching.enabling import CacheTypeError
 from tests.caching_video import Attention, Clock, broadcast, compiled, inputs, steps, video
-from tests.helpers import relative_error
+from tests.helpers import recording, relative_error
 
 
 @pytest.fixture(autouse=True)
@@ -272,6 +272,30 @@ def test_one_row_for_the_whole_batch_is_not_halved(clock: Clock) -> None:
         found = fast(images(1), tokens(9, 1), tokens(7, 1, 8))
     bare = model(images(0), tokens(9, 1), tokens(7, 1, 8)) - images(0)
     assert relative_error(found[2:], bare[2:] + images(1)[2:]) <= 1e-5
+
+
+def layouts(seed: int) -> dict[str, Tensor]:
+    """As pipelines have them: one timestep for all, a part of a larger tensor."""
+    return {
+        "hidden_states": images(seed),
+        "timestep": torch.tensor(0.5).expand(4),
+        "pooled": tokens(seed, 4, 16)[:, 4:12],
+    }
+
+
+@pytest.mark.parametrize("made_within", [True, False])
+def test_nothing_is_compiled_after_the_first_step(clock: Clock, made_within: bool) -> None:
+    inner, graphs = recording()
+    names = list(layouts(0))
+    fast = compiled(seeded(Image), inner)
+    with attnrewrite.attention_cache(fast, faster(clock, unconditional_conditional_input_kwargs_identifiers=names)):
+        before = [layouts(number) for number in range(12)]
+        with torch.inference_mode():
+            for number in range(12):
+                clock.now -= 1
+                fast(**(layouts(number) if made_within else before[number]))
+                # Both halves, and one half that computes or reuses.
+                assert len(graphs) == 3
 
 
 @pytest.mark.parametrize(

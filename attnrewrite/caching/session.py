@@ -195,7 +195,10 @@ class Session:
             to_prepare = iteration == 0 and current.plan.halves and self.method.may_skip_unconditional
             if to_prepare and shapes not in self._prepared:
                 # What the model writes to its inputs is to happen once.
-                half = tree_map_only(Tensor, Tensor.clone, halved_inputs(tuple(args), kwargs, self._split_names))
+                half = tree_map_only(Tensor, _twin, halved_inputs(tuple(args), kwargs, self._split_names))
+                if not self._prepared:
+                    # The half of one batch does not make the batch's size dynamic, which would take a graph more.
+                    tree_map_only(Tensor, _mark_batch_static, half)
             result = _within(current, function, args, kwargs)
             if self._predicts(separate):
                 result = self._with_guidance(stream, result, skips)
@@ -504,6 +507,21 @@ def _signature(arguments: Any) -> Hashable:
     return tuple(
         (tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)
     )
+
+
+def _twin(tensor: Tensor) -> Tensor:
+    """A copy for which no graph is compiled anew that was compiled for the tensor."""
+    if any(not stride and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        return tensor.view_as(tensor)  # Cannot be written to.
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        twin.copy_(tensor).requires_grad_(tensor.requires_grad)
+    return twin
+
+
+def _mark_batch_static(tensor: Tensor) -> None:
+    if tensor.dim():
+        torch._dynamo.mark_static(tensor, 0)
 
 
 def _in_words(nbytes: int) -> str:
