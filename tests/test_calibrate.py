@@ -23,7 +23,7 @@ from attnrewrite.analysis.kinds import Kind
 from attnrewrite.caching.calibration_views import print_calibration
 from attnrewrite.caching.config import validated
 from attnrewrite.caching.method import method_of
-from attnrewrite.caching.proposals import SiteRun, Step, mean_runs, proposed
+from attnrewrite.caching.proposals import SiteRun, Step, least_threshold, mean_runs, proposed
 from attnrewrite.cli import main
 
 TIMESTEPS = (900, 800, 700, 600, 500, 400, 300, 200, 100)
@@ -359,6 +359,11 @@ def recorded(draw: st.DrawFn) -> list[tuple[Step, ...]]:
 def test_the_proposal_reuses_as_much_as_any_that_may_be_and_as_the_method_does(runs: list[tuple[Step, ...]]) -> None:
     window = proposed(runs, 0.15)
     best = best_by_trying(runs, 0.15)
+    least = least_threshold(runs)
+    assert (least is not None and least <= 0.15) == (window is not None)
+    if least is not None:
+        assert proposed(runs, least) is not None
+        assert proposed(runs, least * 0.999 - 1e-9) is None
     if window is None:
         assert best == 0
         return
@@ -376,8 +381,8 @@ def test_where_nothing_can_be_reused_it_is_said(clock: Clock) -> None:
     calibration = attnrewrite.calibrate(model, falling, clock)
     assert set(calibration.proposals.values()) == {None}
     words = (
-        "no attention of Video stays within a relative difference of 0.1 from one call to the next (the smallest: "
-        "spatial 0.5, temporal 0.667, cross 0.75): nothing can be reused"
+        "no attention of Video stays within a relative difference of 0.1 of what it would reuse (thresholds from which "
+        "something is: spatial 0.5, temporal 0.667, cross 0.75): nothing can be reused"
     )
     for refused in (lambda: calibration.config(clock), calibration.to_python):
         with pytest.raises(CacheError) as error:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from attnrewrite.analysis.kinds import Kind
 from attnrewrite.caching.config import PyramidAttentionBroadcastConfig, validated
 from attnrewrite.caching.enabling import disable_cache, enable_session
-from attnrewrite.caching.proposals import SiteRun, Step, Window, mean_runs, proposed
+from attnrewrite.caching.proposals import SiteRun, Step, Window, least_threshold, mean_runs, proposed
 from attnrewrite.caching.session import Session
 from attnrewrite.caching.streams import Key, Observation
 from attnrewrite.errors import CacheError, OptionError
@@ -70,12 +70,6 @@ class Calibration:
         """For each kind of :attr:`kinds` what to reuse; None where all differences are above the threshold."""
         return {kind: proposed(mean_runs(self.records, kind), self.threshold) for kind in self.kinds}
 
-    def smallest(self, kind: Kind) -> float:
-        """The smallest mean difference of a kind's attentions from one call to the next: the least useful threshold."""
-        steps = [step for run in mean_runs(self.records, kind) for step in run]
-        found = [step.differences[0] for step in steps if step.differences[0] is not None]
-        return min((each for each in found if not math.isnan(each)), default=math.nan)
-
     def config(self, current_timestep_callback: Callable[[], Any]) -> PyramidAttentionBroadcastConfig:
         """The proposals as a configuration for :func:`attnrewrite.enable_cache`.
 
@@ -95,11 +89,12 @@ class Calibration:
     @property
     def refusal(self) -> str:
         """Why nothing is proposed."""
-        smallest = ", ".join(f"{kind} {self.smallest(kind):.3g}" for kind in self.kinds)
+        least = {kind: least_threshold(mean_runs(self.records, kind)) for kind in self.kinds}
+        needed = ", ".join(f"{kind} {threshold:.3g}" for kind, threshold in least.items() if threshold is not None)
         return (
-            f"no attention of {self.model} stays within a relative difference of {self.threshold:g} from one call to "
-            f"the next (the smallest: {smallest}): nothing can be reused. Take more steps, or a higher threshold if "
-            "the model's results bear it"
+            f"no attention of {self.model} stays within a relative difference of {self.threshold:g} of what it would "
+            f"reuse (thresholds from which something is: {needed or 'none'}): nothing can be reused. Take more steps, "
+            "or a higher threshold if the model's results bear it"
         )
 
     def to_python(self, callback: str = "lambda: pipe.current_timestep") -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from attnrewrite.analysis.kinds import Kind
 
-__all__ = ["SiteRun", "Step", "Window", "mean_runs", "proposed"]
+__all__ = ["SiteRun", "Step", "Window", "least_threshold", "mean_runs", "proposed"]
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,14 @@ def proposed(runs: Sequence[Sequence[Step]], threshold: float) -> Window | None:
         total.differences / total.reused,
         total.largest,
     )
+
+
+def least_threshold(runs: Sequence[Sequence[Step]]) -> float | None:
+    """The lowest threshold for which something is :func:`proposed`; None if there is none."""
+    known = {each for run in runs for step in run for each in step.differences if each is not None}
+    candidates = sorted(each for each in known if math.isfinite(each))
+    place = bisect_left(candidates, True, key=lambda threshold: proposed(runs, threshold) is not None)
+    return candidates[place] if place < len(candidates) else None
 
 
 @dataclass(frozen=True)
