@@ -18,6 +18,7 @@ from torch._logging._internal import trace_structured
 
 from attnrewrite.analysis.scores import leads_to_product
 from attnrewrite.caching.compiled import Kept, kept_attention
+from attnrewrite.caching.identity import Identity, identity_of
 from attnrewrite.caching.session import Session, current_call
 from attnrewrite.capture import CaptureError, capture
 from attnrewrite.constants import Constants
@@ -112,6 +113,7 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy)
     wanted = _collector.get() is not None or debug_directory() is not None
     before = after = result = gm
     rewritten = Rewritten()
+    identity: Identity | None = None
     original: Original | None = None
     admission: Admission | None = None
     constants = Constants(gm, example_inputs)
@@ -123,6 +125,7 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy)
     else:
         report.seconds["capture"] = captured.seconds
         constants.attach(captured.gm)
+        identity = None if call is None else identity_of(captured.gm)
         if wanted:
             before = fx.GraphModule(captured.gm, copy.deepcopy(captured.gm.graph))
         original = Original(captured.gm) if policy.verify else None
@@ -168,7 +171,8 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy)
         call.found(0, [f"{row.location} is not taken for attention ({row.reason})" for row in missed])
     if call is not None and rewritten.results:
         try:
-            kept = kept_attention(captured.gm, example_inputs, rewritten, call)
+            assert identity is not None
+            kept = kept_attention(captured.gm, example_inputs, rewritten, identity, call)
         except Exception as error:  # As above: the model runs without reuse.
             log.warning("%s: attention cannot be kept, please report this", report.name, exc_info=True)
             report.notes.append(f"attention is not kept: {type(error).__name__}: {error}")

@@ -37,11 +37,13 @@ __all__ = [
     "evaluated",
     "is_cast",
     "is_view",
+    "name_source",
     "parameter_path",
     "regions",
     "same",
     "same_shape",
     "source_location",
+    "source_name",
     "tensor",
 ]
 
@@ -104,7 +106,7 @@ def is_view(node: fx.Node) -> bool:
 def copy_attributes(source: Any, target: Any) -> None:
     """What Dynamo attaches for the inner compiler: ``_dynamo_source`` on placeholders tells which inputs are static."""
     for name, value in vars(source).items():
-        if name.startswith(("_dynamo", "_param_name", "_backend")) or name == "compile_subgraph_reason":
+        if name.startswith(("_dynamo", "_param_name", "_backend", _SOURCE)) or name == "compile_subgraph_reason":
             setattr(target, name, value)
 
 
@@ -187,14 +189,31 @@ def source_location(node: fx.Node) -> SourceLocation | None:
     return SourceLocation(file, int(line), function.strip(), code.strip(), _module_path(path))
 
 
-def parameter_path(placeholder: fx.Node) -> str:
-    """The dotted path of a parameter or a buffer, relative to the module that the graph is of; empty if unknown."""
+_SOURCE = "_attnrewrite_source"
+
+
+def name_source(placeholder: fx.Node, name: str) -> None:
+    """Says where a graph's input comes from: :func:`source_name` of the graph that was compiled once more."""
+    setattr(placeholder, _SOURCE, name)
+
+
+def source_name(placeholder: fx.Node) -> str:
+    """Where Dynamo found a graph's input, as Python source; empty if unknown."""
+    named = getattr(placeholder, _SOURCE, None)
+    if isinstance(named, str):
+        return named
     source = getattr(placeholder, "_dynamo_source", None)
     if source is None:
         return ""
     # A property since torch 2.12, a method before.
-    name = source.name if isinstance(source.name, str) else source.name()
-    return re.sub(r"\.(_parameters|_buffers)(?=\.[^.]+$)", "", f".{_module_path(name)}").strip(".")
+    return source.name if isinstance(source.name, str) else str(source.name())
+
+
+def parameter_path(placeholder: fx.Node) -> str:
+    """The dotted path of a module's parameter or buffer, from the module that the graph is of; empty for others."""
+    path = f".{_module_path(source_name(placeholder))}"
+    found = re.fullmatch(r"(.*)\.(?:_parameters|_buffers)(\.[^.]+)", path)
+    return "" if found is None else "".join(found.groups()).strip(".")
 
 
 def _module_path(path: str) -> str:

@@ -6,6 +6,7 @@ Which one is chosen at the call, outside the graph.
 from __future__ import annotations
 
 import copy
+import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from torch import fx
 
 from attnrewrite.caching.session import Plan, current_call
 from attnrewrite.inner import CompiledFn
+from attnrewrite.ir import name_source, source_name
 from attnrewrite.policy import Request
 from attnrewrite.selection import request_in_force
 
@@ -22,6 +24,9 @@ __all__ = ["Variants"]
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], CompiledFn]
 _Key = tuple[Request | None, Plan | None]
+
+
+_ARGUMENT = re.compile(r"L\['(\w+)'\]")
 
 
 class Variants:
@@ -39,6 +44,7 @@ class Variants:
         """
         self._gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
         self._backend = backend
+        self._sources = {node.target: source_name(node) for node in gm.graph.find_nodes(op="placeholder")}
         self._dynamic = any(_is_symbolic(value) for value in example_inputs) or None
         self._compiled: dict[_Key, CompiledFn] = {}
         self._lock = threading.Lock()
@@ -61,7 +67,16 @@ class Variants:
     def _compile(self) -> CompiledFn:
         # Dynamo's cache goes by code object: each variant has one of its own, so none counts as a recompilation.
         module = fx.GraphModule(self._gm, copy.deepcopy(self._gm.graph))
-        compiled: CompiledFn = torch.compile(module, backend=self._backend, fullgraph=True, dynamic=self._dynamic)
+
+        def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> CompiledFn:
+            for node in gm.graph.find_nodes(op="placeholder"):
+                # Dynamo finds an input of the graph in the argument of that name.
+                argument = _ARGUMENT.fullmatch(source_name(node))
+                if argument is not None and argument[1] in self._sources:
+                    name_source(node, self._sources[argument[1]])
+            return self._backend(gm, example_inputs)
+
+        compiled: CompiledFn = torch.compile(module, backend=backend, fullgraph=True, dynamic=self._dynamic)
         return compiled
 
 

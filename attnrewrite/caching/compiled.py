@@ -11,10 +11,11 @@ from torch import fx
 
 from attnrewrite.analysis.kinds import Kind
 from attnrewrite.caching.graphs import Attention, Value, find_values, nearest, parameters_of, with_values
+from attnrewrite.caching.identity import Identity
 from attnrewrite.caching.session import ModelCall, current_call
-from attnrewrite.caching.streams import Key
+from attnrewrite.caching.streams import Entry
 from attnrewrite.inner import CompiledFn
-from attnrewrite.ir import is_tensor, parameter_path, tensor
+from attnrewrite.ir import Size, is_tensor, parameter_path, source_name, tensor
 from attnrewrite.rewrite import Rewritten
 
 __all__ = ["Kept", "kept_attention"]
@@ -22,9 +23,13 @@ __all__ = ["Kept", "kept_attention"]
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept of a rewritten graph's attentions, and a graph for each set of kinds that are reused together."""
+    """What is kept of a rewritten graph's attentions, and a graph for each set of kinds that are reused together.
+
+    ``identity`` is that of the graph as it was captured; ``others`` says which attentions are not kept.
+    """
 
     gm: fx.GraphModule
+    identity: Identity
     values: tuple[Value, ...]
     graphs: Mapping[frozenset[Kind], fx.GraphModule]
     others: tuple[str, ...]
@@ -49,12 +54,18 @@ def kept_attention(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     rewritten: Rewritten,
+    identity: Identity,
     call: ModelCall,
 ) -> Kept:
-    """What a call's plan keeps of a rewritten graph; the attentions' rows are told."""
+    """What a call's plan keeps of a rewritten graph; the attentions' rows are told.
+
+    Args:
+        identity: of the graph as it was captured.
+    """
     parameters = parameters_of(gm)
     attentions = []
     others = []
+    is_part = False
     for row, told, node in rewritten.results:
         assert told is not None
         own = "" if row.location is None else row.location.module
@@ -69,30 +80,31 @@ def kept_attention(
         else:
             row.cached = f"{kind} ({told.reason})" if kind == told.kind else f"{kind} (by its block identifiers)"
         # A module that is compiled alone may share its graph with others, of other kinds by their paths.
+        is_part = is_part or path != own
         if kind is not None or path != own:
-            attentions.append(Attention(node, kind or told.kind, own, told))
+            attentions.append(Attention(row.name, node, kind or told.kind, own, told))
     values = find_values(gm, attentions, rewritten.begins_with_batch if call.plan.halves else None)
+    kept = {name for value in values for name in value.attentions}
+    for row, _, _ in rewritten.results:
+        if row.name not in kept and row.cached and not row.cached.startswith("no"):
+            batch = "its dimension 0 is not known to begin with the batch, of which one half is kept"
+            row.cached = f"no: {batch if call.plan.halves else 'nothing reads its result'}"
     if call.plan.halves and attentions and not values:
         others.append(
             "of no attention is it known that its dimension 0 begins with the batch, of which one half is kept"
         )
     present = {value.kind for value in values}
-    together = {frozenset[Kind](), *(kinds & present for kinds in call.plan.reused)}
+    reused = [*call.plan.reused, *(map(_others_names, call.plan.reused) if is_part else ())]
+    together = {frozenset[Kind](), *(kinds & present for kinds in reused)}
     halves = call.plan.halves
     graphs = {reused: with_values(gm, values, reused, halves) for reused in sorted(together, key=sorted)}
-    return Kept(gm, tuple(values), graphs, tuple(others))
+    return Kept(gm, identity, tuple(values), graphs, tuple(others))
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A value in one call: the kind and the path of the module that the graph is called for, the key, the shape."""
-
-    value: Value
-    kind: Kind | None
-    path: str
-    key: Key
-    shape: tuple[int, ...]
-    constants: Sequence[torch.Tensor]
+def _others_names(kinds: frozenset[Kind]) -> frozenset[Kind]:
+    """As what these kinds are known in a graph whose first module was temporal where others are spatial."""
+    exchanged: dict[Kind, Kind] = {"spatial": "temporal", "temporal": "spatial"}
+    return frozenset(exchanged.get(kind, kind) for kind in kinds)
 
 
 class _KeepingGraph:
@@ -107,7 +119,10 @@ class _KeepingGraph:
         (results,) = kept.gm.graph.output_node().args
         assert isinstance(results, (tuple, list))
         self._outputs = len(results)
-        self._shapes = _Shapes(kept.gm, [tensor(value.node) for value in kept.values])
+        self._fingerprint = kept.identity.fingerprint
+        parameters = parameters_of(kept.gm)
+        self._parameters = [parameters[node] for node in sorted(parameters, key=source_name)]
+        self._shapes = _Shapes(kept.gm, [*(tensor(value.node).shape for value in kept.values), kept.identity.sizes])
 
     def __call__(self, *args: Any) -> Any:
         call = current_call()
@@ -115,17 +130,16 @@ class _KeepingGraph:
         entries = self._entries(call, args)
         kept = [entry for entry in entries if entry.kind is not None]
         call.found(len(kept), self._others)
-        lacking = {entry.value.kind for entry in entries if not self._is_there(call, entry)}
+        lacking = {entry.value.kind for entry in entries if not call.holds(entry)}
         reused = frozenset(self._kinds - lacking)
         if reused not in self._variants:
             # Some of what is there is not used. Computing is always right: it is what a first call does.
             reused = frozenset()
         computed = [entry for entry in entries if entry.value.kind not in reused]
-        call.reserve([(entry.key, entry.value, entry.shape) for entry in computed if entry.kind is not None])
-        taken = [entry for entry in entries if entry.value.kind in reused]
-        inputs = [call.reuse(entry.key, entry.value, entry.path, entry.constants) for entry in taken]
+        call.reserve([entry for entry in computed if entry.kind is not None])
+        inputs = [call.reuse(entry) for entry in entries if entry.value.kind in reused]
         for entry in computed:
-            call.make_room(entry.key)
+            call.make_room(entry)
         results = list(self._variants[reused](*args, *inputs))
         given = list(reversed(results[self._outputs :]))
         del results[self._outputs :], inputs
@@ -133,31 +147,28 @@ class _KeepingGraph:
             # What is not stored as it is goes at once.
             value = given.pop()
             if entry.kind is not None:
-                value = value.clone() if self._copies else value.contiguous()
-                call.keep(entry.key, value, entry.path, entry.kind, entry.constants)
+                call.keep(entry, value.clone() if self._copies else value.contiguous())
         return results
 
-    @staticmethod
-    def _is_there(call: ModelCall, entry: _Entry) -> bool:
-        return entry.kind in call.reused and call.holds(entry.key, entry.value, entry.shape, entry.constants)
-
-    def _entries(self, call: ModelCall, args: Sequence[Any]) -> list[_Entry]:
+    def _entries(self, call: ModelCall, args: Sequence[Any]) -> list[Entry]:
+        *shapes, sizes = self._shapes(args)
+        graph = call.enter(self._fingerprint, [args[position] for position in self._parameters])
         entries = []
-        for value, shape in zip(self._values, self._shapes(args), strict=True):
-            # Modules that share the graph have parameters of their own; one that is called again counts its calls.
+        for value, shape in zip(self._values, shapes, strict=True):
+            # Modules that share the graph have parameters of their own.
             parameter = None if value.parameter is None else args[value.parameter]
             path = call.path_of(value.path, parameter, value.parameter_path)
             kind = value.kind if path == value.path else call.kind_at(path, value.told)
-            own = (value.path, value.place, value.formula, None if parameter is None else id(parameter))
+            key = graph, value.attentions, value.place, value.formula
             constants = [args[position] for position in value.constants]
-            entries.append(_Entry(value, kind, path, call.visit(own), shape, constants))
+            entries.append(Entry(value, kind, path, key, shape, sizes, constants))
         return entries
 
 
 class _Shapes:
-    """The shapes of a graph's values for the sizes of a call."""
+    """Shapes of a graph for the sizes of a call."""
 
-    def __init__(self, gm: fx.GraphModule, values: Sequence[torch.Tensor]) -> None:
+    def __init__(self, gm: fx.GraphModule, shapes: Sequence[Sequence[Size]]) -> None:
         self._sources: dict[Any, Callable[[Sequence[Any]], int]] = {}
         for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
             if isinstance(node.meta.get("val"), torch.SymInt):
@@ -166,8 +177,7 @@ class _Shapes:
                 for dim, size in enumerate(tensor(node).shape):
                     self._note(size, _dimension(position, dim))
         self._shapes = [
-            tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in value.shape)
-            for value in values
+            tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in shape) for shape in shapes
         ]
         self._fixed = all(isinstance(size, int) for shape in self._shapes for size in shape)
 
@@ -180,9 +190,14 @@ class _Shapes:
             return self._shapes
         sizes = {symbol: source(args) for symbol, source in self._sources.items()}
         return [
-            tuple(size if isinstance(size, int) else int(size.xreplace(sizes)) for size in shape)
+            tuple(size if isinstance(size, int) else _number(size.xreplace(sizes)) for size in shape)
             for shape in self._shapes
         ]
+
+
+def _number(size: Any) -> Any:
+    """The number that an expression is; of one that depends on data (``u0``) the expression itself."""
+    return int(size) if isinstance(size, int) or size.is_number else size
 
 
 def _argument(position: int) -> Callable[[Sequence[Any]], int]:

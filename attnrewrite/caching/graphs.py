@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.analysis.kinds import Kind, SiteKind
+from attnrewrite.caching.identity import is_size, written
 from attnrewrite.ir import Builder, copy_attributes, is_tensor, is_view, parameter_path, product, same, tensor
 from attnrewrite.kernels.layout import in_memory_order_of
 
@@ -32,12 +33,14 @@ class Attention:
     """An attention of a rewritten graph.
 
     Attributes:
+        name: of its site, which is the same whatever kernels are chosen.
         result: the node that holds its result.
         kind: under which it is kept.
         path: of its module, as the graph has it; empty for a function.
         told: the kind that the graph tells.
     """
 
+    name: str
     result: fx.Node
     kind: Kind
     path: str
@@ -52,7 +55,8 @@ class Value:
         node: that holds it.
         kind: of the attentions that it depends on; they are all of one kind.
         path, told: of the first of them.
-        place: the value's number among those of its path.
+        attentions: the names of the attentions that it is computed of.
+        place: the value's number among those of the same attentions.
         constants: the positions of all parameters and buffers that it is computed of, beside the attentions.
         formula: how, so that a number that was another one at an earlier step is noticed.
         parameter: the position among the graph's inputs of the parameter that is nearest to it, which tells apart
@@ -64,6 +68,7 @@ class Value:
     kind: Kind
     path: str
     told: SiteKind
+    attentions: tuple[str, ...]
     place: int
     parameter: int | None
     parameter_path: str
@@ -88,7 +93,7 @@ def find_values(
         allowed: the nodes that may be values. In the place of others come the attentions' own results, if these may be.
             Default None: all.
     """
-    sources, constant = _sources(gm, attentions)
+    sources = _sources(gm, attentions)
     results = {attention.result for attention in attentions}
     # An attention's result is computed of something else than what it is a source of.
     frontier = {node: None for node in sources if any(user not in sources or user in results for user in node.users)}
@@ -100,22 +105,25 @@ def find_values(
             frontier.update(dict.fromkeys(result for result in computed_of if result in allowed))
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
     parameters = parameters_of(gm)
-    places: Counter[str] = Counter()
+    places: Counter[tuple[str, ...]] = Counter()
+    names = {attention.result: attention.name for attention in attentions}
     values = []
     for node in sorted(frontier, key=order.__getitem__):
         first = attentions[min(sources[node])]
-        place = places[first.path]
-        formula, used = _formula(node, {attentions[number].result for number in sources[node]}, constant)
+        of = tuple(attentions[number].name for number in sorted(sources[node]))
+        place = places[of]
+        places[of] += 1
+        formula, used = _formula(node, names)
         own = nearest(node, parameters)
         constants = tuple(dict.fromkeys(parameters[each] for each in (*used, *([] if own is None else [own]))))
         position = None if own is None else parameters[own]
         known_as = "" if own is None else parameter_path(own)
-        values.append(Value(node, first.kind, first.path, first.told, place, position, known_as, constants, formula))
-        places[first.path] += 1
+        who = (node, first.kind, first.path, first.told)
+        values.append(Value(*who, of, place, position, known_as, constants, formula))
     return values
 
 
-def _formula(node: fx.Node, results: set[fx.Node], constant: set[fx.Node]) -> tuple[str, list[fx.Node]]:
+def _formula(node: fx.Node, results: Mapping[fx.Node, str]) -> tuple[str, list[fx.Node]]:
     """How a value is computed of attentions' results, and the parameters in it, in the order of the formula.
 
     Sizes are left out: those of one half of a batch are others.
@@ -124,39 +132,28 @@ def _formula(node: fx.Node, results: set[fx.Node], constant: set[fx.Node]) -> tu
     names: dict[fx.Node, str] = {}
     text = []
 
-    def name(current: fx.Node) -> str:
-        if current not in names:
+    def name(current: fx.Node) -> None:
+        if current in names or is_size(current):
+            return
+        if current in results:
+            names[current] = results[current]
+        elif current.op == "placeholder":
+            used[current] = None
+            names[current] = f"p{len(used)}"
+        else:
+            for source in current.all_input_nodes:
+                name(source)
             names[current] = f"v{len(names)}"
-            if current.op == "placeholder":
-                if is_tensor(current):
-                    used[current] = None
-            elif current not in results:
-                sizes = is_view(current) or current.target in _SHAPED or not is_tensor(current)
-                arguments = [name(source) for source in current.all_input_nodes if is_tensor(source) or not sizes]
-                rest = () if sizes else fx.node.map_arg((current.args, current.kwargs), lambda _: None)
-                text.append(f"{names[current]}={current.target}({arguments},{rest})")
-        return names[current]
+            text.append(f"{names[current]}={written(current, names, [], numbers=True)}")
 
     name(node)
     return ";".join(text), list(used)
 
 
-_SHAPED = (
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    operator.getitem,
-)
-"""Operators whose numbers say which part of a tensor it is, or where in memory."""
-
-
-def _sources(gm: fx.GraphModule, attentions: Sequence[Attention]) -> tuple[dict[fx.Node, frozenset[int]], set[fx.Node]]:
+def _sources(gm: fx.GraphModule, attentions: Sequence[Attention]) -> dict[fx.Node, frozenset[int]]:
     """The nodes that depend on attentions of one kind and on what is the same at each step, with those attentions.
 
-    And those that are the same at each step: parameters and buffers that the graph does not write to, and what is
-    computed of them.
+    The same at each step are parameters and buffers that the graph does not write to, and what is computed of them.
     """
     results = {attention.result: number for number, attention in enumerate(attentions)}
     sizes = {
@@ -189,7 +186,7 @@ def _sources(gm: fx.GraphModule, attentions: Sequence[Attention]) -> tuple[dict[
                 readable = is_tensor(node) or all(user.target is operator.getitem for user in node.users)
                 if readable and len({attentions[number].kind for number in union}) == 1:
                     sources[node] = union
-    return sources, constant
+    return sources
 
 
 def _writes_to(node: fx.Node, argument: fx.Node) -> bool:
@@ -202,8 +199,11 @@ def _symbolic(size: Any) -> torch.SymInt | None:
 
 
 def is_parameter(node: fx.Node) -> bool:
-    """Whether a graph's input is a parameter or a buffer."""
-    return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+    """Whether a graph's input is a module's parameter or buffer.
+
+    Other inputs at fixed addresses (``mark_static_address``) are written to from step to step.
+    """
+    return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}) and bool(parameter_path(node))
 
 
 def _is_function(node: fx.Node) -> bool:

@@ -179,7 +179,8 @@ def halved_inputs(
             f"unconditional_conditional_input_kwargs_identifiers (now {', '.join(names) or 'empty'}; "
             f"the call's keywords are {', '.join(kwargs) or 'none'})"
         )
-    largest, name = max(tensors, key=lambda each: each[0].dim())
+    # Rows for all come first, so that any larger batch is preferred.
+    largest, name = max(tensors, key=lambda each: (each[0].shape[0] > 1, each[0].dim()))
     batch = largest.shape[0]
     if batch % 2:
         _odd(largest, name)

@@ -14,7 +14,6 @@ import logging
 import math
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -26,11 +25,19 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnrewrite.analysis.kinds import Kind, SiteKind, is_named_temporal
 from attnrewrite.caching.config import FasterCacheConfig, PyramidAttentionBroadcastConfig
-from attnrewrite.caching.graphs import Value, is_parameter
+from attnrewrite.caching.graphs import is_parameter
 from attnrewrite.caching.guidance import check_halved, copied, first_output, halved_inputs
 from attnrewrite.caching.method import Method, method_of
 from attnrewrite.caching.runs import timestep_of, weight_of
-from attnrewrite.caching.streams import Constants, Key, Observation, Observer, Stream, current_stream, is_separate
+from attnrewrite.caching.streams import (
+    Entry,
+    Key,
+    Observation,
+    Observer,
+    Stream,
+    current_stream,
+    is_separate,
+)
 from attnrewrite.errors import CacheError, CacheMemoryError
 
 __all__ = ["ModelCall", "Plan", "Session", "current_call"]
@@ -136,15 +143,16 @@ class Session:
         placeholders = gm.graph.find_nodes(op="placeholder")
         inputs = [number for number, node in enumerate(placeholders) if not is_parameter(node)]
         parameters = [number for number, node in enumerate(placeholders) if is_parameter(node)]
-        sessions: dict[int, tuple[Constants, Session]] = {}
+        sessions: dict[tuple[int, ...], tuple[list[weakref.ref[Tensor]], Session]] = {}
 
         def wrapper(*args: Any) -> Any:
             session = self
             if parameters:
-                first = args[parameters[0]]
-                known = sessions.get(id(first))
-                if known is None or not known[0].are([first]):
-                    known = sessions[id(first)] = Constants([first]), Session(self.config)
+                own = [args[number] for number in parameters]
+                ids = tuple(map(id, own))
+                known = sessions.get(ids)
+                if known is None or any(seen() is not each for seen, each in zip(known[0], own, strict=True)):
+                    known = sessions[ids] = [weakref.ref(each) for each in own], Session(self.config)
                 session = known[1]
             return session.call(compiled, args, {}, [args[number] for number in inputs])
 
@@ -168,13 +176,12 @@ class Session:
         timestep = timestep_of(self.config.current_timestep_callback)
         name = current_stream()
         separate = is_separate(name)
-        stream = self._stream(name)
+        stream = self._stream(name if self._model is not None else (*name, *self._visit(name, timestep)))
         shapes = _signature((args, kwargs) if signature is None else signature)
         iteration = stream.run.advance(timestep, shapes)
         if iteration == 0:
             self._tell_unused(stream)
             stream.clear()
-        stream.timesteps.append(timestep)
         if stream.run.repeats and not self._warned:
             self._warned = True
             log.warning(
@@ -186,7 +193,8 @@ class Session:
             )
         skips = self.method.skips_unconditional(iteration, timestep, separate)
         current = ModelCall(self, stream, iteration, timestep, halved=skips, separate=separate)
-        stream.reuses = stream.reuses or skips or bool(current.reused)
+        stream.begin(timestep, current.reused, self.method.kinds)
+        stream.reuses = stream.reuses or skips
         stream.in_call = True
         try:
             if skips:
@@ -261,13 +269,15 @@ class Session:
             return
         self._told_unused = True
         log.warning(
-            "%s: nothing was reused in a run of %d calls, at timesteps from %g to %g; the config reuses %s. Set the "
-            "timestep ranges to the scheduler's units",
+            "%s: nothing was reused in a run of %d calls, at timesteps from %g to %g; the config reuses %s. %s",
             self.name,
             len(stream.timesteps),
             stream.timesteps[0],
             stream.timesteps[-1],
             self.method.describe(),
+            "At each of them the model computed something else than before: other graphs, sizes or parameters"
+            if stream.asked
+            else "Set the timestep ranges to the scheduler's units",
         )
 
     def _require_inference(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -312,6 +322,14 @@ class Session:
             with self._lock:
                 self._streams.add(streams[name])
         return streams[name]
+
+    def _visit(self, name: tuple[str, ...], timestep: float) -> tuple[str, ...]:
+        """Tells apart calls of one graph at one timestep, which modules without parameters may share."""
+        here = self._here
+        visits: dict[tuple[str, ...], tuple[float, int]] = here.__dict__.setdefault("visits", {})
+        before, count = visits.get(name, (math.nan, 0))
+        visits[name] = timestep, count + 1 if before == timestep else 0
+        return (f"#{visits[name][1]}",)
 
     def reserve(self, stream: Stream, sizes: Mapping[Key, int]) -> None:
         """Counts values, in bytes, before they are stored.
@@ -408,18 +426,14 @@ class ModelCall:
         # Where both halves are computed, the conditional one is kept.
         halves = session._predicts(separate) and not halved
         self.plan = Plan(session.settings, method.reachable(halved, separate), halves, method)
+        self.halved = halved
         self.is_of_graph = session._model is None
         self._session = session
         self._stream = stream
         self._names, self._iteration, self._timestep = current_stream(), iteration, timestep
-        self._visits: Counter[Key] = Counter()
+        self._place = 0
         self._matched = False
         self._found: dict[str, None] = {}
-
-    def visit(self, key: Key) -> Key:
-        """The key, and how often it was met in this call before."""
-        self._visits[key] += 1
-        return key, self._visits[key] - 1
 
     def path_of(self, path: str, parameter: Tensor | None, known_as: str) -> str:
         """See :meth:`Session.path_of`."""
@@ -450,42 +464,54 @@ class ModelCall:
             "the skip range of a kind that there is, or block identifiers that match"
         )
 
-    def holds(self, key: Key, value: Value, shape: tuple[int, ...], constants: Sequence[Tensor]) -> bool:
-        """Whether there is one to reuse that fits, and was computed of these parameters, as they are."""
-        return self._stream.holds(key, shape, value.dtype, constants)
+    def enter(self, fingerprint: str, parameters: Sequence[Tensor]) -> Hashable:
+        """The place in the model of a graph that is called: what it computes, of which parameters, behind which graphs.
 
-    def reuse(self, key: Key, value: Value, path: str, constants: Sequence[Tensor]) -> Tensor:
-        """The value that takes the place of one that is not computed; ``path`` is its module's."""
-        session, history = self._session, self._stream.values[key]
-        present = [each.to(value.device, non_blocking=True) for each in history]
-        result = session.method.next_value(present, session.weight(path) if len(present) > 1 else 0.0)
+        Args:
+            fingerprint: of the graph.
+            parameters: all that it is called with.
+        """
+        self._place = hash((self._place, fingerprint, *map(id, parameters)))
+        return self._place
+
+    def holds(self, entry: Entry) -> bool:
+        """Whether it is to be reused in this call, and what is stored fits."""
+        return entry.kind in self.reused and self._stream.holds(entry, self.halved)
+
+    def reuse(self, entry: Entry) -> Tensor:
+        """The value that takes the place of one that is not computed."""
+        session, history = self._session, self._stream.values(entry.key)
+        self._stream.reuses = True
+        present = [each.to(entry.value.device, non_blocking=True) for each in history]
+        result = session.method.next_value(present, session.weight(entry.path) if len(present) > 1 else 0.0)
         if session.method.keeps_reused:
-            self._put(key, result, constants)
+            self._put(entry, result)
         return result
 
-    def reserve(self, values: Sequence[tuple[Key, Value, tuple[int, ...]]]) -> None:
-        """Counts what will be stored of values of these shapes, before they are computed."""
+    def reserve(self, entries: Sequence[Entry]) -> None:
+        """Counts what will be stored of values, before they are computed."""
         each = self._session.kept / (2 if self.plan.halves else 1)
-        sizes = {key: int(math.prod(shape) * value.dtype.itemsize * each) for key, value, shape in values}
+        sizes = {entry.key: int(math.prod(entry.shape) * entry.value.dtype.itemsize * each) for entry in entries}
         self._session.reserve(self._stream, sizes)
 
-    def make_room(self, key: Key) -> None:
+    def make_room(self, entry: Entry) -> None:
         """Frees what will not be read again, before the value is computed anew."""
-        history = self._stream.values.get(key)
+        history = self._stream.values(entry.key)
         if history and self._session.observer is None:
             del history[: len(history) - self._session.kept + 1]
 
-    def keep(self, key: Key, value: Tensor, path: str, kind: Kind, constants: Sequence[Tensor]) -> None:
-        """Stores what was computed of an attention and ``constants``; ``path`` is its module's."""
+    def keep(self, entry: Entry, value: Tensor) -> None:
+        """Stores what was computed."""
         observer = self._session.observer
-        if observer is not None:
-            earlier = self._stream.values.get(key, ())
+        if observer is not None and entry.kind is not None:
+            key, path, kind = entry.key, entry.path, entry.kind
+            earlier = self._stream.values(key)
             observer.see(Observation(key, path, kind, self._names, self._iteration, self._timestep, value, earlier))
-        self._put(key, value, constants)
+        self._put(entry, value)
 
-    def _put(self, key: Key, value: Tensor, constants: Sequence[Tensor]) -> None:
+    def _put(self, entry: Entry, value: Tensor) -> None:
         value = _to_host(value) if self._session.config.offload else value
-        self._stream.put(key, value, constants, self._session.kept)
+        self._stream.put(entry, value, self._session.kept, self.plan.halves)
 
 
 def _within(current: ModelCall, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

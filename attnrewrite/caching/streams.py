@@ -6,16 +6,28 @@ import contextlib
 import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from attnrewrite.analysis.kinds import Kind
+from attnrewrite.caching.graphs import Value
 from attnrewrite.caching.guidance import GuidanceDelta
+from attnrewrite.caching.identity import fits
 from attnrewrite.caching.runs import Run
 
-__all__ = ["Constants", "Key", "Observation", "Observer", "Stream", "cache_stream", "current_stream", "is_separate"]
+__all__ = [
+    "Constants",
+    "Entry",
+    "Key",
+    "Observation",
+    "Observer",
+    "Stream",
+    "cache_stream",
+    "current_stream",
+    "is_separate",
+]
 
 Key = Hashable
 """What names a value from call to call, in whichever graph it is computed."""
@@ -45,8 +57,11 @@ def current_stream() -> tuple[str, ...]:
 
 
 def is_separate(stream: tuple[str, ...]) -> bool:
-    """Whether its calls are of one half of guidance alone, by the names that diffusers' pipelines use."""
-    return bool(stream) and (stream[-1] == "cond" or stream[-1].startswith("uncond"))
+    """Whether its calls are of one half of guidance alone, by the names that diffusers gives them.
+
+    Its pipelines call them "cond" and "uncond", its guiders "pred_cond", "pred_uncond" and the like.
+    """
+    return bool(stream) and any(word == "cond" or word.startswith("uncond") for word in stream[-1].split("_"))
 
 
 class Observation(NamedTuple):
@@ -104,16 +119,48 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A value in one call of a graph.
+
+    Attributes:
+        value: of the graph.
+        kind: under which it is kept there; None if it is not.
+        path: of its module.
+        key: the same in other calls.
+        shape: that it has.
+        sizes: of the graph's computation.
+        constants: the parameters and buffers that it is computed of.
+    """
+
+    value: Value
+    kind: Kind | None
+    path: str
+    key: Key
+    shape: tuple[int, ...]
+    sizes: Sequence[Any]
+    constants: Sequence[Tensor]
+
+
+class _Stored:
+    """The values of one attention, the latest last, and what the latest was computed with."""
+
+    def __init__(
+        self, values: list[Tensor], constants: Constants, sizes: Sequence[Any], halves: bool, age: int
+    ) -> None:
+        self.values, self.constants, self.sizes, self.halves, self.iteration = values, constants, sizes, halves, age
+
+
 class Stream:
     """What is stored for one sequence of calls, and where its run stands.
 
     Attributes:
-        values: the stored values by their keys, the latest last.
-        reserved: the bytes that they take, or will at the end of the call that is being made.
+        reserved: the bytes that values take, or will at the end of the call that is being made, by their keys.
         guidance: the difference of guidance, where it is predicted.
         in_call: whether a call is being made.
         timesteps: of the calls of the run.
-        reuses: whether any of them was to reuse something.
+        asked: whether any of them was to reuse something.
+        reuses: whether any of them did.
     """
 
     def __init__(self, tensor_format: str | None) -> None:
@@ -121,36 +168,63 @@ class Stream:
         tensor_format: of the model's output, where guidance is predicted.
         """
         self.run = Run()
-        self.values: dict[Key, list[Tensor]] = {}
         self.reserved: dict[Key, int] = {}
         self.guidance = None if tensor_format is None else GuidanceDelta(tensor_format)
         self.in_call = False
         self.timesteps: list[float] = []
-        self.reuses = False
-        self._constants: dict[Key, Constants] = {}
+        self.asked = self.reuses = False
+        self._stored: dict[Key, _Stored] = {}
+        self._due: dict[Kind, int] = {}
 
-    def holds(self, key: Key, shape: Sequence[int], dtype: torch.dtype, constants: Sequence[Tensor]) -> bool:
-        """Whether there is a value of this shape and dtype that was computed of these tensors, as they are now."""
-        history = self.values.get(key)
-        if not history or history[-1].shape != shape or history[-1].dtype != dtype:
+    def begin(self, timestep: float, reused: frozenset[Kind], kinds: frozenset[Kind]) -> None:
+        """Notes that a call of the run begins, which reuses attentions of some kinds, and computes the others."""
+        for kind in kinds - reused:
+            self._due[kind] = len(self.timesteps)
+        self.timesteps.append(timestep)
+        self.asked = self.asked or bool(reused)
+
+    def values(self, key: Key) -> list[Tensor]:
+        """What is stored, the latest last."""
+        return self._stored[key].values if key in self._stored else []
+
+    def holds(self, entry: Entry, halved: bool) -> bool:
+        """Whether there is a value of the same computation, from when attentions of its kind were last to be computed.
+
+        Args:
+            halved: whether the call is one of the conditional half, of which a call with both halves stored it, too.
+        """
+        stored = self._stored.get(entry.key)
+        if stored is None or not stored.values or entry.kind is None:
             return False
-        return self._constants[key].are(constants)
+        if stored.iteration < self._due.get(entry.kind, 0):
+            return False
+        last = stored.values[-1]
+        if last.shape != entry.shape or last.dtype != entry.value.dtype:
+            return False
+        return fits(stored.sizes, entry.sizes, halved=stored.halves and halved) and stored.constants.are(
+            entry.constants
+        )
 
-    def put(self, key: Key, value: Tensor, constants: Sequence[Tensor], kept: int) -> None:
-        """Stores a value beside those before it, ``kept`` in all; the first one counts as those before, too."""
-        if key not in self._constants or not self._constants[key].are(constants):
-            self._constants[key] = Constants(constants)
-        history = self.values.get(key, [])
-        if history and (history[-1].shape != value.shape or history[-1].dtype != value.dtype):
-            history = []
-        self.values[key] = [*history, value][-kept:] if history else [value] * kept
+    def put(self, entry: Entry, value: Tensor, kept: int, halves: bool) -> None:
+        """Stores a value beside those before it, ``kept`` in all; the first one counts as those before, too.
+
+        Args:
+            halves: whether it is one half of what a call with both computed.
+        """
+        stored = self._stored.get(entry.key)
+        values = [] if stored is None else stored.values
+        if values and (values[-1].shape != value.shape or values[-1].dtype != value.dtype):
+            values = []
+        values = [*values, value][-kept:] if values else [value] * kept
+        constants = Constants(entry.constants)
+        self._stored[entry.key] = _Stored(values, constants, entry.sizes, halves, len(self.timesteps) - 1)
 
     def clear(self) -> None:
         """Forgets all values; another run begins."""
         self.timesteps.clear()
-        self.reuses = False
-        self.values.clear()
+        self.asked = self.reuses = False
         self.reserved.clear()
-        self._constants.clear()
+        self._stored.clear()
+        self._due.clear()
         if self.guidance is not None:
             self.guidance.reset()

@@ -1,0 +1,133 @@
+"""What tells one attention from another, in whichever graph it is computed.
+
+A model's graphs may change from one call to the next: a layer is left out, a flag takes another part of a tensor,
+Dynamo makes a size dynamic. A stored value belongs to an attention at the same place of the same computation.
+Sizes are apart from that, since FasterCache's calls with one half of the batch are the same computation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from attnrewrite.ir import Size, is_tensor, source_name
+
+__all__ = ["Identity", "fits", "identity_of", "is_size", "written"]
+
+_SIZES = frozenset({"size", "sizes", "split_size", "split_sizes", "end", "length", "output_size"})
+"""Arguments of ATen operators that say how large a result is, and not what it is made of."""
+
+_LEFT_OUT = "#"
+
+
+class Identity(NamedTuple):
+    """A graph's computation.
+
+    Attributes:
+        fingerprint: of its operators, what each reads, and which parts of it; without sizes and numbers.
+        sizes: that were left out, in order.
+    """
+
+    fingerprint: str
+    sizes: tuple[Size, ...]
+
+
+def identity_of(gm: fx.GraphModule) -> Identity:
+    """The identity of an IR graph as it was captured: it does not depend on the kernels that are chosen later."""
+    names: dict[fx.Node, str] = {}
+    sizes: list[Size] = []
+    text = hashlib.sha256()
+    for node in gm.graph.nodes:
+        if node.op == "output" or not _gives_tensors(node):
+            continue
+        if node.op == "call_function":
+            text.update(f"{written(node, names, sizes, numbers=False)}\n".encode())
+            names[node] = f"v{len(names)}"
+        else:
+            # The order of the inputs is not the same in all graphs.
+            names[node] = source_name(node) or str(node.target)
+    return Identity(text.hexdigest(), tuple(sizes))
+
+
+def written(node: fx.Node, names: dict[fx.Node, str], sizes: list[Size], *, numbers: bool) -> str:
+    """A call as text, in which sizes are left out.
+
+    Args:
+        names: of the nodes that it reads; others are left out.
+        sizes: receives those that are left out.
+        numbers: whether scalars are in the text. Which attention it is does not depend on them; what is computed does.
+    """
+    text = [str(node.target)]
+    for name, kind, value in _arguments(node):
+        scalar = isinstance(value, (int, float)) or (isinstance(value, fx.Node) and is_size(value))
+        is_number = kind is not None and scalar and any(each in kind for each in ("number", "float", "Tensor"))
+        if name in _SIZES and isinstance(node.target, OpOverload):
+            sizes += [_size(each) for each in _flat(value) if each is not None]
+        elif numbers or not is_number:
+            text.append(f"{name}={_text(value, names)}")
+    return " ".join(text)
+
+
+def fits(stored: Sequence[Any], wanted: Sequence[Any], *, halved: bool) -> bool:
+    """Whether sizes are those that a value was stored with; ``halved``: or half of them."""
+    if not halved:
+        return stored == wanted
+    return len(stored) == len(wanted) and all(
+        one == other or (isinstance(one, int) and one == 2 * other) for one, other in zip(stored, wanted, strict=True)
+    )
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether the node is a number that the graph computes with."""
+    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def _arguments(node: fx.Node) -> Iterator[tuple[str, str | None, Any]]:
+    """Names, types as the operator's schema has them, and values, in the schema's order where there is one."""
+    if not isinstance(node.target, OpOverload):
+        yield from ((str(number), None, value) for number, value in enumerate(node.args))
+        yield from ((name, None, value) for name, value in node.kwargs.items())
+        return
+    for number, argument in enumerate(node.target._schema.arguments):
+        if number < len(node.args):
+            yield argument.name, str(argument.type), node.args[number]
+        elif argument.name in node.kwargs:
+            yield argument.name, str(argument.type), node.kwargs[argument.name]
+
+
+def _text(value: Any, names: dict[fx.Node, str]) -> str:
+    if isinstance(value, fx.Node):
+        if is_size(value):
+            return str(_size(value))
+        return names.get(value, _LEFT_OUT)
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(_text(each, names) for each in value)}]"
+    if isinstance(value, slice):
+        return f"{_text(value.start, names)}:{_text(value.stop, names)}:{_text(value.step, names)}"
+    return str(_size(value)) if isinstance(value, torch.SymInt) else repr(value)
+
+
+def _size(value: Any) -> Size:
+    return value.meta["val"] if isinstance(value, fx.Node) else value  # type: ignore[no-any-return]
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _flat(each)
+    else:
+        yield value
+
+
+def _gives_tensors(node: fx.Node) -> bool:
+    if node.op in ("placeholder", "get_attr") or is_tensor(node):
+        return not is_size(node)
+    return isinstance(node.meta.get("val"), (tuple, list)) or any(
+        user.target is operator.getitem for user in node.users
+    )
