@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["compiled_modules", "unwrap_calls", "wrap_calls"]
+__all__ = ["compiled_modules", "has_layer", "unwrap_calls", "wrap_calls"]
 
 Call = Callable[..., Any]
 Layer = Callable[[Call], Call]
@@ -65,6 +65,12 @@ def unwrap_calls(module: nn.Module, name: str) -> None:
     wrapped = _wrapped_of(module)
     if wrapped is not None and wrapped.layers.pop(name, None) is not None:
         wrapped.apply(module)
+
+
+def has_layer(module: nn.Module, name: str) -> bool:
+    """Whether the module's call has that layer still: compiling a module in place once more drops all."""
+    wrapped = _wrapped_of(module)
+    return wrapped is not None and name in wrapped.layers
 
 
 def compiled_modules(model: nn.Module) -> Iterator[nn.Module]:

@@ -110,6 +110,125 @@ def test_an_attention_that_another_kind_reads_is_kept_by_itself(clock: Clock) ->
             assert relative_error(fast(tokens(number), text[number]), expected) <= 1e-5
 
 
+class Chosen(nn.Module):
+    """Attentions without parameters, a part of a result, or a layer that is left out: as a flag says."""
+
+    def forward(self, x: Tensor, y: Tensor, which: str) -> Any:
+        def attention(each: Any) -> Any:
+            heads = each.unflatten(-1, (2, 4)).transpose(1, 2)
+            return nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+
+        if which == "both":
+            return x + attention(y) + 3 * attention(x)
+        if which == "second":
+            return x + 3 * attention(x)
+        first, second = attention(x).chunk(2, dim=1)
+        part = {"upper": first, "lower": second, "greatest": attention(x).max(1, keepdim=True)[0]}
+        return x + part.get(which, attention(x).min(1, keepdim=True)[0]).mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("pair", [("both", "second"), ("upper", "lower"), ("greatest", "least")])
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_a_value_of_another_computation_is_not_taken(clock: Clock, pair: tuple[str, str], inner: str) -> None:
+    model = seeded(Chosen)
+    fast = compiled(model, inner)
+    with attnrewrite.attention_cache(fast, broadcast(clock, every=8)):
+        for number, (which, computed) in enumerate([(pair[0], 0), (pair[1], 1), (pair[1], 1), (pair[0], 0)]):
+            clock.now -= 1
+            x, y = tokens(number), tokens(30 + number)
+            value = model(tokens(computed), tokens(30 + computed), which) - tokens(computed)
+            assert relative_error(fast(x, y, which), value + x) <= 1e-5, (number, which)
+
+
+class Layers(nn.Module):
+    """Graphs without parameters that Dynamo breaks apart, of which some are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+
+    def forward(self, x: Tensor, without: tuple[int, ...] = ()) -> list[Tensor]:
+        found = []
+        for number, layer in enumerate(self.layers):
+            if number not in without:
+                found.append(core(project(layer, x)))
+        return found
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def project(layer: nn.Module, x: Tensor) -> Tensor:
+    result: Tensor = layer(x)
+    return result
+
+
+def core(x: Any) -> Any:
+    heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
+    return nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+
+
+def test_a_layer_that_is_left_out_does_not_shift_the_others(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """Which layer calls a function without parameters is not known: nothing is reused, which is said."""
+    model = seeded(Layers)
+    torch._dynamo.reset()
+    fast: Any = torch.compile(model, backend="attnrewrite", options={"inner_backend": "eager"})
+    with attnrewrite.attention_cache(fast, broadcast(clock, every=8)):
+        for number, without in enumerate([(), (), (0,), (0,), ()]):
+            clock.now -= 1
+            truth = model(tokens(number), without)
+            for found, each in zip(fast(tokens(number), without), truth, strict=True):
+                assert relative_error(found, each) <= 1e-5, number
+    assert "which attention is which cannot be told" in caplog.text
+    assert "nothing was reused" in caplog.text
+
+
+class Switched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.other = Attention(), Attention()
+
+    def forward(self, x: Tensor, text: Tensor, layers: int = 2, cross: bool = False) -> Tensor:
+        x = x + self.attention(x, text if cross else None)
+        return x + self.other(x) if layers == 2 else x
+
+
+def test_one_module_is_self_attention_and_then_cross_attention(clock: Clock) -> None:
+    model = seeded(Switched)
+    fast = compiled(model)
+    text = tokens(9, 2, 6, 8)
+    with attnrewrite.attention_cache(fast, broadcast(clock, every=8, cross_attention_block_skip_range=8)):
+        for number, (cross, computed) in enumerate([(False, 0), (True, 1), (True, 1), (False, 0)]):
+            clock.now -= 1
+            expected = tokens(number) + model.attention(tokens(computed), text if cross else None)
+            assert relative_error(fast(tokens(number), text, 1, cross), expected) <= 1e-5, number
+
+
+def test_a_value_that_was_not_computed_when_it_was_due_is_not_taken(clock: Clock) -> None:
+    """A layer that is left out of all calls that compute attention."""
+    fast = compiled(seeded(Switched))
+    with attnrewrite.attention_cache(fast, broadcast(clock, every=2)):
+        found = []
+        for number in range(4):
+            clock.now -= 1
+            found.append(fast(tokens(number), tokens(9), 1 if number == 2 else 2))
+    model = seeded(Switched)
+    first = tokens(3) + model.attention(tokens(3))
+    assert relative_error(found[3], first + model.other(first)) <= 1e-5
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_static_input_is_no_parameter(clock: Clock, mode: Any) -> None:
+    """As for CUDA graphs; it is written to from step to step."""
+    model = seeded(Residual)
+    fast = compiled(model)
+    x = tokens(0)
+    torch._dynamo.mark_static_address(x)
+    with attnrewrite.attention_cache(fast, broadcast(clock, every=8)), mode():
+        fast(x)
+        x.copy_(tokens(1))
+        clock.now -= 1
+        assert relative_error(fast(x), model.attention(tokens(0)) + tokens(1)) <= 1e-5
+
+
 # Paths ----------------------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +300,57 @@ def test_identifiers_tell_modules_apart_that_share_parameters(clock: Clock, name
         fast(tokens(0))
     kept = {row.location.module: row.cached for row in graphs[0].sites if row.location is not None}
     assert [module for module in kept if kept[module].startswith("spatial")] == [name]
+
+
+NEVER: dict[str, Any] = {"spatial_attention_block_skip_range": None}
+
+
+class Named(nn.Module):
+    """Blocks of one class, the first of which is spatial by its path and the second temporal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Residual()])
+        self.temporal_blocks = nn.ModuleList([Residual()])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.blocks[0](x), self.temporal_blocks[0](x)
+
+
+def test_a_graph_that_was_compiled_for_another_kind_is_reused_too(clock: Clock) -> None:
+    model = seeded(Named)
+    torch._dynamo.reset()
+    for part in (*model.blocks, *model.temporal_blocks):
+        part.compile(backend="attnrewrite", options={"inner_backend": "eager"})
+    spatial, temporal = model.blocks[0].attention.forward, model.temporal_blocks[0].attention.forward
+    config = broadcast(clock, **{**NEVER, "temporal_attention_block_skip_range": 2})
+    with attnrewrite.attention_cache(model, config):
+        for number, computed in enumerate([0, 0, 2, 2]):
+            clock.now -= 1
+            found = model(tokens(number))
+            assert relative_error(found[0], spatial(tokens(number)) + tokens(number)) <= 1e-5
+            assert relative_error(found[1], temporal(tokens(computed)) + tokens(number)) <= 1e-5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_modules_that_share_a_graph_under_options_do_not_mix(clock: Clock, tied: bool) -> None:
+    """Without parameters, or with the first one shared, calls of one step are told apart by their order."""
+    blocks: list[Any] = [seeded(Residual), seeded(Residual)] if tied else [Core(), Core()]
+    if tied:
+        blocks[1].attention.query.weight = blocks[0].attention.query.weight
+        torch.nn.init.normal_(blocks[1].attention.value.weight)
+    torch._dynamo.reset()
+    options: Any = {"inner_backend": "eager", "cache": broadcast(clock, every=2)}
+    fast: list[Any] = [torch.compile(block, backend="attnrewrite", options=options) for block in blocks]
+    for number, computed in enumerate([0, 0, 2, 2]):
+        clock.now -= 1
+        for place, block in enumerate(blocks):
+            x, old = tokens(number + 10 * place, 2, 2, 6, 8), tokens(computed + 10 * place, 2, 2, 6, 8)
+            if tied:
+                expected = block.attention(old[0]) + x[0]
+                assert relative_error(fast[place](x[0]), expected) <= 1e-5, (number, place)
+            else:
+                assert relative_error(fast[place](x, x, x), block(old, old, old)) <= 1e-5, (number, place)
 
 
 # FasterCache's halves -------------------------------------------------------------------------------------------------
@@ -310,6 +480,39 @@ def test_an_argument_that_should_be_halved_is_missed_at_the_first_call(clock: Cl
             fast(hidden_states=images(0, batch), pooled=tokens(7, batch, 8))
 
 
+def test_rows_that_depend_on_each_other_are_warned_of(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """A bias for two heads, taken for a batch of two: no shape tells."""
+    fast = compiled(seeded(Biased))
+    with attnrewrite.attention_cache(fast, faster(clock)):
+        fast(images(0, 2), tokens(5, 2, 16, 16))
+    assert "gives another result for the conditional half alone" in caplog.text
+    caplog.clear()
+    fast = compiled(seeded(Biased))
+    with attnrewrite.attention_cache(fast, faster(clock)):
+        fast(images(0), tokens(5, 2, 16, 16))
+    assert "another result" not in caplog.text
+
+
+class Biased(nn.Module):
+    def forward(self, hidden_states: Any, bias: Tensor) -> Any:
+        heads: Any = hidden_states.flatten(2).transpose(1, 2).unflatten(2, (2, 4)).transpose(1, 2)
+        result: Any = nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=2 * bias)
+        return result.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, (4, 4))
+
+
+@pytest.mark.parametrize("names", [("cond", "uncond"), ("pred_cond", "pred_uncond")])
+def test_passes_of_one_half_are_not_taken_for_both(clock: Clock, names: tuple[str, str]) -> None:
+    model = seeded(Image)
+    fast = compiled(model)
+    with attnrewrite.attention_cache(fast, faster(clock, spatial_attention_timestep_skip_range=(-1, 0))):
+        for number in range(3):
+            clock.now -= 1
+            for place, name in enumerate(names):
+                with attnrewrite.cache_stream(name):
+                    x = images(number + 10 * place)
+                    assert relative_error(fast(hidden_states=x), model(x)) <= 1e-5
+
+
 # Beside compilation of others -----------------------------------------------------------------------------------------
 
 
@@ -380,6 +583,51 @@ def test_a_run_in_which_nothing_is_reused_is_told(clock: Clock, caplog: pytest.L
         "1 of 2 calls between 100 and 800"
     )
     assert expected in caplog.text
+
+
+def test_passes_of_changing_shapes_in_one_stream_are_told(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    fast = compiled(video(), dynamic=True)
+    with attnrewrite.attention_cache(fast, broadcast(clock)):
+        for number in range(6):
+            clock.now -= 1
+            fast(**inputs(number, positions=5 + number % 2))
+    assert "change at each call, which begins a run" in caplog.text
+
+
+def test_a_row_tells_what_is_not_kept_for_its_batch(clock: Clock) -> None:
+    """The second attention's rows are positions first, so that half of them is not half of the batch."""
+    fast = compiled(seeded(Turned))
+    config = faster(clock, temporal_attention_block_skip_range=2)
+    with collect_reports() as graphs, attnrewrite.attention_cache(fast, config):
+        fast(hidden_states=images(0))
+    kept = {row.location.module: row.cached for row in graphs[0].sites if row.location is not None}
+    assert kept["first"].startswith("spatial (")
+    assert kept["second"].startswith("no: its dimension 0 is not known to begin with the batch")
+
+
+class Turned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Attention(), Attention()
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        x: Any = hidden_states.flatten(2).transpose(1, 2)
+        x = x + self.first(x)
+        x = x + self.second(x.transpose(0, 1).contiguous()).transpose(0, 1)
+        return x.transpose(1, 2).unflatten(2, (4, 4))
+
+
+def test_compiled_in_place_once_more(clock: Clock) -> None:
+    """That drops the cache from the module's call; it can be enabled again."""
+    model = seeded(Residual)
+    torch._dynamo.reset()
+    for _ in range(2):
+        model.compile(backend="attnrewrite", options={"inner_backend": "eager"})
+        attnrewrite.enable_cache(model, broadcast(clock))
+    clock.now -= 1
+    first = model(tokens(0)) - tokens(0)
+    clock.now -= 1
+    assert relative_error(model(tokens(1)), first + tokens(1)) <= 1e-5
 
 
 def test_runs_with_reuse_are_not_told_of(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:

@@ -159,6 +159,7 @@ class _KeepingGraph:
             parameter = None if value.parameter is None else args[value.parameter]
             path = call.path_of(value.path, parameter, value.parameter_path)
             kind = value.kind if path == value.path else call.kind_at(path, value.told)
+            kind = None if graph is None else kind
             key = graph, value.attentions, value.place, value.formula
             constants = [args[position] for position in value.constants]
             entries.append(Entry(value, kind, path, key, shape, sizes, constants))

@@ -16,7 +16,7 @@ from attnrewrite.caching.config import validated
 from attnrewrite.caching.session import Session
 from attnrewrite.caching.streams import cache_stream
 from attnrewrite.errors import AttnRewriteError, CacheError
-from attnrewrite.wrapping import compiled_modules, unwrap_calls, wrap_calls
+from attnrewrite.wrapping import compiled_modules, has_layer, unwrap_calls, wrap_calls
 
 __all__ = ["attention_cache", "disable_cache", "enable_cache", "enable_session", "reset_cache"]
 
@@ -43,6 +43,12 @@ class _Handle:
 
     def __reduce__(self) -> tuple[type[_Handle], tuple[()]]:
         return _Handle, ()
+
+
+def _is_enabled(root: nn.Module) -> bool:
+    handle = root.__dict__.get(_HANDLE)
+    called = None if handle is None or handle.called is None else handle.called()
+    return called is not None and has_layer(called, _LAYER)
 
 
 def _session_of(root: nn.Module) -> Session | None:
@@ -99,7 +105,7 @@ def enable_session(model: nn.Module, session_of: Callable[[nn.Module], Session],
             "torch.compile(model, backend='attnrewrite') or model.compile(backend='attnrewrite') first, and give what "
             "that returns"
         )
-    if _session_of(root) is not None:
+    if _is_enabled(root):
         raise CacheError(f"{type(root).__name__} has a cache already: call disable_cache(model) first")
     if getattr(root, "is_cache_enabled", False):
         raise CacheError(

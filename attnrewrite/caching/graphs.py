@@ -19,7 +19,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.analysis.kinds import Kind, SiteKind
-from attnrewrite.caching.identity import is_size, written
+from attnrewrite.caching.identity import is_copy, is_size, written
 from attnrewrite.ir import Builder, copy_attributes, is_tensor, is_view, parameter_path, product, same, tensor
 from attnrewrite.kernels.layout import in_memory_order_of
 
@@ -143,8 +143,11 @@ def _formula(node: fx.Node, results: Mapping[fx.Node, str]) -> tuple[str, list[f
         else:
             for source in current.all_input_nodes:
                 name(source)
-            names[current] = f"v{len(names)}"
-            text.append(f"{names[current]}={written(current, names, [], numbers=True)}")
+            if is_copy(current):
+                names[current] = names[current.all_input_nodes[0]]
+                return
+            text.append(written(current, names, [], numbers=True))
+            names[current] = f"v{len(text)}"
 
     name(node)
     return ";".join(text), list(used)

@@ -18,12 +18,17 @@ from torch._ops import OpOverload
 
 from attnrewrite.ir import Size, is_tensor, source_name
 
-__all__ = ["Identity", "fits", "identity_of", "is_size", "written"]
+__all__ = ["Identity", "fits", "identity_of", "is_copy", "is_size", "written"]
 
-_SIZES = frozenset({"size", "sizes", "split_size", "split_sizes", "end", "length", "output_size"})
+aten = torch.ops.aten
+
+_SIZES = frozenset({"shape", "size", "sizes", "split_size", "split_sizes", "end", "length", "output_size"})
 """Arguments of ATen operators that say how large a result is, and not what it is made of."""
 
 _LEFT_OUT = "#"
+
+_VIEWS = (aten._unsafe_view.default, aten.reshape.default)
+"""What is written as ``view``: whether a reshaped tensor is copied first depends on its sizes."""
 
 
 class Identity(NamedTuple):
@@ -43,12 +48,16 @@ def identity_of(gm: fx.GraphModule) -> Identity:
     names: dict[fx.Node, str] = {}
     sizes: list[Size] = []
     text = hashlib.sha256()
+    count = 0
     for node in gm.graph.nodes:
         if node.op == "output" or not _gives_tensors(node):
             continue
-        if node.op == "call_function":
+        if is_copy(node):
+            names[node] = names[node.all_input_nodes[0]]
+        elif node.op == "call_function":
             text.update(f"{written(node, names, sizes, numbers=False)}\n".encode())
-            names[node] = f"v{len(names)}"
+            count += 1
+            names[node] = f"v{count}"
         else:
             # The order of the inputs is not the same in all graphs.
             names[node] = source_name(node) or str(node.target)
@@ -63,7 +72,7 @@ def written(node: fx.Node, names: dict[fx.Node, str], sizes: list[Size], *, numb
         sizes: receives those that are left out.
         numbers: whether scalars are in the text. Which attention it is does not depend on them; what is computed does.
     """
-    text = [str(node.target)]
+    text = [str(aten.view.default if node.target in _VIEWS else node.target)]
     for name, kind, value in _arguments(node):
         scalar = isinstance(value, (int, float)) or (isinstance(value, fx.Node) and is_size(value))
         is_number = kind is not None and scalar and any(each in kind for each in ("number", "float", "Tensor"))
@@ -81,6 +90,11 @@ def fits(stored: Sequence[Any], wanted: Sequence[Any], *, halved: bool) -> bool:
     return len(stored) == len(wanted) and all(
         one == other or (isinstance(one, int) and one == 2 * other) for one, other in zip(stored, wanted, strict=True)
     )
+
+
+def is_copy(node: fx.Node) -> bool:
+    """Whether the node is its argument in another place of memory."""
+    return node.target in (aten.clone.default, aten.contiguous.default)
 
 
 def is_size(node: fx.Node) -> bool:

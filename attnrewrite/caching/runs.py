@@ -28,10 +28,12 @@ class Run:
     Attributes:
         repeats: whether the last call had the timestep of the call before, in the same run. Calls of which each
             timestep has two may be conditional and unconditional ones that share a stream by mistake.
+        single: how many runs in a row were single calls that another shape, dtype or device ended.
     """
 
     def __init__(self) -> None:
         self.repeats = False
+        self.single = 0
         self._calls = 0
         self._timestep = 0.0
         self._direction = 0.0
@@ -48,6 +50,8 @@ class Run:
             The iteration; 0 at the first call of a run, when nothing that was stored may be used.
         """
         step = timestep - self._timestep
+        if self._calls:
+            self.single = self.single + 1 if self._calls == 1 and signature != self._signature else 0
         if self._calls and (signature != self._signature or step * self._direction < 0):
             self.reset()
         elif self._calls and step:

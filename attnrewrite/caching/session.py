@@ -99,6 +99,7 @@ class Session:
         self._told_unused = False
         self._matched = False
         self._prepared: set[Hashable] = set()
+        self._ambiguous: set[str] = set()
 
     @property
     def nbytes(self) -> int:
@@ -190,6 +191,13 @@ class Session:
                 "cache_stream('uncond')",
                 self.name,
                 timestep,
+            )
+        if stream.run.single > 3 and not self._told_unused:
+            self._told_unused = True
+            log.warning(
+                "%s: nothing is reused, as shapes, dtypes or devices of its arguments change at each call, which "
+                "begins a run. If these are several passes of a step, call each within a cache_stream of its own",
+                self.name,
             )
         skips = self.method.skips_unconditional(iteration, timestep, separate)
         current = ModelCall(self, stream, iteration, timestep, halved=skips, separate=separate)
@@ -323,6 +331,22 @@ class Session:
                 self._streams.add(streams[name])
         return streams[name]
 
+    def is_ambiguous(self, fingerprint: str, again: bool) -> bool:
+        """Whether a graph without parameters is called several times in one call of the model.
+
+        Args:
+            again: whether it was called in this call before.
+        """
+        if again and fingerprint not in self._ambiguous:
+            self._ambiguous.add(fingerprint)
+            log.warning(
+                "%s: a graph without parameters is called several times in a call, so which attention is which cannot "
+                "be told, and none of these is reused. A graph break between the projections and the attention does "
+                "that",
+                self.name,
+            )
+        return fingerprint in self._ambiguous
+
     def _visit(self, name: tuple[str, ...], timestep: float) -> tuple[str, ...]:
         """Tells apart calls of one graph at one timestep, which modules without parameters may share."""
         here = self._here
@@ -432,6 +456,7 @@ class ModelCall:
         self._stream = stream
         self._names, self._iteration, self._timestep = current_stream(), iteration, timestep
         self._place = 0
+        self._functions: set[str] = set()
         self._matched = False
         self._found: dict[str, None] = {}
 
@@ -470,8 +495,15 @@ class ModelCall:
         Args:
             fingerprint: of the graph.
             parameters: all that it is called with.
+
+        Returns:
+            The same in other calls; None where it cannot be told: which layer calls a function without parameters is
+            another one if a layer before is left out.
         """
         self._place = hash((self._place, fingerprint, *map(id, parameters)))
+        if not parameters and self._session.is_ambiguous(fingerprint, again=fingerprint in self._functions):
+            return None
+        self._functions.add(fingerprint)
         return self._place
 
     def holds(self, entry: Entry) -> bool:
