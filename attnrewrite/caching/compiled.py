@@ -144,10 +144,15 @@ class _KeepingGraph:
         given = list(reversed(results[self._outputs :]))
         del results[self._outputs :], inputs
         for entry in computed:
-            # What is not stored as it is goes at once.
+            # What is not stored as it is goes at once: the other half, too, which a slice within the graph would keep
+            # until its end, where Inductor puts all copies.
             value = given.pop()
+            if call.plan.halves:
+                value = value[value.shape[0] // 2 :].clone(memory_format=torch.contiguous_format)
+            elif self._copies:
+                value = value.clone()
             if entry.kind is not None:
-                call.keep(entry, value.clone() if self._copies else value.contiguous())
+                call.keep(entry, value.contiguous())
         return results
 
     def _entries(self, call: ModelCall, args: Sequence[Any]) -> list[Entry]:

@@ -290,8 +290,8 @@ def with_values(
 ) -> fx.GraphModule:
     """The graph, with values of the kinds in ``reused`` as further inputs, and the others as further outputs.
 
-    Both in the order of ``values``. What served only a reused value is gone. With ``halves``, of each output the second
-    half of dimension 0 is given.
+    Both in the order of ``values``. What served only a reused value is gone. With ``halves``, the caller takes copies
+    of the second half of each output's dimension 0.
     """
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -323,7 +323,8 @@ def with_values(
     result.meta = gm.meta
     for node, taken_node in inputs.items():
         _restore(result, tensor(node), taken_node)
-    _keep_apart(result, [env[value.node] for value in given], len(outputs), halves)
+    if not halves:
+        _keep_apart(result, [env[value.node] for value in given], len(outputs))
     for node in reversed(list(result.graph.nodes)):
         if not node.users and _is_removable(node):
             result.graph.erase_node(node)
@@ -371,18 +372,16 @@ def _restore(gm: fx.GraphModule, original: torch.Tensor, taken: fx.Node) -> None
         user.replace_input_with(taken, restored)
 
 
-def _keep_apart(gm: fx.GraphModule, given: Sequence[fx.Node], count: int, halves: bool) -> None:
+def _keep_apart(gm: fx.GraphModule, given: Sequence[fx.Node], count: int) -> None:
     """What is kept is contiguous, and shares no memory with what the caller gets and may write to."""
     output = gm.graph.output_node()
     (results,) = output.args
     assert isinstance(results, tuple)
     kept = []
     for node in given:
-        if halves or not _is_dense(tensor(node)) or _reaches_output(node, count) or is_view(node):
+        if not _is_dense(tensor(node)) or _reaches_output(node, count) or is_view(node):
             # Beside the node, so that the rest of its memory is free again soon.
             builder = Builder(gm, before=node.next, like=node)
-            if halves:
-                node = builder.call(aten.slice.Tensor, node, 0, tensor(node).shape[0] // 2)
             node = builder.call(aten.clone.default, node, memory_format=torch.contiguous_format)
         kept.append(node)
     output.args = ((*results[:count], *kept),)
