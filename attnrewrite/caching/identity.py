@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ _SIZES = frozenset({"shape", "size", "sizes", "split_size", "split_sizes", "end"
 
 _LEFT_OUT = "#"
 
+_COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default)
 _VIEWS = (aten._unsafe_view.default, aten.reshape.default)
 """What is written as ``view``: whether a reshaped tensor is copied first depends on its sizes."""
 
@@ -93,8 +95,12 @@ def fits(stored: Sequence[Any], wanted: Sequence[Any], *, halved: bool) -> bool:
 
 
 def is_copy(node: fx.Node) -> bool:
-    """Whether the node is its argument in another place of memory."""
-    return node.target in (aten.clone.default, aten.contiguous.default)
+    """Whether the node is its argument, at most at another place in memory. There are fewer where sizes are known."""
+    if node.target is aten.slice.Tensor:
+        bounds = {name: value for name, _, value in _arguments(node)}
+        whole = bounds.get("start") in (0, None) and bounds.get("end") in (sys.maxsize, None)
+        return whole and bounds.get("step", 1) == 1
+    return node.target in _COPIES
 
 
 def is_size(node: fx.Node) -> bool:
