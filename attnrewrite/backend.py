@@ -17,9 +17,10 @@ from torch._guards import CompileContext
 from torch._logging._internal import trace_structured
 
 from attnrewrite.analysis.scores import leads_to_product
+from attnrewrite.caching.call import current_call
 from attnrewrite.caching.compiled import Kept, kept_attention
 from attnrewrite.caching.identity import Identity, identity_of
-from attnrewrite.caching.session import Session, current_call
+from attnrewrite.caching.session import Session
 from attnrewrite.capture import CaptureError, capture
 from attnrewrite.constants import Constants
 from attnrewrite.dump import dump_graph, graph_source

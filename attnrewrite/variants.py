@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.caching.session import Plan, current_call
+from attnrewrite.caching.call import Plan, current_call
 from attnrewrite.inner import CompiledFn
 from attnrewrite.ir import name_source, source_name
 from attnrewrite.policy import Request

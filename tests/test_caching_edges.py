@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import attnrewrite
 from attnrewrite import CacheError, FasterCacheConfig
 from attnrewrite.backend import collect_reports
+from attnrewrite.caching import enabling
 from attnrewrite.caching.enabling import CacheTypeError
 from tests.caching_video import Attention, Clock, broadcast, compiled, inputs, steps, video
 from tests.helpers import recording, relative_error
@@ -227,6 +228,30 @@ def test_a_static_input_is_no_parameter(clock: Clock, mode: Any) -> None:
         x.copy_(tokens(1))
         clock.now -= 1
         assert relative_error(fast(x), model.attention(tokens(0)) + tokens(1)) <= 1e-5
+
+
+def test_values_of_graphs_that_are_not_called_any_more_are_freed(clock: Clock) -> None:
+    """A number of the code that is another one at each step, so that each has a graph of its own."""
+    fast = compiled(seeded(Numbered), dynamic=False)
+    with attnrewrite.attention_cache(fast, broadcast(clock, every=2)):
+        session = enabling._session_of(fast._orig_mod)
+        assert session is not None
+        taken = []
+        for number in range(6):
+            clock.now -= 1
+            fast(tokens(number), number + 2)
+            taken.append(session.nbytes)
+    # Of the calls that are due, and of those that are not and find nothing that fits.
+    assert taken == [taken[0] * times for times in (1, 2, 3, 4, 3, 4)]
+
+
+class Numbered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x: Tensor, number: int) -> Any:
+        return self.attention(x) * number + x
 
 
 # Paths ----------------------------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.kinds import Kind
+from attnrewrite.caching.call import ModelCall, current_call
 from attnrewrite.caching.graphs import Attention, Value, find_values, nearest, parameters_of, with_values
 from attnrewrite.caching.identity import Identity
-from attnrewrite.caching.session import ModelCall, current_call
 from attnrewrite.caching.streams import Entry
 from attnrewrite.inner import CompiledFn
 from attnrewrite.ir import Size, is_tensor, parameter_path, source_name, tensor

@@ -142,13 +142,15 @@ class Entry:
     constants: Sequence[Tensor]
 
 
-class _Stored:
-    """The values of one attention, the latest last, and what the latest was computed with."""
+class _Stored(NamedTuple):
+    """The values of one attention, the latest last, and what the latest was computed with, in which call of the run."""
 
-    def __init__(
-        self, values: list[Tensor], constants: Constants, sizes: Sequence[Any], halves: bool, age: int
-    ) -> None:
-        self.values, self.constants, self.sizes, self.halves, self.iteration = values, constants, sizes, halves, age
+    values: list[Tensor]
+    kind: Kind | None
+    constants: Constants
+    sizes: Sequence[Any]
+    halves: bool
+    iteration: int
 
 
 class Stream:
@@ -176,10 +178,19 @@ class Stream:
         self._stored: dict[Key, _Stored] = {}
         self._due: dict[Kind, int] = {}
 
-    def begin(self, timestep: float, reused: frozenset[Kind], kinds: frozenset[Kind]) -> None:
-        """Notes that a call of the run begins, which reuses attentions of some kinds, and computes the others."""
+    def begin(self, timestep: float, reused: frozenset[Kind], kinds: frozenset[Kind], frees: bool) -> None:
+        """Notes that a call of the run begins, which reuses attentions of some kinds, and computes the others.
+
+        Args:
+            frees: whether values go that were not computed anew when that was due before: their graphs are not called
+                any more.
+        """
         for kind in kinds - reused:
-            self._due[kind] = len(self.timesteps)
+            before, self._due[kind] = self._due.get(kind, 0), len(self.timesteps)
+            gone = [key for key, stored in self._stored.items() if stored.kind == kind and stored.iteration < before]
+            for key in gone if frees else ():
+                del self._stored[key]
+                self.reserved.pop(key, None)
         self.timesteps.append(timestep)
         self.asked = self.asked or bool(reused)
 
@@ -216,8 +227,8 @@ class Stream:
         if values and (values[-1].shape != value.shape or values[-1].dtype != value.dtype):
             values = []
         values = [*values, value][-kept:] if values else [value] * kept
-        constants = Constants(entry.constants)
-        self._stored[entry.key] = _Stored(values, constants, entry.sizes, halves, len(self.timesteps) - 1)
+        latest = Constants(entry.constants), entry.sizes, halves, len(self.timesteps) - 1
+        self._stored[entry.key] = _Stored(values, entry.kind, *latest)
 
     def clear(self) -> None:
         """Forgets all values; another run begins."""
