@@ -52,10 +52,10 @@ class ModelCall:
         method = session.method
         self.reused = method.reused(iteration, timestep, halved, separate)
         # Where both halves are computed, the conditional one is kept.
-        halves = session._predicts(separate) and not halved
+        halves = session.predicts(separate) and not halved
         self.plan = Plan(session.settings, method.reachable(halved, separate), halves, method)
         self.halved = halved
-        self.is_of_graph = session._model is None
+        self.is_of_graph = session.is_of_graph
         self._session = session
         self._stream = stream
         self._names, self._iteration, self._timestep = current_stream(), iteration, timestep

@@ -79,6 +79,11 @@ class Session:
         self._ambiguous: set[str] = set()
 
     @property
+    def is_of_graph(self) -> bool:
+        """Whether the calls are those of a single graph, and not of a model."""
+        return self._model is None
+
+    @property
     def nbytes(self) -> int:
         """The bytes that are stored, or will be at the end of the calls that are being made."""
         with self._lock:
@@ -191,7 +196,7 @@ class Session:
                     tree_map_only(Tensor, _mark_batch_static, half)
             with current.in_force():
                 result = function(*args, **kwargs)
-            if self._predicts(separate):
+            if self.predicts(separate):
                 result = self._with_guidance(stream, result, skips)
             if half is not None:
                 # The next replay of a CUDA graph would overwrite the result.
@@ -290,7 +295,8 @@ class Session:
         assert isinstance(self.config, FasterCacheConfig)
         return self.config.unconditional_conditional_input_kwargs_identifiers or ()
 
-    def _predicts(self, separate: bool) -> bool:
+    def predicts(self, separate: bool) -> bool:
+        """Whether the unconditional half may be a prediction; ``separate`` as :func:`is_separate` has it."""
         config = self.config
         return isinstance(config, FasterCacheConfig) and not config.is_guidance_distilled and not separate
 
@@ -300,7 +306,7 @@ class Session:
             here.generation, here.streams = self._generation, {}
         streams: dict[tuple[str, ...], Stream] = here.streams
         if name not in streams:
-            predicts = self._predicts(is_separate(name))
+            predicts = self.predicts(is_separate(name))
             streams[name] = Stream(self.config.tensor_format if predicts else None)  # type: ignore[union-attr]
             with self._lock:
                 self._streams.add(streams[name])
