@@ -76,8 +76,8 @@ class Variants:
                     name_source(node, self._sources[argument[1]])
             return self._backend(gm, example_inputs)
 
-        # The class is this module's own. Where compiled code raises an error, a graph module's ``__call__`` goes through
-        # the traceback, which Dynamo would trace, and raise an error of its own.
+        # The class is this module's own. Where compiled code raises an error, a graph module's ``__call__`` goes
+        # through the traceback, which Dynamo would trace, and raise an error of its own.
         type(module).__call__ = torch.nn.Module.__call__  # type: ignore[method-assign]
         compiled: CompiledFn = torch.compile(module, backend=backend, fullgraph=True, dynamic=self._dynamic)
         return compiled

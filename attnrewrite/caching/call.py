@@ -101,11 +101,11 @@ class ModelCall:
             parameters: all that it is called with.
 
         Returns:
-            The same in other calls; None where it cannot be told: which layer calls a function without parameters is
-            another one if a layer before is left out.
+            The same in other calls; None where it cannot be told: which layer calls a function without parameters.
         """
         self._place = hash((self._place, fingerprint, *map(id, parameters)))
         if not parameters and self._session.is_ambiguous(fingerprint, again=fingerprint in self._functions):
+            self._found["a graph without parameters, of which it cannot be told which layer calls it"] = None
             return None
         self._functions.add(fingerprint)
         return self._place

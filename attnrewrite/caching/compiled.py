@@ -83,16 +83,16 @@ def kept_attention(
         is_part = is_part or path != own
         if kind is not None or path != own:
             attentions.append(Attention(row.name, node, kind or told.kind, own, told))
-    values = find_values(gm, attentions, rewritten.begins_with_batch if call.plan.halves else None)
+    allowed = rewritten.begins_with_batch if call.plan.halves else None
+    values = find_values(gm, attentions, allowed, affine=call.plan.method.extrapolates)
     kept = {name for value in values for name in value.attentions}
     for row, _, _ in rewritten.results:
         if row.name not in kept and row.cached and not row.cached.startswith("no"):
             batch = "its dimension 0 is not known to begin with the batch, of which one half is kept"
-            row.cached = f"no: {batch if call.plan.halves else 'nothing reads its result'}"
-    if call.plan.halves and attentions and not values:
-        others.append(
-            "of no attention is it known that its dimension 0 begins with the batch, of which one half is kept"
-        )
+            row.cached = f"no: {batch if call.plan.halves else 'nothing reads its result, or its size depends on data'}"
+    if attentions and not values:
+        batch = "of no attention is it known that its dimension 0 begins with the batch, of which one half is kept"
+        others.append(batch if call.plan.halves else "nothing reads an attention's result, or its size depends on data")
     present = {value.kind for value in values}
     reused = [*call.plan.reused, *(map(_others_names, call.plan.reused) if is_part else ())]
     together = {frozenset[Kind](), *(kinds & present for kinds in reused)}

@@ -128,7 +128,7 @@ def disable_cache(model: nn.Module) -> None:
     if session is None:
         return
     session.reset()
-    if not session.called:
+    if not session.called and session.observer is None:
         log.warning(
             "the cache of %s is disabled, and was never used: no call of %s was made, or only calls within another "
             "compiled function, of whose graph they became a part (enable the cache on what is compiled)",

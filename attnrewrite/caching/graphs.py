@@ -2,7 +2,8 @@
 
 A *value* is what depends on the results of attentions and on parameters alone, such as the output projection: the last
 nodes of which that is true, so that as little as possible is left to compute where values are reused. Values are
-functions of the attentions' results, so reusing them is the same as reusing those.
+functions of the attentions' results, so reusing them is the same as reusing those. Where results are extrapolated,
+values are affine functions of them: then extrapolating values is the same, too.
 """
 
 from __future__ import annotations
@@ -16,11 +17,22 @@ from typing import Any
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
+from torch.utils._pytree import tree_leaves
 
 from attnrewrite.analysis.kinds import Kind, SiteKind
-from attnrewrite.caching.identity import is_copy, is_size, written
-from attnrewrite.ir import Builder, copy_attributes, is_tensor, is_view, parameter_path, product, same, tensor
+from attnrewrite.caching.identity import content_of, is_copy, is_size, written
+from attnrewrite.ir import (
+    CAST_OPS,
+    Builder,
+    copy_attributes,
+    is_tensor,
+    is_view,
+    parameter_path,
+    product,
+    same,
+    tensor,
+)
 from attnrewrite.kernels.layout import in_memory_order_of
 
 __all__ = ["Attention", "Value", "find_values", "is_parameter", "nearest", "parameters_of", "with_values"]
@@ -85,19 +97,28 @@ class Value:
 
 
 def find_values(
-    gm: fx.GraphModule, attentions: Sequence[Attention], allowed: frozenset[fx.Node] | None = None
+    gm: fx.GraphModule,
+    attentions: Sequence[Attention],
+    allowed: frozenset[fx.Node] | None = None,
+    affine: bool = False,
 ) -> list[Value]:
     """The values of the attentions, in graph order; none of an attention whose result nothing reads.
 
     Args:
         allowed: the nodes that may be values. In the place of others come the attentions' own results, if these may be.
             Default None: all.
+        affine: whether values are affine functions of the attentions' results. Default: any functions.
+
+    Returns:
+        None whose size depends on data: what is kept is counted before it is computed.
     """
-    sources = _sources(gm, attentions)
+    sources = _sources(gm, attentions, affine)
     results = {attention.result for attention in attentions}
     # An attention's result is computed of something else than what it is a source of.
     frontier = {node: None for node in sources if any(user not in sources or user in results for user in node.users)}
     _merge_views(frontier, sources)
+    for node in [node for node in frontier if free_unbacked_symbols(tensor(node).shape)]:
+        del frontier[node]
     if allowed is not None:
         for node in [node for node in frontier if node not in allowed]:
             del frontier[node]
@@ -113,7 +134,7 @@ def find_values(
         of = tuple(attentions[number].name for number in sorted(sources[node]))
         place = places[of]
         places[of] += 1
-        formula, used = _formula(node, names)
+        formula, used = _formula(gm, node, names)
         own = nearest(node, parameters)
         constants = tuple(dict.fromkeys(parameters[each] for each in (*used, *([] if own is None else [own]))))
         position = None if own is None else parameters[own]
@@ -123,10 +144,10 @@ def find_values(
     return values
 
 
-def _formula(node: fx.Node, results: Mapping[fx.Node, str]) -> tuple[str, list[fx.Node]]:
+def _formula(gm: fx.GraphModule, node: fx.Node, results: Mapping[fx.Node, str]) -> tuple[str, list[fx.Node]]:
     """How a value is computed of attentions' results, and the parameters in it, in the order of the formula.
 
-    Sizes are left out: those of one half of a batch are others.
+    Sizes are left out, since those of one half of a batch are others; the graph's identity has them.
     """
     used: dict[fx.Node, None] = {}
     names: dict[fx.Node, str] = {}
@@ -140,6 +161,8 @@ def _formula(node: fx.Node, results: Mapping[fx.Node, str]) -> tuple[str, list[f
         elif current.op == "placeholder":
             used[current] = None
             names[current] = f"p{len(used)}"
+        elif current.op == "get_attr":
+            names[current] = content_of(gm, current)
         else:
             for source in current.all_input_nodes:
                 name(source)
@@ -153,7 +176,7 @@ def _formula(node: fx.Node, results: Mapping[fx.Node, str]) -> tuple[str, list[f
     return ";".join(text), list(used)
 
 
-def _sources(gm: fx.GraphModule, attentions: Sequence[Attention]) -> dict[fx.Node, frozenset[int]]:
+def _sources(gm: fx.GraphModule, attentions: Sequence[Attention], affine: bool) -> dict[fx.Node, frozenset[int]]:
     """The nodes that depend on attentions of one kind and on what is the same at each step, with those attentions.
 
     The same at each step are parameters and buffers that the graph does not write to, and what is computed of them.
@@ -183,13 +206,46 @@ def _sources(gm: fx.GraphModule, attentions: Sequence[Attention]) -> dict[fx.Nod
             others = [source for source in node.all_input_nodes if source not in constant]
             if not others:
                 constant.add(node)
-            elif all(source in sources for source in others):
+            elif all(source in sources for source in others) and (not affine or _is_affine(node, others)):
                 union = frozenset().union(*(sources[source] for source in others))
                 # Of what gives a list (split), the parts are read.
                 readable = is_tensor(node) or all(user.target is operator.getitem for user in node.users)
                 if readable and len({attentions[number].kind for number in union}) == 1:
                     sources[node] = union
     return sources
+
+
+_AFFINE = (
+    *(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.neg.default),
+    *(aten.cat.default, aten.stack.default, aten.concat.default, aten.sum.dim_IntList, aten.mean.dim),
+    *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, operator.getitem),
+    *(aten.clone.default, aten.contiguous.default, aten.flip.default, aten.roll.default, aten.index_select.default),
+    *(aten.dropout.default, aten.addmm.default, aten.baddbmm.default, aten.repeat.default),
+)
+_MULTILINEAR = (
+    *(aten.mul.Tensor, aten.mul.Scalar, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.linear.default),
+    *(aten.convolution.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.einsum.default),
+)
+"""Products of their tensors, up to a bias that is constant: linear in each one of them."""
+_QUOTIENTS = (aten.div.Tensor, aten.div.Scalar)
+
+
+def _is_affine(node: fx.Node, varying: Sequence[fx.Node]) -> bool:
+    """Whether the node is an affine function of those of its arguments that vary."""
+    dtypes = [tensor(each).dtype for each in (node, *varying) if is_tensor(each)]
+    if not all(dtype.is_floating_point or dtype.is_complex for dtype in dtypes):
+        return False
+    if node.target in (aten.addmm.default, aten.baddbmm.default):
+        return node.args[1] not in varying or node.args[2] not in varying
+    if node.target in (*_AFFINE, *CAST_OPS) or is_view(node):
+        return True
+    if node.target in _MULTILINEAR:
+        return len(varying) == 1 and _occurrences(node, varying[0]) == 1
+    return node.target in _QUOTIENTS and node.args[1] not in varying and node.kwargs == {}
+
+
+def _occurrences(node: fx.Node, argument: fx.Node) -> int:
+    return sum(each is argument for each in tree_leaves((node.args, node.kwargs)))
 
 
 def _writes_to(node: fx.Node, argument: fx.Node) -> bool:
@@ -233,6 +289,13 @@ def _merge_views(frontier: dict[fx.Node, None], sources: dict[fx.Node, frozenset
             if base is not None and base in sources and is_tensor(base) and _is_dense(tensor(base)):
                 views.setdefault(base, []).append(node)
         for base, parts in views.items():
+            if any(_is_spread(part) for part in parts):
+                # What is taken instead would lie otherwise in memory, and what follows be compiled anew for that.
+                for part in parts:
+                    del frontier[part]
+                frontier[base] = None
+                changed = True
+                break
             whole = product(tensor(base).shape)
             total = sum(product(tensor(part).shape) for part in parts)
             if base in frontier or statically_known_true(total >= whole):
@@ -253,6 +316,20 @@ def _base(node: fx.Node) -> fx.Node | None:
         return None
     base = node.args[0]
     return base if isinstance(base, fx.Node) else None
+
+
+def _is_spread(node: fx.Node) -> bool:
+    """Whether the node's memory has gaps, or elements in several places, and the model's caller may see that."""
+    value = tensor(node)
+    left = [(size, stride) for size, stride in zip(value.shape, value.stride(), strict=True) if not same(size, 1)]
+    expected: Any = 1
+    while left:
+        following = next((each for each in left if same(each[1], expected)), None)
+        if following is None:
+            return _reaches_output(node)
+        left.remove(following)
+        expected = expected * following[0]
+    return False
 
 
 def _is_dense(value: torch.Tensor) -> bool:
@@ -379,7 +456,7 @@ def _keep_apart(gm: fx.GraphModule, given: Sequence[fx.Node], count: int) -> Non
     assert isinstance(results, tuple)
     kept = []
     for node in given:
-        if not _is_dense(tensor(node)) or _reaches_output(node, count) or is_view(node):
+        if not _is_dense(tensor(node)) or _reaches_output(node, count) or _is_of_another(node):
             # Beside the node, so that the rest of its memory is free again soon.
             builder = Builder(gm, before=node.next, like=node)
             node = builder.call(aten.clone.default, node, memory_format=torch.contiguous_format)
@@ -398,6 +475,19 @@ def _reaches_output(node: fx.Node, count: int | None = None) -> bool:
         elif (user.target is operator.getitem or is_view(user) or _may_alias(user)) and _reaches_output(user, count):
             return True
     return False
+
+
+_OWN_MEMORY = (aten.linear.default, aten.matmul.default, aten.layer_norm.default, aten.conv2d.default)
+"""Composed of others, and never their argument."""
+
+
+def _is_of_another(node: fx.Node) -> bool:
+    """Whether the node's memory may be that of what it is computed of."""
+    if node.target is operator.getitem:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        return _may_alias(source) or str(source.target).startswith("aten.unsafe_")
+    return is_view(node) or (_may_alias(node) and node.target not in _OWN_MEMORY)
 
 
 def _may_alias(node: fx.Node) -> bool:

@@ -16,15 +16,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 from torch._ops import OpOverload
+from torch._subclasses import FakeTensor
 
-from attnrewrite.ir import Size, is_tensor, source_name
+from attnrewrite.ir import Size, is_tensor, source_name, tensor
 
-__all__ = ["Identity", "fits", "identity_of", "is_copy", "is_size", "written"]
+__all__ = ["Identity", "content_of", "fits", "identity_of", "is_copy", "is_size", "written"]
 
 aten = torch.ops.aten
 
 _SIZES = frozenset({"shape", "size", "sizes", "split_size", "split_sizes", "end", "length", "output_size"})
 """Arguments of ATen operators that say how large a result is, and not what it is made of."""
+
+_POSITIONS = frozenset({"start", "index", "shifts"})
+"""Arguments that say which part is read. They stand beside the sizes: Dynamo may make a variable of any of them."""
 
 _LEFT_OUT = "#"
 
@@ -60,6 +64,8 @@ def identity_of(gm: fx.GraphModule) -> Identity:
             text.update(f"{written(node, names, sizes, numbers=False)}\n".encode())
             count += 1
             names[node] = f"v{count}"
+        elif node.op == "get_attr":
+            names[node] = content_of(gm, node)
         else:
             # The order of the inputs is not the same in all graphs.
             names[node] = source_name(node) or str(node.target)
@@ -71,18 +77,41 @@ def written(node: fx.Node, names: dict[fx.Node, str], sizes: list[Size], *, numb
 
     Args:
         names: of the nodes that it reads; others are left out.
-        sizes: receives those that are left out.
+        sizes: receives those that are left out, and which parts are read.
         numbers: whether scalars are in the text. Which attention it is does not depend on them; what is computed does.
     """
     text = [str(aten.view.default if node.target in _VIEWS else node.target)]
     for name, kind, value in _arguments(node):
         scalar = isinstance(value, (int, float)) or (isinstance(value, fx.Node) and is_size(value))
         is_number = kind is not None and scalar and any(each in kind for each in ("number", "float", "Tensor"))
-        if name in _SIZES and isinstance(node.target, OpOverload):
+        is_part = name in _SIZES or name in _POSITIONS or (is_number and _is_indices(node))
+        if isinstance(node.target, OpOverload) and is_part and _is_whole(value):
             sizes += [_size(each) for each in _flat(value) if each is not None]
         elif numbers or not is_number:
             text.append(f"{name}={_text(value, names)}")
     return " ".join(text)
+
+
+def _is_whole(value: Any) -> bool:
+    return all(each is None or isinstance(_size(each), (int, torch.SymInt)) for each in _flat(value))
+
+
+def _is_indices(node: fx.Node) -> bool:
+    """Whether whole numbers are computed of others, as positions are."""
+    if not is_tensor(node) or tensor(node).dtype.is_floating_point or tensor(node).dtype.is_complex:
+        return False
+    return tensor(node).dtype != torch.bool and any(is_tensor(each) for each in node.all_input_nodes)
+
+
+def content_of(gm: fx.GraphModule, node: fx.Node) -> str:
+    """A tensor that the graph holds itself, by its numbers: its name is the same in graphs with others."""
+    value: Any = gm
+    for name in str(node.target).split("."):
+        value = getattr(value, name)
+    if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor) or value.layout != torch.strided:
+        return str(node.target)
+    numbers = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return f"{value.dtype}{list(value.shape)}{hashlib.sha256(numbers).hexdigest()}"
 
 
 def fits(stored: Sequence[Any], wanted: Sequence[Any], *, halved: bool) -> bool:
@@ -133,8 +162,8 @@ def _text(value: Any, names: dict[fx.Node, str]) -> str:
     return str(_size(value)) if isinstance(value, torch.SymInt) else repr(value)
 
 
-def _size(value: Any) -> Size:
-    return value.meta["val"] if isinstance(value, fx.Node) else value  # type: ignore[no-any-return]
+def _size(value: Any) -> Any:
+    return value.meta.get("val") if isinstance(value, fx.Node) else value
 
 
 def _flat(value: Any) -> Iterator[Any]:

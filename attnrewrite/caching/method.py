@@ -47,10 +47,12 @@ class Method(ABC):
 
     Attributes:
         kept: how many outputs are stored for a site.
+        extrapolates: whether what stands in for an output is computed of several.
         keeps_reused: whether an output that was made of stored ones is stored in turn.
     """
 
     kept: ClassVar[int]
+    extrapolates: ClassVar[bool] = False
     keeps_reused: bool = False
 
     def __init__(
@@ -167,6 +169,7 @@ class _FasterCache(Method):
     """The last two outputs, extrapolated; the unconditional half predicted (:mod:`attnrewrite.caching.guidance`)."""
 
     kept = 2
+    extrapolates = True
 
     def __init__(
         self,

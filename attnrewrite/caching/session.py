@@ -89,6 +89,11 @@ class Session:
         with self._lock:
             return sum(sum(stream.reserved.values()) for stream in self._streams)
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether calls of one stream were made at one timestep."""
+        return self._warned
+
     @contextlib.contextmanager
     def planned(self) -> Iterator[None]:
         """Graphs that are compiled within are compiled for the first call of a run."""
@@ -125,15 +130,22 @@ class Session:
         parameters = [number for number, node in enumerate(placeholders) if is_parameter(node)]
         sessions: dict[tuple[int, ...], tuple[list[weakref.ref[Tensor]], Session]] = {}
 
+        def session_of(own: Sequence[Tensor]) -> Session:
+            ids = tuple(map(id, own))
+            known = sessions.get(ids)
+            if known is not None and all(seen() is each for seen, each in zip(known[0], own, strict=True)):
+                return known[1]
+            session = Session(self.config)
+
+            def forget(_: object) -> None:
+                if ids in sessions and sessions[ids][1] is session:
+                    del sessions[ids]
+
+            sessions[ids] = [weakref.ref(each, forget) for each in own], session
+            return session
+
         def wrapper(*args: Any) -> Any:
-            session = self
-            if parameters:
-                own = [args[number] for number in parameters]
-                ids = tuple(map(id, own))
-                known = sessions.get(ids)
-                if known is None or any(seen() is not each for seen, each in zip(known[0], own, strict=True)):
-                    known = sessions[ids] = [weakref.ref(each) for each in own], Session(self.config)
-                session = known[1]
+            session = session_of([args[number] for number in parameters]) if parameters else self
             return session.call(compiled, args, {}, [args[number] for number in inputs])
 
         return wrapper
@@ -166,10 +178,11 @@ class Session:
             self._warned = True
             log.warning(
                 "%s was called twice at timestep %g within one cache stream. If these are the conditional and the "
-                "unconditional pass, they now share attention: call each within attnrewrite.cache_stream('cond') and "
-                "cache_stream('uncond')",
+                "unconditional pass, or two generations, they now %s: call each within a stream of its own, such as "
+                "attnrewrite.cache_stream('cond') and cache_stream('uncond')",
                 self.name,
                 timestep,
+                "share attention" if self.observer is None else "are compared with each other",
             )
         if stream.run.single > 3 and not self._told_unused:
             self._told_unused = True
@@ -265,7 +278,7 @@ class Session:
             self.method.describe(),
             "At each of them the model computed something else than before: other graphs, sizes or parameters"
             if stream.asked
-            else "Set the timestep ranges to the scheduler's units",
+            else "Set a skip range of 2 or more, and the timestep ranges to the scheduler's units",
         )
 
     def _require_inference(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -313,17 +326,18 @@ class Session:
         return streams[name]
 
     def is_ambiguous(self, fingerprint: str, again: bool) -> bool:
-        """Whether a graph without parameters is called several times in one call of the model.
+        """Whether it cannot be told which layer calls a graph without parameters.
+
+        It can where there are no parameters in the whole model, and the graph is called once in its call.
 
         Args:
             again: whether it was called in this call before.
         """
-        if again and fingerprint not in self._ambiguous:
+        if fingerprint not in self._ambiguous and (again or any(True for _ in self._module("").parameters())):
             self._ambiguous.add(fingerprint)
             log.warning(
-                "%s: a graph without parameters is called several times in a call, so which attention is which cannot "
-                "be told, and none of these is reused. A graph break between the projections and the attention does "
-                "that",
+                "%s: a graph with attention and without parameters is called, so which attention is which cannot be "
+                "told, and none of these is reused. A graph break between the projections and the attention does that",
                 self.name,
             )
         return fingerprint in self._ambiguous
@@ -443,4 +457,6 @@ def _mark_batch_static(tensor: Tensor) -> None:
 
 
 def _in_words(nbytes: int) -> str:
+    if nbytes < 2**10:
+        return f"{nbytes} bytes"
     return f"{nbytes / 2**20:,.1f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:,.1f} KiB"

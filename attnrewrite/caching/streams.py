@@ -152,6 +152,16 @@ class _Stored(NamedTuple):
     halves: bool
     iteration: int
 
+    def is_of(self, entry: Entry, halves: bool) -> bool:
+        """Whether what is stored was computed as the entry is.
+
+        Args:
+            halves: whether the entry is computed by a call with both halves of guidance.
+        """
+        sizes = self.sizes, entry.sizes
+        larger, smaller = sizes if self.halves else sizes[::-1]
+        return fits(larger, smaller, halved=self.halves != halves) and self.constants.are(entry.constants)
+
 
 class Stream:
     """What is stored for one sequence of calls, and where its run stands.
@@ -212,20 +222,22 @@ class Stream:
         last = stored.values[-1]
         if last.shape != entry.shape or last.dtype != entry.value.dtype:
             return False
-        return fits(stored.sizes, entry.sizes, halved=stored.halves and halved) and stored.constants.are(
-            entry.constants
-        )
+        return stored.is_of(entry, stored.halves and not halved)
 
     def put(self, entry: Entry, value: Tensor, kept: int, halves: bool) -> None:
         """Stores a value beside those before it, ``kept`` in all; the first one counts as those before, too.
+
+        So does one that was computed otherwise than those before.
 
         Args:
             halves: whether it is one half of what a call with both computed.
         """
         stored = self._stored.get(entry.key)
-        values = [] if stored is None else stored.values
-        if values and (values[-1].shape != value.shape or values[-1].dtype != value.dtype):
-            values = []
+        values: list[Tensor] = []
+        if stored is not None and stored.values:
+            last = stored.values[-1]
+            if last.shape == value.shape and last.dtype == value.dtype and stored.is_of(entry, halves):
+                values = stored.values
         values = [*values, value][-kept:] if values else [value] * kept
         latest = Constants(entry.constants), entry.sizes, halves, len(self.timesteps) - 1
         self._stored[entry.key] = _Stored(values, entry.kind, *latest)
