@@ -169,7 +169,7 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy)
     if call is not None:
         found = {id(row) for row, _, _ in rewritten.results}
         missed = [row for row in rewritten.sites if id(row) not in found]
-        call.found(0, [f"{row.location} is not taken for attention ({row.reason})" for row in missed])
+        call.found((), [f"{row.location} is not taken for attention ({row.reason})" for row in missed])
     if call is not None and rewritten.results:
         try:
             assert identity is not None

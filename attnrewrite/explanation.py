@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import platform
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
 import torch
 
 from attnrewrite.backend import attnrewrite, collect_reports
+from attnrewrite.caching.config import validated
+from attnrewrite.caching.session import Session
+from attnrewrite.errors import CacheError
 from attnrewrite.inlined import inner_backend_is_given
 from attnrewrite.policy import tracing_settings
 from attnrewrite.report import RewriteReport
@@ -33,10 +38,14 @@ def explain(
     Args:
         model: an ``nn.Module`` or a function.
         options: as for ``torch.compile(model, backend="attnrewrite", options=...)``; the inner backend is "eager"
-            unless it is named here, since only the rewriting is of interest.
+            unless it is named here, since only the rewriting is of interest. With ``cache``, a module is explained as
+            :func:`attnrewrite.enable_cache` would have it, without gradients; nothing is reused.
         dynamic: as for ``torch.compile``; default None.
     """
     chosen = {"inner_backend": "eager", **(options or {})}
+    reuse: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if isinstance(model, torch.nn.Module) and chosen.get("cache") is not None:
+        reuse = _planned(model, chosen.pop("cache"))
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         token = inner_backend_is_given.set("inner_backend" in (options or {}))
@@ -50,7 +59,7 @@ def explain(
     # their number is meant for recompilations.
     limits = {"recompile_limit": 2**31, "accumulated_recompile_limit": 2**31}
     settings = {**limits, **tracing_settings(options)}
-    with collect_reports() as graphs, torch._dynamo.config.patch(settings):
+    with collect_reports() as graphs, torch._dynamo.config.patch(settings), reuse:
         torch.compile(model, backend=backend, dynamic=dynamic)(*args, **kwargs)
     breaks = Counter(torch._dynamo.utils.counters["graph_break"]) - breaks_before
     return RewriteReport(
@@ -63,3 +72,16 @@ def explain(
             "python": platform.python_version(),
         },
     )
+
+
+@contextlib.contextmanager
+def _planned(model: torch.nn.Module, config: object) -> Iterator[None]:
+    """The first call of a run under a cache, without its rules for what is called."""
+    root = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
+    if root.training:
+        raise CacheError(
+            f"{type(root).__name__} is in training mode, and attention is reused at inference only: call model.eval()"
+        )
+    session = Session(dataclasses.replace(validated(config), memory_limit=None), root)
+    with torch.no_grad(), session.planned():
+        yield

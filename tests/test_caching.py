@@ -52,7 +52,7 @@ def test_kinds_are_told_in_the_report() -> None:
     found = rows(compiled(video()), clock, broadcast(clock, cross_attention_block_skip_range=3))
     kept = {row.location.module: row.cached for row in found if row.location is not None}
     assert kept["spatial"].startswith("spatial (")
-    assert kept["temporal"].startswith("no: temporal (")
+    assert kept["temporal"].startswith("no: temporal_attention_block_skip_range is not set; it is temporal (")
     assert kept["cross"].startswith("cross (the key comes from text")
 
 
@@ -617,7 +617,7 @@ VALUE = 2 * 3 * 5 * 8 * 4
 def test_the_memory_limit_is_heard_before_anything_is_stored() -> None:
     clock = Clock()
     model = compiled(video())
-    message = r"1 attention value of Video would take 0\.9 KiB.*memory_limit is 0\.9 KiB"
+    message = r"1 attention value of Video would take 960 bytes.*memory_limit is 959 bytes"
     tight = attnrewrite.attention_cache(model, broadcast(clock, memory_limit=VALUE - 1))
     with tight, pytest.raises(CacheMemoryError, match=message):
         steps(model, clock, [500])
@@ -659,7 +659,9 @@ def test_a_config_that_matches_nothing() -> None:
     clock = Clock()
     model = compiled(video())
     config = broadcast(clock, spatial_attention_block_identifiers=["nowhere"])
-    message = "matches no attention of Video: spatial is spatial, which is not kept;"
+    message = (
+        "matches no attention of Video: spatial is spatial, and none of spatial_attention_block_identifiers matches;"
+    )
     with attnrewrite.attention_cache(model, config), pytest.raises(CacheError, match=message):
         steps(model, clock, [500])
     torch._dynamo.reset()

@@ -200,6 +200,7 @@ BOTH_NAMES = {
     [
         ({"current_timestep_callback": None}, ["current_timestep_callback", "lambda: pipe.current_timestep", "None"]),
         ({"current_timestep_callback": 500}, ["current_timestep_callback", "must be a function", "500"]),
+        ({"current_timestep_callback": lambda timestep: timestep}, ["current_timestep_callback", "without arguments"]),
         ({"spatial_attention_block_skip_range": 0}, ["spatial_attention_block_skip_range", "at least 1", "got 0"]),
         ({"spatial_attention_block_skip_range": True}, ["whole number", "None (computed always)", "got True"]),
         ({"temporal_attention_block_skip_range": 2.0}, ["temporal_attention_block_skip_range", "got 2.0"]),

@@ -141,47 +141,6 @@ def test_a_value_of_another_computation_is_not_taken(clock: Clock, pair: tuple[s
             assert relative_error(fast(x, y, which), value + x) <= 1e-5, (number, which)
 
 
-class Layers(nn.Module):
-    """Graphs without parameters that Dynamo breaks apart, of which some are left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
-
-    def forward(self, x: Tensor, without: tuple[int, ...] = ()) -> list[Tensor]:
-        found = []
-        for number, layer in enumerate(self.layers):
-            if number not in without:
-                found.append(core(project(layer, x)))
-        return found
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def project(layer: nn.Module, x: Tensor) -> Tensor:
-    result: Tensor = layer(x)
-    return result
-
-
-def core(x: Any) -> Any:
-    heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
-    return nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2)
-
-
-def test_a_layer_that_is_left_out_does_not_shift_the_others(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    """Which layer calls a function without parameters is not known: nothing is reused, which is said."""
-    model = seeded(Layers)
-    torch._dynamo.reset()
-    fast: Any = torch.compile(model, backend="attnrewrite", options={"inner_backend": "eager"})
-    with attnrewrite.attention_cache(fast, broadcast(clock, every=8)):
-        for number, without in enumerate([(), (), (0,), (0,), ()]):
-            clock.now -= 1
-            truth = model(tokens(number), without)
-            for found, each in zip(fast(tokens(number), without), truth, strict=True):
-                assert relative_error(found, each) <= 1e-5, number
-    assert "which attention is which cannot be told" in caplog.text
-    assert "nothing was reused" in caplog.text
-
-
 class Switched(nn.Module):
     def __init__(self) -> None:
         super().__init__()

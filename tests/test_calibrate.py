@@ -575,3 +575,14 @@ def test_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "LatteTransformer3DModel: 3 attentions in 60 calls" in result.stdout
     for kind in ("spatial", "temporal", "cross"):
         assert f"{kind}_attention_block_skip_range=" in result.stdout
+
+
+def test_passes_that_share_a_stream_are_noted(clock: Clock) -> None:
+    model = compiled()
+    apart = attnrewrite.calibrate(model, lambda: loop(model, clock), clock)
+    twice = [timestep for timestep in TIMESTEPS for _ in range(2)]
+    mixed = attnrewrite.calibrate(model, lambda: loop(model, clock, twice), clock)
+    assert apart.notes == () and mixed.to_dict()["notes"] == list(mixed.notes)
+    note = "If they are the conditional and the unconditional pass, the proposals are wrong"
+    assert note in " ".join(mixed.to_text().split()) and mixed.to_python().startswith("# Calls of one stream")
+    assert note not in " ".join(apart.to_text().split())

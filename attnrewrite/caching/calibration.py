@@ -29,6 +29,12 @@ __all__ = ["DEFAULT_THRESHOLD", "Calibration", "calibrate"]
 DEFAULT_THRESHOLD = 0.1
 """About what two of 30 steps change the noisy sample itself; see docs/calibrate.md."""
 
+_MIXED = (
+    "Calls of one stream were made at one timestep, and are compared with each other. If they are the conditional and "
+    "the unconditional pass, the proposals are wrong: call each within attnrewrite.cache_stream, and calibrate again. "
+    "(Solvers of second order make such calls rightly.)"
+)
+
 _KINDS: tuple[Kind, ...] = ("spatial", "temporal", "cross")
 
 
@@ -42,12 +48,14 @@ class Calibration:
         threshold: the relative difference that is tolerated. For another one,
             ``dataclasses.replace(calibration, threshold=0.05)``.
         identifiers: the block identifiers that :func:`calibrate` was given, by the names of their settings.
+        notes: what to know before the numbers are believed.
     """
 
     model: str
     records: tuple[SiteRun, ...]
     threshold: float = DEFAULT_THRESHOLD
     identifiers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises:
@@ -107,7 +115,8 @@ class Calibration:
             raise CacheError(self.refusal)
         lines = [f"    {name}={value!r}," for name, value in self._settings().items()]
         lines.append(f"    current_timestep_callback={callback},")
-        return "\n".join(["attnrewrite.PyramidAttentionBroadcastConfig(", *lines, ")"])
+        notes = [f"# {note}" for note in self.notes]
+        return "\n".join([*notes, "attnrewrite.PyramidAttentionBroadcastConfig(", *lines, ")"])
 
     def _settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = {}
@@ -122,6 +131,7 @@ class Calibration:
         return {
             "model": self.model,
             "threshold": self.threshold,
+            "notes": list(self.notes),
             "identifiers": {name: list(names) for name, names in self.identifiers.items()},
             "proposals": {
                 kind: None if window is None else dataclasses.asdict(window) for kind, window in self.proposals.items()
@@ -257,7 +267,7 @@ def calibrate(
         )
     names = [f"{kind}_attention_block_identifiers" for kind in _KINDS]
     identifiers = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    return Calibration(name, records, threshold, identifiers)
+    return Calibration(name, records, threshold, identifiers, (_MIXED,) if sessions[0].is_mixed else ())
 
 
 def _check_threshold(threshold: object) -> None:

@@ -77,7 +77,9 @@ def _tables(calibration: Calibration) -> RenderableType:
             *(_cell(_column(steps, lag)) for lag in lags),
             _peak(steps),
         )
-    notes = [] if any(calibration.proposals.values()) else [Text(calibration.refusal, style="bold")]
+    notes = [Text(note, style="bold") for note in calibration.notes]
+    if not any(calibration.proposals.values()):
+        notes.append(Text(calibration.refusal, style="bold"))
     return Group(Text(summary), kinds, rows, *notes)
 
 
@@ -126,7 +128,7 @@ def _peak(runs: Sequence[Sequence[Step]]) -> str:
     if not known:
         return ""
     difference, timestep = max(known)
-    return f"{difference:.3f} at {timestep:g}"
+    return f"{difference:.3f} at {timestep:g}" if difference >= 5e-4 else f"{difference:.3f}"
 
 
 # -- the plot ---------------------------------------------------------------------------------------------------------

@@ -44,7 +44,15 @@ class Plan:
 
 
 class ModelCall:
-    """One call of the model: what its graphs may reuse, and where they put what they compute."""
+    """One call of the model: what its graphs may reuse, and where they put what they compute.
+
+    Attributes:
+        reused: the kinds whose values are to be reused.
+        plan: what the graphs are compiled for.
+        halved: whether it is a call of the conditional half alone.
+        is_of_graph: whether it is a call of a single graph, and not of a model.
+        paths: of the modules whose attentions were kept so far.
+    """
 
     def __init__(
         self, session: Session, stream: Stream, iteration: int, timestep: float, *, halved: bool, separate: bool
@@ -62,6 +70,7 @@ class ModelCall:
         self._place = 0
         self._functions: set[str] = set()
         self._matched = False
+        self.paths: set[str] = set()
         self._found: dict[str, None] = {}
 
     def path_of(self, path: str, parameter: Tensor | None, known_as: str) -> str:
@@ -72,9 +81,10 @@ class ModelCall:
         """See :meth:`Session.kind_at`."""
         return self._session.kind_at(path, told)
 
-    def found(self, kept: int, others: Sequence[str]) -> None:
-        """Notes how many attentions a graph of this call keeps, and, in words, which it does not."""
+    def found(self, kept: Sequence[Entry], others: Sequence[str]) -> None:
+        """Notes the attentions that a graph of this call keeps, and, in words, those that it does not."""
         self._matched = self._matched or bool(kept)
+        self.paths.update(entry.path for entry in kept)
         self._found.update(dict.fromkeys(others))
 
     def require_match(self) -> None:

@@ -75,8 +75,9 @@ def kept_attention(
             path = call.path_of(own, example_inputs[parameters[parameter]], parameter_path(parameter))
         kind = call.plan.method.kind_of(path, told.kind)
         if kind is None:
-            row.cached = f"no: {told.kind} ({told.reason})"
-            others.append(f"{path or str(row.location)} is {told.kind}, which is not kept")
+            why = call.plan.method.why_not(path, told.kind)
+            row.cached = f"no: {why}; it is {told.kind} ({told.reason})"
+            others.append(f"{path or str(row.location)} is {told.kind}, and {why}")
         else:
             row.cached = f"{kind} ({told.reason})" if kind == told.kind else f"{kind} (by its block identifiers)"
         # A module that is compiled alone may share its graph with others, of other kinds by their paths.
@@ -129,7 +130,7 @@ class _KeepingGraph:
         assert call is not None, "chosen for a call that keeps attention values"
         entries = self._entries(call, args)
         kept = [entry for entry in entries if entry.kind is not None]
-        call.found(len(kept), self._others)
+        call.found(kept, self._others)
         lacking = {entry.value.kind for entry in entries if not call.holds(entry)}
         reused = frozenset(self._kinds - lacking)
         if reused not in self._variants:

@@ -7,6 +7,7 @@ temporal or cross is told from the graph unless identifiers are given, and there
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import math
 import re
@@ -234,6 +235,11 @@ def _checked(config: PyramidAttentionBroadcastConfig | FasterCacheConfig) -> dic
                     f"{setting} must be a function that returns the current timestep, such as "
                     f"lambda: pipe.current_timestep; got {value!r}"
                 )
+            if not _takes_nothing(value):
+                raise OptionError(
+                    f"{setting} is called without arguments, and {value!r} needs some: give a function such as "
+                    "lambda: pipe.current_timestep"
+                )
         elif field.name.endswith("_callback"):
             if value is not None and not callable(value):
                 raise OptionError(f"{setting} must be a function from a module to a number, or None; got {value!r}")
@@ -259,6 +265,16 @@ def _checked(config: PyramidAttentionBroadcastConfig | FasterCacheConfig) -> dic
         elif field.name in ("offload", "follow_diffusers", "is_guidance_distilled") and not isinstance(value, bool):
             raise OptionError(f"{setting} must be True or False; got {value!r}")
     return settings
+
+
+def _takes_nothing(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return False
+    except ValueError:  # A built-in function that does not say what it takes.
+        return True
+    return True
 
 
 def _filled_in(config: FasterCacheConfig) -> FasterCacheConfig:

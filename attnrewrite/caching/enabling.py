@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -43,6 +42,20 @@ class _Handle:
 
     def __reduce__(self) -> tuple[type[_Handle], tuple[()]]:
         return _Handle, ()
+
+
+class _Method:
+    """A function bound to a model, in the place of its class's method of that name; copies do what that does."""
+
+    def __init__(self, function: Callable[..., Any], model: nn.Module) -> None:
+        self._function, self._model = function, model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(self._model, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        function = _inherited_context if self._function is _cache_context else _inherited_reset
+        return _Method, (function, self._model)
 
 
 def _is_enabled(root: nn.Module) -> bool:
@@ -117,8 +130,8 @@ def enable_session(model: nn.Module, session_of: Callable[[nn.Module], Session],
     root.__dict__[_HANDLE] = _Handle(model, session)
     # diffusers' pipelines name their streams and say when a run is over. Methods are bound anew in copies of the model.
     if hasattr(type(root), "cache_context"):
-        root.__dict__["cache_context"] = types.MethodType(_cache_context, root)
-    root.__dict__["_reset_stateful_cache"] = types.MethodType(_reset_stateful_cache, root)
+        root.__dict__["cache_context"] = _Method(_cache_context, root)
+    root.__dict__["_reset_stateful_cache"] = _Method(_reset_stateful_cache, root)
 
 
 def disable_cache(model: nn.Module) -> None:
@@ -183,6 +196,14 @@ def _cache_context(self: Any, name: str, **kwargs: Any) -> Iterator[None]:
 def _reset_stateful_cache(self: Any, *args: Any, **kwargs: Any) -> None:
     """In the place of ``CacheMixin._reset_stateful_cache``, which pipelines call at their end on what has it."""
     reset_cache(self)
+    _inherited_reset(self, *args, **kwargs)
+
+
+def _inherited_reset(self: Any, *args: Any, **kwargs: Any) -> None:
     inherited = getattr(type(self), "_reset_stateful_cache", None)
     if inherited is not None:
         inherited(self, *args, **kwargs)
+
+
+def _inherited_context(self: Any, name: str, **kwargs: Any) -> Any:
+    return type(self).cache_context(self, name, **kwargs)

@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -74,8 +74,7 @@ class Method(ABC):
             kind: what the graph says. Identifiers may make a spatial attention temporal, and the reverse, as in
                 diffusers the spatial ones first; a cross-attention stays one.
         """
-        among: tuple[Kind, ...] = ("cross",) if kind == "cross" else ("spatial", "temporal")
-        named = [each for each in among if any(name.search(path) for name in self._identifiers.get(each) or ())]
+        named = self._named(path, kind)
         for each in named:
             if each in self._rules:
                 return each
@@ -83,6 +82,26 @@ class Method(ABC):
         if named or self._identifiers.get(kind) is not None:
             return None
         return kind if kind in self._rules else None
+
+    def why_not(self, path: str, kind: Kind) -> str:
+        """Why :meth:`kind_of` is None for a site."""
+        for each in self._named(path, kind) or ([] if kind in self._rules else [kind]):
+            return f"{each}_attention_block_skip_range is not set"
+        return f"none of {kind}_attention_block_identifiers matches"
+
+    def _named(self, path: str, kind: Kind) -> list[Kind]:
+        """As which kinds identifiers name a site that the graph says is of ``kind``."""
+        among: tuple[Kind, ...] = ("cross",) if kind == "cross" else ("spatial", "temporal")
+        return [each for each in among if any(name.search(path) for name in self._identifiers.get(each) or ())]
+
+    def unmatched(self, paths: Collection[str]) -> list[str]:
+        """The identifiers of kinds whose outputs are used again that match none of the paths."""
+        return [
+            name.pattern
+            for kind in self._rules
+            for name in self._identifiers.get(kind) or ()
+            if not any(name.search(path) for path in paths)
+        ]
 
     @abstractmethod
     def reused(self, iteration: int, timestep: float, halved: bool, separate: bool) -> frozenset[Kind]:

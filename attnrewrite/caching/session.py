@@ -14,7 +14,7 @@ import logging
 import math
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -219,6 +219,7 @@ class Session:
             if not self._matched and self._model is not None:
                 current.require_match()
                 self._matched = True
+                self._tell_unmatched(current.paths)
         except BaseException:
             # Some values are of this call and some of the one before.
             stream.run.reset()
@@ -263,6 +264,16 @@ class Session:
             stream.guidance.learn(output)
             return result
         return put_back(stream.guidance.complete(output, *self.guidance_weights()))
+
+    def _tell_unmatched(self, paths: Collection[str]) -> None:
+        unmatched = self.method.unmatched(paths)
+        if unmatched:
+            log.warning(
+                "%s: block identifiers that match no attention: %s; attentions that are kept: %s",
+                self.name,
+                ", ".join(map(repr, unmatched)),
+                ", ".join(sorted(paths)[:6]),
+            )
 
     def _tell_unused(self, stream: Stream) -> None:
         """Warns, once, of a run that is over and in which nothing was to be reused."""
