@@ -82,6 +82,7 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "bias": lambda y: torch.addmm(y[0], y[0], MATRIX)[None] + y,
     "rounded": lambda y: y.round(),
     "truncated": lambda y: y.int().float(),
+    "of 8 bits": lambda y: y.to(torch.float8_e4m3fn).float(),
 }
 
 
@@ -144,6 +145,49 @@ def test_what_the_caller_writes_to_a_result_is_not_stored(
         clock.now -= 1
         _, found = fast(tokens(1))
     assert relative_error(found, behind(model.attention(tokens(0))) + tokens(1)[..., :1]) <= 1e-5
+
+
+class Half(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.attention(x)
+        return torch.unsafe_chunk(y, 2, -1)[0], y + x
+
+
+@pytest.mark.parametrize("config", [broadcast, faster])
+def test_parts_that_do_not_say_whose_they_are(clock: Clock, config: Callable[[Clock], Any]) -> None:
+    torch.manual_seed(0)
+    model = Half().eval()
+    fast = compiled(model)
+    with attnrewrite.attention_cache(fast, config(clock)):
+        for number in range(2):
+            clock.now -= 1
+            part, whole = fast(tokens(number))
+            part.fill_(77)
+    assert relative_error(whole, model.attention(tokens(0)) + tokens(1)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        lambda y: y[:, None].expand(-1, 3, -1, -1),
+        lambda y: y.unfold(1, 3, 1),
+        lambda y: y.as_strided((2, 3), (48, 8)),
+        lambda y: torch.unsafe_chunk(y, 2, -1)[0],
+    ],
+    ids=["expand", "unfold", "as_strided", "unsafe_chunk"],
+)
+def test_a_reused_view_has_the_strides_of_a_computed_one(clock: Clock, behind: Callable[[Any], Any]) -> None:
+    model = Tail(lambda y: y)
+    model.forward = lambda x: behind(model.attention(x))  # type: ignore[method-assign]
+    fast = compiled(model)
+    with attnrewrite.attention_cache(fast, broadcast(clock)):
+        computed = fast(tokens(0))
+        clock.now -= 1
+        assert fast(tokens(1)).stride() == computed.stride() == model(tokens(1)).stride()
 
 
 class Part(nn.Module):
@@ -218,8 +262,11 @@ class Picked(nn.Module):
         lambda x, k: x.roll(k, 1) * torch.linspace(0, 1, 12).view(1, 12, 1),
         lambda x, k: x.unflatten(1, (12, 1)).select(1, k).expand(-1, 2, -1) + x[:, :2],
         lambda x, k: x[:, torch.arange(6) + k],
+        lambda x, k: x.index_select(1, torch.full((3,), k)),
+        lambda x, k: x[:, torch.arange(0, 11, k)][:, :3],
+        lambda x, k: x[:, torch.linspace(0, k, 3).long()],
     ],
-    ids=["list", "slice", "roll", "select", "computed"],
+    ids=["list", "slice", "roll", "select", "computed", "full", "every", "linspace"],
 )
 def test_a_value_of_another_part_is_not_taken(clock: Clock, pick: Callable[[Any, int], Any], dynamic: Any) -> None:
     torch.manual_seed(0)
@@ -235,6 +282,84 @@ def test_a_value_of_another_part_is_not_taken(clock: Clock, pick: Callable[[Any,
             x = tokens(number, 2, 12, 8)
             expected = model(tokens(3, 2, 12, 8), 5) - tokens(3, 2, 12, 8) + x
             assert relative_error(fast(x, 5), expected) <= 1e-5
+
+
+class Timed(nn.Module):
+    """The timestep comes as a number."""
+
+    def __init__(self, tensor_of: Callable[[int, int], Any]) -> None:
+        super().__init__()
+        self.attention, self.embedding = Attention(), nn.Linear(1, 8)
+        self.table = nn.Parameter(torch.randn(1000, 8))
+        self.tensor_of = tensor_of
+
+    def forward(self, x: Tensor, timestep: int) -> Tensor:
+        steps = self.tensor_of(len(x), timestep)
+        x = x + self.embedding(steps.float()[:, None, None] / 1000) + self.table[steps][:, None]
+        result: Tensor = self.attention(x) + x
+        return result
+
+
+@pytest.mark.parametrize(
+    "tensor_of",
+    [
+        lambda batch, timestep: torch.full((batch,), timestep),
+        lambda batch, timestep: torch.ones(batch, dtype=torch.long) * timestep,
+        lambda batch, timestep: torch.zeros(batch, dtype=torch.long) + timestep,
+    ],
+    ids=["full", "ones", "zeros"],
+)
+def test_a_timestep_is_no_part(clock: Clock, tensor_of: Callable[[int, int], Any]) -> None:
+    torch.manual_seed(0)
+    model = Timed(tensor_of).eval()
+    fast = compiled(model, dynamic=True)
+    reused = []
+    with attnrewrite.attention_cache(fast, broadcast(clock)):
+        for number in range(4):
+            clock.now -= 7
+            x = tokens(number)
+            reused.append(relative_error(fast(x, clock.now), model(x, clock.now)) > 1e-3)
+    assert reused == [False, True, False, True]
+
+
+class Repeated(nn.Module):
+    """The batch's size is an argument of what is added to the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+        self.positions = nn.Parameter(torch.randn(1, 6, 8))
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        x = hidden_states.flatten(2).transpose(1, 2)
+        x = x + self.positions.repeat(len(x), 1, 1)
+        y = self.attention(x)
+        return (y + x).transpose(1, 2).unflatten(2, hidden_states.shape[2:]), y
+
+
+def test_a_batch_that_is_an_argument_is_halved(clock: Clock) -> None:
+    torch.manual_seed(0)
+    model = Repeated().eval()
+    fast = compiled(model)
+    config = faster(
+        clock,
+        is_guidance_distilled=False,
+        spatial_attention_timestep_skip_range=(-1, 1000),
+        unconditional_batch_timestep_skip_range=(-1, 1000),
+        unconditional_batch_skip_range=5,
+        tensor_format="BCHW",
+    )
+
+    def given(number: int) -> Tensor:
+        return tokens(number, 2, 8, 2, 3)
+
+    with attnrewrite.attention_cache(fast, config):
+        for number in range(8):
+            clock.now -= 1
+            _, value = fast(given(number))
+    # Both halves are computed in calls 0 and 5, attention in every second one: the last two were 5 and 6.
+    expected = torch.lerp(model(given(5))[1][1:], model(given(6))[1][1:], 1.5)
+    assert relative_error(value[-1:], expected) <= 1e-5
 
 
 class Experts(nn.Module):

@@ -233,8 +233,10 @@ _QUOTIENTS = (aten.div.Tensor, aten.div.Scalar)
 def _is_affine(node: fx.Node, varying: Sequence[fx.Node]) -> bool:
     """Whether the node is an affine function of those of its arguments that vary."""
     dtypes = [tensor(each).dtype for each in (node, *varying) if is_tensor(each)]
-    if not all(dtype.is_floating_point or dtype.is_complex for dtype in dtypes):
-        return False
+    if not all((dtype.is_floating_point or dtype.is_complex) and dtype.itemsize > 1 for dtype in dtypes):
+        return (
+            False  # Numbers of 8 bits are codes: rounding to them is no small error, and nothing is computed with them.
+        )
     if node.target in (aten.addmm.default, aten.baddbmm.default):
         return node.args[1] not in varying or node.args[2] not in varying
     if node.target in (*_AFFINE, *CAST_OPS) or is_view(node):
@@ -275,7 +277,10 @@ def _is_function(node: fx.Node) -> bool:
     return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 
-_PARTS = (aten.slice.Tensor, aten.narrow.default, aten.select.int)
+_SPLITS = (
+    *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int),
+    *(aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default, aten.unsafe_chunk.default),
+)
 
 
 def _merge_views(frontier: dict[fx.Node, None], sources: dict[fx.Node, frozenset[int]]) -> None:
@@ -310,9 +315,9 @@ def _base(node: fx.Node) -> fx.Node | None:
     """What the node is a view of, up to the dtype and the place in memory."""
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         node = node.args[0]
-        if node.target not in (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int):
+        if node.target not in _SPLITS:
             return None
-    elif not is_view(node) and node.target not in _PARTS:
+    elif not is_view(node) and (node.target in CAST_OPS or not _shares_memory(node)):
         return None
     base = node.args[0]
     return base if isinstance(base, fx.Node) else None
@@ -486,7 +491,7 @@ def _is_of_another(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        return _may_alias(source) or str(source.target).startswith("aten.unsafe_")
+        return _may_alias(source)
     return is_view(node) or (_may_alias(node) and node.target not in _OWN_MEMORY)
 
 
@@ -496,7 +501,15 @@ def _may_alias(node: fx.Node) -> bool:
     if not isinstance(target, OpOverload):
         return False
     # What is composed of others (einsum, to, dropout that drops nothing) may come down to a view.
-    return target._can_decompose() or any(value.alias_info is not None for value in target._schema.returns)
+    return target._can_decompose() or _shares_memory(node)
+
+
+def _shares_memory(node: fx.Node) -> bool:
+    """Operators that say so, and those that are unsafe since they do not."""
+    target = node.target
+    return isinstance(target, OpOverload) and (
+        target in _SPLITS or any(value.alias_info is not None for value in target._schema.returns)
+    )
 
 
 def _is_removable(node: fx.Node) -> bool:

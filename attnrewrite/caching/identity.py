@@ -18,17 +18,25 @@ from torch import fx
 from torch._ops import OpOverload
 from torch._subclasses import FakeTensor
 
-from attnrewrite.ir import Size, is_tensor, source_name, tensor
+from attnrewrite.ir import Size, is_tensor, parameter_path, source_name, tensor
 
 __all__ = ["Identity", "content_of", "fits", "identity_of", "is_copy", "is_size", "written"]
 
 aten = torch.ops.aten
 
-_SIZES = frozenset({"shape", "size", "sizes", "split_size", "split_sizes", "end", "length", "output_size"})
+_SIZES = frozenset({"shape", "size", "sizes", "split_size", "split_sizes", "end", "length", "output_size", "repeats"})
 """Arguments of ATen operators that say how large a result is, and not what it is made of."""
 
 _POSITIONS = frozenset({"start", "index", "shifts"})
 """Arguments that say which part is read. They stand beside the sizes: Dynamo may make a variable of any of them."""
+
+_INDEXED = (
+    aten.index.Tensor,
+    aten.index_select.default,
+    aten.gather.default,
+    aten.take.default,
+    aten.take_along_dim.default,
+)
 
 _LEFT_OUT = "#"
 
@@ -55,13 +63,14 @@ def identity_of(gm: fx.GraphModule) -> Identity:
     sizes: list[Size] = []
     text = hashlib.sha256()
     count = 0
+    indices = _index_numbers(gm)
     for node in gm.graph.nodes:
         if node.op == "output" or not _gives_tensors(node):
             continue
         if is_copy(node):
             names[node] = names[node.all_input_nodes[0]]
         elif node.op == "call_function":
-            text.update(f"{written(node, names, sizes, numbers=False)}\n".encode())
+            text.update(f"{written(node, names, sizes, numbers=False, chooses=node in indices)}\n".encode())
             count += 1
             names[node] = f"v{count}"
         elif node.op == "get_attr":
@@ -72,19 +81,22 @@ def identity_of(gm: fx.GraphModule) -> Identity:
     return Identity(text.hexdigest(), tuple(sizes))
 
 
-def written(node: fx.Node, names: dict[fx.Node, str], sizes: list[Size], *, numbers: bool) -> str:
+def written(
+    node: fx.Node, names: dict[fx.Node, str], sizes: list[Size], *, numbers: bool, chooses: bool = False
+) -> str:
     """A call as text, in which sizes are left out.
 
     Args:
         names: of the nodes that it reads; others are left out.
         sizes: receives those that are left out, and which parts are read.
         numbers: whether scalars are in the text. Which attention it is does not depend on them; what is computed does.
+        chooses: whether the result says which part of something else is read, so that its whole numbers count as such.
     """
     text = [str(aten.view.default if node.target in _VIEWS else node.target)]
     for name, kind, value in _arguments(node):
         scalar = isinstance(value, (int, float)) or (isinstance(value, fx.Node) and is_size(value))
         is_number = kind is not None and scalar and any(each in kind for each in ("number", "float", "Tensor"))
-        is_part = name in _SIZES or name in _POSITIONS or (is_number and _is_indices(node))
+        is_part = name in _SIZES or name in _POSITIONS or (chooses and scalar)
         if isinstance(node.target, OpOverload) and is_part and _is_whole(value):
             sizes += [_size(each) for each in _flat(value) if each is not None]
         elif numbers or not is_number:
@@ -96,11 +108,33 @@ def _is_whole(value: Any) -> bool:
     return all(each is None or isinstance(_size(each), (int, torch.SymInt)) for each in _flat(value))
 
 
-def _is_indices(node: fx.Node) -> bool:
-    """Whether whole numbers are computed of others, as positions are."""
-    if not is_tensor(node) or tensor(node).dtype.is_floating_point or tensor(node).dtype.is_complex:
-        return False
-    return tensor(node).dtype != torch.bool and any(is_tensor(each) for each in node.all_input_nodes)
+def _index_numbers(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes that indices are computed by of numbers, of what is more than parameters.
+
+    Others are numbers that are used as such: a timestep, say, of which a table gives the embedding.
+    """
+    given: set[fx.Node] = set()
+    data: set[fx.Node] = set()
+    found: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            if is_tensor(node):
+                given.add(node)
+                if not parameter_path(node):
+                    data.add(node)
+            continue
+        given.update([node] if any(each in given for each in node.all_input_nodes) else [])
+        data.update([node] if any(each in data for each in node.all_input_nodes) else [])
+        if node.target not in _INDEXED or node.args[0] not in data:
+            continue
+        queue = [each for each in node.all_input_nodes if each is not node.args[0]]
+        while queue:
+            current = queue.pop()
+            is_index = is_tensor(current) and not tensor(current).dtype.is_floating_point
+            if current not in found and current.op == "call_function" and (is_index or current not in given):
+                found.add(current)
+                queue.extend(current.all_input_nodes)
+    return found
 
 
 def content_of(gm: fx.GraphModule, node: fx.Node) -> str:
