@@ -68,6 +68,11 @@ def inputs(seed: int, batch: int = 2, positions: int = 5) -> dict[str, Tensor]:
     }
 
 
+def tokens(seed: int, *shape: int) -> Tensor:
+    """Numbers of the shape; default ``[2, 6, 8]``."""
+    return torch.randn(shape or (2, 6, 8), generator=torch.Generator().manual_seed(seed))
+
+
 def compiled(model: nn.Module, inner: Any = "eager", **arguments: Any) -> Any:
     torch._dynamo.reset()
     options = {"inner_backend": inner, **arguments.pop("options", {})}

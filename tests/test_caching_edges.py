@@ -19,7 +19,7 @@ from attnrewrite import CacheError, FasterCacheConfig
 from attnrewrite.backend import collect_reports
 from attnrewrite.caching import enabling
 from attnrewrite.caching.enabling import CacheTypeError
-from tests.caching_video import Attention, Clock, broadcast, compiled, inputs, steps, video
+from tests.caching_video import Attention, Clock, broadcast, compiled, inputs, steps, tokens, video
 from tests.helpers import recording, relative_error
 
 
@@ -32,10 +32,6 @@ def inference() -> Iterator[None]:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
-
-
-def tokens(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape or (2, 6, 8), generator=torch.Generator().manual_seed(seed))
 
 
 def seeded(model: Callable[[], nn.Module]) -> Any:

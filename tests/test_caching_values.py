@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import attnrewrite
 from attnrewrite import CacheError, CacheMemoryError, FasterCacheConfig
-from tests.caching_video import Attention, Clock, broadcast, compiled, inputs, video
+from tests.caching_video import Attention, Clock, broadcast, compiled, inputs, tokens, video
 from tests.helpers import recording, relative_error
 
 
@@ -28,10 +28,6 @@ def inference() -> Iterator[None]:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
-
-
-def tokens(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape or (2, 6, 8), generator=torch.Generator().manual_seed(seed))
 
 
 def faster(clock: Clock, **changes: Any) -> FasterCacheConfig:
@@ -265,8 +261,9 @@ class Picked(nn.Module):
         lambda x, k: x.index_select(1, torch.full((3,), k)),
         lambda x, k: x[:, torch.arange(0, 11, k)][:, :3],
         lambda x, k: x[:, torch.linspace(0, k, 3).long()],
+        lambda x, k: x[:, (torch.arange(3) * (k / 2)).long()],
     ],
-    ids=["list", "slice", "roll", "select", "computed", "full", "every", "linspace"],
+    ids=["list", "slice", "roll", "select", "computed", "full", "every", "linspace", "scaled"],
 )
 def test_a_value_of_another_part_is_not_taken(clock: Clock, pick: Callable[[Any, int], Any], dynamic: Any) -> None:
     torch.manual_seed(0)

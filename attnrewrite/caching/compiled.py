@@ -183,9 +183,7 @@ class _Shapes:
             elif is_tensor(node):
                 for dim, size in enumerate(tensor(node).shape):
                     self._note(size, _dimension(position, dim))
-        self._shapes = [
-            tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in shape) for shape in shapes
-        ]
+        self._shapes = [tuple(size if isinstance(size, int) else size.node.expr for size in shape) for shape in shapes]
         self._fixed = all(isinstance(size, int) for shape in self._shapes for size in shape)
 
     def _note(self, size: Any, source: Callable[[Sequence[Any]], int]) -> None:
@@ -204,7 +202,9 @@ class _Shapes:
 
 def _number(size: Any) -> Any:
     """The number that an expression is; of one that depends on data (``u0``) the expression itself."""
-    return int(size) if isinstance(size, int) or size.is_number else size
+    if isinstance(size, int) or not size.is_number:
+        return size
+    return int(size) if size.is_integer else float(size)
 
 
 def _argument(position: int) -> Callable[[Sequence[Any]], int]:

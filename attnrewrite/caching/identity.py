@@ -97,15 +97,16 @@ def written(
         scalar = isinstance(value, (int, float)) or (isinstance(value, fx.Node) and is_size(value))
         is_number = kind is not None and scalar and any(each in kind for each in ("number", "float", "Tensor"))
         is_part = name in _SIZES or name in _POSITIONS or (chooses and scalar)
-        if isinstance(node.target, OpOverload) and is_part and _is_whole(value):
+        if isinstance(node.target, OpOverload) and is_part and _are_sizes(value):
             sizes += [_size(each) for each in _flat(value) if each is not None]
-        elif numbers or not is_number:
+        elif numbers or chooses or not is_number:
             text.append(f"{name}={_text(value, names)}")
     return " ".join(text)
 
 
-def _is_whole(value: Any) -> bool:
-    return all(each is None or isinstance(_size(each), (int, torch.SymInt)) for each in _flat(value))
+def _are_sizes(value: Any) -> bool:
+    """Whether these are whole numbers, or what the graph computes of them."""
+    return all(each is None or isinstance(_size(each), (int, torch.SymInt, torch.SymFloat)) for each in _flat(value))
 
 
 def _index_numbers(gm: fx.GraphModule) -> set[fx.Node]:
