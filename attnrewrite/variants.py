@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import re
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,7 +46,6 @@ class Variants:
         self._sources = {node.target: source_name(node) for node in gm.graph.find_nodes(op="placeholder")}
         self._dynamic = any(_is_symbolic(value) for value in example_inputs) or None
         self._compiled: dict[_Key, CompiledFn] = {}
-        self._lock = threading.Lock()
 
     def add(self, compiled: CompiledFn) -> CompiledFn:
         """The variant for what is in force now; returns what to call."""
@@ -58,7 +56,9 @@ class Variants:
         key = _in_force()
         compiled = self._compiled.get(key)
         if compiled is None:
-            with self._lock:
+            # While one thread compiles, the code of graph modules that any other makes is never compiled
+            # (torch._dynamo.convert_frame.fx_forward_from_src_skip_result).
+            with torch._dynamo.convert_frame.compile_lock:
                 compiled = self._compiled.get(key)
                 if compiled is None:
                     compiled = self._compiled[key] = self._compile()
@@ -78,7 +78,8 @@ class Variants:
 
         # The class is this module's own. Where compiled code raises an error, a graph module's ``__call__`` goes
         # through the traceback, which Dynamo would trace, and raise an error of its own.
-        type(module).__call__ = torch.nn.Module.__call__  # type: ignore[method-assign]
+        # ``Module.__call__`` itself is another function, in all threads, while one of them traces.
+        type(module).__call__ = torch.nn.Module._wrapped_call_impl  # type: ignore[method-assign]
         compiled: CompiledFn = torch.compile(module, backend=backend, fullgraph=True, dynamic=self._dynamic)
         return compiled
 

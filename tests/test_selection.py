@@ -331,6 +331,37 @@ def test_two_threads_compile_at_once(reports: list[GraphReport]) -> None:
     assert sorted(map(str, kernels(reports))) == sorted(["native", "_native_math", "flex"] * 2)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.13", reason="before torch 2.13 no thread may call what another is compiling beside it"
+)
+def test_a_variant_made_while_another_thread_compiles_is_compiled(reports: list[GraphReport]) -> None:
+    """While Dynamo compiles, it takes the code of all graph modules that are made for its own, and skips that later."""
+    model = Model()
+    errors: list[float] = []
+
+    def call() -> None:
+        with torch.no_grad(), attnrewrite.attention_backend("flex"):
+            errors.append(float(relative_error(function(inputs()), model(inputs()))))
+
+    other = threading.Thread(target=contextvars.copy_context().run, args=(call,))
+
+    def inner(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        if len(reports) == 1 and other.ident is None:
+            other.start()
+            other.join(timeout=1)  # It may have to wait for the end of this, so no longer.
+        return gm
+
+    function = compiled(model, inner=inner)
+    with torch.no_grad():
+        function(inputs())
+        with attnrewrite.attention_backend("_native_math"):
+            function(inputs())
+    other.join()
+    call()
+    assert len(errors) == 2 and max(errors) < 1e-5
+    assert sorted(map(str, kernels(reports))) == sorted(["native", "_native_math", "flex"] * 2)
+
+
 def test_tasks_have_kernels_of_their_own(reports: list[GraphReport]) -> None:
     function = compiled()
 
