@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,7 +267,7 @@ def main(inner: str, path: Path | None) -> None:
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*(f"{value:.1e}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
+    (Console() if sys.stdout.isatty() else Console(width=200)).print(table)
     if path is not None:
         about = describe(Path(__file__).parents[1], "tests.caching_comparison", ())
         path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")

@@ -337,6 +337,7 @@ def test_two_threads_compile_at_once(reports: list[GraphReport]) -> None:
 def test_a_variant_made_while_another_thread_compiles_is_compiled(reports: list[GraphReport]) -> None:
     """While Dynamo compiles, it takes the code of all graph modules that are made for its own, and skips that later."""
     model = Model()
+    function: Any = None
     errors: list[float] = []
 
     def call() -> None:
