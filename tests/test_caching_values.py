@@ -71,7 +71,8 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "gelu": nn.functional.gelu,
     "square": lambda y: y * y,
     "gated": lambda y: y * y.flip(1).sigmoid(),
-    "gram": lambda y: y @ y.transpose(1, 2) @ y * 0.1,
+    # Not y @ y.mT @ y: behind a square, that is a linear attention, which is reused as such.
+    "gram": lambda y: y + (y.transpose(1, 2) @ y).mean(1, keepdim=True),
     "quotient": lambda y: VECTOR / (2 + y * y),
     "own part": lambda y: y[:, :1] * y,
     "greatest": lambda y: y.max(1, keepdim=True)[0] + y,
