@@ -411,8 +411,7 @@ class _Merge:
         return Operand(whole.node, tuple(merged))
 
     def _behind_views(self, operand: Operand) -> Operand:
-        written = self.builder.created
-        return peel(operand, lambda node: node in written or self._view.same_region(node, self._whole))[-1].resolved()
+        return peel(operand, lambda node: self._view.same_region(node, self._whole))[-1].resolved()
 
     def _factor(self, factors: Sequence[Any], what: str) -> Any:
         """A number that the slices share, or an operand."""

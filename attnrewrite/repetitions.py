@@ -266,7 +266,6 @@ class _Writing:
     created: list[fx.Node] = field(default_factory=list)
     _passed: list[fx.Node] = field(default_factory=list)
     _computed: list[fx.Node] = field(default_factory=list)
-    _stands_for: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _written: Written = field(default_factory=dict)
 
     def of(self, operand: Operand) -> Operand | None:
@@ -277,7 +276,7 @@ class _Writing:
         region = self.view.grad_region(self.site.result)
 
         def may_enter(node: fx.Node) -> bool:
-            return bool(self.view.grad_region(self._stands_for.get(node, node)) == region)
+            return bool(self.view.grad_region(node) == region)
 
         return peel(Operand(node, _without(operand.layout, self.absent)), may_enter)[-1].resolved()
 
@@ -304,7 +303,6 @@ class _Writing:
         builder = Builder(self.view.gm, before=node, like=node, written=self._written)
         again = self._selected(builder, node, layout) or self._computed_again(builder, node, layout)
         self.created += builder.created
-        self._stands_for.update(dict.fromkeys(builder.created, node))
         if again is None:
             return None
         self._say_dtype(again, node)

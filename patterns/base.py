@@ -30,13 +30,12 @@ Finding = AttentionSite | LinearAttention | NearMiss
 
 
 class GraphView:
-    """A graph as patterns read it: nothing here writes to it."""
+    """A graph as patterns read it: nothing here writes to it. Nodes that others write to it are seen."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
         self.graph = gm.graph
-        self._regions = regions(gm.graph)
-        self._order = {node: position for position, node in enumerate(gm.graph.nodes)}
+        self._read()
         self.leads_to_product: dict[fx.Node, bool] = {}
         inputs = [node for node in gm.graph.nodes if node.op in ("placeholder", "get_attr") and is_tensor(node)]
         self._has_gradients = any(
@@ -45,18 +44,29 @@ class GraphView:
             for value in (tensor(node), node.meta.get("example_value", tensor(node)))
         )
 
+    def _read(self) -> None:
+        self._regions = regions(self.graph)
+        self._order = {node: position for position, node in enumerate(self.graph.nodes)}
+
+    def _region(self, node: fx.Node) -> tuple[int, int]:
+        if node not in self._regions:
+            self._read()
+        return self._regions[node]
+
     def ordered(self, nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+        if any(node not in self._order for node in nodes):
+            self._read()
         return tuple(sorted(set(nodes), key=self._order.__getitem__))
 
     def same_region(self, a: fx.Node, b: fx.Node) -> bool:
         """Whether no switch of grad mode or autocast lies between what the two nodes compute."""
-        return self._regions[a] == self._regions[b]
+        return self._region(a) == self._region(b)
 
     def grad_region(self, node: fx.Node) -> int:
-        return self._regions[node][0]
+        return self._region(node)[0]
 
     def in_autocast(self, node: fx.Node) -> bool:
-        return self._regions[node][1] != 0 or _ambient_autocast(node)
+        return self._region(node)[1] != 0 or _ambient_autocast(node)
 
     def differentiable(self, node: fx.Node) -> bool:
         """Whether a backward pass may go through ``node``."""

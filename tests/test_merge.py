@@ -121,6 +121,18 @@ def test_scaled_and_masked_slice_by_slice() -> None:
     check(sliced, *operands(2, 3), mask, slices=3)
 
 
+@pytest.mark.parametrize("grouped", [False, True], ids=["heads", "groups"])
+def test_keys_and_values_computed_slice_by_slice(grouped: bool) -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if grouped:
+            k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+        heads = (attend(q[:, i] * 0.5, k[:, i].sigmoid() * 0.5, v[:, i] * 2) for i in range(4))
+        return torch.stack(list(heads), 1)
+
+    q, k, v = operands(2, 4)
+    check(sliced, q, *(x[:, :2] if grouped else x for x in (k, v)), slices=4)
+
+
 def test_causal_slices_of_queries() -> None:
     """Positions that are counted for each slice are positions of the whole, and the mask is proved of it."""
 
