@@ -35,7 +35,7 @@ class GraphView:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
         self.graph = gm.graph
-        self._read()
+        self._regions = regions(gm.graph)
         self.leads_to_product: dict[fx.Node, bool] = {}
         inputs = [node for node in gm.graph.nodes if node.op in ("placeholder", "get_attr") and is_tensor(node)]
         self._has_gradients = any(
@@ -44,19 +44,15 @@ class GraphView:
             for value in (tensor(node), node.meta.get("example_value", tensor(node)))
         )
 
-    def _read(self) -> None:
-        self._regions = regions(self.graph)
-        self._order = {node: position for position, node in enumerate(self.graph.nodes)}
-
     def _region(self, node: fx.Node) -> tuple[int, int]:
-        if node not in self._regions:
-            self._read()
-        return self._regions[node]
+        """What was written after the graph was read is no switch: it lies where the node before it does."""
+        known = node
+        while known not in self._regions:
+            known = known.prev
+        return self._regions[known]
 
     def ordered(self, nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
-        if any(node not in self._order for node in nodes):
-            self._read()
-        return tuple(sorted(set(nodes), key=self._order.__getitem__))
+        return tuple(sorted(set(nodes)))
 
     def same_region(self, a: fx.Node, b: fx.Node) -> bool:
         """Whether no switch of grad mode or autocast lies between what the two nodes compute."""

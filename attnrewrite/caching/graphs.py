@@ -233,10 +233,9 @@ _QUOTIENTS = (aten.div.Tensor, aten.div.Scalar)
 def _is_affine(node: fx.Node, varying: Sequence[fx.Node]) -> bool:
     """Whether the node is an affine function of those of its arguments that vary."""
     dtypes = [tensor(each).dtype for each in (node, *varying) if is_tensor(each)]
+    # Numbers of 8 bits are codes: rounding to them is no small error, and nothing is computed with them.
     if not all((dtype.is_floating_point or dtype.is_complex) and dtype.itemsize > 1 for dtype in dtypes):
-        return (
-            False  # Numbers of 8 bits are codes: rounding to them is no small error, and nothing is computed with them.
-        )
+        return False
     if node.target in (aten.addmm.default, aten.baddbmm.default):
         return node.args[1] not in varying or node.args[2] not in varying
     if node.target in (*_AFFINE, *CAST_OPS) or is_view(node):
