@@ -20,11 +20,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attnrewrite.caching.calibration import Calibration, calibrate
-    from attnrewrite.caching.config import FasterCacheConfig, PyramidAttentionBroadcastConfig
+    from attnrewrite.api.accelerate import accelerate_attention
+    from attnrewrite.api.attention_backend import reset_attention_backend, set_attention_backend
+    from attnrewrite.api.attention_forward import attention_forward
+    from attnrewrite.api.explain import explain
     from attnrewrite.caching.enabling import attention_cache, disable_cache, enable_cache, reset_cache
     from attnrewrite.caching.streams import cache_stream
-    from attnrewrite.decorator import accelerate_attention
+    from attnrewrite.calibration.calibrate import calibrate
+    from attnrewrite.calibration.calibration import Calibration
     from attnrewrite.errors import (
         AttentionCheckError,
         AttentionInputError,
@@ -34,12 +37,12 @@ if TYPE_CHECKING:
         KernelError,
         OptionError,
     )
-    from attnrewrite.explanation import explain
-    from attnrewrite.functional import attention_forward
     from attnrewrite.kernels import register_kernel, unregister_kernel
+    from attnrewrite.options.cache_config import FasterCacheConfig, PyramidAttentionBroadcastConfig
     from attnrewrite.patterns import PatternError, register_pattern, unregister_pattern
-    from attnrewrite.report import GraphReport, RewriteReport, SiteReport
-    from attnrewrite.selection import attention_backend, reset_attention_backend, set_attention_backend
+    from attnrewrite.report.report import RewriteReport
+    from attnrewrite.report.rows import GraphReport, SiteReport
+    from attnrewrite.selection.requests import attention_backend
 
 __all__ = [
     "AttentionCheckError",
@@ -74,38 +77,34 @@ __all__ = [
     "unregister_pattern",
 ]
 
-_HOMES = {
-    "AttentionCheckError": "errors",
-    "AttentionInputError": "errors",
-    "AttnRewriteError": "errors",
-    "CacheError": "errors",
-    "CacheMemoryError": "errors",
-    "Calibration": "caching.calibration",
-    "FasterCacheConfig": "caching.config",
-    "GraphReport": "report",
-    "KernelError": "errors",
-    "OptionError": "errors",
-    "PatternError": "patterns",
-    "PyramidAttentionBroadcastConfig": "caching.config",
-    "RewriteReport": "report",
-    "SiteReport": "report",
-    "accelerate_attention": "decorator",
-    "attention_backend": "selection",
-    "attention_cache": "caching.enabling",
-    "attention_forward": "functional",
-    "cache_stream": "caching.streams",
-    "calibrate": "caching.calibration",
-    "disable_cache": "caching.enabling",
-    "enable_cache": "caching.enabling",
-    "explain": "explanation",
-    "register_kernel": "kernels",
-    "register_pattern": "patterns",
-    "reset_attention_backend": "selection",
-    "reset_cache": "caching.enabling",
-    "set_attention_backend": "selection",
-    "unregister_kernel": "kernels",
-    "unregister_pattern": "patterns",
+_NAMES = {
+    "api.accelerate": ("accelerate_attention",),
+    "api.attention_backend": ("reset_attention_backend", "set_attention_backend"),
+    "api.attention_forward": ("attention_forward",),
+    "api.explain": ("explain",),
+    "caching.enabling": ("attention_cache", "disable_cache", "enable_cache", "reset_cache"),
+    "caching.streams": ("cache_stream",),
+    "calibration.calibrate": ("calibrate",),
+    "calibration.calibration": ("Calibration",),
+    "errors": (
+        "AttentionCheckError",
+        "AttentionInputError",
+        "AttnRewriteError",
+        "CacheError",
+        "CacheMemoryError",
+        "KernelError",
+        "OptionError",
+    ),
+    "kernels": ("register_kernel", "unregister_kernel"),
+    "options.cache_config": ("FasterCacheConfig", "PyramidAttentionBroadcastConfig"),
+    "patterns": ("PatternError", "register_pattern", "unregister_pattern"),
+    "report.report": ("RewriteReport",),
+    "report.rows": ("GraphReport", "SiteReport"),
+    "selection.requests": ("attention_backend",),
 }
+"""The public names, by the module that each is in."""
+
+_HOMES = {name: home for home, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

@@ -21,21 +21,26 @@ from attnrewrite.caching.call import current_call
 from attnrewrite.caching.compiled import Kept, kept_attention
 from attnrewrite.caching.identity import Identity, identity_of
 from attnrewrite.caching.session import Session
-from attnrewrite.capture import CaptureError, capture
-from attnrewrite.constants import Constants
-from attnrewrite.dump import dump_graph, graph_source
+from attnrewrite.capture.known_buffers import Constants
+from attnrewrite.capture.legalize import legalised
+from attnrewrite.capture.support import CaptureError
+from attnrewrite.capture.trace import capture
 from attnrewrite.errors import KernelError, OptionError
-from attnrewrite.inlined import say_what_is_lost
 from attnrewrite.inner import CompiledFn, InnerCompiler
-from attnrewrite.legalise import legalised
+from attnrewrite.numerics.tolerance import Admission, admitted
+from attnrewrite.numerics.verify import Original, verified
+from attnrewrite.options.compile_options import DATA_DEPENDENT_SIZES, Policy
+from attnrewrite.options.environment import debug_directory
+from attnrewrite.passes.pipeline import as_asked, rewrite
+from attnrewrite.passes.result import Rewritten
 from attnrewrite.patterns import PatternError
-from attnrewrite.policy import DATA_DEPENDENT_SIZES, Policy, debug_directory
-from attnrewrite.report import GraphReport, RewriteReport
-from attnrewrite.rewrite import Rewritten, as_asked, rewrite
-from attnrewrite.selection import unmatched_rules
-from attnrewrite.tolerance import Admission, admitted
+from attnrewrite.report.dump import dump_graph
+from attnrewrite.report.graph_code import graph_source
+from attnrewrite.report.report import RewriteReport
+from attnrewrite.report.rows import GraphReport
+from attnrewrite.selection.decorated_parts import say_what_is_lost
+from attnrewrite.selection.requests import unmatched_rules
 from attnrewrite.variants import Variants
-from attnrewrite.verify import Original, verified
 
 __all__ = ["attnrewrite", "collect_reports"]
 

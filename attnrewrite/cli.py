@@ -90,7 +90,7 @@ def explain(
 
     from attnrewrite import explain as explain_model
     from attnrewrite.errors import AttnRewriteError
-    from attnrewrite.render import print_report
+    from attnrewrite.report.text import print_report
 
     if isinstance(model, torch.nn.Module):
         model.train(train)
@@ -160,10 +160,10 @@ def calibrate(
     import torch
 
     from attnrewrite import calibrate as calibrate_model
-    from attnrewrite.caching.calibration import DEFAULT_THRESHOLD
-    from attnrewrite.caching.calibration_views import print_calibration
+    from attnrewrite.calibration.calibration import DEFAULT_THRESHOLD
+    from attnrewrite.calibration.render import print_calibration
+    from attnrewrite.call_layers import compiled_modules
     from attnrewrite.errors import AttnRewriteError
-    from attnrewrite.wrapping import compiled_modules
 
     if not isinstance(model, torch.nn.Module):
         _bad_return(factory, f"an object of type {type(model).__name__} as the model", _RETURNS_A_RUN)
@@ -218,7 +218,7 @@ def bench_pass(repeats: int, blocks: tuple[int, ...], dynamic: bool, path: Path 
 
     Capturing is measured beside them: it is PyTorch's tracing, which takes most of the time.
     """
-    from attnrewrite.bench import print_pass_benchmark, run_pass_benchmark
+    from attnrewrite.bench.pass_times import print_pass_benchmark, run_pass_benchmark
 
     _check_writable(path)
     result = run_pass_benchmark(blocks, repeats, dynamic)
@@ -262,10 +262,10 @@ def bench_sites(
 
     import torch
 
-    from attnrewrite.bench_cases import GRIDS
-    from attnrewrite.bench_sites import plot_sites, print_sites_benchmark, run_sites_benchmark
+    from attnrewrite.bench.cases import GRIDS
+    from attnrewrite.bench.sites import plot_sites, print_sites_benchmark, run_sites_benchmark
     from attnrewrite.errors import AttnRewriteError
-    from attnrewrite.policy import kernel_names
+    from attnrewrite.options.request import kernel_names
 
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if place.startswith("cuda") and not torch.cuda.is_available():

@@ -12,7 +12,7 @@ from torch import fx
 from torch._dynamo.backends.registry import list_backends, lookup_backend
 
 from attnrewrite.errors import OptionError
-from attnrewrite.policy import OWN_OPTIONS, Policy
+from attnrewrite.options.compile_options import OWN_OPTIONS, Policy
 
 __all__ = ["CompiledFn", "InnerCompiler"]
 

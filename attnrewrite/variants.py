@@ -15,9 +15,9 @@ from torch import fx
 
 from attnrewrite.caching.call import Plan, current_call
 from attnrewrite.inner import CompiledFn
-from attnrewrite.ir import name_source, source_name
-from attnrewrite.policy import Request
-from attnrewrite.selection import request_in_force
+from attnrewrite.ir.source import name_source, source_name
+from attnrewrite.options.request import Request
+from attnrewrite.selection.requests import request_in_force
 
 __all__ = ["Variants"]
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, fx, nn
 
 import attnrewrite
-from attnrewrite.analysis.views import Dim, Operand
-from attnrewrite.ir import Builder, same, tensor
+from attnrewrite.ir.axes import Dim, Operand
+from attnrewrite.ir.builder import Builder
+from attnrewrite.ir.nodes import same, tensor
+from attnrewrite.ir.site import AttentionSite, WeightMod
 from attnrewrite.kernels import Availability, Mask, Plan, Verdict, lay_out, modified
-from attnrewrite.site import AttentionSite, WeightMod
 
 # The function: an operator, so that it is one node in a graph, whatever it does inside.
 

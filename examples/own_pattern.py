@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor, fx, nn
+
+import attnrewrite
 from attnrewrite.patterns import (
     AttentionSite,
     Finding,
@@ -20,9 +23,6 @@ from attnrewrite.patterns import (
     attention_site,
     call_arguments,
 )
-from torch import Tensor, fx, nn
-
-import attnrewrite
 
 # The library. Its tensors are (batch, length, heads, features), and neighbouring query heads may share a key head.
 
@@ -84,7 +84,7 @@ class AcmeAttention:
     specimens = (  # What must be found, and what must be left alone with a reason.
         Specimen("acme_grouped", lambda q, k, v: acme_attention(q, k, v, 2.0), _inputs),
         Specimen("acme_causal", lambda q, k, v: acme_attention(q, k, v, 2.0, True), _inputs),
-        Specimen("acme_cold", lambda q, k, v: acme_attention(q, k, v, 0.0), _inputs, 0, "a temperature of 0"),
+        Specimen("acme_cold", lambda q, k, v: acme_attention(q, k, v, 0.0), _inputs, 0, reason="a temperature of 0"),
     )
 
     def find(self, view: GraphView) -> Iterator[Finding]:

@@ -7,16 +7,13 @@ pattern that lives outside of this package takes part once it is registered (:fu
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from functools import cache
-
-from attnrewrite.analysis.views import Axis, Operand
-from attnrewrite.site import AttentionSite, Bias, Fill, NotAttention, Scale
-
-from .base import Finding, GraphView, NearMiss, Pattern, Specimen
-from .building import attention_site, call_arguments
-from .registry import PatternError, register_pattern, registered, unregister_pattern
+from attnrewrite.ir.axes import Axis, Operand
+from attnrewrite.ir.finding import Finding, NearMiss
+from attnrewrite.ir.graph_view import GraphView
+from attnrewrite.ir.site import AttentionSite, Bias, Fill, NotAttention, Scale
+from attnrewrite.patterns.base import Pattern, Specimen
+from attnrewrite.patterns.registry import PatternError, catalogue, register_pattern, specimens, unregister_pattern
+from attnrewrite.patterns.site_builder import attention_site, call_arguments
 
 __all__ = [
     "AttentionSite",
@@ -42,25 +39,8 @@ __all__ = [
 ]
 
 
-def catalogue() -> tuple[Pattern, ...]:
-    """Every pattern there is, registered ones included, in the order in which they look at a graph."""
-    return tuple(sorted((*built_in(), *registered()), key=lambda pattern: pattern.precedence))
-
-
-@cache
-def built_in() -> tuple[Pattern, ...]:
-    """The patterns of this package, in no particular order."""
-    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
-    return tuple(module.PATTERN for module in modules if hasattr(module, "PATTERN"))
-
-
-def specimens() -> tuple[Specimen, ...]:
-    """Every specimen of every pattern: the spellings that must be found."""
-    return tuple(specimen for pattern in catalogue() for specimen in pattern.specimens)
-
-
 def must_not_match() -> tuple[Specimen, ...]:
     """What must be left alone."""
-    from .lookalikes import LOOKALIKES
+    from attnrewrite.patterns.lookalikes import LOOKALIKES
 
     return LOOKALIKES

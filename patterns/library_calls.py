@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attnrewrite.analysis.views import Axis, Dim, Layout, Operand, broadcast
-from attnrewrite.ir import is_tensor, same, tensor
-from attnrewrite.site import AttentionSite, Bias, Fill, NotAttention, Scale, ScoreMod
-
-from .base import Finding, GraphView, NearMiss, Specimen, reader_in_words
-from .samples import Specimens, normal
+from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, broadcast
+from attnrewrite.ir.finding import Finding, NearMiss
+from attnrewrite.ir.graph_view import GraphView, reader_in_words
+from attnrewrite.ir.nodes import is_tensor, same, tensor
+from attnrewrite.ir.site import AttentionSite, Bias, Fill, NotAttention, Scale, ScoreMod
+from attnrewrite.patterns.base import Specimen
+from attnrewrite.patterns.sample_inputs import Specimens, normal
 
 __all__ = ["PATTERN"]
 

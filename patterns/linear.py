@@ -28,27 +28,18 @@ from torch import Tensor, fx
 
 from attnrewrite.analysis.features import PIECES, Features, features_of
 from attnrewrite.analysis.scores import FLOATING, leads_to_product, sources_of_scores
-from attnrewrite.analysis.views import (
-    Axis,
-    Layout,
-    Operand,
-    Product,
-    axes_of,
-    broadcast,
-    factors_of,
-    fresh_layout,
-    is_layout_op,
-    is_product,
-    product_from_result,
-    pull,
-    resolve,
-)
-from attnrewrite.ir import is_cast, is_tensor, same_shape, scalar, tensor
-from attnrewrite.site import LinearAttention, Order, Scale
-
-from .base import Finding, GraphView, NearMiss, Specimen, reader_in_words
-from .perturbed import LINEAR_SPECIMENS
-from .samples import Specimens, keep, normal
+from attnrewrite.ir.axes import Axis, Layout, Operand, axes_of, broadcast, fresh_layout, resolve
+from attnrewrite.ir.finding import Finding, NearMiss
+from attnrewrite.ir.graph_view import GraphView, reader_in_words
+from attnrewrite.ir.linear_site import LinearAttention, Order
+from attnrewrite.ir.nodes import is_tensor, same_shape, scalar, tensor
+from attnrewrite.ir.ops import is_cast
+from attnrewrite.ir.products import Product, factors_of, is_product, product_from_result
+from attnrewrite.ir.site import Scale
+from attnrewrite.ir.views import is_layout_op, pull
+from attnrewrite.patterns.base import Specimen
+from attnrewrite.patterns.perturbed import LINEAR_SPECIMENS
+from attnrewrite.patterns.sample_inputs import Specimens, keep, normal
 
 __all__ = ["PATTERN"]
 

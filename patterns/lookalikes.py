@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .samples import Specimens, keep, learned, normal
+from attnrewrite.patterns.sample_inputs import Specimens, keep, learned, normal
 
 __all__ = ["LOOKALIKES"]
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .samples import Specimens, learned, normal
+from attnrewrite.patterns.sample_inputs import Specimens, learned, normal
 
 __all__ = ["LINEAR_SPECIMENS", "SPECIMENS"]
 

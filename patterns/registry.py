@@ -3,20 +3,44 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any, TypeVar
 
 from torch import fx
 
-from attnrewrite.analysis.views import Layout, axes_of, shape_of
 from attnrewrite.errors import AttnRewriteError
-from attnrewrite.ir import is_tensor, same_shape, tensor
-from attnrewrite.site import AttentionSite
+from attnrewrite.ir.axes import Layout, axes_of, shape_of
+from attnrewrite.ir.finding import Finding, NearMiss
+from attnrewrite.ir.graph_view import GraphView
+from attnrewrite.ir.nodes import is_tensor, same_shape, tensor
+from attnrewrite.ir.site import AttentionSite
+from attnrewrite.patterns.base import Pattern, Specimen
 
-from .base import Finding, GraphView, NearMiss, Pattern, Specimen
+__all__ = ["PatternError", "catalogue", "register_pattern", "registered", "specimens", "unregister_pattern"]
 
-__all__ = ["PatternError", "register_pattern", "registered", "unregister_pattern"]
+
+def catalogue() -> tuple[Pattern, ...]:
+    """Every pattern there is, registered ones included, in the order in which they look at a graph."""
+    return tuple(sorted((*built_in(), *registered()), key=lambda pattern: pattern.precedence))
+
+
+@cache
+def built_in() -> tuple[Pattern, ...]:
+    """The patterns of this package, in no particular order."""
+    package = sys.modules[__package__]
+    modules = [import_module(f"{package.__name__}.{module.name}") for module in iter_modules(package.__path__)]
+    return tuple(module.PATTERN for module in modules if hasattr(module, "PATTERN"))
+
+
+def specimens() -> tuple[Specimen, ...]:
+    """Every specimen of every pattern: the spellings that must be found."""
+    return tuple(specimen for pattern in catalogue() for specimen in pattern.specimens)
+
 
 T = TypeVar("T")
 
@@ -46,11 +70,11 @@ def register_pattern(pattern: T) -> T:
         PatternError: one of these is missing or wrong, or the name is taken.
     """
     checked = _checked(pattern)
-    taken = {other.name for other in _catalogue()}
+    taken = {other.name for other in catalogue()}
     if checked.name in taken:
         advice = f"; attnrewrite.unregister_pattern({checked.name!r}) removes it" if checked.name in _registered else ""
         raise PatternError(f"a pattern named {checked.name!r} exists already{advice}; or choose another name")
-    known = {specimen.name for other in _catalogue() for specimen in other.specimens}
+    known = {specimen.name for other in catalogue() for specimen in other.specimens}
     for specimen in checked.specimens:
         if specimen.name in known:
             raise PatternError(f"a specimen named {specimen.name!r} exists already; choose another name")
@@ -74,12 +98,6 @@ def unregister_pattern(name: str) -> None:
 def registered() -> tuple[Pattern, ...]:
     """The registered patterns, in the order in which they were registered."""
     return tuple(_registered.values())
-
-
-def _catalogue() -> tuple[Pattern, ...]:
-    from . import catalogue
-
-    return catalogue()
 
 
 def _checked(pattern: Any) -> _Checked:

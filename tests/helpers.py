@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from attnrewrite.patterns import Specimen, catalogue
 from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnrewrite.backend import collect_reports
-from attnrewrite.report import SiteReport
+from attnrewrite.patterns import Specimen
+from attnrewrite.patterns.registry import catalogue
+from attnrewrite.report.rows import SiteReport
 
 __all__ = [
     "cast",

@@ -12,9 +12,9 @@ import torch
 from torch import fx
 
 from attnrewrite import attention_backend
-from attnrewrite.ir import Builder
+from attnrewrite.ir.builder import Builder
+from attnrewrite.ir.site import AttentionSite
 from attnrewrite.kernels import Availability, Kernel, Verdict, registry
-from attnrewrite.site import AttentionSite
 from tests.helpers import rows
 
 __all__ = ["Placed", "only", "placed", "served_by", "site_of", "site_where_it_is"]

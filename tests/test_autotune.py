@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, fx
 
 import attnrewrite
-from attnrewrite.ir import Builder
+from attnrewrite.ir.builder import Builder
+from attnrewrite.ir.site import AttentionSite
 from attnrewrite.kernels import Availability, Verdict, kernel_named
-from attnrewrite.policy import Policy
-from attnrewrite.site import AttentionSite
+from attnrewrite.options.compile_options import Policy
 from tests.helpers import gradients, relative_error, rewritten, rows
 
 

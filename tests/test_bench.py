@@ -9,11 +9,11 @@ from pathlib import Path
 from click.testing import CliRunner
 from rich.console import Console
 
-from attnrewrite.bench import STEPS, measure_pass
-from attnrewrite.bench_cases import GRIDS, Case
-from attnrewrite.bench_sites import SitesBenchmark, plot_sites, print_sites_benchmark, run_sites_benchmark
+from attnrewrite.bench.cases import GRIDS, Case
+from attnrewrite.bench.pass_times import STEPS, measure_pass
+from attnrewrite.bench.sites import SitesBenchmark, plot_sites, print_sites_benchmark, run_sites_benchmark
 from attnrewrite.cli import main
-from attnrewrite.kernels.costs import CostTable, Workload
+from attnrewrite.selection.cost_table import CostTable, Workload
 
 
 def test_ten_blocks_are_a_thousand_nodes_and_ten_sites() -> None:

@@ -22,9 +22,9 @@ import attnrewrite
 from attnrewrite import CacheError, CacheMemoryError, FasterCacheConfig, OptionError, PyramidAttentionBroadcastConfig
 from attnrewrite.backend import collect_reports
 from attnrewrite.caching import enabling
-from attnrewrite.caching.config import validated
 from attnrewrite.caching.enabling import CacheTypeError
-from attnrewrite.report import SiteReport
+from attnrewrite.options.cache_config import validated
+from attnrewrite.report.rows import SiteReport
 from tests.caching_reference import Call, evaluate, settings_of, simulate
 from tests.caching_video import ALL, Attention, Clock, broadcast, compiled, inputs, spatial, steps, truth, video
 from tests.helpers import recording, relative_error

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from attnrewrite.caching.config import FasterCacheConfig, PyramidAttentionBroadcastConfig, validated
 from attnrewrite.caching.method import method_of
 from attnrewrite.errors import OptionError
+from attnrewrite.options.cache_config import FasterCacheConfig, PyramidAttentionBroadcastConfig, validated
 
 diffusers: Any = pytest.importorskip("diffusers")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import attnrewrite
 from attnrewrite import FasterCacheConfig, PyramidAttentionBroadcastConfig
 from attnrewrite.backend import collect_reports
-from attnrewrite.caching.config import validated
+from attnrewrite.options.cache_config import validated
 from tests.caching_reference import Call, evaluate, settings_of, simulate
 from tests.helpers import relative_error
 

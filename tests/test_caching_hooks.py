@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnrewrite.caching.config import FasterCacheConfig, PyramidAttentionBroadcastConfig, validated
 from attnrewrite.caching.guidance import GuidanceDelta, halved_inputs
 from attnrewrite.caching.method import method_of
-from attnrewrite.caching.runs import Run, timestep_of, weight_of
+from attnrewrite.caching.runs import Run
 from attnrewrite.errors import CacheError
+from attnrewrite.options.cache_callbacks import timestep_of, weight_of
+from attnrewrite.options.cache_config import FasterCacheConfig, PyramidAttentionBroadcastConfig, validated
 from tests.helpers import relative_error
 
 diffusers: Any = pytest.importorskip("diffusers")

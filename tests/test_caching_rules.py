@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from attnrewrite.analysis.kinds import Kind
-from attnrewrite.caching.config import FasterCacheConfig, PyramidAttentionBroadcastConfig, validated
 from attnrewrite.caching.guidance import GuidanceDelta
 from attnrewrite.caching.method import Method, method_of
-from attnrewrite.caching.runs import Run, timestep_of, weight_of
+from attnrewrite.caching.runs import Run
 from attnrewrite.errors import AttnRewriteError, CacheError
+from attnrewrite.options.cache_callbacks import timestep_of, weight_of
+from attnrewrite.options.cache_config import FasterCacheConfig, PyramidAttentionBroadcastConfig, validated
 from tests.caching_reference import Call, Outcome, evaluate, settings_of, simulate
 
 SITES: dict[str, Kind] = {"a": "spatial", "b": "temporal", "c": "cross"}

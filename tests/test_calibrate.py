@@ -20,11 +20,11 @@ from torch import Tensor, nn
 import attnrewrite
 from attnrewrite import CacheError, CacheMemoryError, Calibration, OptionError, PyramidAttentionBroadcastConfig
 from attnrewrite.analysis.kinds import Kind
-from attnrewrite.caching.calibration_views import print_calibration
-from attnrewrite.caching.config import validated
 from attnrewrite.caching.method import method_of
-from attnrewrite.caching.proposals import SiteRun, Step, least_threshold, mean_runs, proposed
+from attnrewrite.calibration.proposals import SiteRun, Step, least_threshold, mean_runs, proposed
+from attnrewrite.calibration.render import print_calibration
 from attnrewrite.cli import main
+from attnrewrite.options.cache_config import validated
 
 TIMESTEPS = (900, 800, 700, 600, 500, 400, 300, 200, 100)
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

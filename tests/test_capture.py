@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from attnrewrite.backend import attnrewrite, collect_reports
-from attnrewrite.report import GraphReport
+from attnrewrite.report.rows import GraphReport
 from tests.helpers import gradients, relative_error, rewritten, rows
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default

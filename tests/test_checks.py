@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from attnrewrite.patterns import Specimen
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from attnrewrite import AttentionCheckError, OptionError
 from attnrewrite.backend import collect_reports
+from attnrewrite.patterns import Specimen
 from tests.helpers import gradients, relative_error, rewritten, rows, specimens_for_kernels
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnrewrite import choose
 from attnrewrite.kernels import kernel_named
-from attnrewrite.kernels.costs import (
+from attnrewrite.selection import choose
+from attnrewrite.selection.cost_table import (
     CostTable,
     Workload,
     cost_table,
@@ -20,7 +20,7 @@ from attnrewrite.kernels.costs import (
     families_with,
     packaged_table,
 )
-from attnrewrite.selection import standing
+from attnrewrite.selection.requests import standing
 from tests.helpers import relative_error, rewritten, rows
 from tests.library_sites import site_where_it_is
 

@@ -18,9 +18,10 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from attnrewrite.dump import dump_graph, graph_source
 from attnrewrite.errors import OptionError
-from attnrewrite.report import GraphReport, SiteReport
+from attnrewrite.report.dump import dump_graph
+from attnrewrite.report.graph_code import graph_source
+from attnrewrite.report.rows import GraphReport, SiteReport
 
 
 def traced(function: Callable[..., Any], *inputs: Any) -> fx.GraphModule:

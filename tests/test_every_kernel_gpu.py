@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnrewrite.kernels import registered_kernels
-from attnrewrite.kernels.library import LibraryKernel
+from attnrewrite.kernels.common.library_kernel import LibraryKernel
 from tests.helpers import gradients, relative_error, rewritten, rows
 from tests.library_functions import CASES
 from tests.library_sites import only as only_kernel
@@ -200,7 +200,7 @@ def test_symbolic_lengths(name: str) -> None:
 @every_runnable
 def test_the_operators_checks(name: str) -> None:
     """Schema, fake and autograd registration of the operator, by PyTorch's own checks."""
-    from attnrewrite.kernels.library import Request
+    from attnrewrite.kernels.common.library_kernel import Request
 
     if not isinstance(KERNELS[name], LibraryKernel):
         pytest.skip(f"{name} has no operator of its own")

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from attnrewrite.patterns import Specimen, must_not_match, specimens
 from torch import Tensor
 
+from attnrewrite.patterns import Specimen, must_not_match
+from attnrewrite.patterns.registry import specimens
 from tests.helpers import relative_error, rewritten, rows
 
 CATALOGUE: dict[str, Specimen] = {specimen.name: specimen for specimen in (*specimens(), *must_not_match())}

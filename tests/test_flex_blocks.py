@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from attnrewrite.kernels import kernel_named
 from attnrewrite.kernels.flex_blocks import BLOCK, Blocks
-from attnrewrite.timing import cut_out
+from attnrewrite.selection.timing import cut_out
 from tests.helpers import relative_error, rewritten, rows
 from tests.library_sites import site_where_it_is
 

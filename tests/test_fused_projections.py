@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attnrewrite import OptionError
 from attnrewrite.backend import collect_reports
-from attnrewrite.policy import Policy
+from attnrewrite.options.compile_options import Policy
 from tests.helpers import cast, compile_count, gradients, recording, relative_error, rewritten
 from tests.test_specimens import rewritten_code
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from attnrewrite.patterns import Specimen, specimens
 from torch import Tensor
 
 from attnrewrite import KernelError, attention_backend
+from attnrewrite.patterns import Specimen
+from attnrewrite.patterns.registry import specimens
 from tests.helpers import cast, gradients, relative_error, rewritten, rows
 
 pytestmark = pytest.mark.gpu

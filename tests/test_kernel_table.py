@@ -7,7 +7,7 @@ from pathlib import Path
 
 from attnrewrite.kernels import registered_kernels
 from attnrewrite.kernels.library_kernels import LIBRARY_KERNELS
-from attnrewrite.kernels.table import kernel_table
+from tests.support.kernel_table import kernel_table
 
 _FILE = Path(__file__).parent.parent / "docs" / "kernels.md"
 

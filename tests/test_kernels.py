@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from attnrewrite.patterns import Specimen
 
 from attnrewrite import KernelError
 from attnrewrite.kernels import Kernel, registered_kernels
+from attnrewrite.patterns import Specimen
 from tests.helpers import gradients, relative_error, rewritten, rewritten_and_rows, specimens_for_kernels
 
 LENGTH = 12

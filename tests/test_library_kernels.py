@@ -19,12 +19,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnrewrite.backend import collect_reports
-from attnrewrite.kernels.library import LibraryKernel, Request, Saved
+from attnrewrite.ir.site import AttentionSite
+from attnrewrite.kernels.common.library_kernel import LibraryKernel, Request, Saved
+from attnrewrite.kernels.common.packages import HubKernel, Package, VendorCall, is_older
+from attnrewrite.kernels.common.packing import Packed
 from attnrewrite.kernels.library_kernels import LIBRARY_KERNELS
-from attnrewrite.kernels.packing import Packed
 from attnrewrite.kernels.sage import Sage
-from attnrewrite.kernels.vendors import HubKernel, Package, VendorCall, is_older
-from attnrewrite.site import AttentionSite
 from tests.helpers import cast, gradients, relative_error, rewritten, rows
 from tests.library_functions import CASES, Case
 from tests.library_sites import placed, served_by, site_of

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attnrewrite.backend import collect_reports
-from attnrewrite.report import RewriteReport
+from attnrewrite.report.report import RewriteReport
 from tests.helpers import gradients, relative_error, rewritten, rows
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from attnrewrite.patterns import Specimen, must_not_match
 from torch import fx
 
+from attnrewrite.patterns import Specimen, must_not_match
 from tests.helpers import compile_count, relative_error, rewritten, rows
 
 LENGTH = 12

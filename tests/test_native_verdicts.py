@@ -20,11 +20,11 @@ from torch import Tensor, fx
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from attnrewrite.ir.site import AttentionSite
 from attnrewrite.kernels import Verdict, kernel_named
-from attnrewrite.kernels.layout import Plan
-from attnrewrite.kernels.limits import Asked, capability_of
+from attnrewrite.kernels.common.layout import Plan
+from attnrewrite.kernels.common.limits import Asked, capability_of
 from attnrewrite.kernels.torch_backends import CudnnAttention, EfficientAttention, FlashAttention
-from attnrewrite.site import AttentionSite
 from tests.helpers import gradients, relative_error, rewritten, rows
 from tests.library_sites import served_by, site_of, site_where_it_is
 

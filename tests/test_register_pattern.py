@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, fx
+
+import attnrewrite
+from attnrewrite.backend import collect_reports
 from attnrewrite.patterns import (
     Finding,
     GraphView,
@@ -20,15 +24,10 @@ from attnrewrite.patterns import (
     Specimen,
     attention_site,
     call_arguments,
-    catalogue,
     register_pattern,
-    specimens,
     unregister_pattern,
 )
-from torch import Tensor, fx
-
-import attnrewrite
-from attnrewrite.backend import collect_reports
+from attnrewrite.patterns.registry import catalogue, specimens
 from tests.helpers import compile_count, gradients, relative_error, rewritten, rows
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

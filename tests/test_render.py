@@ -14,9 +14,12 @@ from rich.console import Console
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from attnrewrite.dump import graph_source
-from attnrewrite.render import print_report, report_to_html, report_to_text, short_path
-from attnrewrite.report import GraphReport, KernelVerdict, RewriteReport, SiteReport, SourceLocation
+from attnrewrite.ir.source import SourceLocation
+from attnrewrite.report.graph_code import graph_source
+from attnrewrite.report.html import report_to_html
+from attnrewrite.report.report import RewriteReport
+from attnrewrite.report.rows import GraphReport, KernelVerdict, SiteReport
+from attnrewrite.report.text import print_report, report_to_text, short_path
 
 REASON = "the attention weights are also an output of the graph: softmax_1; pass output_attentions=False " * 4
 BROKEN_WORD = "x" * 300

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import attnrewrite
 from attnrewrite.backend import collect_reports
 from attnrewrite.kernels import Availability, Kernel, Verdict
-from attnrewrite.report import GraphReport
+from attnrewrite.report.rows import GraphReport
 from tests.helpers import relative_error, rows
 
 VARIABLES = ("ATTNREWRITE_KERNELS", "DIFFUSERS_ATTN_BACKEND", "DIFFSYNTH_ATTENTION_IMPLEMENTATION")

@@ -14,14 +14,15 @@ from typing import Any
 import expecttest
 import pytest
 import torch
-from attnrewrite.patterns import Specimen, catalogue, specimens
 from torch import fx
 
 from attnrewrite.backend import collect_reports
-from attnrewrite.capture import capture
-from attnrewrite.ir import is_tensor, tensor
-from attnrewrite.policy import Policy
-from attnrewrite.rewrite import rewrite
+from attnrewrite.capture.trace import capture
+from attnrewrite.ir.nodes import is_tensor, tensor
+from attnrewrite.options.compile_options import Policy
+from attnrewrite.passes.pipeline import rewrite
+from attnrewrite.patterns import Specimen
+from attnrewrite.patterns.registry import catalogue, specimens
 from tests.helpers import cast, compile_count, gradients, outputs, relative_error, rewritten, rewritten_and_rows
 
 LENGTH = 12

@@ -16,13 +16,13 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attnrewrite
-from attnrewrite.analysis.views import size_of
 from attnrewrite.backend import collect_reports
-from attnrewrite.ir import Builder
+from attnrewrite.ir.axes import size_of
+from attnrewrite.ir.builder import Builder
+from attnrewrite.ir.site import AttentionSite
 from attnrewrite.kernels import Availability, Verdict
-from attnrewrite.kernels.layout import Plan, lay_out
-from attnrewrite.report import GraphReport, SiteReport
-from attnrewrite.site import AttentionSite
+from attnrewrite.kernels.common.layout import Plan, lay_out
+from attnrewrite.report.rows import GraphReport, SiteReport
 from tests.helpers import gradients, relative_error, rewritten
 
 VARIABLES = ("ATTNREWRITE_KERNELS", "DIFFUSERS_ATTN_BACKEND", "DIFFSYNTH_ATTENTION_IMPLEMENTATION")

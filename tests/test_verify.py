@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from attnrewrite.patterns import Finding, GraphView, Specimen, attention_site, register_pattern, unregister_pattern
 from torch import Tensor, nn
 
 import attnrewrite
 from attnrewrite.backend import collect_reports
-from attnrewrite.report import GraphReport
-from attnrewrite.verify import TOLERANCES, difference
+from attnrewrite.numerics.outcome import TOLERANCES, difference
+from attnrewrite.patterns import Finding, GraphView, Specimen, attention_site, register_pattern, unregister_pattern
+from attnrewrite.report.rows import GraphReport
 from tests.helpers import gradients, relative_error, rewritten
 
 aten = torch.ops.aten

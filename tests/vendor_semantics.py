@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnrewrite.kernels.vendors import VendorCall
+from attnrewrite.kernels.common.packages import VendorCall
 from tests.published_signatures import PUBLISHED
 
 __all__ = ["bound", "documented"]

@@ -21,21 +21,10 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
 
-from attnrewrite.analysis.views import (
-    Axis,
-    Dim,
-    Layout,
-    axes_of,
-    is_layout_op,
-    is_product,
-    permutation_of,
-    product_from_operand,
-    push,
-    regroup,
-    resolve,
-    size_of,
-)
-from attnrewrite.ir import Size, is_tensor, product, same, tensor
+from attnrewrite.ir.axes import Axis, Dim, Layout, axes_of, regroup, resolve, size_of
+from attnrewrite.ir.nodes import Size, is_tensor, product, same, tensor
+from attnrewrite.ir.products import is_product, product_from_operand
+from attnrewrite.ir.views import is_layout_op, permutation_of, push
 
 __all__ = ["Dimension", "Dimensions", "Origin", "Role", "is_learned", "origins_of"]
 

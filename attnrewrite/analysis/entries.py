@@ -17,9 +17,11 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.formulas import Formula, Known, at_least, conjunction, disjunction, negation
-from attnrewrite.analysis.pieces import span_of
+from attnrewrite.analysis.slices import span_of
 from attnrewrite.analysis.values import as_stored, constant_value
-from attnrewrite.ir import CAST_OPS, StoredPattern, Triangle, is_tensor, same, tensor
+from attnrewrite.ir.nodes import is_tensor, same, tensor
+from attnrewrite.ir.ops import CAST_OPS
+from attnrewrite.ir.stored import StoredPattern, Triangle
 
 __all__ = ["Cases", "Entries", "Unknown", "expression_of"]
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.views import is_layout_op
-from attnrewrite.ir import is_cast, is_tensor, same_shape, tensor
+from attnrewrite.ir.nodes import is_tensor, same_shape, tensor
+from attnrewrite.ir.ops import is_cast
+from attnrewrite.ir.views import is_layout_op
 
 __all__ = ["PIECES", "Features", "features_of"]
 

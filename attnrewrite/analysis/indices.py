@@ -17,8 +17,10 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.analysis.values import constant_value
-from attnrewrite.analysis.views import Layout, axes_of, take_minor
-from attnrewrite.ir import CAST_OPS, Size, StoredPattern, is_tensor, same_shape, tensor
+from attnrewrite.ir.axes import Layout, axes_of, take_minor
+from attnrewrite.ir.nodes import Size, is_tensor, same_shape, tensor
+from attnrewrite.ir.ops import CAST_OPS
+from attnrewrite.ir.stored import StoredPattern
 
 __all__ = ["Repetition", "repetition_of"]
 

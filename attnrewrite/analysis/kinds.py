@@ -18,9 +18,11 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.dimensions import Dimension, Dimensions, Origin, is_learned, origins_of
-from attnrewrite.analysis.views import Axis, Operand, axes_of, resolve, size_of, take_minor
-from attnrewrite.ir import is_tensor, same, source_location, tensor
-from attnrewrite.site import AttentionSite, LinearAttention
+from attnrewrite.ir.axes import Axis, Operand, axes_of, resolve, size_of, take_minor
+from attnrewrite.ir.linear_site import LinearAttention
+from attnrewrite.ir.nodes import is_tensor, same, tensor
+from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.source import source_location
 
 __all__ = ["Kind", "SiteKind", "begins_with_batch", "is_named_temporal", "kinds_of"]
 

@@ -15,8 +15,8 @@ import sympy
 from attnrewrite.analysis.entries import Cases, Entries, expression_of
 from attnrewrite.analysis.formulas import All, AtLeast, Formula, Known, Some, negation, parts, symbols
 from attnrewrite.analysis.values import ORDINARY, Kind, is_far_below, is_ordinary, possible_values
-from attnrewrite.analysis.views import Axis, Dim, Operand
-from attnrewrite.site import Band, Bias, Fill, Reach, ScoreMod
+from attnrewrite.ir.axes import Axis, Dim, Operand
+from attnrewrite.ir.site import Band, Bias, Fill, Reach, ScoreMod
 
 __all__ = [
     "Positions",

@@ -12,23 +12,13 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.values import ABSORBING, ORDINARY, as_stored, constant_value, is_far_below, possible_values
-from attnrewrite.analysis.views import (
-    Axis,
-    Dim,
-    Layout,
-    Operand,
-    Product,
-    axes_of,
-    broadcast,
-    is_layout_op,
-    is_product,
-    product_from_result,
-    pull,
-    push,
-    resolve,
-)
-from attnrewrite.ir import is_cast, is_tensor, same_shape, scalar, source_location, tensor
-from attnrewrite.site import Bias, Elementwise, Fill, Floor, Narrow, NotAttention, Scale, ScoreMod, Shift
+from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, broadcast, resolve
+from attnrewrite.ir.nodes import is_tensor, same_shape, scalar, tensor
+from attnrewrite.ir.ops import is_cast
+from attnrewrite.ir.products import Product, is_product, product_from_result
+from attnrewrite.ir.site import Bias, Elementwise, Fill, Floor, Narrow, NotAttention, Scale, ScoreMod, Shift
+from attnrewrite.ir.source import source_location
+from attnrewrite.ir.views import is_layout_op, pull, push
 
 __all__ = [
     "BOUNDED",

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.views import is_product
-from attnrewrite.ir import CAST_OPS, VIEW_OPS, StoredPattern, is_tensor, tensor
+from attnrewrite.ir.nodes import is_tensor, tensor
+from attnrewrite.ir.ops import CAST_OPS, VIEW_OPS
+from attnrewrite.ir.products import is_product
+from attnrewrite.ir.stored import StoredPattern
 
 __all__ = [
     "ABSORBING",

@@ -12,26 +12,12 @@ from torch import fx
 
 from attnrewrite.analysis.scores import BOUNDED, FLOATING, node_in_words, row_maximum
 from attnrewrite.analysis.values import constant_value, possible_values
-from attnrewrite.analysis.views import (
-    Axis,
-    Dim,
-    Layout,
-    Operand,
-    Product,
-    axes_of,
-    broadcast,
-    factors_of,
-    fresh_layout,
-    is_layout_op,
-    is_product,
-    product_from_operand,
-    product_of_factor,
-    push,
-    resolve,
-    size_of,
-)
-from attnrewrite.ir import Size, is_cast, is_tensor, same, same_shape, tensor
-from attnrewrite.site import Fill, NotAttention, Scale, WeightMod, Zero
+from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, broadcast, fresh_layout, resolve, size_of
+from attnrewrite.ir.nodes import Size, is_tensor, same, same_shape, tensor
+from attnrewrite.ir.ops import is_cast
+from attnrewrite.ir.products import Product, factors_of, is_product, product_from_operand, product_of_factor
+from attnrewrite.ir.site import Fill, NotAttention, Scale, WeightMod, Zero
+from attnrewrite.ir.views import is_layout_op, push
 
 __all__ = ["Softmax", "WeightWalk", "every_softmax", "follow_weights", "split_sink"]
 

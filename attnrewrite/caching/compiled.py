@@ -15,8 +15,9 @@ from attnrewrite.caching.graphs import Attention, Value, find_values, nearest, p
 from attnrewrite.caching.identity import Identity
 from attnrewrite.caching.streams import Entry
 from attnrewrite.inner import CompiledFn
-from attnrewrite.ir import Size, is_tensor, parameter_path, source_name, tensor
-from attnrewrite.rewrite import Rewritten
+from attnrewrite.ir.nodes import Size, is_tensor, tensor
+from attnrewrite.ir.source import parameter_path, source_name
+from attnrewrite.passes.result import Rewritten
 
 __all__ = ["Kept", "kept_attention"]
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnrewrite.caching.config import validated
 from attnrewrite.caching.session import Session
 from attnrewrite.caching.streams import cache_stream
+from attnrewrite.call_layers import compiled_modules, has_layer, unwrap_calls, wrap_calls
 from attnrewrite.errors import AttnRewriteError, CacheError
-from attnrewrite.wrapping import compiled_modules, has_layer, unwrap_calls, wrap_calls
+from attnrewrite.options.cache_config import validated
 
 __all__ = ["attention_cache", "disable_cache", "enable_cache", "enable_session", "reset_cache"]
 

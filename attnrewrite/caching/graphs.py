@@ -22,18 +22,11 @@ from torch.utils._pytree import tree_leaves
 
 from attnrewrite.analysis.kinds import Kind, SiteKind
 from attnrewrite.caching.identity import content_of, is_copy, is_size, written
-from attnrewrite.ir import (
-    CAST_OPS,
-    Builder,
-    copy_attributes,
-    is_tensor,
-    is_view,
-    parameter_path,
-    product,
-    same,
-    tensor,
-)
-from attnrewrite.kernels.layout import in_memory_order_of
+from attnrewrite.ir.builder import Builder
+from attnrewrite.ir.nodes import copy_attributes, is_tensor, product, same, tensor
+from attnrewrite.ir.ops import CAST_OPS, is_view
+from attnrewrite.ir.source import parameter_path
+from attnrewrite.kernels.common.layout import in_memory_order_of
 
 __all__ = ["Attention", "Value", "find_values", "is_parameter", "nearest", "parameters_of", "with_values"]
 

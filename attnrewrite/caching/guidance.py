@@ -18,13 +18,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnrewrite.errors import CacheError
+from attnrewrite.options.cache_config import TENSOR_FORMATS
 
-__all__ = ["TENSOR_FORMATS", "GuidanceDelta", "check_halved", "copied", "first_output", "halved_inputs"]
+__all__ = ["GuidanceDelta", "check_halved", "copied", "first_output", "halved_inputs"]
 
 log = logging.getLogger("attnrewrite")
-
-TENSOR_FORMATS = {"BCFHW": 5, "BFCHW": 5, "BCHW": 4}
-"""What a model's output may be: height and width come last, so only the number of dimensions matters here."""
 
 
 class GuidanceDelta:

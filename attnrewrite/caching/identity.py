@@ -18,7 +18,8 @@ from torch import fx
 from torch._ops import OpOverload
 from torch._subclasses import FakeTensor
 
-from attnrewrite.ir import Size, is_tensor, parameter_path, source_name, tensor
+from attnrewrite.ir.nodes import Size, is_tensor, tensor
+from attnrewrite.ir.source import parameter_path, source_name
 
 __all__ = ["Identity", "content_of", "fits", "identity_of", "is_copy", "is_size", "written"]
 

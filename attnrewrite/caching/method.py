@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from attnrewrite.analysis.kinds import Kind
-from attnrewrite.caching.config import FasterCacheConfig, PyramidAttentionBroadcastConfig
+from attnrewrite.options.cache_config import FasterCacheConfig, PyramidAttentionBroadcastConfig
 
 __all__ = ["Method", "method_of"]
 

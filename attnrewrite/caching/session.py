@@ -23,19 +23,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnrewrite.analysis.kinds import Kind, SiteKind, is_named_temporal
 from attnrewrite.caching.call import ModelCall
-from attnrewrite.caching.config import FasterCacheConfig, PyramidAttentionBroadcastConfig
 from attnrewrite.caching.graphs import is_parameter
 from attnrewrite.caching.guidance import check_halved, copied, first_output, halved_inputs
 from attnrewrite.caching.method import method_of
-from attnrewrite.caching.runs import timestep_of, weight_of
-from attnrewrite.caching.streams import (
-    Key,
-    Observer,
-    Stream,
-    current_stream,
-    is_separate,
-)
+from attnrewrite.caching.streams import Key, Observer, Stream, current_stream, is_separate
 from attnrewrite.errors import CacheError, CacheMemoryError
+from attnrewrite.options.cache_callbacks import timestep_of, weight_of
+from attnrewrite.options.cache_config import FasterCacheConfig, PyramidAttentionBroadcastConfig
 
 __all__ = ["Session"]
 

@@ -6,8 +6,8 @@ What a kernel of one's own is made with is here, too: docs/own_kernel.md.
 from __future__ import annotations
 
 from attnrewrite.kernels.base import Availability, Kernel, Verdict
-from attnrewrite.kernels.layout import Plan, lay_out, modified
-from attnrewrite.kernels.masking import Mask
+from attnrewrite.kernels.common.layout import Plan, lay_out, modified
+from attnrewrite.kernels.common.mask import Mask
 from attnrewrite.kernels.registry import (
     is_fetched,
     kernel_named,

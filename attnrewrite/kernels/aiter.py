@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnrewrite.kernels.library import LibraryKernel, Request
-from attnrewrite.kernels.limits import HALF, HeadSizes, Limits
-from attnrewrite.kernels.vendors import HubKernel, Package, VendorCall
+from attnrewrite.kernels.common.library_kernel import LibraryKernel, Request
+from attnrewrite.kernels.common.limits import HALF, HeadSizes, Limits
+from attnrewrite.kernels.common.packages import HubKernel, Package, VendorCall
 
 __all__ = ["AITER_KERNELS"]
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import fx
 
-    from attnrewrite.ir import Builder
-    from attnrewrite.site import AttentionSite
+    from attnrewrite.ir.builder import Builder
+    from attnrewrite.ir.site import AttentionSite
 
 __all__ = ["Availability", "Kernel", "Verdict"]
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnrewrite.analysis.views import size_of
-from attnrewrite.kernels.library import RUN_ON, LibraryKernel, Request, Saved, no_state
-from attnrewrite.kernels.limits import HALF, Asked, Capability, HeadSizes, Limits, Rule
-from attnrewrite.kernels.packing import Packed
-from attnrewrite.kernels.vendors import HubKernel, Package, VendorCall
-from attnrewrite.site import AttentionSite
+from attnrewrite.ir.axes import size_of
+from attnrewrite.ir.site import AttentionSite
+from attnrewrite.kernels.common.library_kernel import RUN_ON, LibraryKernel, Request, Saved, no_state
+from attnrewrite.kernels.common.limits import HALF, Asked, Capability, HeadSizes, Limits, Rule
+from attnrewrite.kernels.common.packages import HubKernel, Package, VendorCall
+from attnrewrite.kernels.common.packing import Packed
 
 __all__ = ["FLASH_4_PACKAGE", "FLASH_KERNELS"]
 

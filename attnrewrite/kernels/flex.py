@@ -22,9 +22,16 @@ from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from attnrewrite.analysis.values import ABSORBING, constant_value
-from attnrewrite.analysis.views import Dim, Operand
-from attnrewrite.ir import Builder, is_tensor, same, tensor
+from attnrewrite.ir.axes import Dim, Operand
+from attnrewrite.ir.builder import Builder
+from attnrewrite.ir.nodes import is_tensor, same, tensor
+from attnrewrite.ir.site import AttentionSite, Bias, Elementwise, Fill, Floor, Narrow, Scale, Shift, WeightMod
 from attnrewrite.kernels.base import Availability, Verdict
+from attnrewrite.kernels.common.keep_mask import KeepMask
+from attnrewrite.kernels.common.layout import Plan, lay_out, modified, padded
+from attnrewrite.kernels.common.library_kernel import RUN_ON
+from attnrewrite.kernels.common.limits import Asked, Capability, Limits, capability_of
+from attnrewrite.kernels.common.mask import Mask
 from attnrewrite.kernels.flash import FLASH_4_PACKAGE
 from attnrewrite.kernels.flex_blocks import (
     Blocks,
@@ -35,14 +42,8 @@ from attnrewrite.kernels.flex_blocks import (
     stored,
     whole_block,
 )
-from attnrewrite.kernels.keeping import KeepMask
-from attnrewrite.kernels.layout import Plan, lay_out, modified, padded
-from attnrewrite.kernels.library import RUN_ON
-from attnrewrite.kernels.limits import Asked, Capability, Limits, capability_of
-from attnrewrite.kernels.masking import Mask
 from attnrewrite.kernels.torch_limits import FLEX, FLEX_BLOCKS, FLEX_FLASH, FLEX_SMALLEST_HEAD
 from attnrewrite.kernels.torch_sdpa import TESTED_ON
-from attnrewrite.site import AttentionSite, Bias, Elementwise, Fill, Floor, Narrow, Scale, Shift, WeightMod
 
 __all__ = ["Flex", "FlexFlash"]
 

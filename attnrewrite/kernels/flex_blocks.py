@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.views import size_of
-from attnrewrite.ir import Builder, Size, same, tensor
-from attnrewrite.kernels.layout import padded_to
-from attnrewrite.kernels.limits import Asked
-from attnrewrite.site import AttentionSite
+from attnrewrite.ir.axes import size_of
+from attnrewrite.ir.builder import Builder
+from attnrewrite.ir.nodes import Size, same, tensor
+from attnrewrite.ir.site import AttentionSite
+from attnrewrite.kernels.common.layout import padded_to
+from attnrewrite.kernels.common.limits import Asked
 
 __all__ = ["BLOCK", "Blocks", "blocks_of_band", "blocks_of_mask", "whole_block"]
 

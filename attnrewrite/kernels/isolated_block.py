@@ -18,11 +18,12 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from attnrewrite.analysis.views import size_of
-from attnrewrite.ir import Builder, Size, same, tensor
+from attnrewrite.ir.axes import size_of
+from attnrewrite.ir.builder import Builder
+from attnrewrite.ir.nodes import Size, same, tensor
+from attnrewrite.ir.site import AttentionSite
 from attnrewrite.kernels.base import Availability, Verdict
-from attnrewrite.kernels.layout import Plan, lay_out, modified, with_unit_stride
-from attnrewrite.site import AttentionSite
+from attnrewrite.kernels.common.layout import Plan, lay_out, modified, with_unit_stride
 
 __all__ = ["IsolatedBlock"]
 

@@ -6,9 +6,9 @@ Importing this imports none of the packages.
 from __future__ import annotations
 
 from attnrewrite.kernels.aiter import AITER_KERNELS
+from attnrewrite.kernels.common.custom_ops import define_operators
+from attnrewrite.kernels.common.library_kernel import LibraryKernel
 from attnrewrite.kernels.flash import FLASH_KERNELS
-from attnrewrite.kernels.library import LibraryKernel
-from attnrewrite.kernels.library_ops import define_operators
 from attnrewrite.kernels.npu import NPU_KERNELS
 from attnrewrite.kernels.sage import SAGE_KERNELS
 from attnrewrite.kernels.torch_varlen import VARLEN_KERNELS

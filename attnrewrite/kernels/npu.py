@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnrewrite.kernels.library import LibraryKernel, Request, Saved
-from attnrewrite.kernels.limits import HALF, HeadSizes, Limits
-from attnrewrite.kernels.vendors import Package, VendorCall
+from attnrewrite.kernels.common.library_kernel import LibraryKernel, Request, Saved
+from attnrewrite.kernels.common.limits import HALF, HeadSizes, Limits
+from attnrewrite.kernels.common.packages import Package, VendorCall
 
 __all__ = ["NPU_KERNELS"]
 

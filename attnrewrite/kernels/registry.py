@@ -6,14 +6,14 @@ import difflib
 
 from attnrewrite.errors import OptionError
 from attnrewrite.kernels.base import Availability, Kernel
+from attnrewrite.kernels.common.library_kernel import LibraryKernel
+from attnrewrite.kernels.common.packages import HubKernel
 from attnrewrite.kernels.flex import Flex, FlexFlash
 from attnrewrite.kernels.isolated_block import IsolatedBlock
-from attnrewrite.kernels.library import LibraryKernel
 from attnrewrite.kernels.library_kernels import LIBRARY_KERNELS
 from attnrewrite.kernels.single_key import SingleKey
 from attnrewrite.kernels.torch_backends import CudnnAttention, EfficientAttention, FlashAttention
 from attnrewrite.kernels.torch_sdpa import TorchMath, TorchSDPA
-from attnrewrite.kernels.vendors import HubKernel
 
 __all__ = ["is_fetched", "kernel_named", "made_ready", "register_kernel", "registered_kernels", "unregister_kernel"]
 

@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from attnrewrite.analysis.views import size_of
-from attnrewrite.ir import same
-from attnrewrite.kernels.library import RUN_ON, LibraryKernel, Request
-from attnrewrite.kernels.limits import HALF, Asked, Capability, HeadSizes, Limits, Rule
-from attnrewrite.kernels.packing import Packed
-from attnrewrite.kernels.vendors import HubKernel, Package, VendorCall, is_older
-from attnrewrite.site import AttentionSite
+from attnrewrite.ir.axes import size_of
+from attnrewrite.ir.nodes import same
+from attnrewrite.ir.site import AttentionSite
+from attnrewrite.kernels.common.library_kernel import RUN_ON, LibraryKernel, Request
+from attnrewrite.kernels.common.limits import HALF, Asked, Capability, HeadSizes, Limits, Rule
+from attnrewrite.kernels.common.packages import HubKernel, Package, VendorCall, is_older
+from attnrewrite.kernels.common.packing import Packed
 
 __all__ = ["SAGE_KERNELS"]
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from attnrewrite.analysis.views import Operand
-from attnrewrite.ir import Builder, same_shape, tensor
+from attnrewrite.ir.axes import Operand
+from attnrewrite.ir.builder import Builder
+from attnrewrite.ir.nodes import same_shape, tensor
+from attnrewrite.ir.site import AttentionSite
 from attnrewrite.kernels.base import Availability, Verdict
-from attnrewrite.kernels.layout import lay_out, modified
-from attnrewrite.site import AttentionSite
+from attnrewrite.kernels.common.layout import lay_out, modified
 
 __all__ = ["SingleKey"]
 

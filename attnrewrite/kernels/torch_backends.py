@@ -19,15 +19,16 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnrewrite.analysis.views import size_of
-from attnrewrite.ir import Builder, Size, same, tensor
+from attnrewrite.ir.axes import size_of
+from attnrewrite.ir.builder import Builder
+from attnrewrite.ir.nodes import Size, same, tensor
+from attnrewrite.ir.site import AttentionSite
 from attnrewrite.kernels.base import Availability, Verdict
-from attnrewrite.kernels.layout import Plan, padded_to
-from attnrewrite.kernels.library import RUN_ON
-from attnrewrite.kernels.limits import Asked, Capability
+from attnrewrite.kernels.common.layout import Plan, padded_to
+from attnrewrite.kernels.common.library_kernel import RUN_ON
+from attnrewrite.kernels.common.limits import Asked, Capability
 from attnrewrite.kernels.torch_limits import CUDNN, EFFICIENT, FLASH, PADDED_TO
 from attnrewrite.kernels.torch_sdpa import TorchSDPA
-from attnrewrite.site import AttentionSite
 
 __all__ = ["CudnnAttention", "EfficientAttention", "FlashAttention"]
 

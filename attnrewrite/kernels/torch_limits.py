@@ -12,9 +12,9 @@ import dataclasses
 
 import torch
 
-from attnrewrite.analysis.views import size_of
-from attnrewrite.kernels.limits import HALF, Asked, Capability, HeadSizes, Limits, Rule
-from attnrewrite.site import AttentionSite
+from attnrewrite.ir.axes import size_of
+from attnrewrite.ir.site import AttentionSite
+from attnrewrite.kernels.common.limits import HALF, Asked, Capability, HeadSizes, Limits, Rule
 
 __all__ = [
     "CUDNN",

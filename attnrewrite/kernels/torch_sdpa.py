@@ -14,14 +14,15 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.values import ORDINARY, Kind, possible_values
-from attnrewrite.analysis.views import Dim, Operand
-from attnrewrite.ir import Builder, same, tensor
+from attnrewrite.ir.axes import Dim, Operand
+from attnrewrite.ir.builder import Builder
+from attnrewrite.ir.nodes import same, tensor
+from attnrewrite.ir.site import AttentionSite, Bias, Fill, WeightMod
 from attnrewrite.kernels.base import Availability, Verdict
-from attnrewrite.kernels.layout import Plan, lay_out, modified, padded, with_unit_stride
-from attnrewrite.kernels.limits import Capability, Limits, capability_of
-from attnrewrite.kernels.masking import Mask
+from attnrewrite.kernels.common.layout import Plan, lay_out, modified, padded, with_unit_stride
+from attnrewrite.kernels.common.limits import Capability, Limits, capability_of
+from attnrewrite.kernels.common.mask import Mask
 from attnrewrite.kernels.torch_limits import MATH, NATIVE
-from attnrewrite.site import AttentionSite, Bias, Fill, WeightMod
 
 __all__ = ["TESTED_ON", "TorchMath", "TorchSDPA"]
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnrewrite.kernels.library import RUN_ON, LibraryKernel, Request, Saved, no_state
-from attnrewrite.kernels.limits import HALF, HeadSizes, Limits
-from attnrewrite.kernels.packing import Packed
-from attnrewrite.kernels.vendors import Package, VendorCall
+from attnrewrite.kernels.common.library_kernel import RUN_ON, LibraryKernel, Request, Saved, no_state
+from attnrewrite.kernels.common.limits import HALF, HeadSizes, Limits
+from attnrewrite.kernels.common.packages import Package, VendorCall
+from attnrewrite.kernels.common.packing import Packed
 
 __all__ = ["VARLEN_KERNELS"]
 

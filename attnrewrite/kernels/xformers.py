@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnrewrite.kernels.library import LibraryKernel, Request, Saved, no_state
-from attnrewrite.kernels.limits import HALF, Asked, Capability, HeadSizes, Limits, Rule
-from attnrewrite.kernels.vendors import Package, VendorCall
-from attnrewrite.site import AttentionSite
+from attnrewrite.ir.site import AttentionSite
+from attnrewrite.kernels.common.library_kernel import LibraryKernel, Request, Saved, no_state
+from attnrewrite.kernels.common.limits import HALF, Asked, Capability, HeadSizes, Limits, Rule
+from attnrewrite.kernels.common.packages import Package, VendorCall
 
 __all__ = ["XFORMERS_KERNELS"]
 

@@ -11,11 +11,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from attnrewrite.analysis.views import size_of
-from attnrewrite.kernels.library import LibraryKernel, Request
-from attnrewrite.kernels.limits import Asked, Capability, HeadSizes, Limits, Rule
-from attnrewrite.kernels.vendors import Package, VendorCall
-from attnrewrite.site import AttentionSite
+from attnrewrite.ir.axes import size_of
+from attnrewrite.ir.site import AttentionSite
+from attnrewrite.kernels.common.library_kernel import LibraryKernel, Request
+from attnrewrite.kernels.common.limits import Asked, Capability, HeadSizes, Limits, Rule
+from attnrewrite.kernels.common.packages import Package, VendorCall
 
 __all__ = ["XLA_KERNELS"]
 

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.compile_fx import compile_fx
 
 from attnrewrite.backend import collect_reports
-from attnrewrite.report import GraphReport
+from attnrewrite.report.rows import GraphReport
 from tests.coverage import entries_packages, entries_transformers
 from tests.coverage.case import Case
 from tests.helpers import outputs, rewritten

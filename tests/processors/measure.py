@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from attnrewrite.backend import collect_reports
-from attnrewrite.report import GraphReport, SiteReport
+from attnrewrite.report.rows import GraphReport, SiteReport
 from tests.coverage.measure import (
     VALUE_LIMIT,
     compare_gradients,

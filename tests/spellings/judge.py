@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attnrewrite.backend import collect_reports
-from attnrewrite.report import SiteReport
+from attnrewrite.report.rows import SiteReport
 from tests.helpers import outputs, rewritten
 from tests.spellings.forms import HALF, Spelling
 

@@ -1,0 +1,56 @@
+"""Which projections an operand of an attention is made of."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnrewrite.analysis.features import PIECES
+from attnrewrite.ir.ops import is_cast
+from attnrewrite.ir.views import is_layout_op
+from attnrewrite.passes.slice_sources import is_pointwise
+
+__all__ = ["is_piece", "projections_behind"]
+
+aten = torch.ops.aten
+
+
+_LINEAR = frozenset({aten.linear.default})
+
+
+FAR = 24
+"""Nodes that are looked at on either side of an attention."""
+
+
+def projections_behind(operand: fx.Node, products: Collection[Any] = _LINEAR) -> list[fx.Node]:
+    """The projections that an operand of an attention is made of, behind views, pieces, norms and arithmetic.
+
+    ``products``: the operators that count as projections.
+    """
+    found: dict[fx.Node, None] = {}
+    seen = [] if operand._erased else [operand]
+    for node in seen:
+        if node.target in products:
+            found[node] = None
+        elif is_row_wise(node) or is_piece(node) or node.target in _PUT_TOGETHER:
+            seen += [source for source in node.all_input_nodes if source not in seen and len(seen) < FAR]
+    return list(found)
+
+
+_PUT_TOGETHER = frozenset({aten.cat.default, aten.pad.default, aten.constant_pad_nd.default})
+
+
+def is_piece(node: fx.Node) -> bool:
+    """Whether the node is a part of its operand, or of what was split, or is split."""
+    return node.target in PIECES or node.target is operator.getitem
+
+
+ROW_WISE = frozenset({aten.linear.default, aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default})
+
+
+def is_row_wise(node: fx.Node) -> bool:
+    return node.target in ROW_WISE or is_layout_op(node) or is_cast(node) or is_pointwise(node)

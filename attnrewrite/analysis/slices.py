@@ -1,0 +1,352 @@
+"""Which part of which tensor a node is, and of which pieces a tensor is put together.
+
+A part is taken by a slice, a selection, a split. A whole is put together by a concatenation, a stack, or by writing
+slice after slice into a buffer, which in the IR is a chain of scatters. Both are boxes of index ranges; sizes may be
+symbolic, and what is not known for every input is not used.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from attnrewrite.ir.nodes import Size, is_tensor, same, tensor
+
+__all__ = ["Assembly", "Box", "Piece", "Span", "Taken", "assemblies", "grid", "same_span", "taken_from"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Span:
+    """The indices from ``start`` on, ``size`` of them."""
+
+    start: Size
+    size: Size
+
+    @property
+    def stop(self) -> Size:
+        return self.start + self.size
+
+
+Box = tuple[Span, ...]
+
+
+def same_span(a: Span, b: Span) -> bool:
+    return same(a.start, b.start) and same(a.size, b.size)
+
+
+def _within(a: Span, b: Span) -> bool:
+    return same_span(a, b) or (_at_most(b.start, a.start) and _at_most(a.stop, b.stop))
+
+
+def _apart(a: Span, b: Span) -> bool:
+    return _at_most(a.stop, b.start) or _at_most(b.stop, a.start)
+
+
+def _at_most(a: Size, b: Size) -> bool:
+    return statically_known_true(a <= b)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A node is the part ``span`` of ``source`` along ``dim``, which it has no longer if it was ``selected``."""
+
+    source: fx.Node
+    dim: int
+    span: Span
+    selected: bool = False
+
+
+_SPLITS = frozenset(
+    {
+        aten.split.Tensor,
+        aten.split.sizes,
+        aten.split_with_sizes.default,
+        aten.chunk.default,
+        aten.tensor_split.sections,
+        aten.tensor_split.indices,
+        aten.unbind.int,
+    }
+)
+
+
+def taken_from(node: fx.Node) -> Taken | None:
+    """What ``node`` was taken from by a slice, a selection or a split; None for anything else."""
+    args: Any = node.args
+    target: Any = node.target
+    if node.op != "call_function" or not args or not is_tensor(node):
+        return None
+    if target is operator.getitem:
+        return _from_split(args[0], args[1])
+    if target not in (aten.slice.Tensor, aten.narrow.default, aten.select.int) or not is_tensor(args[0]):
+        return None
+    span = span_of(node, tensor(node))
+    dim = _dim(node, tensor(args[0]).dim())
+    return None if span is None else Taken(args[0], dim, span, target is aten.select.int)
+
+
+def _from_split(split: Any, index: int) -> Taken | None:
+    if not isinstance(split, fx.Node) or split.target not in _SPLITS or not is_tensor(split.args[0]):
+        return None
+    source: Any = split.args[0]
+    given = _argument(split, 1 if split.target is aten.unbind.int else 2, "dim", 0)
+    if not isinstance(given, int):
+        return None
+    dim = given % tensor(source).dim()
+    if split.target is aten.unbind.int:
+        return Taken(source, dim, Span(index, 1), True)
+    sizes = [part.shape[dim] for part in split.meta["val"]]
+    return Taken(source, dim, Span(sum(sizes[:index]), sizes[index]))
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    value: Any = node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+    return value.meta.get("val") if isinstance(value, fx.Node) else value
+
+
+def _dim(node: fx.Node, rank: int, position: int = 1) -> int:
+    return int(_argument(node, position, "dim", 0)) % rank
+
+
+def span_of(node: fx.Node, part: torch.Tensor, position: int = 1) -> Span | None:
+    """The span that a slice, a selection or their scatter is about; ``position`` of the argument that is the dim."""
+    whole = tensor(node.args[0])
+    dim = _dim(node, whole.dim(), position)
+    if node.target in (aten.select.int, aten.select_scatter.default):
+        start = _from_start(_argument(node, position + 1, "index", 0), whole.shape[dim])
+        return None if start is None else Span(start, 1)
+    if node.target is not aten.narrow.default and _argument(node, position + 3, "step", 1) != 1:
+        return None
+    start = _from_start(_argument(node, position + 1, "start", 0), whole.shape[dim])
+    return None if start is None else Span(start, part.shape[dim])
+
+
+def _from_start(index: Any, size: Size) -> Size | None:
+    """An index counted from the first entry, at which a slice begins."""
+    if index is None:
+        return 0
+    if not isinstance(index, (int, torch.SymInt)):
+        return None
+    if statically_known_true(index >= 0):
+        return min(index, size) if isinstance(index, int) and isinstance(size, int) else index
+    if statically_known_true(index < 0) and statically_known_true(index + size >= 0):
+        return index + size
+    return None
+
+
+# What a tensor is put together of.
+
+
+@dataclass(frozen=True)
+class Piece:
+    """``node`` fills the ``box`` of a whole. ``dims``: the node's dimension for each of the whole's, None for none."""
+
+    box: Box
+    node: fx.Node
+    dims: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """What is there where no piece was written: the ``box`` of ``node``, less the dimensions that are not ``kept``."""
+
+    node: fx.Node
+    box: Box
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A tensor that pieces were written into.
+
+    ``nodes``: those that put it together; ``problem``: why the pieces cannot be told apart.
+    """
+
+    pieces: tuple[Piece, ...] = ()
+    ground: _Ground | None = None
+    nodes: frozenset[fx.Node] = field(default=frozenset())
+    problem: str = ""
+
+    @property
+    def buffer(self) -> fx.Node | None:
+        """The tensor that was written into, if there is one."""
+        return None if self.ground is None else self.ground.node
+
+
+def _box_of(shape: Iterable[Size]) -> Box:
+    return tuple(Span(0, size) for size in shape)
+
+
+def _untouched(node: fx.Node) -> Assembly:
+    shape = tensor(node).shape
+    return Assembly(ground=_Ground(node, _box_of(shape), tuple(range(len(shape)))))
+
+
+def assemblies(graph: fx.Graph) -> dict[fx.Node, Assembly]:
+    """What each concatenation, stack and scatter of the graph puts together, in graph order."""
+    known: dict[fx.Node, Assembly] = {}
+    found: dict[fx.Node, Assembly] = {}
+
+    def contents(node: fx.Node) -> Assembly:
+        return known.get(node) or _untouched(node)
+
+    for node in graph.nodes:
+        if node.op != "call_function" or not is_tensor(node):
+            continue
+        args: Any = node.args
+        if node.target in (aten.cat.default, aten.stack.default):
+            # An empty tensor of one dimension may be concatenated with any other (transformers' empty cache is one).
+            rank = tensor(node).dim() - (node.target is aten.stack.default)
+            if all(is_tensor(part) and tensor(part).dim() == rank for part in args[0]):
+                known[node] = found[node] = _joined(node, [(part, contents(part)) for part in args[0]])
+        elif node.target in (aten.slice_scatter.default, aten.select_scatter.default):
+            known[node] = found[node] = _written(node, contents(args[0]), contents(args[1]))
+        elif node.target in (aten.slice.Tensor, aten.select.int):
+            taken = taken_from(node)
+            before = None if taken is None else _restricted(contents(taken.source), taken)
+            if before is not None:
+                known[node] = replace(before, nodes=before.nodes | {node})
+    return found
+
+
+def _joined(node: fx.Node, parts: Sequence[tuple[fx.Node, Assembly]]) -> Assembly:
+    stacked = node.target is aten.stack.default
+    dim = _dim(node, tensor(node).dim())
+    pieces: list[Piece] = []
+    nodes = {node}
+    start: Size = 0
+    for part, inside in parts:
+        size = 1 if stacked else tensor(part).shape[dim]
+        own = inside if inside.pieces and grid(inside.pieces, tensor(part).shape) is not None else _whole_piece(part)
+        nodes |= own.nodes
+        pieces += [_placed(piece, dim, Span(start, size), stacked) for piece in own.pieces]
+        start = start + size
+    return Assembly(tuple(pieces), None, frozenset(nodes))
+
+
+def _whole_piece(node: fx.Node) -> Assembly:
+    shape = tensor(node).shape
+    return Assembly((Piece(_box_of(shape), node, tuple(range(len(shape)))),))
+
+
+def _placed(piece: Piece, dim: int, span: Span, inserted: bool) -> Piece:
+    """A piece of a part as a piece of the whole, in which the part is ``span``, along a dimension that may be new."""
+    if inserted:
+        return Piece(
+            (*piece.box[:dim], span, *piece.box[dim:]), piece.node, (*piece.dims[:dim], None, *piece.dims[dim:])
+        )
+    return _moved(piece, dim, span.start)
+
+
+def _moved(piece: Piece, dim: int, by: Size) -> Piece:
+    box = list(piece.box)
+    box[dim] = Span(box[dim].start + by, box[dim].size)
+    return replace(piece, box=tuple(box))
+
+
+def _written(node: fx.Node, into: Assembly, source: Assembly) -> Assembly:
+    """``into`` after a scatter along one dimension."""
+    args: Any = node.args
+    selected = node.target is aten.select_scatter.default
+    span = span_of(node, tensor(args[1]), position=2)
+    if span is None:
+        return _untouched(node)
+    dim = _dim(node, tensor(node).dim(), position=2)
+    taken = Taken(args[0], dim, span, selected)
+    before = _restricted(into, taken)
+    if before is None:
+        piece = _placed(_whole_piece(args[1]).pieces[0], dim, span, selected)
+        nodes = into.nodes | {node}
+        return Assembly((*into.pieces, piece), into.ground, nodes, into.problem or "slices overlap")
+    covered = bool(source.pieces) and grid(source.pieces, tensor(args[1]).shape) is not None
+    if not covered and not (source.ground is not None and _same_ground(source.ground, before.ground)):
+        source = _whole_piece(args[1])
+    kept = [piece for piece in into.pieces if not _within(piece.box[dim], span)]
+    new = [_placed(piece, dim, span, selected) for piece in source.pieces]
+    return Assembly((*kept, *new), into.ground, into.nodes | source.nodes | {node}, into.problem or source.problem)
+
+
+def _same_ground(a: _Ground, b: _Ground | None) -> bool:
+    return b is not None and a.node is b.node and a.kept == b.kept and all(map(same_span, a.box, b.box))
+
+
+def _restricted(whole: Assembly, taken: Taken) -> Assembly | None:
+    """What the part of a whole is put together of; None where it cuts a piece."""
+    dim, span = taken.dim, taken.span
+    pieces: list[Piece] = []
+    for piece in whole.pieces:
+        own = piece.box[dim]
+        if _within(own, span):
+            moved = _moved(piece, dim, -span.start)
+            if taken.selected:
+                box, dims = moved.box, moved.dims
+                moved = Piece((*box[:dim], *box[dim + 1 :]), piece.node, (*dims[:dim], *dims[dim + 1 :]))
+            pieces.append(moved)
+        elif not _apart(own, span):
+            return None
+    ground = whole.ground
+    if ground is not None:
+        at = ground.kept[dim]
+        outer = list(ground.box)
+        outer[at] = Span(outer[at].start + span.start, span.size)
+        kept = tuple(own for own in ground.kept if own != at) if taken.selected else ground.kept
+        ground = _Ground(ground.node, tuple(outer), kept)
+    return replace(whole, pieces=tuple(pieces), ground=ground)
+
+
+def grid(pieces: Sequence[Piece], shape: Sequence[Size]) -> list[list[Span]] | None:
+    """For each dimension the spans, in order, that the pieces divide it into, if they cover the whole exactly once.
+
+    None where they do not, where that is not known, or where they are not laid out as a grid.
+    """
+    spans: list[list[Span]] = []
+    places: list[tuple[int, ...]] = [() for _ in pieces]
+    cells = 1
+    for dim, size in enumerate(shape):
+        order = _in_order([piece.box[dim] for piece in pieces], size)
+        if order is None:
+            return None
+        along, positions = order
+        spans.append(along)
+        places = [(*place, position) for place, position in zip(places, positions, strict=True)]
+        cells *= len(along)
+    return spans if len(pieces) == cells == len(set(places)) else None
+
+
+def _in_order(spans: Sequence[Span], size: Size) -> tuple[list[Span], list[int]] | None:
+    """The different ones among ``spans`` one after another from 0 to ``size``, and the place of each."""
+    different: list[Span] = []
+    index: list[int] = []
+    seen: dict[Any, int] = {}
+    for span in spans:
+        key = (_key(span.start), _key(span.size))
+        if key not in seen:
+            seen[key] = len(different)
+            different.append(span)
+        index.append(seen[key])
+    starts = {_key(span.start): number for number, span in enumerate(different)}
+    order: list[int] = []
+    end: Size = 0
+    while not same(end, size):
+        following = starts.get(_key(end))
+        if following is None:
+            following = next((n for n, span in enumerate(different) if n not in order and same(span.start, end)), None)
+        if following is None or following in order:
+            return None
+        order.append(following)
+        end = different[following].stop
+    if len(order) != len(different):
+        return None
+    place = {number: position for position, number in enumerate(order)}
+    return [different[number] for number in order], [place[number] for number in index]
+
+
+def _key(size: Size) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size

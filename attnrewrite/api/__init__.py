@@ -1,0 +1,1 @@
+"""The entrances beside ``torch.compile``: decorators, context managers, functions."""

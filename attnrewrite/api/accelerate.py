@@ -1,0 +1,197 @@
+"""``@accelerate_attention``: the backend for one module or one function."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import nn
+from torch._dynamo.eval_frame import skip_code
+from torch.fx.traceback import annotate
+
+from attnrewrite.errors import AttnRewriteError, OptionError
+from attnrewrite.options.compile_options import tracing_settings
+from attnrewrite.options.request import kernel_names
+from attnrewrite.selection.decorated_parts import annotation_of
+
+__all__ = ["accelerate_attention"]
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+@overload
+def accelerate_attention(target: T, /) -> T: ...
+@overload
+def accelerate_attention(
+    *,
+    kernels: str | Sequence[str] | None = ...,
+    fullgraph: bool = ...,
+    dynamic: bool | None = ...,
+    mode: str | None = ...,
+    options: dict[str, Any] | None = ...,
+) -> Callable[[T], T]: ...
+def accelerate_attention(
+    target: Any = None,
+    /,
+    *,
+    kernels: str | Sequence[str] | None = None,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Any:
+    """Compiles a module class, a module or a function with ``backend="attnrewrite"``.
+
+    On a class, every instance is compiled on its first call: subclasses, ``deepcopy``, ``pickle`` and ``state_dict``
+    work as before, and copies are compiled anew. On an instance, that instance is compiled in place and returned;
+    copies of it are plain modules. On a function, a compiled function is returned.
+
+    Within a model that is itself compiled with ``backend="attnrewrite"`` the decorated part belongs to the model's
+    graph. What concerns single attentions holds there as well (``kernels`` and, of the options, ``kernels``,
+    ``kernel_rules``, ``strict``, ``assume_attended_rows``, ``checks`` and ``autotune``), the innermost decorator first;
+    of the rest a warning names what differs from the model's own options. Where the part breaks the graph it is
+    compiled by itself, with all that it asks for.
+
+    Args:
+        target: an ``nn.Module`` class, an ``nn.Module`` or a function. Left out, a decorator is returned.
+        kernels: the kernels to use here, in order of preference, whatever a context manager, the options or the
+            environment ask for. Default None: nothing is asked for here.
+        fullgraph, dynamic, mode, options: as for ``torch.compile``.
+
+    Raises:
+        TypeError: ``target`` is none of the three.
+        OptionError: ``kernels`` beside ``mode``, which is no more an option than it is for ``torch.compile``.
+    """
+    if kernels is not None:
+        if mode is not None:
+            raise OptionError(
+                "accelerate_attention takes kernels=... or mode=..., not both, as torch.compile takes options or mode: "
+                "give what the mode stands for in options, such as {'triton.cudagraphs': True} for 'reduce-overhead'"
+            )
+        kernels = kernel_names(kernels, "accelerate_attention(kernels=...)")
+        options = {**(options or {})}
+        options["kernel_rules"] = {**options.get("kernel_rules", {}), "*": kernels}
+    arguments = {"fullgraph": fullgraph, "dynamic": dynamic, "mode": mode, "options": options}
+    if target is None:
+        return lambda target: _accelerate(target, arguments)
+    return _accelerate(target, arguments)
+
+
+def _accelerate(target: Any, arguments: dict[str, Any]) -> Any:
+    if isinstance(target, type) and issubclass(target, nn.Module):
+        # nn.Module.__call__ looks here first; a descriptor makes the compiled call for each instance when it is needed.
+        # Instances keep it under the same name, which nn.Module.__getstate__ leaves out of copies and pickles.
+        target._compiled_call_impl = _CompiledCall(arguments)  # type: ignore[assignment]
+        _let_dynamo_look(target, annotation_of(target.__qualname__, arguments))
+        return target
+    if isinstance(target, nn.Module):
+        target._compiled_call_impl = _compiled(target._call_impl, arguments, type(target).__qualname__)
+        _let_dynamo_look(type(target), None)
+        return target
+    if inspect.isroutine(target):
+        return _compiled(target, arguments, getattr(target, "__qualname__", repr(target)))
+    raise AcceleratedTypeError(
+        f"accelerate_attention takes an nn.Module class, an nn.Module or a function; got {target!r}"
+    )
+
+
+def _let_dynamo_look(cls: type[nn.Module], annotation: dict[str, str] | None) -> None:
+    """Gives the class a ``__call__`` of its own: with ``nn.Module``'s Dynamo goes to ``forward`` and asks for nothing.
+
+    Args:
+        annotation: of the class's instances; None leaves it to the ``_compiled_call_impl`` of each.
+    """
+    before = cls.__call__
+    if annotation is None and before is not nn.Module.__call__:
+        return
+    before = getattr(before, "_undecorated", before)
+    plain = before is nn.Module.__call__
+
+    @functools.wraps(before)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if annotation is None or not torch.compiler.is_compiling():
+            # Looked up again, since tracers put their own in its place.
+            return nn.Module.__call__(self, *args, **kwargs) if plain else before(self, *args, **kwargs)
+        with annotate(annotation):
+            return self._call_impl(*args, **kwargs) if plain else before(self, *args, **kwargs)
+
+    call._undecorated = before  # type: ignore[attr-defined]
+    cls.__call__ = _with_code_of_its_own(call)  # type: ignore[method-assign]
+
+
+def _with_code_of_its_own(function: Any) -> Any:
+    """Dynamo keeps what it compiled, and what it skips, by code object."""
+    function.__code__ = function.__code__.replace()
+    return function
+
+
+class AcceleratedTypeError(AttnRewriteError, TypeError):
+    """The decorator was put on something that cannot be compiled."""
+
+
+class _CompiledCall:
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self._arguments = arguments
+
+    def __get__(self, instance: nn.Module | None, owner: type) -> Callable[..., Any] | None:
+        # Dynamo has annotated what it inlines (_let_dynamo_look), and goes on to forward.
+        if instance is None or torch.compiler.is_compiling():
+            return None
+        kept = instance.__dict__.get("_compiled_call_impl")
+        # A replica of DataParallel takes over the whole __dict__: what is in it must have been made for this instance.
+        if kept is None or kept[0]() is not instance:
+            kept = (weakref.ref(instance), _compiled_for_instance(instance._call_impl, self._arguments))
+            instance.__dict__["_compiled_call_impl"] = kept
+        compiled: Callable[..., Any] | None = kept[1]
+        return compiled
+
+    def __set__(self, instance: nn.Module, value: Callable[..., Any] | None) -> None:
+        """``module.compile(...)`` puts its own compiled call here, and so does the decorator on an instance."""
+        instance.__dict__["_compiled_call_impl"] = (weakref.ref(instance), value)
+
+
+# A frame of it is run as it is, whatever Dynamo compiles around it.
+skip_code(_CompiledCall.__get__.__code__)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _compiled_for_instance(call: Callable[..., Any], arguments: dict[str, Any]) -> Callable[..., Any]:
+    """Dynamo would take ``torch.compile`` for the function that it is given."""
+    return _compiled_alone(call, arguments)
+
+
+def _compiled(function: Callable[..., Any], arguments: dict[str, Any], name: str) -> Callable[..., Any]:
+    """The function, compiled; where Dynamo comes upon it in a larger graph it is a part of that."""
+    compiled = _compiled_alone(function, arguments)
+    annotation = annotation_of(name, arguments)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return compiled(*args, **kwargs)
+        # Dynamo breaks no graph within an annotation: what it cannot trace is called as it is, and compiled alone.
+        with annotate(annotation):
+            return function(*args, **kwargs)
+
+    for attribute in [key for key in vars(call) if key.startswith("_torchdynamo")]:
+        delattr(call, attribute)  # Of a function that was compiled before: Dynamo would pass by this one.
+    result: Callable[..., Any] = _with_code_of_its_own(call)
+    return result
+
+
+def _compiled_alone(function: Callable[..., Any], arguments: dict[str, Any]) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = torch.compile(function, backend="attnrewrite", **arguments)
+    settings = tracing_settings(arguments["options"])
+    if not settings:
+        return compiled
+
+    @functools.wraps(compiled)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(settings):
+            return compiled(*args, **kwargs)
+
+    return traced

@@ -1,0 +1,245 @@
+"""``attention_forward``: one attention, with the signature of DiffSynth-Studio's.
+
+Inside a graph that is compiled it is plain mathematics, a call of ``scaled_dot_product_attention`` with a mask made of
+positions, which the backend finds like any other attention. Called eagerly it runs that same function, compiled with
+``backend="attnrewrite"``.
+
+Source: https://github.com/modelscope/DiffSynth-Studio/blob/16ab67bf/diffsynth/core/attention/attention.py
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch.fx.traceback import annotate
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from attnrewrite.api.arguments import PLAIN, ScoreMod, Settings, checked, under_autocast
+from attnrewrite.errors import AttentionInputError
+from attnrewrite.ir.source import SourceLocation, called_from, own_files
+from attnrewrite.options.environment import request_of_environment
+from attnrewrite.options.request import Request
+from attnrewrite.selection.requests import COMPATIBILITY, KERNEL_OF_CALL
+
+__all__ = ["attention_forward"]
+
+own_files.add(__file__)
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pattern: str = PLAIN,
+    k_pattern: str = PLAIN,
+    v_pattern: str = PLAIN,
+    out_pattern: str = PLAIN,
+    dims: Mapping[str, int] | None = None,
+    attn_mask: Tensor | BlockMask | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    compatibility_mode: bool = False,
+    window_size: int | None = None,
+    use_flex: bool = False,
+    score_mod: ScoreMod | None = None,
+) -> Tensor:
+    """``softmax(scale * q @ k^T, masked) @ v``, by the kernel that attnrewrite chooses.
+
+    What masks is combined: a key counts where ``attn_mask``, ``is_causal`` and ``window_size`` all keep it. A row
+    without a key gives zero, as in ``scaled_dot_product_attention``.
+
+    Args:
+        q: the query; (b, n, s, d) once it is rearranged.
+        k, v: key (b, m, t, d) and value (b, m, t, e), of the query's dtype and device. n is a multiple of m: each
+            head of the key serves n / m neighbouring heads of the query.
+        q_pattern, k_pattern, v_pattern, out_pattern: einops patterns of b (batch), n (heads), s (sequence) and d (head
+            size), such as ``"b s (n d)"``. Default ``"b n s d"``.
+        dims: sizes of axes, for patterns that are not ``"b n s d"``, such as ``{"n": 8}``. It holds for all of them:
+            with fewer heads in the key give ``{"d": 64}``. Default None.
+        attn_mask: boolean, true where a key counts, or additive; broadcast to (b, n, s, t). With ``use_flex`` it may be
+            a ``BlockMask``. Default None.
+        scale: default None, which is ``d ** -0.5``.
+        is_causal: a query attends the keys up to its own position, counted from the first. Default False.
+        compatibility_mode: PyTorch's ``scaled_dot_product_attention`` serves this call, whatever else is asked for
+            (kernel ``native``). Beside ``use_flex`` it says nothing, as in DiffSynth-Studio. Default False.
+        window_size: the keys at most so many positions before or after the query's own count; needs s = t. Default
+            None: all.
+        use_flex: ``torch.nn.attention.flex_attention`` serves this call, whatever else is asked for. On the CPU it has
+            no backward pass. Default False.
+        score_mod: a ``score_mod`` of FlexAttention, ``(score, b, n, s, t) -> score`` of one score and its place; it is
+            applied after the scale and before what masks. Default None.
+
+    Returns:
+        The attention in ``out_pattern``, of (b, n, s, e), in the query's dtype.
+
+    Raises:
+        AttentionInputError: the arguments do not fit together.
+        KernelError: a kernel that was asked for with ``strict`` cannot serve the call.
+    """
+    if dims is not None and not isinstance(dims, Mapping):
+        raise AttentionInputError(f"dims takes a dictionary such as {{'n': 8}}, not {type(dims).__name__}")
+    sizes = tuple(dims.items()) if dims else ()
+    patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
+    settings = Settings(*patterns, sizes, scale, is_causal, compatibility_mode, window_size, use_flex)
+    if torch.compiler.is_compiling():
+        return _attend(settings, q, k, v, attn_mask, score_mod)
+    # Said here and not out of a half-traced graph.
+    checked(settings, q, k, v, attn_mask, score_mod)
+    compiled = _compiled(settings, _kind(q, k, v, attn_mask), request_of_environment())
+    caller = sys._getframe(1)
+    token = called_from.set(SourceLocation(caller.f_code.co_filename, caller.f_lineno, caller.f_code.co_name, ""))
+    try:
+        return compiled(q, k, v, attn_mask, score_mod)
+    except FailOnRecompileLimitHit:
+        raise AttentionInputError(
+            "attention_forward was compiled too often for one kind of call; define score_mod once, outside of the "
+            "loop, or raise torch._dynamo.config.recompile_limit"
+        ) from None
+    finally:
+        called_from.reset(token)
+
+
+# Eager calls.
+
+
+def _kind(*tensors: Any) -> tuple[Any, ...]:
+    """What makes Dynamo compile anew, sizes apart: each kind has a function and so a recompilation limit of its own."""
+    own = [(x.dtype, x.device, x.dim(), x.requires_grad) if isinstance(x, Tensor) else type(x) for x in tensors]
+    return (*own, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), under_autocast(tensors[0]))
+
+
+@functools.cache
+def _compiled(settings: Settings, kind: tuple[Any, ...], asked: Request | None) -> Callable[..., Tensor]:
+    """The function for these settings. ``asked``: the environment is read when a graph is compiled."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any, score_mod: ScoreMod | None) -> Tensor:
+        return _attend(settings, q, k, v, attn_mask, score_mod)
+
+    # Dynamo's cache goes by code object.
+    attend.__code__ = attend.__code__.replace()
+    compiled: Callable[..., Tensor] = torch.compile(attend, backend="attnrewrite", fullgraph=True)
+    return compiled
+
+
+# The mathematics.
+
+
+def _attend(settings: Settings, q: Tensor, k: Tensor, v: Tensor, attn_mask: Any, score_mod: ScoreMod | None) -> Tensor:
+    q, k, v = checked(settings, q, k, v, attn_mask, score_mod)
+    if settings.use_flex:
+        out = _by_flex(settings, q, k, v, attn_mask, score_mod)
+    elif score_mod is not None:
+        out = _written_out(settings, q, k, v, attn_mask, score_mod)
+    elif settings.compatibility_mode:
+        with annotate({KERNEL_OF_CALL: COMPATIBILITY}):
+            out = _by_sdpa(settings, q, k, v, attn_mask)
+    else:
+        out = _by_sdpa(settings, q, k, v, attn_mask)
+    if settings.out_pattern == PLAIN:
+        return out
+    return rearrange(out, f"{PLAIN} -> {settings.out_pattern}")
+
+
+def _by_sdpa(settings: Settings, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    causal = settings.is_causal and mask is None and settings.window_size is None
+    if not causal:
+        mask = _masked(mask, _kept(settings, q, k))
+    if mask is not None and mask.dim() < 2:
+        mask = mask.expand(1, k.shape[2])  # It wants two dimensions.
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=settings.scale, enable_gqa=_grouped(q, k)
+    )
+
+
+def _grouped(q: Tensor, k: Tensor) -> bool:
+    # A branch, since what a comparison of two symbols gives is a symbol, which the call does not take.
+    if q.shape[1] != k.shape[1]:  # noqa: SIM103
+        return True
+    return False
+
+
+def _kept(settings: Settings, q: Tensor, k: Tensor) -> Tensor | None:
+    """(s, t), true where causal mask and window keep a key; None where there is neither."""
+    if not settings.is_causal and settings.window_size is None:
+        return None
+    rows = torch.arange(q.shape[2], device=q.device)[:, None]
+    columns = torch.arange(k.shape[2], device=q.device)
+    return _in_reach(settings, rows, columns)
+
+
+def _in_reach(settings: Settings, row: Tensor, column: Tensor) -> Tensor:
+    width = settings.window_size
+    if width is None:
+        return column <= row
+    # Two inequalities, which is how the backend proves a band.
+    return (row - column <= width) & (column <= row if settings.is_causal else column - row <= width)
+
+
+def _masked(mask: Tensor | None, kept: Tensor | None) -> Tensor | None:
+    if mask is None or kept is None:
+        return kept if mask is None else mask
+    return mask & kept if mask.dtype is torch.bool else mask.masked_fill(~kept, -torch.inf)
+
+
+def _written_out(
+    settings: Settings, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, score_mod: ScoreMod
+) -> Tensor:
+    """The scores in float32 at least, as FlexAttention has them; the backend takes the site if a kernel does."""
+    groups = q.shape[1] // k.shape[1]
+    if groups != 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    precise = torch.promote_types(q.dtype, torch.float32)
+    scale = q.shape[-1] ** -0.5 if settings.scale is None else settings.scale
+    scores = (q @ k.transpose(-2, -1)).to(precise) * scale
+    # One call of vmap for each dimension, the innermost first, as FlexAttention itself does it.
+    modified: Any = score_mod
+    for place in (4, 3, 2, 1):
+        modified = torch.vmap(modified, in_dims=tuple(0 if at in (0, place) else None for at in range(5)))
+    scores = modified(scores, *(torch.arange(size, device=q.device) for size in scores.shape))
+    mask = _masked(mask, _kept(settings, q, k))
+    if mask is not None and mask.dtype is torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    # As in scaled_dot_product_attention, a row of minus infinities gives zeros.
+    weights = torch.ops.aten._safe_softmax.default(scores, -1)
+    result: Tensor = weights.to(v.dtype) @ v
+    return result
+
+
+def _by_flex(
+    settings: Settings, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, score_mod: ScoreMod | None
+) -> Tensor:
+    """``flex_attention`` itself: a graph that holds it is compiled with it in place."""
+    blocks = mask if isinstance(mask, BlockMask) else None
+    entries = None
+    if isinstance(mask, Tensor):
+        # The compiler's function for the CPU loses a mask of one entry that is read by position.
+        one = all(size == 1 for size in mask.shape)
+        entries = mask.reshape(()) if one else mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    bounded = settings.is_causal or settings.window_size is not None
+
+    def modified(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        if score_mod is not None:
+            score = score_mod(score, batch, head, row, column)
+        if entries is not None:
+            entry = entries[batch, head, row, column] if entries.dim() else entries
+            score = torch.where(entry, score, -torch.inf) if entries.dtype is torch.bool else score + entry
+        if bounded:
+            score = torch.where(_in_reach(settings, row, column), score, -torch.inf)
+        return score
+
+    plain = score_mod is None and entries is None and not bounded
+    out: Any = flex_attention(
+        q, k, v, None if plain else modified, blocks, scale=settings.scale, enable_gqa=_grouped(q, k)
+    )
+    result: Tensor = out
+    return result

@@ -1,0 +1,87 @@
+"""``explain``: what attnrewrite does to a model, without keeping the compiled result."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import platform
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from attnrewrite.backend import attnrewrite, collect_reports
+from attnrewrite.caching.session import Session
+from attnrewrite.errors import CacheError
+from attnrewrite.options.cache_config import validated
+from attnrewrite.options.compile_options import tracing_settings
+from attnrewrite.report.report import RewriteReport
+from attnrewrite.selection.decorated_parts import inner_backend_is_given
+
+__all__ = ["explain"]
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = None,
+    **kwargs: Any,
+) -> RewriteReport:
+    """Runs ``model(*args, **kwargs)`` once through the backend and reports on every graph that it made.
+
+    The model runs once, in the grad mode and the training mode that it is called in; its parameters' gradients are not
+    touched. Nothing stays compiled for later calls of ``torch.compile``.
+
+    Args:
+        model: an ``nn.Module`` or a function.
+        options: as for ``torch.compile(model, backend="attnrewrite", options=...)``; the inner backend is "eager"
+            unless it is named here, since only the rewriting is of interest. With ``cache``, a module is explained as
+            :func:`attnrewrite.enable_cache` would have it, without gradients; nothing is reused.
+        dynamic: as for ``torch.compile``; default None.
+    """
+    chosen = {"inner_backend": "eager", **(options or {})}
+    reuse: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if isinstance(model, torch.nn.Module) and chosen.get("cache") is not None:
+        reuse = _planned(model, chosen.pop("cache"))
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        token = inner_backend_is_given.set("inner_backend" in (options or {}))
+        try:
+            return attnrewrite(gm, example_inputs, options=chosen)
+        finally:
+            inner_backend_is_given.reset(token)
+
+    breaks_before = Counter(torch._dynamo.utils.counters["graph_break"])
+    # A new backend means a new entry in Dynamo's cache for the model's code, next to those that are there: the limit on
+    # their number is meant for recompilations.
+    limits = {"recompile_limit": 2**31, "accumulated_recompile_limit": 2**31}
+    settings = {**limits, **tracing_settings(options)}
+    with collect_reports() as graphs, torch._dynamo.config.patch(settings), reuse:
+        torch.compile(model, backend=backend, dynamic=dynamic)(*args, **kwargs)
+    breaks = Counter(torch._dynamo.utils.counters["graph_break"]) - breaks_before
+    return RewriteReport(
+        model=getattr(model, "__qualname__", type(model).__qualname__),
+        graphs=graphs,
+        graph_breaks=[" ".join(reason.split()) for reason in breaks],
+        versions={
+            "attnrewrite": metadata.version("attnrewrite"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    )
+
+
+@contextlib.contextmanager
+def _planned(model: torch.nn.Module, config: object) -> Iterator[None]:
+    """The first call of a run under a cache, without its rules for what is called."""
+    root = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
+    if root.training:
+        raise CacheError(
+            f"{type(root).__name__} is in training mode, and attention is reused at inference only: call model.eval()"
+        )
+    session = Session(dataclasses.replace(validated(config), memory_limit=None), root)
+    with torch.no_grad(), session.planned():
+        yield

@@ -1,0 +1,1 @@
+"""``calibrate``: how much a diffusion model's attentions change from step to step."""

@@ -1,0 +1,98 @@
+"""Buffers that hold a known pattern, such as GPT-2's triangle of ones, taken for what they are.
+
+A registered buffer is an input of the graph, and nothing in the graph says what it holds. Its contents are read once,
+when the graph is compiled; the compiled graph is then used as long as they are the same, which is checked at each call
+by identity and version, without looking at the data. A buffer that was written to since is looked at again. Writes that
+PyTorch does not count (``buffer.data.fill_(...)``, a NumPy view) are not seen.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnrewrite.ir.stored import StoredPattern
+
+__all__ = ["Constants"]
+
+log = logging.getLogger("attnrewrite")
+
+_LARGEST = 2**24
+"""Entries up to which a buffer is looked at: a causal mask of 4,096 positions."""
+
+
+class Constants:
+    """The buffers among a graph's inputs."""
+
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+        self._buffers: dict[int, StoredPattern] = {}
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        for position, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
+            if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}) and _readable(value):
+                self._buffers[position] = StoredPattern(value)
+
+    def attach(self, captured: fx.GraphModule) -> None:
+        """Lets the rewriting read them, at the same places among the captured graph's inputs."""
+        for position, node in enumerate(captured.graph.find_nodes(op="placeholder")):
+            if position in self._buffers:
+                node.meta["stored"] = self._buffers[position]
+
+    def guarded(self, compiled: Callable[..., Any], untouched: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """``compiled`` as long as the buffers that the rewriting has read hold what they held; else ``untouched``."""
+        watched = [_Watched(position, stored.tensor) for position, stored in self._buffers.items() if stored.was_read]
+        self._buffers.clear()
+        if not watched:
+            return compiled
+        warned = False
+
+        def call(*args: Any) -> Any:
+            nonlocal warned
+            if all(buffer.unchanged(args[buffer.position]) for buffer in watched):
+                return compiled(*args)
+            if not warned:
+                warned = True
+                log.warning(
+                    "%s: a buffer that holds a mask was changed, so the graph runs as it was written, without "
+                    "compilation; call torch._dynamo.reset() to have it compiled anew",
+                    name,
+                )
+            return untouched(*args)
+
+        return call
+
+
+def _readable(value: Any) -> bool:
+    return (
+        type(value) is torch.Tensor
+        and not value.requires_grad
+        and not value.is_inference()
+        and value.device.type != "meta"
+        and value.layout is torch.strided
+        and value.dim() > 0
+        and 0 < value.numel() <= _LARGEST
+    )
+
+
+class _Watched:
+    def __init__(self, position: int, tensor: torch.Tensor) -> None:
+        self.position = position
+        self._contents = tensor.detach().clone()
+        self._see(tensor)
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        self._seen, self._version, self._address = weakref.ref(tensor), tensor._version, tensor.data_ptr()
+
+    def unchanged(self, tensor: torch.Tensor) -> bool:
+        if self._seen() is tensor and self._version == tensor._version and self._address == tensor.data_ptr():
+            return True
+        if tensor.is_inference() or tensor.shape != self._contents.shape or tensor.dtype != self._contents.dtype:
+            return False
+        if not torch.equal(tensor.to(self._contents.device), self._contents):
+            return False
+        self._see(tensor)
+        return True

@@ -1,0 +1,100 @@
+"""Calls that functional tracing refuses, in an equal form that it takes.
+
+``x.fill_diagonal_(value)`` is traced as ``as_strided``, through which an update of a view cannot be made functional:
+no backend built on AOTAutograd compiles it. ``x.diagonal().fill_(value)`` writes the same entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from attnrewrite.capture.vmap import holds_vmap
+from attnrewrite.ir.nodes import copy_attributes, same
+
+__all__ = ["legalised"]
+
+
+def legalised(gm: fx.GraphModule) -> fx.GraphModule:
+    """``gm`` itself, or a copy of it in which such calls are replaced.
+
+    Args:
+        gm: a graph made by Dynamo. It is not changed.
+    """
+    # Within vmap a node's value has one dimension more than the call sees.
+    return gm if holds_vmap(gm) else _replaced(gm) or gm
+
+
+def _replaced(gm: fx.GraphModule) -> fx.GraphModule | None:
+    """The copy; None where there is nothing to replace."""
+    children = {
+        name: copy
+        for name, child in gm.named_children()
+        if isinstance(child, fx.GraphModule) and (copy := _replaced(child)) is not None
+    }
+    calls = [node for node in gm.graph.nodes if _fills_diagonal(node)]
+    if not calls and not children:
+        return None
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if node in calls:
+            copies[node] = _with_diagonal(graph, node, copies.__getitem__)
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            copy_attributes(node, copies[node])
+    copy = fx.GraphModule(gm, graph, gm.__class__.__name__)
+    for name, child in children.items():
+        setattr(copy, name, child)
+    copy_attributes(gm, copy)
+    copy.meta = gm.meta
+    return copy
+
+
+_FILL_DIAGONAL = frozenset(
+    {torch.Tensor.fill_diagonal_, torch.ops.aten.fill_diagonal_, torch.ops.aten.fill_diagonal_.default}
+)
+
+
+def _fills_diagonal(node: fx.Node) -> bool:
+    is_call = node.op == "call_function" and node.target in _FILL_DIAGONAL
+    if not is_call and not (node.op == "call_method" and node.target == "fill_diagonal_"):
+        return False
+    _, number, wraps = _arguments(node)
+    value = node.args[0].meta.get("example_value") if isinstance(node.args[0], fx.Node) else None
+    if not isinstance(value, torch.Tensor) or not isinstance(number, (bool, int, float)):
+        return False
+    if value.dim() < 2:
+        return False
+    if value.dim() > 2:
+        # Eager raises an error where the sides are not equal.
+        return all(same(size, value.shape[0]) for size in value.shape)
+    # A diagonal that wraps goes on below the square only in a tall matrix.
+    return wraps is False or (wraps is True and statically_known_true(value.shape[0] <= value.shape[1] + 1))
+
+
+def _arguments(node: fx.Node) -> tuple[Any, Any, Any]:
+    given = dict(zip(("self", "fill_value", "wrap"), node.args, strict=False), **node.kwargs)
+    return given.get("self"), given.get("fill_value"), given.get("wrap", False)
+
+
+def _with_diagonal(graph: fx.Graph, node: fx.Node, copied: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    """The main diagonal of a tensor of any rank, filled; what the call returns is the tensor itself."""
+    source, number, _ = _arguments(node)
+    diagonal = copied(source)
+    meta = {
+        key: value for key, value in node.meta.items() if key in ("stack_trace", "nn_module_stack", "source_fn_stack")
+    }
+    steps: list[fx.Node] = []
+    for _ in range(source.meta["example_value"].dim() - 1):
+        # The first dimension and the last, which the diagonal of the step before is.
+        diagonal = graph.call_method("diagonal", (diagonal, 0, 0, -1))
+        steps.append(diagonal)
+    steps.append(graph.call_method("fill_", (diagonal, number)))
+    for step in steps:
+        step.meta.update(meta)
+    return copied(source)

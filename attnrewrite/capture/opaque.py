@@ -1,0 +1,149 @@
+"""Calls that tracing must not look into: they are replaced by a stand-in and put back afterwards."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnrewrite.capture.support import CaptureError, attribute_of, storage_of
+
+
+class OpaqueCalls:
+    """Passes calls of higher-order operators over as a whole.
+
+    Functional tracing would inline some of them and lose what they are for (the backward of a custom
+    ``autograd.Function``), and knows no rule for others. While the graph is traced an operator with the same outputs
+    stands in for the call; afterwards the call is put back, word for word.
+    """
+
+    def __init__(self) -> None:
+        self._calls: dict[int, tuple[fx.Node, dict[fx.Node, torch.nn.Module]]] = {}
+
+    def stand_in(
+        self, node: fx.Node, gm: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, Any]
+    ) -> fx.Node | tuple[Any, ...]:
+        modules = {
+            arg: attribute_of(gm, str(arg.target))
+            for arg in node.all_input_nodes
+            if arg.op == "get_attr" and isinstance(attribute_of(gm, str(arg.target)), torch.nn.Module)
+        }
+        for module in modules.values():
+            _refuse_mutation(node, module)
+        inputs = [arg for arg in node.all_input_nodes if arg not in modules]
+        values = [arg.meta["example_value"] for arg in inputs if "example_value" in arg.meta]
+        outputs = node.meta["example_value"]
+        flat = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        if len(values) != len(inputs) or not all(isinstance(value, torch.Tensor) for value in flat):
+            raise CaptureError(f"a call of the higher-order operator {node.target} whose values are not all tensors")
+        if not all(isinstance(value, (torch.Tensor, torch.SymInt, int)) for value in values):
+            raise CaptureError(
+                f"a call of the higher-order operator {node.target} with a number that is computed of symbolic sizes "
+                "(flex_attention's default scale where the head size is symbolic: give the scale, or mark the "
+                "head size static)"
+            )
+        storages = {storage_of(value) for value in values if isinstance(value, torch.Tensor)}
+        if any(storage_of(value) in storages for value in flat):
+            raise CaptureError(
+                f"a call of the higher-order operator {node.target} whose output shares memory with its input"
+            )
+        tensors = [env[arg] for arg, value in zip(inputs, values, strict=True) if isinstance(value, torch.Tensor)]
+        sizes = [env[arg] for arg, value in zip(inputs, values, strict=True) if not isinstance(value, torch.Tensor)]
+        index = next(_opaque_ids)
+        self._calls[index] = (node, modules)
+        _opaque_outputs[index] = flat
+        stand_in = graph.call_function(torch.ops.attnrewrite.opaque.default, (tensors, sizes, index))
+        stand_in.meta = dict(node.meta)
+        if isinstance(outputs, (tuple, list)):
+            return tuple(graph.call_function(operator.getitem, (stand_in, i)) for i in range(len(flat)))
+        return graph.call_function(operator.getitem, (stand_in, 0))
+
+    def put_back(self, graph: fx.Graph, attributes: dict[str, Any]) -> None:
+        for node in graph.find_nodes(op="call_function", target=torch.ops.attnrewrite.opaque.default):
+            tensors, sizes, index = node.args
+            call, modules = self._calls[index]
+            tensors, sizes = iter(tensors), iter(sizes)
+            env: dict[fx.Node, fx.Node] = {}
+            with graph.inserting_before(node):
+                for arg in call.all_input_nodes:
+                    if arg in modules:
+                        name = f"{arg.target}".replace(".", "_") + f"_{index}"
+                        attributes[name] = modules[arg]
+                        env[arg] = graph.get_attr(name)
+                    else:
+                        env[arg] = next(tensors if isinstance(arg.meta["example_value"], torch.Tensor) else sizes)
+                restored = graph.node_copy(call, env.__getitem__)
+            restored.meta = {**call.meta, **node.meta}
+            outputs = call.meta["example_value"]
+            if isinstance(outputs, (tuple, list)):
+                node.replace_all_uses_with(restored)
+            else:
+                restored.meta["val"] = node.meta["val"][0]
+                for item in list(node.users):
+                    item.replace_all_uses_with(restored)
+                    graph.erase_node(item)
+            graph.erase_node(node)
+
+    def forget(self) -> None:
+        for index in self._calls:
+            _opaque_outputs.pop(index, None)
+
+
+_opaque_ids = itertools.count()
+
+_opaque_outputs: dict[int, Sequence[torch.Tensor]] = {}
+
+
+torch.library.define("attnrewrite::opaque", "(Tensor[] tensors, SymInt[] sizes, int index) -> Tensor[]")
+
+
+def _opaque_fake(tensors: Sequence[torch.Tensor], sizes: Sequence[int], index: int) -> list[torch.Tensor]:
+    return [
+        torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        for value in _opaque_outputs[index]
+    ]
+
+
+torch.library.register_fake("attnrewrite::opaque", _opaque_fake)
+
+
+def _refuse_mutation(call: fx.Node, module: torch.nn.Module) -> None:
+    for submodule in module.modules():
+        if not isinstance(submodule, fx.GraphModule):
+            raise CaptureError(f"a call of the higher-order operator {call.target} on {type(submodule).__name__}")
+        for node in submodule.graph.nodes:
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+            in_place = name.endswith("_") and not name.endswith("__") and name not in _NAMED_LIKE_KEYWORDS
+            if node.op in ("call_function", "call_method") and (
+                in_place or "out" in node.kwargs or name in _IN_PLACE_OPERATORS
+            ):
+                raise CaptureError(f"a call of the higher-order operator {call.target} that updates a tensor ({name})")
+
+
+_NAMED_LIKE_KEYWORDS = frozenset({"and_", "or_", "not_", "is_"})
+"""Functions of ``operator`` whose underscore tells them from a keyword."""
+
+_IN_PLACE_OPERATORS = frozenset(
+    {"setitem", *(name for name in dir(operator) if name.startswith("i") and hasattr(operator, f"__{name}__"))}
+) - {"index", "inv", "invert", "is_", "is_not"}
+
+
+def is_opaque(node: fx.Node, gm: fx.GraphModule) -> bool:
+    if node.target is torch.ops.higher_order.autograd_function_apply:
+        # Without gradients its forward may be traced like any other code.
+        return torch.is_grad_enabled() and any(
+            getattr(arg.meta.get("example_value"), "requires_grad", False) for arg in node.all_input_nodes
+        )
+    if node.target is torch.ops.higher_order.tag_activation_checkpoint:
+        return _is_selective_checkpoint(node, gm)
+    return node.target in (torch.ops.higher_order.flex_attention,)
+
+
+def _is_selective_checkpoint(node: fx.Node, gm: fx.GraphModule) -> bool:
+    (body, *_) = node.args
+    assert isinstance(body, fx.Node)
+    return "_checkpoint_context_fn" in attribute_of(gm, str(body.target)).meta

@@ -1,0 +1,123 @@
+"""Dynamo's graph in a form that functional tracing takes."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._higher_order_ops.wrap import uid as checkpoint_ids
+from torch.utils.checkpoint import CheckpointPolicy
+
+from attnrewrite.capture.autocast import AutocastRegions
+from attnrewrite.capture.decompositions import OPENINGS
+from attnrewrite.capture.opaque import OpaqueCalls, is_opaque
+from attnrewrite.capture.support import attribute_of
+
+
+def wants_gradients(gm: fx.GraphModule) -> bool:
+    return torch.is_grad_enabled() and any(
+        getattr(node.meta.get("example_value"), "requires_grad", False)
+        for node in gm.graph.find_nodes(op="placeholder")
+    )
+
+
+def prepared_graph(gm: fx.GraphModule, autocast: AutocastRegions, opaque: OpaqueCalls) -> fx.GraphModule:
+    """``gm`` itself, or a copy in which what functional tracing cannot take has been put in a form that it can."""
+    special: tuple[Any, ...] = (
+        torch.amp.autocast_mode._enter_autocast,
+        torch.amp.autocast_mode._exit_autocast,
+        torch.ops.higher_order.tag_activation_checkpoint,
+    )
+    special = (*special, *_DROPOUT, *OPENINGS)
+    if not any(node.target in special or is_opaque(node, gm) for node in gm.graph.nodes):
+        return gm
+    copy = _Preparation(opaque)
+    copy.graph.output(copy.copy(gm, {}, prefix="", tags={}))
+    for node in copy.graph.nodes:
+        autocast.substitute(node)
+        node.target = OPENINGS.get(node.target, node.target) if node.op == "call_function" else node.target
+    _settle_dropout(copy.graph)
+    return fx.GraphModule(copy.attributes, copy.graph)
+
+
+_DROPOUT = (torch.nn.functional.dropout, torch.dropout)
+
+
+def _settle_dropout(graph: fx.Graph) -> None:
+    """Dropout's result may be updated in place, which tracing for export forbids ("frozen storage").
+
+    Where nothing is dropped the result is the argument itself, as in eager; else it is followed by a copy, if the graph
+    updates anything in place at all.
+    """
+    in_place = any(_updates(node) for node in graph.nodes)
+    for target in _DROPOUT:
+        for node in graph.find_nodes(op="call_function", target=target):
+            given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False), **node.kwargs)
+            given["training"] = given.get("training", given.get("train", True))
+            if given.get("inplace") or not isinstance(given["training"], bool):
+                continue
+            if not given["training"] or given.get("p", 0.5) == 0:
+                node.replace_all_uses_with(given["input"])
+                graph.erase_node(node)
+            elif in_place:
+                with graph.inserting_after(node):
+                    copied = graph.call_function(torch.clone, (node,))
+                copied.meta = {key: value for key, value in node.meta.items() if key in ("stack_trace", "recompute")}
+                node.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
+
+
+def _updates(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+
+
+_IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "setitem", "iand", "ior", "ipow"})
+
+
+class _Preparation:
+    """A copy of a graph: checkpointed regions inlined, opaque calls replaced by their stand-ins."""
+
+    def __init__(self, opaque: OpaqueCalls) -> None:
+        self.graph = fx.Graph()
+        self.attributes: dict[str, Any] = {}
+        self._opaque = opaque
+
+    def copy(self, gm: fx.GraphModule, env: dict[fx.Node, Any], prefix: str, tags: dict[str, Any]) -> Any:
+        """Copies ``gm``'s nodes, ``env`` holding those that exist already, and returns its outputs."""
+        for node in gm.graph.nodes:
+            if node in env:
+                continue
+            if node.op == "output":
+                return fx.node.map_arg(node.args[0], env.__getitem__)
+            if is_opaque(node, gm):
+                env[node] = self._opaque.stand_in(node, gm, self.graph, env)
+            elif node.target is torch.ops.higher_order.tag_activation_checkpoint:
+                env[node] = self._inlined_checkpoint(node, gm, env, prefix)
+            elif node.target is operator.getitem and isinstance(env.get(node.args[0]), (tuple, list)):
+                env[node] = env[node.args[0]][node.args[1]]
+            else:
+                env[node] = copied = self.graph.node_copy(node, env.__getitem__)
+                copied.meta.update(tags)
+                if node.op in ("get_attr", "call_module"):
+                    copied.target = f"{prefix}{node.target}".replace(".", "_") if prefix else node.target
+                    self.attributes[copied.target] = attribute_of(gm, node.target)
+        raise AssertionError("a graph without an output")
+
+    def _inlined_checkpoint(self, node: fx.Node, gm: fx.GraphModule, env: dict[fx.Node, Any], prefix: str) -> Any:
+        """The region's nodes, with the tags that make the partitioner recompute them in the backward pass.
+
+        They are the tags that ``tag_activation_checkpoint`` itself leaves when AOTAutograd traces through it
+        (https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_higher_order_ops/wrap.py).
+        """
+        body_node, *inputs = node.args
+        assert isinstance(body_node, fx.Node)
+        body = attribute_of(gm, str(body_node.target))
+        inputs = fx.node.map_arg(inputs, env.__getitem__)
+        body_env = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
+        # Without a backward pass there is nothing to recompute, and AOTAutograd refuses to.
+        tags: dict[str, Any] = {}
+        if wants_gradients(gm):
+            tags = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": next(checkpoint_ids)}
+        return self.copy(body, body_env, f"{prefix}{body_node.target}_", tags)

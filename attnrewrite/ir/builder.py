@@ -1,0 +1,197 @@
+"""Writing new nodes, with their fake values, at one place of a graph."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+from attnrewrite.ir.nodes import tensor
+
+__all__ = ["Builder", "Written", "evaluated"]
+
+aten = torch.ops.aten
+
+
+Written = dict[Any, fx.Node]
+"""Calls that were written, by what they call with which arguments."""
+
+
+_SHARED_BESIDE_ATEN = ("attnrewrite::stored",)
+
+
+def _key_of(target: Any, args: Any, kwargs: Any) -> Any:
+    """What tells calls apart; None for a call that may give something else the next time, or that is a kernel's own.
+
+    Attentions stay one call each: the report, and what is compared, go by the nodes of each.
+    """
+    if target is not operator.getitem:
+        schema = getattr(target, "_schema", None)
+        if schema is None or schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
+            return None
+        if not schema.name.startswith("aten::") and schema.name not in _SHARED_BESIDE_ATEN:
+            return None
+    return target, _frozen(args), _frozen(kwargs)
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_frozen, value))
+    if isinstance(value, dict):
+        return tuple((key, _frozen(value[key])) for key in sorted(value))
+    # A number's type is part of what it says (1, 1.0 and True are equal), and so is the sign of a zero.
+    return type(value), repr(value)
+
+
+class Builder:
+    """Writes nodes at one place of a graph, with their fake values, and symbolic sizes as the nodes that carry them.
+
+    Nodes are evaluated under the graph's fake mode. Sizes are never turned into constants: an expression of symbols is
+    written out over nodes that carry the symbols.
+    """
+
+    def __init__(self, gm: fx.GraphModule, before: fx.Node, like: fx.Node, written: Written | None = None) -> None:
+        """
+        Args:
+            before: new nodes go in front of it.
+            like: whose source location and tags they inherit.
+            written: what was written in front of ``before`` already, of which equal calls are taken and not repeated.
+        """
+        self.graph = gm.graph
+        self._gm = gm
+        self.created: list[fx.Node] = []
+        self._before = before
+        self._meta = {
+            key: value
+            for key, value in like.meta.items()
+            if key in ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id", "custom", "seq_nr")
+        }
+        self._fake_mode = _fake_mode_of(gm.graph)
+        self._written: Written = {} if written is None else written
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A new call of an operator; sizes among the arguments may be SymInts."""
+        args, kwargs = fx.node.map_aggregate((args, kwargs), self._as_argument)
+        found = self._found(_key_of(target, args, kwargs))
+        if found is not None:
+            return found
+        fakes = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
+        with _evaluating(self._fake_mode):
+            value = target(*fakes[0], **fakes[1])
+        return self.insert(target, args, kwargs, value)
+
+    def insert(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> fx.Node:
+        """A new call whose fake value the caller knows already."""
+        args, kwargs = fx.node.map_aggregate((args, kwargs), self._as_argument)
+        key = _key_of(target, args, kwargs)
+        found = self._found(key)
+        if found is not None:
+            return found
+        with self.graph.inserting_before(self._before):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta = {**self._meta, "val": value}
+        self.created.append(node)
+        if key is not None:
+            self._written[key] = node
+        return node
+
+    def _found(self, key: Any) -> fx.Node | None:
+        """An equal call that was written before."""
+        node = None if key is None else self._written.get(key)
+        return node if node is not None and not node._erased and node < self._before else None
+
+    def submodule(self, name: str, module: fx.GraphModule) -> fx.Node:
+        """A node that stands for a graph of its own, which a higher-order operator takes."""
+        number = sum(key.startswith(name) for key, _ in self._gm.named_children())
+        self._gm.add_submodule(f"{name}_{number}", module)
+        with self.graph.inserting_before(self._before):
+            node = self.graph.get_attr(f"{name}_{number}")
+        node.meta = {**self._meta, "val": module}
+        self.created.append(node)
+        return node
+
+    def _as_argument(self, value: Any) -> Any:
+        if isinstance(value, torch.SymInt):
+            return self._size(value)
+        return value
+
+    def _size(self, size: torch.SymInt) -> Any:
+        expression = size.node.expr
+        if expression.is_number:
+            return int(expression)
+        values = {}
+        for symbol in expression.free_symbols:
+            source = _source_of(symbol, self.graph)
+            if isinstance(source, tuple):
+                node, dim = source
+                source = self.insert(aten.sym_size.int, (node, dim), {}, tensor(node).shape[dim])
+            values[symbol] = fx.Proxy(source, _Tracer(self))
+        result = sympy_interp(PythonReferenceAnalysis, values, expression)
+        if not isinstance(result, fx.Proxy):
+            return result
+        result.node.meta.setdefault("val", size)
+        return result.node
+
+
+class _Tracer(fx.proxy.GraphAppendingTracer):
+    """Lets arithmetic on proxies write nodes through a builder, with the values of the result."""
+
+    def __init__(self, builder: Builder) -> None:
+        super().__init__(builder.graph)
+        self._builder = builder
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Node:
+        fakes = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
+        return self._builder.insert(target, args, kwargs, target(*fakes[0], **fakes[1]))
+
+
+def _source_of(symbol: Any, graph: fx.Graph) -> fx.Node | tuple[fx.Node, int]:
+    """The first node that carries the symbol: a size of its own, or a dimension of a tensor.
+
+    Symbols enter with a graph's inputs, or where an operator makes a size of its data: the first node comes before
+    everything that mentions the symbol, and is found early.
+    """
+    nodes: Iterable[fx.Node] = graph.nodes
+    for node in nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and value.node.expr == symbol:
+            return node
+        if isinstance(value, torch.Tensor):
+            for dim, size in enumerate(value.shape):
+                if isinstance(size, torch.SymInt) and size.node.expr == symbol:
+                    return node, dim
+    raise AssertionError(f"no node carries {symbol}")
+
+
+def _fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
+    for node in graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None:
+            return mode  # type: ignore[no-any-return]
+    return None
+
+
+@contextlib.contextmanager
+def _evaluating(fake_mode: FakeTensorMode | None) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if fake_mode is not None:
+            stack.enter_context(fake_mode)
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+def evaluated(node: fx.Node) -> Any:
+    """The fake value of a call, worked out anew of those of its arguments."""
+    target: Any = node.target
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
+    with _evaluating(_fake_mode_of(node.graph)):
+        return target(*args, **kwargs)

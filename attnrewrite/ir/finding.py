@@ -1,0 +1,25 @@
+"""What a pattern finds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from attnrewrite.ir.linear_site import LinearAttention
+from attnrewrite.ir.site import AttentionSite
+
+__all__ = ["Finding", "NearMiss"]
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """Something that looks like attention and is not taken; ``nodes`` are those that it consists of."""
+
+    pattern: str
+    anchor: fx.Node
+    reason: str
+    nodes: tuple[fx.Node, ...] = ()
+
+
+Finding = AttentionSite | LinearAttention | NearMiss

@@ -1,0 +1,103 @@
+"""A graph as patterns read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from attnrewrite.ir.axes import Operand
+from attnrewrite.ir.nodes import is_tensor, regions, tensor
+from attnrewrite.ir.ops import is_cast
+from attnrewrite.ir.source import source_location
+from attnrewrite.ir.views import peel
+
+__all__ = ["GraphView"]
+
+
+class GraphView:
+    """A graph as patterns read it: nothing here writes to it. Nodes that others write to it are seen."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.graph = gm.graph
+        self._regions = regions(gm.graph)
+        self.leads_to_product: dict[fx.Node, bool] = {}
+        inputs = [node for node in gm.graph.nodes if node.op in ("placeholder", "get_attr") and is_tensor(node)]
+        self._has_gradients = any(
+            value.requires_grad
+            for node in inputs
+            for value in (tensor(node), node.meta.get("example_value", tensor(node)))
+        )
+
+    def _region(self, node: fx.Node) -> tuple[int, int]:
+        """What was written after the graph was read is no switch: it lies where the node before it does."""
+        known = node
+        while known not in self._regions:
+            known = known.prev
+        return self._regions[known]
+
+    def ordered(self, nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+        return tuple(sorted(set(nodes)))
+
+    def same_region(self, a: fx.Node, b: fx.Node) -> bool:
+        """Whether no switch of grad mode or autocast lies between what the two nodes compute."""
+        return self._region(a) == self._region(b)
+
+    def grad_region(self, node: fx.Node) -> int:
+        return self._region(node)[0]
+
+    def in_autocast(self, node: fx.Node) -> bool:
+        return self._region(node)[1] != 0 or _ambient_autocast(node)
+
+    def differentiable(self, node: fx.Node) -> bool:
+        """Whether a backward pass may go through ``node``."""
+        mode = self.grad_region(node)
+        enabled = mode == 1 or (mode == 0 and torch.is_grad_enabled())
+        return enabled and self._has_gradients
+
+    def origin(self, operand: Operand, consumer: fx.Node, narrow_to: torch.dtype | None = None) -> Operand:
+        """The operand behind its views, copies and repetitions, as far as ``consumer``'s grad region reaches.
+
+        ``narrow_to``: widening casts from this dtype are looked behind as well.
+        """
+        region = self.grad_region(consumer)
+
+        def may_enter(node: fx.Node) -> bool:
+            return self.grad_region(node) == region
+
+        while True:
+            operand = peel(operand, may_enter)[-1]
+            node = operand.node
+            if not (is_cast(node) and may_enter(node) and _widens(node, narrow_to)):
+                return operand
+            operand = Operand(node.all_input_nodes[0], operand.layout)
+
+    def other_readers(self, interior: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+        """What ``interior`` computes, its last node apart, that something outside reads, with the readers."""
+        own = set(interior)
+        readers = {node: [user for user in node.users if user not in own] for node in interior[:-1]}
+        return {node: users for node, users in readers.items() if users}
+
+
+def reader_in_words(node: fx.Node) -> str:
+    if node.op == "output":
+        return "returned from the graph"
+    where = source_location(node)
+    name = getattr(node.target, "_opname", None) or str(node.target)
+    return f"{name} at {where}" if where else name
+
+
+def _widens(cast: fx.Node, dtype: torch.dtype | None) -> bool:
+    source = tensor(cast.args[0]).dtype
+    return (
+        source is dtype
+        and source is not tensor(cast).dtype
+        and torch.promote_types(source, tensor(cast).dtype) is tensor(cast).dtype
+    )
+
+
+def _ambient_autocast(node: fx.Node) -> bool:
+    kind = tensor(node).device.type if is_tensor(node) else ""
+    return bool(kind) and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

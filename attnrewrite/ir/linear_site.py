@@ -1,0 +1,131 @@
+"""Linear attention, as its pattern finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx
+
+from attnrewrite.ir.axes import Axis, Layout, Operand, axes_of
+from attnrewrite.ir.site import Scale
+
+__all__ = ["LinearAttention"]
+
+
+Order = Literal["linear", "quadratic"]
+"""Which two of ``query``, ``key`` and ``value`` are multiplied first: key and value, or query and key."""
+
+
+@dataclass
+class LinearAttention:
+    """Attention without softmax, ``scales(query @ key) @ value``: a product of three, in either order.
+
+    ``outer @ (middle @ inner)`` is how the source multiplies. The key is always in the middle; ``order`` says which of
+    the others is the query. Whatever is done between the products is free of the axes that the second one sums over,
+    and so may follow it.
+
+    Attributes:
+        pattern: the name of the pattern that found it.
+        anchor: the node whose source line stands for the site; ``result`` holds the product of all three, and
+            ``result_layout`` names its dimensions.
+        order: how the source multiplies.
+        outer, middle, inner: operands, as far back as views and repetitions could be followed.
+        first_summed, then_summed: the axes that ``middle @ inner``, and the product with ``outer``, sum over.
+        scales: what the products are multiplied or divided by, in order.
+        sums: sums of ``middle @ inner`` over ``then_summed``, which normalise; each as its node and its dimensions,
+            with the number of ``scales`` that were applied before.
+        features: what is done to query and key beforehand, in words.
+        nonnegative: query and key were proved to have no negative entry.
+        normaliser: how the result is normalised, in words; empty where it is not.
+        fixed: why the order cannot be changed, whatever it costs; empty where it can.
+        dtype: what the products are computed in.
+        interior: the nodes from the first product to the second, in graph order.
+    """
+
+    pattern: str
+    anchor: fx.Node
+    result: fx.Node
+    result_layout: Layout
+    order: Order
+    outer: Operand
+    middle: Operand
+    inner: Operand
+    first_summed: tuple[Axis, ...]
+    then_summed: tuple[Axis, ...]
+    scales: tuple[Scale, ...] = ()
+    sums: tuple[tuple[Operand, int], ...] = ()
+    features: tuple[str, ...] = ()
+    nonnegative: bool = False
+    normaliser: str = ""
+    fixed: str = ""
+    dtype: torch.dtype = torch.float32
+    interior: tuple[fx.Node, ...] = ()
+
+    def resolve(self) -> None:
+        """Axes that were divided since the site was found are told by their parts."""
+        self.outer, self.middle, self.inner = (part.resolved() for part in (self.outer, self.middle, self.inner))
+        self.first_summed, self.then_summed = axes_of((self.first_summed,)), axes_of((self.then_summed,))
+
+    def change_operands(self, change: Callable[[Operand], Operand]) -> None:
+        """Replaces query, key, value, and every tensor that scales."""
+        self.outer, self.middle, self.inner = map(change, (self.outer, self.middle, self.inner))
+        self.scales = tuple(
+            Scale(change(scale.factor), scale.divide) if isinstance(scale.factor, Operand) else scale
+            for scale in self.scales
+        )
+
+    @property
+    def query(self) -> Operand:
+        return self.outer if self.order == "linear" else self.inner
+
+    @property
+    def key(self) -> Operand:
+        return self.middle
+
+    @property
+    def value(self) -> Operand:
+        return self.inner if self.order == "linear" else self.outer
+
+    @property
+    def key_axes(self) -> tuple[Axis, ...]:
+        """The key positions."""
+        return self.first_summed if self.order == "linear" else self.then_summed
+
+    @property
+    def feature_axes(self) -> tuple[Axis, ...]:
+        """The features of query and key."""
+        return self.then_summed if self.order == "linear" else self.first_summed
+
+    @property
+    def outer_axes(self) -> tuple[Axis, ...]:
+        """The axes of the result that only ``outer`` has."""
+        return _only(self.outer, self.middle, self.inner)
+
+    @property
+    def inner_axes(self) -> tuple[Axis, ...]:
+        """The axes of the result that only ``inner`` has."""
+        return _only(self.inner, self.middle, self.outer)
+
+    @property
+    def batch_axes(self) -> tuple[Axis, ...]:
+        """All other axes of the result."""
+        own = {*self.outer_axes, *self.inner_axes}
+        return tuple(axis for axis in axes_of(self.result_layout) if axis not in own)
+
+    @property
+    def query_axes(self) -> tuple[Axis, ...]:
+        """The query positions."""
+        return self.outer_axes if self.order == "linear" else self.inner_axes
+
+    @property
+    def value_axes(self) -> tuple[Axis, ...]:
+        """The features of the value and of the result."""
+        return self.inner_axes if self.order == "linear" else self.outer_axes
+
+
+def _only(operand: Operand, *others: Operand) -> tuple[Axis, ...]:
+    elsewhere = {axis for other in others for axis in other.axes}
+    return tuple(axis for axis in operand.axes if axis not in elsewhere)

@@ -1,0 +1,82 @@
+"""The IR's vocabulary: reading nodes, comparing symbolic sizes without a guard, and building new nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from attnrewrite.ir.source import SOURCE_ATTRIBUTE
+
+__all__ = ["Size", "copy_attributes", "regions", "same", "same_shape", "tensor"]
+
+aten = torch.ops.aten
+
+Size = int | torch.SymInt
+"""A size: a number, or a symbol of the graph's shape environment."""
+
+
+def copy_attributes(source: Any, target: Any) -> None:
+    """What Dynamo attaches for the inner compiler: ``_dynamo_source`` on placeholders tells which inputs are static."""
+    for name, value in vars(source).items():
+        if (
+            name.startswith(("_dynamo", "_param_name", "_backend", SOURCE_ATTRIBUTE))
+            or name == "compile_subgraph_reason"
+        ):
+            setattr(target, name, value)
+
+
+def tensor(node: Any) -> torch.Tensor:
+    """The fake tensor that stands for ``node``'s value."""
+    value = node.meta["val"]
+    assert isinstance(value, torch.Tensor), f"{node} is {type(value).__name__}, not a tensor"
+    return value
+
+
+def is_tensor(node: Any) -> bool:
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def same(a: Size, b: Size) -> bool:
+    """Whether two sizes are known to be equal, whatever the inputs. Adds no guard."""
+    return statically_known_true(a == b)
+
+
+def same_shape(a: Sequence[Size], b: Sequence[Size]) -> bool:
+    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+
+
+def product(sizes: Sequence[Size]) -> Size:
+    result: Size = 1
+    for size in sizes:
+        result = result * size
+    return result
+
+
+def regions(graph: fx.Graph) -> dict[fx.Node, tuple[int, int]]:
+    """For each node the grad-mode region and the autocast region it is in, each as a running number.
+
+    Pre-dispatch graphs carry these switches as nodes. A rewrite may not move work from one region into another.
+    """
+    grad = 0
+    autocast = [0]
+    opened = 0
+    result = {}
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            grad = 1 if node.args[0] else 2
+        elif node.target is torch.amp.autocast_mode._enter_autocast:
+            opened += 1
+            autocast.append(opened)
+        elif node.target is torch.amp.autocast_mode._exit_autocast:
+            autocast.pop()
+        result[node] = (grad, autocast[-1])
+    return result
+
+
+def scalar(value: Any) -> bool:
+    """A Python number, or a symbolic one."""
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)

@@ -1,0 +1,347 @@
+"""Matrix products of any spelling, as einsums over axes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnrewrite.ir.axes import Dim, Layout, Operand, broadcast, fresh_dim
+from attnrewrite.ir.nodes import Size, is_tensor, same, tensor
+from attnrewrite.ir.ops import is_cast
+from attnrewrite.ir.views import is_layout_op
+
+__all__ = ["Product", "factors_of"]
+
+aten = torch.ops.aten
+
+
+# Products, all of them as one thing: an einsum over axes.
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product whose result has ``layout``; ``contracted`` are the axes that it sums over.
+
+    ``addend``: a ``baddbmm``'s first operand (or a ``linear``'s bias) with its factor; ``factor``: a number that the
+    product is multiplied by; ``scale``: a third operand of an einsum, which is not summed over; ``nodes``: the nodes
+    that compute it, ``node`` last.
+    """
+
+    node: fx.Node
+    lhs: Operand
+    rhs: Operand
+    layout: Layout
+    contracted: Dim
+    factor: Any = 1
+    addend: Operand | None = None
+    addend_factor: Any = 1
+    scale: Operand | None = None
+    nodes: tuple[fx.Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """A product as an einsum: a letter for each dimension, None for one of size one that is kept after summing."""
+
+    lhs: fx.Node
+    rhs: fx.Node
+    left: tuple[str, ...]
+    right: tuple[str, ...]
+    out: tuple[str | None, ...]
+    factor: Any = 1
+    addend: fx.Node | None = None
+    addend_factor: Any = 1
+    scale: fx.Node | None = None
+    scale_letters: tuple[str, ...] = ()
+    nodes: tuple[fx.Node, ...] = ()
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether the node is a product of two computed tensors; a projection by learned weights is none."""
+    return _terms(node) is not None
+
+
+def product_of_factor(node: fx.Node) -> fx.Node | None:
+    """The product that ``node`` is the elementwise half of: the sum in ``(a * b).sum(dim)``."""
+    if node.target is aten.mul.Tensor and len(node.users) == 1:
+        (user,) = node.users
+        return user if user.target is aten.sum.dim_IntList and is_product(user) else None
+    return None
+
+
+def factors_of(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The two operands of a product; none where the node is no plain product."""
+    terms = _terms(node)
+    plain = terms is not None and terms.addend is None and terms.scale is None
+    return (terms.lhs, terms.rhs) if terms is not None and plain else ()
+
+
+def product_from_result(node: fx.Node, layout: Layout) -> Product | None:
+    """The product ``node``, given the layout of its result."""
+    terms = _terms(node)
+    if terms is None:
+        return None
+    known = {letter: dim for letter, dim in zip(terms.out, layout, strict=True) if letter is not None}
+    return _laid_out(node, terms, known)
+
+
+def product_from_operand(node: fx.Node, operand: fx.Node, layout: Layout) -> Product | None:
+    """The product ``node``, given the layout of one of its operands."""
+    terms = _terms(node)
+    if terms is None or terms.addend is not None or (terms.lhs is operand) == (terms.rhs is operand):
+        return None
+    letters = terms.left if terms.lhs is operand else terms.right
+    sizes = tensor(operand).shape
+    known = {letter: dim for letter, dim, size in zip(letters, layout, sizes, strict=True) if not same(size, 1)}
+    return _laid_out(node, terms, known)
+
+
+def _laid_out(node: fx.Node, terms: _Terms, known: dict[str, Dim]) -> Product | None:
+    operands = [(terms.left, tensor(terms.lhs).shape), (terms.right, tensor(terms.rhs).shape)]
+    if terms.scale is not None:
+        operands.append((terms.scale_letters, tensor(terms.scale).shape))
+    sizes: dict[str, Size] = {}
+    for letters, shape in operands:
+        for letter, size in zip(letters, shape, strict=True):
+            if letter not in sizes or same(sizes[letter], 1):
+                sizes[letter] = size
+            elif letter in terms.out and not same(size, 1) and not same(size, sizes[letter]):
+                return None
+    for letter, extent in sizes.items():
+        known.setdefault(letter, fresh_dim(extent, "feature"))
+
+    def layout_of(letters: Sequence[str], shape: Sequence[Size]) -> Layout:
+        return tuple(() if same(size, 1) else known[letter] for letter, size in zip(letters, shape, strict=True))
+
+    layout = tuple(() if letter is None else known[letter] for letter in terms.out)
+    addend = None
+    if terms.addend is not None:
+        own = broadcast(layout, tensor(node).shape, tensor(terms.addend).shape)
+        if own is None:
+            return None
+        addend = Operand(terms.addend, own)
+    return Product(
+        node,
+        Operand(terms.lhs, layout_of(*operands[0])),
+        Operand(terms.rhs, layout_of(*operands[1])),
+        layout,
+        tuple(axis for letter in sizes if letter not in terms.out for axis in known[letter]),
+        terms.factor,
+        addend,
+        terms.addend_factor,
+        Operand(terms.scale, layout_of(*operands[2])) if terms.scale is not None else None,
+        terms.nodes or (node,),
+    )
+
+
+_PRODUCTS: dict[Any, Callable[[fx.Node], _Terms | None]] = {}
+
+
+def _terms(node: fx.Node) -> _Terms | None:
+    read = _PRODUCTS.get(node.target)
+    return None if read is None or not is_tensor(node) else read(node)
+
+
+def _letters(count: int, start: int = 0) -> tuple[str, ...]:
+    return tuple(f"{position + start}" for position in range(count))
+
+
+def _matmul(node: fx.Node) -> _Terms | None:
+    lhs, rhs = node.args[:2]
+    return _matrices(lhs, rhs)
+
+
+def _matrices(lhs: Any, rhs: Any, **more: Any) -> _Terms | None:
+    if not (is_tensor(lhs) and is_tensor(rhs)):
+        return None
+    left_rank, right_rank = tensor(lhs).dim(), tensor(rhs).dim()
+    if left_rank == 0 or right_rank == 0:
+        return None
+    batch = tuple(reversed([f"batch{i}" for i in range(max(left_rank, right_rank) - 2)]))
+    left = (*batch[len(batch) - max(left_rank - 2, 0) :], *(("row",) if left_rank > 1 else ()), "inner")
+    right = (*batch[len(batch) - max(right_rank - 2, 0) :], "inner", *(("column",) if right_rank > 1 else ()))
+    out = (*batch, *left[-2:-1] * (left_rank > 1), *right[-1:] * (right_rank > 1))
+    return _Terms(lhs, rhs, left, right, out, **more)
+
+
+def _baddbmm(node: fx.Node) -> _Terms | None:
+    addend, lhs, rhs = node.args[:3]
+    beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+    unused = isinstance(beta, (int, float)) and beta == 0
+    return _matrices(lhs, rhs, factor=alpha, addend=None if unused else addend, addend_factor=beta)
+
+
+def _linear(node: fx.Node) -> _Terms | None:
+    """``x @ weight.T + bias`` of a weight that was computed; by a parameter it is a projection."""
+    args: Any = node.args
+    lhs, weight = args[:2]
+    bias = args[2] if len(args) > 2 else None
+    if not (is_tensor(lhs) and is_tensor(weight)) or tensor(weight).dim() != 2 or _is_learned(weight):
+        return None
+    batch = _letters(tensor(lhs).dim() - 1)
+    more = {"addend": bias} if is_tensor(bias) else {}
+    return _Terms(lhs, weight, (*batch, "inner"), ("column", "inner"), (*batch, "column"), **more)  # type: ignore[arg-type]
+
+
+def _inner(node: fx.Node) -> _Terms | None:
+    """``inner(a, b)``: both over their last dimension."""
+    args: Any = node.args
+    lhs, rhs = args[:2]
+    if not (is_tensor(lhs) and is_tensor(rhs)) or not tensor(lhs).dim() or not tensor(rhs).dim():
+        return None
+    left, right = _letters(tensor(lhs).dim() - 1), _letters(tensor(rhs).dim() - 1, start=100)
+    return _Terms(lhs, rhs, (*left, "inner"), (*right, "inner"), (*left, *right))
+
+
+def _tensordot(node: fx.Node) -> _Terms | None:
+    args: Any = node.args
+    lhs, rhs, dims, other_dims = args[:4]
+    if not (is_tensor(lhs) and is_tensor(rhs) and isinstance(dims, (list, tuple)) and dims):
+        return None
+    left, right = list(_letters(tensor(lhs).dim())), list(_letters(tensor(rhs).dim(), start=100))
+    for a, b in zip(dims, other_dims, strict=True):
+        right[int(b)] = left[int(a)]
+    summed = {left[int(a)] for a in dims}
+    out = [letter for letter in (*left, *right) if letter not in summed]
+    return _Terms(lhs, rhs, tuple(left), tuple(right), tuple(out))
+
+
+def _is_learned(node: fx.Node) -> bool:
+    """Whether the node is a parameter, seen through views, casts and pieces of it."""
+    while node.op == "call_function" and (is_layout_op(node) or is_cast(node) or node.target in _PIECES):
+        node = node.all_input_nodes[0]
+    return node.op == "get_attr" or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
+
+
+_PIECES = frozenset({aten.slice.Tensor, aten.select.int, aten.narrow.default, operator.getitem, aten.chunk.default})
+
+
+def _multiplied_and_summed(node: fx.Node) -> _Terms | None:
+    """``(a * b).sum(dim)``, which broadcasts as it likes."""
+    args: Any = node.args
+    multiplied = args[0]
+    if not isinstance(multiplied, fx.Node) or multiplied.target is not aten.mul.Tensor or len(multiplied.users) != 1:
+        return None
+    factors: Any = multiplied.args
+    lhs, rhs = factors[:2]
+    if not (is_tensor(lhs) and is_tensor(rhs)) or lhs is rhs or node.kwargs.get("dtype") is not None:
+        return None
+    dtype = tensor(node).dtype
+    if any(tensor(part).dtype is not dtype for part in (multiplied, lhs, rhs)):
+        return None
+    rank = tensor(multiplied).dim()
+    dims = args[1] if len(args) > 1 else None
+    if not isinstance(dims, (list, tuple)) or not dims or tensor(lhs).dim() == 0 or tensor(rhs).dim() == 0:
+        return None
+    summed = {int(dim) % rank for dim in dims}
+    keep = (len(node.args) > 2 and bool(node.args[2])) or bool(node.kwargs.get("keepdim"))
+    letters = _letters(rank)
+    out: list[str | None] = []
+    for position, letter in enumerate(letters):
+        if position not in summed:
+            out.append(letter)
+        elif keep:
+            out.append(None)
+    return _Terms(
+        lhs,
+        rhs,
+        letters[rank - tensor(lhs).dim() :],
+        letters[rank - tensor(rhs).dim() :],
+        tuple(out),
+        nodes=(multiplied, node),
+    )
+
+
+def _einsum(node: fx.Node) -> _Terms | None:
+    args: Any = node.args
+    equation, operands = args[:2]
+    if not isinstance(equation, str) or not isinstance(operands, (list, tuple)):
+        return None
+    nodes = [operand for operand in operands if is_tensor(operand)]
+    if len(nodes) != len(operands) or len(nodes) not in (2, 3):
+        return None
+    spelled = _einsum_terms(equation, [tensor(operand).dim() for operand in nodes])
+    if spelled is None:
+        return None
+    *inputs, out = spelled
+    scale = None
+    if len(nodes) == 3:
+        # The operand that brings no letter of its own and is summed over nothing scales the product of the others.
+        scale = next(
+            (
+                position
+                for position in reversed(range(3))
+                if set(inputs[position]) <= set(out)
+                and all(set(inputs[position]) <= set(inputs[a]) | set(inputs[b]) for a, b in [_others(position)])
+            ),
+            None,
+        )
+        if scale is None:
+            return None
+    first, second = (0, 1) if scale is None else _others(scale)
+    more = {} if scale is None else {"scale": nodes[scale], "scale_letters": tuple(inputs[scale])}
+    return _Terms(
+        nodes[first],
+        nodes[second],
+        tuple(inputs[first]),
+        tuple(inputs[second]),
+        tuple(out),
+        **more,
+    )
+
+
+def _others(position: int) -> tuple[int, int]:
+    first, second = (other for other in range(3) if other != position)
+    return first, second
+
+
+_PRODUCTS.update(
+    {
+        aten.matmul.default: _matmul,
+        aten.bmm.default: _matmul,
+        aten.mm.default: _matmul,
+        aten.mv.default: _matmul,
+        aten.baddbmm.default: _baddbmm,
+        aten.addmm.default: _baddbmm,
+        aten.linear.default: _linear,
+        aten.einsum.default: _einsum,
+        aten.inner.default: _inner,
+        aten.tensordot.default: _tensordot,
+        aten.sum.dim_IntList: _multiplied_and_summed,
+    }
+)
+
+
+def _einsum_terms(equation: str, ranks: Sequence[int]) -> list[str] | None:
+    """Strings of single letters, the result last; an ellipsis is spelled out in letters that are not in use."""
+    equation = equation.replace(" ", "")
+    inputs, arrow, out = equation.partition("->")
+    terms = inputs.split(",")
+    if len(terms) != len(ranks):
+        return None
+    if not arrow:
+        letters = [letter for letter in inputs if letter not in ".,"]
+        out = ("..." if "..." in inputs else "") + "".join(
+            sorted(letter for letter in set(letters) if letters.count(letter) == 1)
+        )
+    spare = [chr(code) for code in range(ord("A"), ord("Z") + 1) if chr(code) not in equation]
+    spare += [chr(code) for code in range(ord("a"), ord("z") + 1) if chr(code) not in equation]
+    counts = [
+        rank - len(term.replace("...", "")) if "..." in term else 0 for term, rank in zip(terms, ranks, strict=True)
+    ]
+    widest = max(counts)
+    if widest > len(spare):
+        return None
+    ellipsis = "".join(spare[:widest])
+    terms = [term.replace("...", ellipsis[widest - count :]) for term, count in zip(terms, counts, strict=True)]
+    out = out.replace("...", ellipsis)
+    if any(len(set(term)) != len(term) for term in (*terms, out)) or [len(term) for term in terms] != list(ranks):
+        return None
+    if not set(out) <= set("".join(terms)):
+        return None
+    return [*terms, out]

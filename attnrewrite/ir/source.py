@@ -1,0 +1,103 @@
+"""Where in the user's source a node comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import linecache
+import re
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from torch import fx
+
+__all__ = [
+    "SourceLocation",
+    "called_from",
+    "name_source",
+    "own_files",
+    "parameter_path",
+    "source_location",
+    "source_name",
+]
+
+
+own_files: set[str] = set()
+"""Files of entrances whose lines are never the user's: a node that was made there stands where the user called it."""
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.*)\n\s*(?P<code>.*)')
+
+
+called_from: ContextVar[SourceLocation | None] = ContextVar("attnrewrite_called_from", default=None)
+"""The line that calls ``attention_forward`` eagerly: the graph that is compiled for it begins inside."""
+
+
+def source_location(node: fx.Node) -> SourceLocation | None:
+    """The innermost line of the user's source that made ``node``, and the module it ran in."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    if not frames:
+        return None
+    outside = [frame for frame in frames if frame[0] not in own_files]
+    caller = called_from.get()
+    if not outside and caller is not None:
+        return dataclasses.replace(caller, code=linecache.getline(caller.file, caller.line).strip())
+    file, line, function, code = (outside or frames)[-1]
+    stack = node.meta.get("nn_module_stack") or {}
+    path = ""
+    for entry in stack.values():
+        path = entry[0] if isinstance(entry, tuple) else str(entry)
+    return SourceLocation(file, int(line), function.strip(), code.strip(), _module_path(path))
+
+
+SOURCE_ATTRIBUTE = "_attnrewrite_source"
+
+
+def name_source(placeholder: fx.Node, name: str) -> None:
+    """Says where a graph's input comes from: :func:`source_name` of the graph that was compiled once more."""
+    setattr(placeholder, SOURCE_ATTRIBUTE, name)
+
+
+def source_name(placeholder: fx.Node) -> str:
+    """Where Dynamo found a graph's input, as Python source; empty if unknown."""
+    named = getattr(placeholder, SOURCE_ATTRIBUTE, None)
+    if isinstance(named, str):
+        return named
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return ""
+    # A property since torch 2.12, a method before.
+    return source.name if isinstance(source.name, str) else str(source.name())
+
+
+def parameter_path(placeholder: fx.Node) -> str:
+    """The dotted path of a module's parameter or buffer, from the module that the graph is of; empty for others."""
+    path = f".{_module_path(source_name(placeholder))}"
+    found = re.fullmatch(r"(.*)\.(?:_parameters|_buffers)(\.[^.]+)", path)
+    return "" if found is None else "".join(found.groups()).strip(".")
+
+
+def _module_path(path: str) -> str:
+    """The dotted path, for Dynamo's ``L['self'].encoder.layer.0``, ``L['self']._modules['encoder']`` or
+    ``L['self'].__dict__['_modules']['encoder']``.
+    """
+    path = re.sub(r"\.__dict__\[['\"]_modules['\"]\]", "._modules", path)
+    path = re.sub(r"\.?_modules\[['\"]([^'\"]+)['\"]\]", r".\1", path)
+    path = re.sub(r"^[LG]\[['\"][^'\"]+['\"]\]", "", path)
+    path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
+    return path.strip(".")
+
+
+@dataclass(frozen=True)
+class SourceLocation:
+    """Where a node comes from in the user's source.
+
+    ``module`` is the dotted path of the ``nn.Module`` that ran it ("encoder.layer.0.attention"), empty for a function.
+    """
+
+    file: str
+    line: int
+    function: str
+    code: str
+    module: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"

@@ -1,0 +1,64 @@
+"""Buffers whose content is a known pattern, such as a triangle of ones."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["StoredPattern", "Triangle"]
+
+
+@dataclass
+class Triangle:
+    """``inside`` where column <= row + ``diagonal``, over the last two dimensions; ``outside`` elsewhere."""
+
+    inside: float
+    outside: float
+    diagonal: int
+
+
+@dataclass
+class StoredPattern:
+    """A stored tensor, read for one of a few patterns; ``was_read`` tells whether anything rests on it."""
+
+    tensor: torch.Tensor
+    was_read: bool = False
+
+    @functools.cached_property
+    def pattern(self) -> float | range | Triangle | None:
+        """One number, the numbers of a range, a triangle, or None; a positive answer counts as read."""
+        found = _pattern_of(self.tensor.detach().cpu())
+        self.was_read = self.was_read or found is not None
+        return found
+
+    def holds_only_up_to(self, size: float) -> bool:
+        """Whether no entry is larger than ``size``, whatever its sign; a positive answer counts as read."""
+        if self._largest <= size:
+            self.was_read = True
+            return True
+        return False
+
+    @functools.cached_property
+    def _largest(self) -> float:
+        return float(self.tensor.detach().abs().amax().nan_to_num(math.inf))
+
+
+def _pattern_of(values: torch.Tensor) -> float | range | Triangle | None:
+    first = values.flatten()[0]
+    if bool((values == first).all()):
+        return float(first)
+    if values.dim() == 1 and not values.dtype.is_floating_point and values.dtype is not torch.bool:
+        counted = torch.equal(values, torch.arange(len(values), dtype=values.dtype) + first)
+        return range(int(first), int(first) + len(values)) if counted else None
+    if values.dim() < 2 or values[(0,) * (values.dim() - 2)].numel() != values.numel():
+        return None
+    matrix = values[(0,) * (values.dim() - 2)]
+    outside, inside = matrix[0, -1], matrix[-1, 0]
+    diagonal = int((matrix[0] != outside).sum()) - 1
+    triangle = torch.ones(matrix.shape, dtype=torch.bool).tril(diagonal)
+    if not torch.equal(torch.where(triangle, inside, outside), matrix):
+        return None
+    return Triangle(float(inside), float(outside), diagonal)

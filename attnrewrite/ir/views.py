@@ -1,0 +1,195 @@
+"""Layout algebra: which axis of the attention each dimension of a tensor is, followed through views.
+
+An :class:`Axis` is an atomic index range of one attention: a batch, a head, a query position, a key position, a
+feature. A tensor's :data:`Layout` says for each of its dimensions which axes it holds, major to minor: the scores of
+``q.view(B * H, L, D) @ k.view(B * H, D, S)`` have the layout ``((b, h), (l,), (s,))``. A dimension of size one holds no
+axis: ``()``. Views are followed in either direction; where a reshape divides what was one axis until then, the axis
+itself is divided, so every layout that mentions it sees the parts. An ``expand`` or ``repeat`` shows as an axis that
+the operand lacks, which is all that grouped, multi-query and broadcast attention are.
+
+No size is guessed or guarded on: two sizes are equal only if that is known for every input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnrewrite.ir.axes import Dim, Layout, Operand, axes_of, broadcast, fresh_dim, regroup, take_minor
+from attnrewrite.ir.nodes import Size, is_tensor, same, same_shape, tensor
+
+__all__ = ["peel", "permutation_of", "pull", "push"]
+
+aten = torch.ops.aten
+
+
+# Views, from the result's layout to the operand's (pull) and the other way (push).
+
+_SHAPE_ONLY = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.view_as.default,
+        aten.reshape_as.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.unsqueeze.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+    }
+)
+
+_SAME_LAYOUT = frozenset(
+    {aten.clone.default, aten.contiguous.default, aten.alias.default, aten.lift_fresh_copy.default}
+)
+
+_REPEATS = frozenset(
+    {
+        aten.expand.default,
+        aten.expand_as.default,
+        aten.repeat.default,
+        aten.repeat_interleave.self_int,
+        aten.tile.default,
+    }
+)
+
+
+def permutation_of(node: fx.Node) -> list[int] | None:
+    """``result dim -> operand dim`` of an operator that only reorders dimensions."""
+    rank = tensor(node.args[0]).dim()
+    order = list(range(rank))
+    target: Any = node.target
+    args: Any = node.args
+    if target is aten.permute.default:
+        return [int(dim) % rank for dim in args[1]]
+    if target in (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default):
+        a, b = int(args[1]) % rank, int(args[2]) % rank
+        order[a], order[b] = order[b], order[a]
+        return order
+    if target in (aten.t.default, aten.numpy_T.default):
+        return order[::-1]
+    if target is aten.mT.default:
+        return [*order[:-2], order[-1], order[-2]]
+    if target in (aten.movedim.int, aten.movedim.intlist):
+        source, destination = (arg if isinstance(arg, (list, tuple)) else [arg] for arg in args[1:3])
+        sources = [int(dim) % rank for dim in source]
+        destinations = [int(dim) % rank for dim in destination]
+        remaining = iter(dim for dim in order if dim not in sources)
+        placed = dict(zip(destinations, sources, strict=True))
+        return [placed[dim] if dim in placed else next(remaining) for dim in order]
+    return None
+
+
+def is_layout_op(node: fx.Node) -> bool:
+    """Whether ``pull`` may see through the node: a view, a copy, a repetition."""
+    return (
+        node.op == "call_function"
+        and bool(node.args)
+        and is_tensor(node.args[0])
+        and (
+            node.target in _SHAPE_ONLY
+            or node.target in _SAME_LAYOUT
+            or node.target in _REPEATS
+            or permutation_of(node) is not None
+            or _takes_all(node)
+        )
+    )
+
+
+def _takes_all(node: fx.Node) -> bool:
+    """``x[:, :]``, which dynamic shapes leave in the graph."""
+    return node.target is aten.slice.Tensor and same_shape(tensor(node).shape, tensor(node.args[0]).shape)
+
+
+def pull(node: fx.Node, layout: Layout) -> Layout | None:
+    """The layout of ``node``'s operand, given the layout of its result; None where that cannot be said."""
+    source = tensor(node.args[0])
+    if node.target in _SAME_LAYOUT or _takes_all(node):
+        return layout
+    order = permutation_of(node)
+    if order is not None:
+        result: list[Dim] = [()] * len(order)
+        for position, dim in enumerate(order):
+            result[dim] = layout[position]
+        return tuple(result)
+    if node.target in _SHAPE_ONLY:
+        return regroup(layout, source.shape)
+    if node.target in (aten.expand.default, aten.expand_as.default):
+        return broadcast(layout, tensor(node).shape, source.shape)
+    if node.target in (aten.repeat.default, aten.tile.default):
+        return _pull_repeat(layout, tensor(node).shape, source.shape)
+    if node.target is aten.repeat_interleave.self_int:
+        return _pull_repeat_interleave(node, layout, source.shape)
+    return None
+
+
+def _pull_repeat(layout: Layout, shape: Sequence[Size], source: Sequence[Size]) -> Layout | None:
+    """``repeat`` lays copies one after another: each result dimension is (copy, own)."""
+    if len(source) > len(shape):
+        return None
+    offset = len(shape) - len(source)
+    result: list[Dim] = []
+    for dim, own in zip(layout[offset:], source, strict=True):
+        axes = list(axes_of((dim,)))
+        taken = take_minor(axes, own)
+        if taken is None:
+            return None
+        result.append(taken)
+    return tuple(result)
+
+
+def _pull_repeat_interleave(node: fx.Node, layout: Layout, source: Sequence[Size]) -> Layout | None:
+    """``repeat_interleave`` lays copies beside each element: the result dimension is (own, copy)."""
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+    if not isinstance(dim, int):
+        return None
+    dim %= len(source)
+    axes = list(axes_of((layout[dim],)))
+    copies = node.args[1]
+    if isinstance(copies, fx.Node):
+        copies = copies.meta["val"]
+    if not isinstance(copies, (int, torch.SymInt)) or take_minor(axes, copies) is None:
+        return None
+    return (*layout[:dim], tuple(axes), *layout[dim + 1 :])
+
+
+def push(node: fx.Node, layout: Layout) -> Layout | None:
+    """The layout of ``node``'s result, given the layout of its first operand; None where that cannot be said."""
+    if node.target in _SAME_LAYOUT or _takes_all(node):
+        return layout
+    order = permutation_of(node)
+    if order is not None:
+        return tuple(layout[dim] for dim in order)
+    if node.target in _SHAPE_ONLY:
+        return regroup(layout, tensor(node).shape)
+    if node.target in (aten.expand.default, aten.expand_as.default):
+        source, shape = tensor(node.args[0]).shape, tensor(node).shape
+        offset = len(shape) - len(source)
+        padded: Layout = ((),) * offset + layout
+        own: list[Size] = [1] * offset
+        own.extend(source)
+        return tuple(
+            dim if same(size, before) else fresh_dim(size) for dim, size, before in zip(padded, shape, own, strict=True)
+        )
+    return None
+
+
+def peel(operand: Operand, may_enter: Callable[[fx.Node], bool]) -> list[Operand]:
+    """The operand as seen behind each view, copy and repetition that made it, nearest first.
+
+    ``may_enter(node)`` says whether the walk may look behind ``node``.
+    """
+    chain = [operand]
+    while is_layout_op(operand.node) and may_enter(operand.node):
+        layout = pull(operand.node, operand.layout)
+        source = operand.node.args[0]
+        if layout is None or not isinstance(source, fx.Node):
+            break
+        operand = Operand(source, layout)
+        chain.append(operand)
+    return chain

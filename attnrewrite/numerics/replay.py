@@ -1,0 +1,321 @@
+"""The source's graph and the rewritten one, run side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnrewrite.numerics.outcome import Difference, SiteCheck, Verification, allowed_difference, difference
+from attnrewrite.report.rows import SiteReport
+
+aten = torch.ops.aten
+log = logging.getLogger("attnrewrite")
+
+
+# Running the two graphs side by side.
+
+
+@dataclass
+class _Site:
+    """A rewritten site.
+
+    Attributes:
+        result: the source's node that was replaced.
+        replacement: the node that came in its place; ``created`` are all that came.
+        inputs: what those nodes read of the rest of the graph.
+    """
+
+    row: SiteReport
+    result: fx.Node
+    replacement: fx.Node
+    created: tuple[fx.Node, ...]
+    inputs: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def what(self) -> str:
+        where = f" at {self.row.location}" if self.row.location else ""
+        return f"{self.row.name} ({self.row.pattern}{where}, {self.row.kernel})"
+
+
+@dataclass
+class _Step:
+    """A call, or with ``site`` the comparison of that site. Nodes among the arguments are keys of the values."""
+
+    node: fx.Node
+    args: Any = ()
+    kwargs: Any = field(default_factory=dict)
+    module: fx.GraphModule | None = None
+    site: _Site | None = None
+    ours: bool = False
+
+    def reads(self) -> list[fx.Node]:
+        if self.site is not None:
+            return [self.site.result, self.site.replacement, *self.site.inputs]
+        return _leaves((self.args, self.kwargs))
+
+
+class ReplayPlan:
+    """What is run, in which order, and which values are compared.
+
+    A node of the rewritten graph that calls the same with the same arguments as in the source has the source's value;
+    so has, once compared, the replacement of a site. All others have values of their own.
+    """
+
+    def __init__(
+        self,
+        source: fx.GraphModule,
+        rewritten: fx.GraphModule,
+        twins: dict[fx.Node, fx.Node],
+        results: dict[str, fx.Node | None],
+        rows: Sequence[SiteReport],
+    ) -> None:
+        """Args:
+        twins: nodes of the rewritten graph that came from the same node as one of the source.
+        results: by the name of a site, the node of the source that holds its result.
+        rows: the rewritten graph's sites.
+        """
+        self.source = source
+        self.skipped: list[SiteCheck] = []
+        self._place = {node: place for place, node in enumerate(source.graph.nodes)}
+        self._sites = self._matched(rewritten, results, rows)
+        self._value_of: dict[fx.Node, fx.Node] = {}
+        self._twins = twins
+        ours = self._own_steps(rewritten)
+        self.steps: list[_Step] = []
+        for node in source.graph.nodes:
+            if node.op != "output":
+                self.steps.append(_Step(node, node.args, node.kwargs, source))
+            self.steps.extend(ours.get(node, ()))
+        self.outputs = self._own_outputs(rewritten)
+
+    def _matched(
+        self, rewritten: fx.GraphModule, results: dict[str, fx.Node | None], rows: Sequence[SiteReport]
+    ) -> list[_Site]:
+        nodes = {node.name: node for node in rewritten.graph.nodes}
+        sites = []
+        for row in rows:
+            if row.status != "rewritten":
+                continue
+            created = tuple(nodes[name] for name in row.nodes_after if name in nodes)
+            output = read_outside(created)
+            result = results[row.name]
+            if output is None or result is None:
+                self.skipped.append(SiteCheck(row, row.name, skipped="its nodes could not be matched, not compared"))
+                continue
+            sites.append(_Site(row, result, output, created))
+        return sites
+
+    def _own_steps(self, rewritten: fx.GraphModule) -> dict[fx.Node, list[_Step]]:
+        """For nodes of the source the steps that follow on them, and where the value of each of our nodes is found."""
+        site_of = {node: site for site in self._sites for node in site.created}
+        steps: dict[fx.Node, list[_Step]] = {}
+        first = next(iter(self.source.graph.nodes))
+        position: dict[fx.Node, fx.Node] = {}
+        for node in rewritten.graph.nodes:
+            if node.op == "output":
+                continue
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value_of.__getitem__)
+            twin = self._twins.get(node)
+            if twin is not None and (_is_random(node) or _same_call(node, args, kwargs, twin)):
+                self._value_of[node] = twin
+                continue
+            step = _Step(node, args, kwargs, rewritten, ours=True)
+            before = [position.get(read, read) for read in step.reads()]
+            site = site_of.get(node)
+            if site is not None:
+                before.append(site.result)
+                site.inputs += [read for read in step.reads() if read not in (*site.created, *site.inputs)]
+            place = max(before, key=self._place.__getitem__, default=first)
+            position[node] = place
+            steps.setdefault(place, []).append(step)
+            self._value_of[node] = node
+            if site is not None and node is site.replacement:
+                self._value_of[node] = site.result
+        for site in self._sites:
+            steps[site.result].append(_Step(site.replacement, site=site))
+        return steps
+
+    def _own_outputs(self, rewritten: fx.GraphModule) -> list[tuple[str, fx.Node, fx.Node]]:
+        """Outputs of the graph whose value is not the source's: (in words, ours, the source's)."""
+        ours = _leaves(rewritten.graph.output_node().args)
+        source = _leaves(self.source.graph.output_node().args)
+        pairs = zip(ours, source, strict=True)
+        return [
+            (f"output {index} of the graph", self._value_of[node], expected)
+            for index, (node, expected) in enumerate(pairs)
+            if self._value_of[node] is not expected
+        ]
+
+
+def read_outside(created: Sequence[fx.Node]) -> fx.Node | None:
+    """Which of a site's nodes holds its result: the only one that others read; of several the last."""
+    tensors = [node for node in created if _is_tensor(node)]
+    read = [node for node in tensors if any(user not in created for user in node.users)]
+    return next(reversed(read or tensors), None)
+
+
+class SourceError(Exception):
+    """The source's graph raised."""
+
+
+class _Autocast:
+    """A graph's autocast regions; those that it leaves open are closed at the end."""
+
+    def __init__(self) -> None:
+        self._open: list[Any] = []
+
+    def enter(self, *args: Any) -> Any:
+        self._open.append(torch.amp.autocast_mode._enter_autocast(*args))  # type: ignore[no-untyped-call]
+        return self._open[-1]
+
+    def exit(self, region: Any) -> None:
+        self._open.remove(region)
+        torch.amp.autocast_mode._exit_autocast(region)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        while self._open:
+            self.exit(self._open[-1])
+
+
+@contextlib.contextmanager
+def without_traces(devices: set[torch.device]) -> Iterator[_Autocast]:
+    """No gradients, and afterwards the generators and the autocast regions are as they were."""
+    autocast = _Autocast()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for kind in {device.type for device in devices} - {"cpu", "meta"}:
+            numbers = sorted({device.index or 0 for device in devices if device.type == kind})
+            stack.enter_context(torch.random.fork_rng(devices=numbers, device_type=kind))
+        stack.callback(autocast.close)
+        yield autocast
+
+
+class Replay:
+    """Values of both graphs, each kept for as long as something reads it."""
+
+    def __init__(self, plan: ReplayPlan, autocast: _Autocast, result: Verification) -> None:
+        self._plan = plan
+        self._autocast = autocast
+        self._result = result
+        self._values: dict[fx.Node, Any] = {}
+        self._errors: dict[fx.Node, str] = {}
+        self._last: dict[fx.Node, int] = {}
+        for index, step in enumerate(plan.steps):
+            for node in step.reads():
+                self._last[node] = index
+        for _, ours, source in plan.outputs:
+            self._last[ours] = self._last[source] = len(plan.steps)
+
+    def __call__(self, inputs: Sequence[Any]) -> None:
+        remaining = iter(inputs)
+        self._result.checks += self._plan.skipped
+        for index, step in enumerate(self._plan.steps):
+            if step.site is not None:
+                self._compare(step.site)
+            elif step.node.op == "placeholder":
+                self._values[step.node] = next(remaining)
+            else:
+                self._call(step)
+            for node in (*step.reads(), step.node):
+                if self._last.get(node, -1) <= index:
+                    self._values.pop(node, None)
+        for what, ours, source in self._plan.outputs:
+            expected = self._values[source]
+            if isinstance(expected, torch.Tensor):
+                found = self._difference(ours, expected)
+                self._result.checks.append(SiteCheck(None, what, found, allowed_difference(expected)))
+
+    def _call(self, step: _Step) -> None:
+        broken = (
+            next((self._errors[node] for node in step.reads() if node in self._errors), None) if step.ours else None
+        )
+        if broken is not None:
+            self._errors[step.node] = broken
+            return
+        try:
+            self._values[step.node] = self._evaluate(step)
+        except Exception as error:
+            message = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            log.debug("verification: %s", step.node.format_node(), exc_info=True)
+            if not step.ours:
+                raise SourceError(message) from error
+            self._errors[step.node] = message
+
+    def _evaluate(self, step: _Step) -> Any:
+        node = step.node
+        if node.op == "get_attr":
+            value: Any = step.module
+            for name in str(node.target).split("."):
+                value = getattr(value, name)
+            return value
+        assert node.op == "call_function" and callable(node.target), f"{node.op} in the IR"
+        if node.target is torch._C._set_grad_enabled:
+            return None
+        args, kwargs = fx.node.map_arg((step.args, step.kwargs), self._values.__getitem__)
+        if node.target is torch.amp.autocast_mode._enter_autocast:
+            return self._autocast.enter(*args)
+        if node.target is torch.amp.autocast_mode._exit_autocast:
+            return self._autocast.exit(*args)
+        return node.target(*_unwritten(node.target, args), **kwargs)
+
+    def _compare(self, site: _Site) -> None:
+        if site.row.dropout:
+            reason = f"drops weights at random (dropout {site.row.dropout}), not compared"
+            self._result.checks.append(SiteCheck(site.row, site.what, skipped=reason))
+            return
+        expected = self._values[site.result]
+        found = self._difference(site.replacement, expected)
+        inputs = tuple(_described(node, self._values[node]) for node in site.inputs if _is_tensor(node))
+        # What the user's tolerance admitted is not thrown out here.
+        allowed = max(allowed_difference(expected, site.row.dtype), site.row.tolerance)
+        self._result.checks.append(SiteCheck(site.row, site.what, found, allowed, inputs))
+
+    def _difference(self, ours: fx.Node, expected: torch.Tensor) -> Difference:
+        if ours in self._errors:
+            return Difference(math.inf, math.inf, f"raises {self._errors[ours]}")
+        return difference(self._values[ours], expected)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _same_call(node: fx.Node, args: Any, kwargs: Any, twin: fx.Node) -> bool:
+    """Splicing turns views of a result into reshapes, whose values are the same."""
+    reshaped = twin.target is aten.view.default and node.target is aten.reshape.default
+    same_target = node.op == twin.op and (node.target == twin.target or reshaped)
+    return same_target and args == twin.args and kwargs == twin.kwargs
+
+
+def _unwritten(target: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments, with copies of those that the operator writes to."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return args
+    written = [argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments]
+    return tuple(
+        value.clone() if is_written and isinstance(value, torch.Tensor) else value
+        for value, is_written in zip(args, written, strict=False)
+    )
+
+
+def _leaves(arguments: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(arguments, found.append)
+    return found
+
+
+def _described(node: fx.Node, value: torch.Tensor) -> str:
+    return f"{node.name} {value.dtype} {tuple(value.shape)}".replace("torch.", "")

@@ -1,0 +1,264 @@
+"""``options["tolerance"]``: kernels of lower precision where they come near enough on real inputs.
+
+Dynamo hands a backend the inputs of the very call that it compiles for. Before the graph is rewritten, each kernel of
+lower precision is put into a copy of it, wherever it is willing, and the copy is compared with the source site by site
+(:mod:`attnrewrite.verify`). The first kernel within the tolerance takes the site, as if it had been asked for there;
+a request by name is stronger.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import tracing
+from torch._subclasses.fake_tensor import FakeTensor
+
+from attnrewrite.ir.site import AttentionSite
+from attnrewrite.kernels import Kernel, is_fetched, made_ready, registered_kernels
+from attnrewrite.numerics.outcome import SiteCheck, Verification
+from attnrewrite.numerics.verify import Original
+from attnrewrite.options.compile_options import Policy
+from attnrewrite.options.request import Request
+from attnrewrite.passes.pipeline import as_asked, rewrite
+from attnrewrite.passes.result import Rewritten
+from attnrewrite.report.rows import KernelVerdict, SiteReport
+
+__all__ = ["Admission", "admitted"]
+
+_ORIGIN = "options['tolerance']"
+
+
+@dataclass
+class Admission:
+    """What the tolerance lets in.
+
+    Attributes:
+        tolerance: the largest error, relative to the largest number of the site's result.
+        verdicts: by the name of a site, the answer of each kernel of lower precision that could be tried in the graph.
+        notes: what is to be said of the graph as a whole.
+    """
+
+    tolerance: float
+    verdicts: dict[str, list[KernelVerdict]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def kernel_at(self, name: str) -> str | None:
+        return next((verdict.kernel for verdict in self.verdicts.get(name, ()) if verdict.willing), None)
+
+    def asking(self, name: str, site: AttentionSite, request: Request | None) -> Request | None:
+        """What is asked for at a site, with the kernel that was let in."""
+        kernel = self.kernel_at(name)
+        return request if kernel is None else _with(request, kernel)
+
+    def tell(self, sites: Iterable[SiteReport]) -> None:
+        """Adds the answers to the rows of the rewritten graph."""
+        for row in sites:
+            tried = self.verdicts.get(row.name, [])
+            names = {verdict.kernel for verdict in tried}
+            row.verdicts = (*tried, *(verdict for verdict in row.verdicts if verdict.kernel not in names))
+            if row.kernel is not None and row.kernel == self.kernel_at(row.name):
+                row.tolerance = self.tolerance
+
+
+def admitted(gm: fx.GraphModule, policy: Policy, inputs: Sequence[Any], tolerance: float) -> Admission:
+    """Which kernels of lower precision the tolerance lets in, and where.
+
+    Args:
+        gm: the captured graph, which is not changed.
+        inputs: those of the call that the graph is compiled for.
+
+    Raises:
+        KernelError: with ``strict``, as :func:`rewrite` does.
+    """
+    admission = Admission(tolerance)
+    said = f"tolerance {_in_words(tolerance)}"
+    values = _at_hand(inputs)
+    if values is None:
+        admission.notes.append(f"{said}: not applied, since the call's inputs are not at hand while it is compiled")
+        return admission
+    survey = _Survey()
+    exact = _copied(gm)
+    exactly = rewrite(exact, policy, survey.asking)
+    for reason, names in survey.excluded.items():
+        admission.notes.append(f"{said}: not applied at {', '.join(names)}: {reason}")
+    if not survey.answers:
+        return admission
+    willing = survey.willing()
+    if not willing:
+        admission.notes.append(f"{said}: no kernel of lower precision takes a site: {survey.refusals()}")
+        return admission
+    trials = _Trials(gm, policy, values, exact, exactly)
+    # In the order of registration.
+    for kernel in willing:
+        for name, answers in survey.answers.items():
+            if kernel in answers and not answers[kernel].willing:
+                admission.verdicts.setdefault(name, []).append(answers[kernel])
+        for name, check in trials.run(kernel, survey.sites_for(kernel, admission)).items():
+            admission.verdicts.setdefault(name, []).append(_judged(kernel, check, tolerance))
+    served = sum(admission.kernel_at(name) is not None for name in survey.answers)
+    admission.notes += [f"{said}: {note}" for note in trials.notes]
+    admission.notes.append(f"{said}: {served} of {len(survey.answers)} attention sites served in lower precision")
+    return admission
+
+
+def _candidates() -> list[Kernel]:
+    """What needs a network serves by name only."""
+    return [
+        kernel
+        for kernel in registered_kernels()
+        if getattr(kernel, "lower_precision", False) and not is_fetched(kernel)
+    ]
+
+
+def _with(request: Request | None, kernel: str) -> Request:
+    """The kernel stands in front of the automatic choice, and behind what was asked for by name."""
+    if request is None:
+        return Request((kernel,), _ORIGIN)
+    place = request.names.index("auto")
+    names = (*request.names[:place], kernel, *request.names[place:])
+    return dataclasses.replace(request, names=names, origin=f"{request.origin} and {_ORIGIN}")
+
+
+class _Survey:
+    """Asks every kernel of lower precision at every site that is open to them; what is spliced is not changed.
+
+    Attributes:
+        answers: for each such site, the answers by the kernel's name.
+        excluded: sites at which results cannot be compared, by the reason.
+    """
+
+    def __init__(self) -> None:
+        self.answers: dict[str, dict[str, KernelVerdict]] = {}
+        self.excluded: dict[str, list[str]] = {}
+        self._kernels = _candidates()
+
+    def asking(self, name: str, site: AttentionSite, request: Request | None) -> Request | None:
+        asked = request.names if request is not None else ("auto",)
+        reason = _incomparable(site)
+        if "auto" not in asked:
+            pass
+        elif reason:
+            self.excluded.setdefault(reason, []).append(name)
+        else:
+            kernels = [kernel for kernel in self._kernels if kernel.name not in asked]
+            self.answers[name] = {kernel.name: _answer(kernel, site) for kernel in kernels}
+        return request
+
+    def willing(self) -> list[str]:
+        """The kernels that would take a site."""
+        names = [kernel.name for kernel in self._kernels]
+        return [name for name in names if any(name in at and at[name].willing for at in self.answers.values())]
+
+    def sites_for(self, kernel: str, admission: Admission) -> frozenset[str]:
+        """Where the kernel is willing and none before it was let in."""
+        return frozenset(
+            name
+            for name, answers in self.answers.items()
+            if kernel in answers and answers[kernel].willing and admission.kernel_at(name) is None
+        )
+
+    def refusals(self) -> str:
+        """Each reason once, behind the kernels that gave it."""
+        kernels: dict[str, dict[str, None]] = {}
+        for answers in self.answers.values():
+            for verdict in answers.values():
+                kernels.setdefault(verdict.reason, {})[verdict.kernel] = None
+        return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in kernels.items())
+
+
+def _incomparable(site: AttentionSite) -> str:
+    if site.differentiable:
+        return "a backward pass may follow, and gradients are not compared (torch.no_grad() rules it out)"
+    if site.dropout:
+        return "weights are dropped at random, so that results cannot be compared"
+    return ""
+
+
+def _answer(kernel: Kernel, site: AttentionSite) -> KernelVerdict:
+    verdict = kernel.supports(site)
+    if verdict.willing:
+        available = made_ready(kernel, asked=False)
+        if not available.available:
+            return KernelVerdict(kernel.name, False, f"not available: {available.detail}")
+    return KernelVerdict(kernel.name, verdict.willing, verdict.reason)
+
+
+class _Trials:
+    """Runs kernels on the call's inputs, against the source; where that does not run, against the exact kernels."""
+
+    def __init__(
+        self, gm: fx.GraphModule, policy: Policy, inputs: Sequence[Any], exact: fx.GraphModule, exactly: Rewritten
+    ) -> None:
+        self.notes: list[str] = []
+        self._gm, self._policy, self._inputs = gm, policy, inputs
+        self._exact, self._exactly = exact, exactly
+        self._source: Original | None = Original(gm)
+
+    def run(self, kernel: str, sites: frozenset[str]) -> dict[str, SiteCheck]:
+        """What became of each of the sites with the kernel in its place; empty where nothing could be run."""
+        if not sites:
+            return {}
+
+        def asking(name: str, site: AttentionSite, request: Request | None) -> Request | None:
+            return _with(request, kernel) if name in sites else as_asked(name, site, request)
+
+        trial = _copied(self._gm)
+        rows = rewrite(trial, self._policy, asking).sites
+        # Another kernel may have been asked for by name, before the automatic choice.
+        served = {row.name for row in rows if row.name in sites and row.kernel == kernel}
+        checks = self._compared(trial, rows).checks if served else []
+        return {check.site.name: check for check in checks if check.site is not None and check.site.name in served}
+
+    def _compared(self, trial: fx.GraphModule, rows: Sequence[SiteReport]) -> Verification:
+        # What a kernel compiles for itself is no part of the graph that is being compiled.
+        with tracing(None):
+            if self._source is not None:
+                found = self._source.compare(trial, rows, self._inputs)
+                if not found.unable:
+                    return found
+                self._source = None
+                self.notes.append(
+                    f"the graph as it was did not run ({found.unable}), so results are compared with those of "
+                    + ", ".join(dict.fromkeys(row.kernel or "the source" for row in self._exactly.sites))
+                )
+            found = Original(self._exact, self._exactly.sites).compare(trial, rows, self._inputs)
+        if found.unable:
+            note = f"not applied, since the rewritten graph did not run either: {found.unable}"
+            self.notes += [] if note in self.notes else [note]
+            return Verification()
+        return found
+
+
+def _judged(kernel: str, check: SiteCheck, tolerance: float) -> KernelVerdict:
+    found = check.difference
+    if found is None:
+        return KernelVerdict(kernel, False, check.skipped)
+    if found.reason:
+        return KernelVerdict(kernel, False, found.reason)
+    within = found.relative <= tolerance
+    relation = "within" if within else "more than"
+    return KernelVerdict(kernel, within, f"error {found.relative:.1e}, {relation} the tolerance {_in_words(tolerance)}")
+
+
+def _in_words(tolerance: float) -> str:
+    short = f"{tolerance:.0e}"
+    return short if float(short) == tolerance else f"{tolerance:g}"
+
+
+def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+    return fx.GraphModule(gm, copy.deepcopy(gm.graph))
+
+
+def _at_hand(inputs: Sequence[Any]) -> list[Any] | None:
+    """The inputs with symbolic numbers as those of the call; None where there are no real ones."""
+    values = [value.node.hint if isinstance(value, _SYMBOLIC) else value for value in inputs]
+    return None if any(value is None or isinstance(value, FakeTensor) for value in values) else values
+
+
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)

@@ -1,0 +1,140 @@
+"""``ATTNREWRITE_VERIFY=1``: the first call of a compiled graph compares each rewritten site with the source.
+
+The captured graph as it was runs on the call's own inputs, and wherever it comes to the result of a site, the nodes
+that replaced the site run on the same values. What they give is compared, and the run goes on with the source's value:
+an error is laid to the site that makes it, not to those behind it. Whatever else differs between the two graphs runs
+too and is compared where it leaves the graph; calls that are the same in both run once.
+
+The inputs are not written to, random numbers are drawn from a copy of the generators' state, and nothing is recorded
+for a backward pass: gradients are not compared.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from attnrewrite.numerics.outcome import Verification
+from attnrewrite.numerics.replay import Replay, ReplayPlan, SourceError, read_outside, without_traces
+from attnrewrite.report.rows import GraphReport, SiteReport
+
+__all__ = ["Original", "verified"]
+
+log = logging.getLogger("attnrewrite")
+
+aten = torch.ops.aten
+
+CompiledFn = Callable[..., Any]
+
+
+class Original:
+    """A copy of a graph, which others that were made of the same captured graph are compared with."""
+
+    def __init__(self, gm: fx.GraphModule, rows: Sequence[SiteReport] = ()) -> None:
+        """Args:
+        gm: the captured graph before it is rewritten in place, or one that was rewritten already.
+        rows: the sites of the latter.
+        """
+        copies: dict[fx.Node, fx.Node] = {}
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(gm.graph, copies))
+        self.gm = fx.GraphModule(gm, graph)
+        self._by_name = {node.name: copy for node, copy in copies.items()}
+        self._place = {node: place for place, node in enumerate(graph.nodes)}
+        self._came = {name for row in rows for name in row.nodes_after}
+        # Found now: the nodes of the graph itself may change.
+        self._replacements = {row.name: self._replacement(row) for row in rows if row.status == "rewritten"}
+
+    def compare(self, other: fx.GraphModule, sites: Sequence[SiteReport], inputs: Sequence[Any]) -> Verification:
+        """Compares a graph whose sites were rewritten with this one.
+
+        Args:
+            other: made of the captured graph that this one was made of.
+            sites: its rows, of which those that were rewritten are compared.
+            inputs: what the compiled graph is called with.
+        """
+        came = {name for row in sites for name in row.nodes_after} | self._came
+        common = {name: node for name, node in self._by_name.items() if name not in came}
+        twins = {node: common[node.name] for node in other.graph.nodes if node.name in common}
+        results = {row.name: self._result(row) for row in sites}
+        verification = Verification()
+        plan = ReplayPlan(self.gm, other, twins, results, sites)
+        with without_traces(_devices(self.gm, other)) as autocast:
+            run = Replay(plan, autocast, verification)
+            try:
+                run(inputs)
+            except SourceError as error:
+                verification.unable = str(error)
+        return verification
+
+    def _result(self, row: SiteReport) -> fx.Node | None:
+        """The node of this graph that holds the result of the site."""
+        if row.name in self._replacements:
+            return self._replacements[row.name]
+        nodes = [self._by_name[name] for name in row.nodes_before if name in self._by_name]
+        return max(nodes, key=self._place.__getitem__, default=None)
+
+    def _replacement(self, row: SiteReport) -> fx.Node | None:
+        return read_outside([self._by_name[name] for name in row.nodes_after if name in self._by_name])
+
+
+def _devices(*gms: fx.GraphModule) -> set[torch.device]:
+    values = [node.meta.get("val") for gm in gms for node in gm.graph.nodes]
+    return {value.device for value in values if isinstance(value, torch.Tensor)}
+
+
+def verified(
+    original: Original, gm: fx.GraphModule, report: GraphReport, unchanged: CompiledFn, rewritten: CompiledFn
+) -> CompiledFn:
+    """A callable whose first call compares the two graphs and decides which of the compiled ones serves all calls.
+
+    Args:
+        original: the captured graph, copied before rewriting.
+        gm: the graph that was rewritten.
+        report: its rows are compared; what is found is written into it.
+        unchanged, rewritten: the graph as Dynamo gave it, and the rewritten one, compiled.
+    """
+    lock = threading.Lock()
+    pending: Original | None = original
+    chosen = rewritten
+
+    def call(*inputs: Any) -> Any:
+        nonlocal pending, chosen
+        if pending is not None and not any(isinstance(value, FakeTensor) for value in inputs):
+            with lock:
+                if pending is not None:
+                    result = pending.compare(gm, report.sites, inputs)
+                    _tell(result, report)
+                    chosen = unchanged if result.failed else rewritten
+                    pending = None
+        return chosen(*inputs)
+
+    return call
+
+
+def _tell(result: Verification, report: GraphReport) -> None:
+    """The outcome for the log and the report."""
+    if result.unable:
+        note = f"not verified, and compiled as rewritten: the graph as it was did not run: {result.unable}"
+        log.warning("%s: %s", report.name, note)
+        report.notes.append(note)
+        return
+    if not result.failed:
+        log.info("%s: %s", report.name, result)
+        report.notes.append(str(result))
+        return
+    for check in result.failed:
+        log.warning("%s: %s; the graph is kept as it was", report.name, check)
+        report.notes.append(f"verification failed, so the graph is kept as it was: {check}")
+    failed = {id(check.site): check for check in result.failed}
+    for row in report.rewritten:
+        row.status = "kept"
+        row.reason = "verification failed elsewhere in the graph"
+        if id(row) in failed:
+            row.reason = f"verification: {failed[id(row)]}"

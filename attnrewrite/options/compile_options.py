@@ -1,0 +1,162 @@
+"""Every setting and every environment variable, in this one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from attnrewrite.errors import OptionError
+from attnrewrite.options.cache_config import FasterCacheConfig, PyramidAttentionBroadcastConfig, validated
+from attnrewrite.options.environment import request_of_environment, switched
+from attnrewrite.options.request import kernel_names
+
+__all__ = ["DATA_DEPENDENT_SIZES", "OWN_OPTIONS", "Policy", "tracing_settings"]
+
+
+DATA_DEPENDENT_SIZES = "capture_dynamic_output_shape_ops"
+"""The option, and the setting of ``torch._dynamo.config``, of one name."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the user asked for, checked.
+
+    Attributes:
+        inner_backend: what compiles the rewritten graph: a registered torch.compile backend's name, or a callable
+            ``(gm, example_inputs) -> callable``. Default ``"inductor"``.
+        assume_attended_rows: the user's word that every query row has at least one key that is not masked. It lifts
+            refusals that exist only for the sake of fully masked rows (see docs/exactness.md). Default False.
+        verify: whether the first call of each compiled graph compares every rewritten site with the source
+            (:mod:`attnrewrite.verify`). Default ``ATTNREWRITE_VERIFY``, which is False where it is unset.
+        tolerance: the largest error, relative to the largest number of a site's result, with which a kernel of lower
+            precision is let in (:mod:`attnrewrite.tolerance`). Default None: such kernels serve by name only.
+        checks: whether device, dtype and shapes of the operands are checked before each call of a kernel
+            (:mod:`attnrewrite.checks`). Default ``ATTNREWRITE_CHECKS``, which is False where it is unset.
+        kernels: the kernels to use, in order of preference; empty for the automatic choice.
+        kernel_rules: kernels for single sites: pairs of a glob, over the module's path or over "file:line", and names.
+            The first that matches holds. An option takes them as a dictionary.
+        strict: whether a site that no kernel that was asked for can serve is an error. Default False: the next willing
+            kernel takes it, with a warning.
+        autotune: whether the automatic choice times the willing kernels on each site's own shapes. Default
+            ``ATTNREWRITE_AUTOTUNE``, which is False where it is unset.
+        fuse_projections: whether projections of one input that feed an attention become one. Default
+            ``ATTNREWRITE_FUSE_PROJECTIONS``; None, where that is unset: only those whose weights are constants that
+            Inductor freezes.
+        cache: reuse of attention across diffusion steps, for each graph by itself: a validated config. Default None. A
+            model's calls as a whole have :func:`attnrewrite.enable_cache`.
+        capture_dynamic_output_shape_ops: whether Dynamo traces operators such as ``nonzero``, whose output's size
+            depends on the data, which otherwise break the graph. ``explain`` and ``accelerate_attention`` switch it on
+            while Dynamo traces; ``torch.compile`` itself has traced the graph when it reads options. Default False.
+        mode: ``torch.compile``'s mode, for Inductor only.
+        inner_options: what is passed on to the inner compiler.
+    """
+
+    inner_backend: str | Callable[..., Any] = "inductor"
+    assume_attended_rows: bool = False
+    verify: bool = False
+    tolerance: float | None = None
+    checks: bool = False
+    kernels: tuple[str, ...] = ()
+    kernel_rules: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    strict: bool = False
+    autotune: bool = False
+    fuse_projections: bool | None = None
+    cache: PyramidAttentionBroadcastConfig | FasterCacheConfig | None = None
+    capture_dynamic_output_shape_ops: bool = False
+    mode: str | None = None
+    inner_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def from_options(options: Mapping[str, Any] | None, mode: str | None) -> Policy:
+        """The policy for ``torch.compile(..., backend="attnrewrite", options=options, mode=mode)``.
+
+        Keys that are attnrewrite's own are taken; the rest is kept for the inner compiler, which checks them.
+
+        Raises:
+            OptionError: an option of attnrewrite's own, or the environment variable behind it, has a wrong value.
+        """
+        own: dict[str, Any] = {}
+        inner: dict[str, Any] = {}
+        for key, value in (options or {}).items():
+            (own if key in OWN_OPTIONS else inner)[key] = value
+        for key in ("verify", "checks", "autotune"):
+            own.setdefault(key, bool(switched(f"ATTNREWRITE_{key.upper()}")))
+        if own.get("fuse_projections") is None:
+            own["fuse_projections"] = switched("ATTNREWRITE_FUSE_PROJECTIONS")
+        for key in ("assume_attended_rows", "verify", "checks", "strict", "autotune", DATA_DEPENDENT_SIZES):
+            if not isinstance(own.get(key, False), bool):
+                raise OptionError(f"options[{key!r}] takes True or False; got {own[key]!r}")
+        if not isinstance(own["fuse_projections"], (bool, type(None))):
+            raise OptionError(f"options['fuse_projections'] takes True, False or None; got {own['fuse_projections']!r}")
+        if "tolerance" in own:
+            own["tolerance"] = _tolerance(own["tolerance"])
+        if own.get("cache") is not None:
+            own["cache"] = _cache(own["cache"])
+        if "kernels" in own:
+            own["kernels"] = kernel_names(own["kernels"], "options['kernels']")
+        if "kernel_rules" in own:
+            own["kernel_rules"] = _rules(own["kernel_rules"])
+        request_of_environment()  # Its mistakes are said now, and not in the middle of a graph.
+        return Policy(mode=None if mode == "default" else mode, inner_options=inner, **own)
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether Inductor puts what it compiles into CUDA graphs, where a call costs the host next to nothing."""
+        if self.inner_backend != "inductor":
+            return False
+        if self.mode in ("reduce-overhead", "max-autotune"):
+            return True
+        import torch._inductor.config
+
+        return bool(self.inner_options.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs))
+
+    @property
+    def freezes(self) -> bool:
+        """Whether Inductor works out once what depends on constants alone, where gradients are off."""
+        if self.inner_backend != "inductor":
+            return False
+        import torch._inductor.config
+
+        return bool(self.inner_options.get("freezing", torch._inductor.config.freezing))
+
+
+OWN_OPTIONS = tuple(f.name for f in dataclasses.fields(Policy) if f.name not in ("mode", "inner_options"))
+"""The keys of ``options`` that attnrewrite reads itself."""
+
+
+def _tolerance(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise OptionError(
+            "options['tolerance'] takes a number above 0, the largest error relative to the largest number of an "
+            f"attention's result, such as 1e-2; got {value!r}"
+        )
+    return float(value)
+
+
+def _cache(value: Any) -> PyramidAttentionBroadcastConfig | FasterCacheConfig:
+    config = validated(value)
+    if isinstance(config, FasterCacheConfig) and not config.is_guidance_distilled:
+        raise OptionError(
+            "options['cache'] reuses attention in each graph by itself, and FasterCache halves what a model is called "
+            "with: call attnrewrite.enable_cache(compiled_model, config) instead, or set is_guidance_distilled=True"
+        )
+    return config
+
+
+def _rules(value: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    if not isinstance(value, Mapping) or not all(isinstance(glob, str) for glob in value):
+        raise OptionError(
+            "options['kernel_rules'] takes a dictionary from globs over module paths or file:line to kernels, such as "
+            f"{{'*.attn1': 'flex'}}; got {value!r}"
+        )
+    return tuple((glob, kernel_names(names, f"options['kernel_rules'][{glob!r}]")) for glob, names in value.items())
+
+
+def tracing_settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What is set in ``torch._dynamo.config`` while a model that was compiled with these options is called."""
+    return {DATA_DEPENDENT_SIZES: True} if (options or {}).get(DATA_DEPENDENT_SIZES) is True else {}

@@ -1,0 +1,1 @@
+"""The passes over the IR, in ``pipeline.rewrite`` in their order."""

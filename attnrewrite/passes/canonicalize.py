@@ -1,0 +1,589 @@
+"""Score modifications brought to the one form that kernels read.
+
+``scores = scale * (query @ key) + mask``, where ``scale`` is a number, what is left of the scaling is multiplied into
+query or key, and ``mask`` is a sum of biases and fills replayed in their order. The form is only taken where it gives
+what the source gives; otherwise the reason is said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from attnrewrite.analysis.entries import Cases
+from attnrewrite.analysis.formulas import Formula, conjunction, negation
+from attnrewrite.analysis.masks import (
+    Positions,
+    attended_everywhere,
+    band_of,
+    in_words,
+    isolated_block_of,
+    kept_where,
+    may_mask,
+    truth,
+)
+from attnrewrite.analysis.values import (
+    ABSORBING,
+    FAR_BELOW,
+    ORDINARY,
+    UNDERFLOW,
+    Kind,
+    as_stored,
+    is_ordinary,
+    possible_values,
+)
+from attnrewrite.ir.axes import Operand, size_of
+from attnrewrite.ir.nodes import Size, same, tensor
+from attnrewrite.ir.site import (
+    AttentionSite,
+    Band,
+    Bias,
+    CanonicalScores,
+    Elementwise,
+    Fill,
+    Floor,
+    Narrow,
+    NotAttention,
+    RoundingDecides,
+    Scale,
+    ScoreMod,
+    Shift,
+    WeightMod,
+    Zero,
+)
+from attnrewrite.options.compile_options import Policy
+
+__all__ = ["canonical_scores"]
+
+aten = torch.ops.aten
+
+Term = Bias | Fill | Floor
+
+
+@dataclass
+class _Reading:
+    """The modifications, sorted into what is multiplied and what is added."""
+
+    scale: float = 1.0
+    query_factors: list[Scale] = field(default_factory=list)
+    key_factors: list[Scale] = field(default_factory=list)
+    terms: list[Term] = field(default_factory=list)
+    inexpressible: str = ""
+    softcap: float | None = None
+    """What the scores are multiplied by after a tanh, where ``inexpressible`` is for nothing else."""
+    shifted: bool = False
+    """A number that is the same for all keys of a row was added or subtracted."""
+    narrowed: str = ""
+    rounded_to: torch.dtype | None = None
+    """Masked scores were rounded to a dtype that still resolves them: what is added afterwards meets the infinities."""
+    lifted: str = ""
+    """Masked scores had their maximum subtracted: what became of a row that is masked altogether."""
+    overflows: str = ""
+    """What may change scores that are all masked, by overflow or by making them ordinary again."""
+
+    def take_function(self, reason: str) -> None:
+        """The scores are no longer what a scale and a mask can say."""
+        self.inexpressible, self.softcap = reason, None
+
+
+def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
+    """The canonical form of ``site``'s modifications.
+
+    Where only a kernel that takes any function of a score can compute the source, the form says so in
+    ``inexpressible``, and its terms are those that may mask afterwards.
+
+    Raises:
+        NotAttention: there is none that gives the source's values for every input.
+    """
+    positions = Positions(site.query_axes, site.key_axes)
+    reading = _read(site, positions)
+    formulas = [kept_where(term, positions) if isinstance(term, (Bias, Fill)) else None for term in reading.terms]
+    terms = [term for term, formula in zip(reading.terms, formulas, strict=True) if formula is not True]
+    kept = [formula for formula in formulas if formula is not True]
+
+    attended = "the caller's word (assume_attended_rows)" if policy.assume_attended_rows else None
+    attended = attended_everywhere(terms, positions) or _by_sink(site) or attended
+    if site.foreign and attended is None and any(map(_may_mask, terms)):
+        raise NotAttention(
+            "what the library's call gives a row whose keys are all masked is not known, and no such row could be "
+            "ruled out (if none occurs, say so: options={'assume_attended_rows': True})"
+        )
+    dtype = min((term.dtype for term in terms), key=lambda dtype: dtype.itemsize, default=site.softmax_dtype)
+    inexpressible, refused = reading.inexpressible, ""
+    if reading.lifted and (site.underflows or site.rounds_rows):
+        reading.overflows = "exponentials are taken of masked scores whose maximum was subtracted before"
+    if attended is None and reading.overflows:
+        raise NotAttention(
+            f"{reading.overflows}, which matters in a row that has no key, and no such row could be ruled out "
+            "(if none occurs, say so: options={'assume_attended_rows': True})"
+        )
+    if attended is None:
+        terms = _as_written_out(site, terms)
+    if not site.fused:
+        _check_rounding(terms, dtype, attended)
+        refused = _no_mask(terms, attended, site.differentiable)
+        inexpressible = inexpressible or refused
+    masked = _kept_by_all(terms, kept)
+    value_mods, output_mods, masked_rows = _placed_weight_mods(
+        site, positions, masked, _rows_without_key(site, terms) if attended is None else "none"
+    )
+    band = isolated = None
+    if site.is_causal:
+        square = same(size_of(site.query_axes), size_of(site.key_axes))
+        band = Band((None, 0), (None, 0) if square else None)
+    elif attended is not None and masked is not None and None not in kept:
+        band = band_of(masked, positions)
+        isolated = _isolated(masked, positions, site)
+    becomes_causal = not inexpressible and site.sink is None and band is not None and band.is_causal
+    return CanonicalScores(
+        scale=None if site.default_scale else reading.scale,
+        query_factors=tuple(reading.query_factors),
+        key_factors=tuple(reading.key_factors),
+        terms=() if becomes_causal else tuple(terms),
+        dtype=dtype,
+        rounded_to=reading.rounded_to,
+        attended=attended,
+        masked_rows=masked_rows,
+        fills_decide=not (site.fused or inexpressible or site.sink is not None or attended) and _only_fills_mask(terms),
+        is_causal=site.is_causal or becomes_causal,
+        band=band,
+        isolated=isolated,
+        softcap=abs(reading.softcap) if reading.softcap and not refused else None,
+        value_mods=value_mods,
+        output_mods=output_mods,
+        structure=_structure(site, terms, kept, positions),
+        inexpressible=inexpressible,
+    )
+
+
+def _as_written_out(site: AttentionSite, terms: list[Term]) -> list[Term]:
+    """The terms as a softmax that is written out meets them in a row that may have no key."""
+    if site.underflows:
+        terms = [_infinite(term) for term in terms]
+        if any(isinstance(term, Fill) and -math.inf < term.value < -ORDINARY for term in terms):
+            raise NotAttention("exponentials of the scores themselves underflow where a finite number is filled in")
+    biases = [term for term in terms if isinstance(term, Bias)]
+    if site.nan_to_zero and site.differentiable and (_may_be_infinite(biases) or any(map(may_mask, biases))):
+        raise NotAttention(
+            "NaN is replaced in rows without a key, whose gradient is NaN all the same where the mask was added (if no "
+            "such row occurs, say so: options={'assume_attended_rows': True})"
+        )
+    if (
+        site.sink is not None
+        and site.differentiable
+        and not site.sink_is_shifted
+        and any(isinstance(term, Fill) and _may_mask(term) for term in terms)
+    ):
+        raise NotAttention(
+            "the sink may be minus infinity, too, and the gradient of a row that is masked altogether is not known "
+            "(if no such row occurs, say so: options={'assume_attended_rows': True})"
+        )
+    if site.rounds_rows and site.differentiable and any(_may_be_low(term) for term in terms):
+        raise NotAttention(
+            "the logarithm of the sum of exponentials is rounded away in a row that finite numbers mask, and no such "
+            "row could be ruled out (if none occurs, say so: options={'assume_attended_rows': True})"
+        )
+    return terms
+
+
+def _rows_without_key(site: AttentionSite, terms: list[Term]) -> str:
+    """What the source gives rows that have no key, as far as softmax goes."""
+    infinite = _may_be_infinite(terms) or _sum_may_overflow(terms)
+    floored = bool(terms) and isinstance(terms[-1], Floor)
+    if floored or not (infinite or site.underflows):
+        return "mean of value"
+    return "zero where NaN" if site.nan_to_zero else "NaN"
+
+
+def _may_be_infinite(terms: Sequence[Term]) -> bool:
+    return any(value in (Kind.ANY, Kind.LEARNED, -math.inf) for term in terms for value in _values(term))
+
+
+def _kept_by_all(terms: list[Term], kept: Sequence[Formula | None]) -> Formula | None:
+    """The formula under which no term masks; None where that is not known of one that may."""
+    for term, formula in zip(terms, kept, strict=True):
+        if formula is None and (not isinstance(term, Bias) or may_mask(term)):
+            return None
+    return conjunction([formula for formula in kept if formula is not None])
+
+
+def _read(site: AttentionSite, positions: Positions) -> _Reading:
+    reading = _Reading()
+    terms = reading.terms
+    for mod in site.mods:
+        if reading.lifted and not _keeps_lifted(mod, reading):
+            reading.overflows = "masked scores are changed further after their maximum was subtracted"
+        if isinstance(mod, Elementwise):
+            _apply_function(mod, reading)
+        elif isinstance(mod, Bias):
+            if reading.narrowed:
+                reading.overflows = reading.narrowed
+            merged = _filled_by_bias(terms[-1], mod, positions) if terms else None
+            if merged is not None:
+                terms[-1] = merged
+            else:
+                terms.append(mod)
+        elif isinstance(mod, Fill):
+            terms.append(mod)
+        elif isinstance(mod, Floor):
+            _put_floor(terms, mod)
+        elif isinstance(mod, Narrow):
+            _narrow(mod, reading)
+        elif isinstance(mod, Shift):
+            reading.shifted = True
+            if mod.by_maximum and any(map(_may_mask, terms)):
+                reading.lifted = "to zero" if any(map(_may_be_low, terms)) else "to NaN"
+        elif isinstance(mod.factor, (int, float)):
+            if mod.divide and mod.factor == 0:
+                raise NotAttention("the scores are divided by zero")
+            number = 1.0 / mod.factor if mod.divide else float(mod.factor)
+            reading.scale *= number
+            if reading.softcap is not None:
+                reading.softcap *= number
+            terms[:] = [_scaled(term, number) for term in terms]
+        elif (reading.shifted and _zeroes_keys(mod, site)) or not _place_factor(mod, site, reading):
+            assert isinstance(mod.factor, Operand)
+            if mod.divide or not possible_values(mod.factor.node) <= {0.0, 1.0}:
+                reading.take_function("the scores are multiplied by a tensor over query and key positions")
+                reading.overflows = "a tensor scales masked scores" if terms else reading.overflows
+            elif any(value in (Kind.ANY, -math.inf) for term in terms for value in _values(term)):
+                raise NotAttention("zeros multiply scores that may be minus infinity, which gives NaN")
+            else:
+                terms.append(_Multiplied(mod.factor, 0.0, site.softmax_dtype, True, after_shift=reading.shifted))
+    if not math.isfinite(reading.scale):
+        raise NotAttention(f"the scale is {reading.scale}")
+    if reading.scale < 0:
+        # FlashAttention and cuDNN take the highest product before they scale it: where the sign turns, exponentials
+        # overflow.
+        reading.scale = -reading.scale
+        reading.query_factors.append(Scale(-1.0))
+    if any(isinstance(term, _Multiplied) for term in terms):
+        if any(isinstance(term, _Multiplied) and term.after_shift for term in terms):
+            raise NotAttention("shifted scores are multiplied by zeros and ones, and a score of zero takes part")
+        reading.take_function("the scores are multiplied by zeros and ones, and a score of zero takes part")
+        terms[:] = [term for term in terms if not isinstance(term, _Multiplied)]
+    return reading
+
+
+_BOUNDED = (aten.tanh.default, aten.sigmoid.default, aten.clamp.default)
+
+
+def _apply_function(mod: Elementwise, reading: _Reading) -> None:
+    """No score is infinite after a bounded function, so that only later terms mask."""
+    target: Any = mod.node.target
+    name = getattr(target, "_opname", target)
+    low = mod.node.args[1] if len(mod.node.args) > 1 else mod.node.kwargs.get("min")
+    unbounded = target is aten.clamp.default and not (isinstance(low, (int, float)) and math.isfinite(low))
+    if reading.terms and (target not in _BOUNDED or unbounded):
+        raise NotAttention(f"{name} is applied to scores that are masked already")
+    caps = target is aten.tanh.default and not (reading.terms or reading.inexpressible)
+    reading.take_function(f"{name} of the scores needs a kernel with a score_mod")
+    reading.softcap = 1.0 if caps else None
+    reading.terms.clear()
+
+
+def _keeps_lifted(mod: ScoreMod, reading: _Reading) -> bool:
+    """Whether rows that were masked altogether, and lifted, stay what the terms give that were there before.
+
+    Zeros stay zeros under a factor, if the terms do not overflow under it. NaN stays NaN, unless it is filled.
+    """
+    if isinstance(mod, Shift):
+        return True
+    if reading.lifted == "to NaN":
+        return isinstance(mod, (Scale, Bias, Narrow))
+    if not isinstance(mod, Scale) or not isinstance(mod.factor, (int, float)) or mod.factor <= 0:
+        return False
+    number = 1 / mod.factor if mod.divide else mod.factor
+    return not any(_may_overflow(term, number) for term in reading.terms)
+
+
+def _may_overflow(term: Term, number: float) -> bool:
+    """Whether a term that is finite may become infinite when it is multiplied further; its steps so far count."""
+    if not isinstance(term, Bias):
+        return math.isfinite(term.value) and not math.isfinite(as_stored(term.value * number, term.dtype))
+    factor = term.factor * number
+    for scale in term.scales:
+        if not isinstance(scale.factor, (int, float)):
+            return True
+        factor *= 1 / scale.factor if scale.divide else scale.factor
+    return abs(factor) > 1
+
+
+def _may_mask(term: Term) -> bool:
+    return may_mask(term) if isinstance(term, Bias) else term.value < -ORDINARY
+
+
+def _may_be_low(term: Term) -> bool:
+    """Whether a term may lower scores by a large and finite number."""
+    return may_mask(term) if isinstance(term, Bias) else -math.inf < term.value < -ORDINARY
+
+
+def _infinite(term: Term) -> Term:
+    """What is far below zero has the exponential 0, as minus infinity has."""
+    return replace(term, value=-math.inf) if isinstance(term, Fill) and term.value <= UNDERFLOW else term
+
+
+def _narrow(mod: Narrow, reading: _Reading) -> None:
+    """A large number may become infinite in a narrower dtype."""
+    terms = reading.terms
+    terms[:] = [
+        replace(term, value=as_stored(term.value, mod.dtype)) if isinstance(term, Fill) else term for term in terms
+    ]
+    rounded = f"masked scores are rounded to {mod.dtype}".replace("torch.", "")
+    if reading.inexpressible and terms:
+        reading.overflows = rounded
+    if any(isinstance(term, Floor) or (isinstance(term, Bias) and may_mask(term)) for term in terms):
+        if mod.dtype.itemsize < 4 or any(_overflows(term, mod.dtype) for term in terms):
+            reading.overflows = rounded
+        else:
+            # No score is large enough to matter here: the mask, rounded as a whole, is infinite where the scores are.
+            reading.narrowed, reading.rounded_to = rounded, mod.dtype
+
+
+def _overflows(term: Term, dtype: torch.dtype) -> bool:
+    """Whether ``dtype`` makes an infinity of a number that the term is known to add."""
+    numbers = [value for value in _values(term) if isinstance(value, float) and math.isfinite(value)]
+    return isinstance(term, Floor) or any(math.isinf(as_stored(number, dtype)) for number in numbers)
+
+
+def _put_floor(terms: list[Term], floor: Floor) -> None:
+    assert floor.value <= ABSORBING
+    terms[:] = [replace(term, value=max(term.value, floor.value)) if isinstance(term, Fill) else term for term in terms]
+    if any(isinstance(term, Bias) for term in terms):
+        terms.append(floor)
+
+
+def _scaled(term: Term, number: float) -> Term:
+    if isinstance(term, Bias):
+        # A step that may overflow is kept as a step.
+        large = any(not isinstance(value, float) or abs(value) > 1e30 for value in possible_values(term.operand.node))
+        if large and abs(number) != 1:
+            return term.scaled(Scale(number))
+        return Bias(term.operand, term.dtype, term.factor * number, term.scales)
+    if number <= 0:
+        raise NotAttention("a filled mask is multiplied by a number that is not positive")
+    value = as_stored(term.value * number, term.dtype)
+    return replace(term, value=value)
+
+
+def _place_factor(mod: Scale, site: AttentionSite, reading: _Reading) -> bool:
+    """Moves a factor of the scores into query or key; False where it is one over query and key positions."""
+    factor = mod.factor
+    axes = set(factor.axes) if isinstance(factor, Operand) else set()
+    if not (axes <= set(site.query.axes) or axes <= set(site.key.axes)):
+        return False
+    terms = reading.terms
+    if any(not isinstance(term, Bias) for term in terms):
+        reading.take_function("a tensor scales the scores after a mask was applied")
+        if any(isinstance(term, Fill) and math.isfinite(term.value) for term in terms):
+            reading.overflows = "a tensor scales masked scores"
+        return True
+    terms[:] = [term.scaled(mod) for term in terms if isinstance(term, Bias)]
+    (reading.query_factors if axes <= set(site.query.axes) else reading.key_factors).append(mod)
+    reading.softcap = None
+    return True
+
+
+@dataclass(frozen=True)
+class _Multiplied(Fill):
+    """``scores * mask`` with a mask of zeros and ones, of which a large negative number added next makes a fill.
+
+    ``after_shift``: a number was added to all scores before, which does not reach those that become zero.
+    """
+
+    after_shift: bool = False
+
+
+def _zeroes_keys(mod: Scale, site: AttentionSite) -> bool:
+    factor = mod.factor
+    return isinstance(factor, Operand) and bool(set(factor.axes) & set(site.key_axes)) and not mod.divide
+
+
+def _filled_by_bias(before: Term, bias: Bias, positions: Positions) -> Fill | None:
+    """``scores * mask + (1 - mask) * -1e9`` is a fill: where the mask is 0 nothing is left of the score."""
+    if not isinstance(before, Fill) or before.value != 0:
+        return None
+    entry = positions.of(bias.operand)
+    condition = truth(positions.of(before.condition))
+    if not isinstance(entry, Cases) or condition is None:
+        return None
+    zeroed = negation(condition) if before.invert else condition
+    low = [number for number, _ in entry.numbers if number != 0]
+    if len(low) != 1 or entry.where(lambda number: number != 0) != zeroed:
+        return None
+    value = bias.of(low[0])
+    return None if value is None else Fill(before.condition, value, bias.dtype, before.invert)
+
+
+def _isolated(kept: Formula, positions: Positions, site: AttentionSite) -> tuple[Size, Size] | None:
+    """The bounds of the block of positions that ``kept`` isolates from each other, as sizes of the graph."""
+    bounds = isolated_block_of(kept, positions)
+    if bounds is None:
+        return None
+    sizes: list[Size] = []
+    known: list[Size] = [axis.size for axis in (*site.query_axes, *site.key_axes)]
+    known += [size for part in (site.query, site.key) for size in tensor(part.node).shape]
+    symbolic = [size for size in known if isinstance(size, torch.SymInt)]
+    for bound in bounds:
+        if bound.is_Integer:
+            sizes.append(int(bound))
+        elif symbolic:
+            sizes.append(symbolic[0].node.shape_env.create_symintnode(bound, hint=None))
+        else:
+            return None
+    return sizes[0], sizes[1]
+
+
+# What is done to the weights.
+
+
+def _placed_weight_mods(
+    site: AttentionSite, positions: Positions, kept: Formula | None, masked_rows: str
+) -> tuple[tuple[WeightMod, ...], tuple[WeightMod, ...], str]:
+    """What of it is done to the value, what to the output, and what rows without a key come to."""
+    value_mods: list[WeightMod] = []
+    output_mods: list[WeightMod] = []
+    for mod in site.weight_mods:
+        if isinstance(mod, Zero):
+            zeroed = truth(positions.of(mod.condition))
+            zeroed = None if zeroed is None else negation(zeroed) if mod.invert else zeroed
+            if zeroed is not None and kept is not None and conjunction([zeroed, kept]) is False:
+                # What is zeroed was masked: it is zero already, except in rows that have no key.
+                if masked_rows == "none":
+                    continue
+                if conjunction([negation(zeroed), negation(kept)]) is False:
+                    stays = mod.multiplied and masked_rows in ("NaN", "zero unless NaN")
+                    masked_rows = "zero unless NaN" if stays else "zero"
+                    continue
+        operand = mod.condition if isinstance(mod, Zero) else mod.factor
+        axes = set(operand.axes) if isinstance(operand, Operand) else set()
+        if not axes & set(site.key_axes) and axes <= {*site.query.axes, *site.value.axes}:
+            output_mods.append(mod)
+        elif axes <= set(site.value.axes):
+            if isinstance(mod, Zero) and not mod.multiplied and "NaN" in masked_rows:
+                raise NotAttention("weights are zeroed by a mask that was not applied before softmax, and may be NaN")
+            value_mods.append(mod)
+        else:
+            raise NotAttention(
+                "the attention weights are multiplied by a tensor over query and key positions, which is not known to "
+                "be the mask that was applied before softmax"
+            )
+    return tuple(value_mods), tuple(output_mods), masked_rows
+
+
+# What the terms may be.
+
+
+def _by_sink(site: AttentionSite) -> str | None:
+    """One more key that no mask reaches, if its score is a number like any other."""
+    sink = site.sink
+    if sink is None or site.sink_is_shifted:
+        return None
+    values = possible_values(sink.node) if isinstance(sink, Operand) else {float(sink)}
+    return "the sink" if all(is_ordinary(value) for value in values) else None
+
+
+def _structure(
+    site: AttentionSite, terms: list[Term], kept: Sequence[Formula | None], positions: Positions
+) -> tuple[str, ...]:
+    known = [formula for formula in kept if formula is not None]
+    words = list(in_words(conjunction(known), positions)) if known else []
+    words += ["bias"] * any(
+        formula is None and isinstance(term, Bias) for term, formula in zip(terms, kept, strict=True)
+    )
+    words += [
+        f"fill {term.value:g}"
+        for term, formula in zip(terms, kept, strict=True)
+        if formula is None and isinstance(term, Fill)
+    ]
+    return (*["causal"] * site.is_causal, *words, *["sink"] * (site.sink is not None))
+
+
+def _values(term: Term) -> list[object]:
+    if isinstance(term, (Fill, Floor)):
+        return [term.value]
+    values = [term.of(value) if isinstance(value, float) else value for value in possible_values(term.operand.node)]
+    return [Kind.ANY if value is None else value for value in values]
+
+
+def _only_fills_mask(terms: list[Term]) -> bool:
+    """Whether a row can lose its keys to fills alone, and to fills of one value."""
+    fills = {term.value for term in terms if isinstance(term, Fill)}
+    return len(fills) == 1 and not any(isinstance(term, Bias) and may_mask(term) for term in terms)
+
+
+def _sum_may_overflow(terms: list[Term]) -> bool:
+    """Two terms that each are as low as the dtype goes add up to minus infinity."""
+    low = [
+        any(isinstance(v, float) and v <= ABSORBING for v in _values(term))
+        for term in terms
+        if not isinstance(term, Floor)
+    ]
+    return sum(low) > 1
+
+
+def _no_mask(terms: list[Term], attended: str | None, differentiable: bool) -> str:
+    """Why the fills are not masks that can be added to the scores; empty where they are.
+
+    A filled score is replaced, a masked one is added to: the same only if no score can lift the fill.
+    """
+    low = [min((v for v in _values(term) if isinstance(v, float)), default=0.0) for term in terms]
+    for position, term in enumerate(terms):
+        if not isinstance(term, Fill):
+            continue
+        if term.value > FAR_BELOW and term.value > torch.finfo(term.dtype).min:
+            return (
+                f"{term.value:g} is filled in for masked scores: scores may be as low, so it is a value and no mask "
+                "(fill with -inf or torch.finfo(dtype).min)"
+            )
+        if (
+            term.value > ABSORBING
+            and attended is None
+            and (sum(value < -1.0 for value in low) > 1 or any(isinstance(later, Bias) for later in terms[position:]))
+        ):
+            return (
+                f"{term.value:g} is filled in beside another mask or bias, and a row may have no key: which key such a "
+                "row attends depends on both (fill with -inf or torch.finfo(dtype).min)"
+            )
+    if differentiable and attended is None and any(isinstance(term, Floor) for term in terms):
+        return (
+            "in a row whose keys are all masked the gradient is shared between the scores and the floor under them (if "
+            "no such row occurs, say so: options={'assume_attended_rows': True})"
+        )
+    fills = [position for position, term in enumerate(terms) if isinstance(term, Fill)]
+    biases = [position for position, term in enumerate(terms) if isinstance(term, Bias)]
+    # A bias that is added last has a gradient in rows that are filled.
+    entangled = fills and any(
+        fills[0] < bias and (bias < fills[-1] or _values(terms[fills[0]]) == [-math.inf]) for bias in biases
+    )
+    if differentiable and attended is None and fills and (entangled or not _only_fills_mask(terms)):
+        return (
+            "a fill lets no gradient through and a bias does, and a row that both mask may have no key (if no such "
+            "row occurs, say so: options={'assume_attended_rows': True})"
+        )
+    return ""
+
+
+def _check_rounding(terms: list[Term], dtype: torch.dtype, attended: str | None) -> None:
+    """Half-precision sources round a score that has a large negative number added to it; fused kernels do not.
+
+    Where a row keeps a key the difference vanishes in softmax. Where it may not, only a term that swallows the score
+    in float32 as well gives the source's value.
+    """
+    if attended is not None or dtype.itemsize >= 4:
+        return
+    for term in terms:
+        if not isinstance(term, Bias):
+            continue
+        for value in _values(term):
+            if value is Kind.ANY or (isinstance(value, float) and ABSORBING < value < -(2.0**8)):
+                what = "whatever the caller hands over" if value is Kind.ANY else f"{value:g}"
+                raise RoundingDecides(
+                    f"{what} is added to scores in {str(dtype).removeprefix('torch.')}, which rounds them away in a "
+                    "row whose keys are all masked, and no such row could be ruled out (if none occurs, say so: "
+                    "options={'assume_attended_rows': True})"
+                )

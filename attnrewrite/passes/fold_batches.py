@@ -1,0 +1,104 @@
+"""Batches that share their keys and values, as one batch with more queries.
+
+    softmax(query[f] @ key) @ value  for all f  =  softmax(fold(query) @ key) @ value,  fold: f and length as one
+
+Rows of softmax are independent, so an axis that key and value lack may be counted among the query positions, and
+nothing is repeated. The other way to do without copies is that of grouped queries, which counts the axis among the
+heads.
+
+The rule: queries are folded where their memory is not that of grouped heads already, so that grouping would copy them:
+frames stand outside the positions, (batch, frame, position, head, feature), and heads inside. A mask must have all of
+the folded positions or none: one of a few of them would be written out for all. Under a causal mask, a window or an
+isolated block positions count, and nothing is folded.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from attnrewrite.ir.axes import Axis, Operand
+from attnrewrite.ir.nodes import Size, same, tensor
+from attnrewrite.ir.site import AttentionSite
+from attnrewrite.kernels.common.layout import Plan
+
+__all__ = ["fold_batches"]
+
+
+def fold_batches(site: AttentionSite) -> None:
+    """Makes query positions of those axes that key and value lack, where the rule says so: the site's ``folded``.
+
+    The site must be simplified: what was proved of its mask holds for every row by itself.
+    """
+    scores, groups = site.scores, site.group_axes
+    assert scores is not None
+    if not groups or site.is_causal or scores.is_causal or scores.band is not None or scores.isolated is not None:
+        return
+    strides = _strides(site.query)
+    if _is_one_dimension(Plan.of(site).query_dims[1], strides):
+        return
+    folded, positions = _beside(groups, site.query_axes, strides)
+    if not folded:
+        # They are copied either way; kernels that take no grouped heads take these.
+        folded, positions = groups, (*groups, *site.query_axes)
+    if all(_has_all_or_none(operand, positions) for operand in _operands_of_scores(site)):
+        site.query_axes, site.folded = positions, folded
+
+
+def _strides(operand: Operand) -> dict[Axis, Size]:
+    """How far apart in memory the entries of each axis are."""
+    strides: dict[Axis, Size] = {}
+    operand = operand.resolved()
+    for dim, own in zip(operand.layout, tensor(operand.node).stride(), strict=True):
+        stride: Size = own
+        for axis in reversed(dim):
+            strides[axis] = stride
+            stride = stride * axis.size
+    return strides
+
+
+def _is_one_dimension(axes: Sequence[Axis], strides: dict[Axis, Size]) -> bool:
+    """Whether the axes, major to minor, lie in memory as one dimension does."""
+    return all(_holds(major, minor, strides) for major, minor in itertools.pairwise(axes))
+
+
+def _holds(major: Axis, minor: Axis, strides: dict[Axis, Size]) -> bool:
+    return same(strides[major], minor.size * strides[minor])
+
+
+def _beside(
+    groups: tuple[Axis, ...], positions: tuple[Axis, ...], strides: dict[Axis, Size]
+) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
+    """The groups that lie next to the query positions in memory, and the positions with them."""
+    if not positions or not _is_one_dimension(positions, strides):
+        return (), positions
+    folded: tuple[Axis, ...] = ()
+    left = [*groups]
+    while left:
+        outside = next((axis for axis in left if _holds(axis, positions[0], strides)), None)
+        inside = next((axis for axis in left if _holds(positions[-1], axis, strides)), None)
+        axis = outside if outside is not None else inside
+        if axis is None:
+            break
+        positions = (axis, *positions) if axis is outside else (*positions, axis)
+        folded = (*folded, axis)
+        left.remove(axis)
+    return folded, positions
+
+
+def _operands_of_scores(site: AttentionSite) -> list[Operand]:
+    """The tensors over query and key positions that a kernel may be given."""
+    found: list[Operand] = []
+    attended = {site.query, site.key, site.value}
+
+    def note(operand: Operand) -> Operand:
+        found.append(operand)
+        return operand
+
+    site.change_operands(note)
+    return [operand for operand in found if operand not in attended]
+
+
+def _has_all_or_none(operand: Operand, positions: tuple[Axis, ...]) -> bool:
+    own = set(operand.resolved().axes) & set(positions)
+    return not own or own == set(positions)

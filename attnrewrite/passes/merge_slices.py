@@ -1,0 +1,465 @@
+"""Slices of one attention, merged: sites that compute it part by part become the site of the whole.
+
+    result[s] = softmax(mods(query[s] @ key[s])) @ value[s]        for slices s that cover a range once
+    result    = softmax(mods(query @ key)) @ value
+
+Rows of softmax attention depend on nothing but their own query, and batches and heads on nothing but themselves. So
+the slices may be merged where each operand is either sliced in the same way as the result, along the axis that the
+result is sliced along, or does not have that axis and is the same for all; and where all else is the same. The keys may
+be another slice for each: see ``windows.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnrewrite.analysis.slices import Assembly, Piece, Span, assemblies, grid, taken_from
+from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, resolve, size_of
+from attnrewrite.ir.builder import Builder
+from attnrewrite.ir.graph_view import reader_in_words
+from attnrewrite.ir.nodes import same, tensor
+from attnrewrite.ir.site import AttentionSite, Bias, Elementwise, Fill, Scale, Zero
+from attnrewrite.ir.views import is_layout_op, peel, push
+from attnrewrite.passes.key_windows import key_windows, require_band
+from attnrewrite.passes.slice_sources import NotSlices, Wholes, same_argument
+from attnrewrite.patterns import Finding, GraphView
+
+__all__ = ["merge_slices"]
+
+aten = torch.ops.aten
+
+_KEYS = -1
+"""The name of the range of the keys, where each slice has a window of them; others are dimensions of the result."""
+
+
+def merge_slices(findings: Sequence[Finding], view: GraphView) -> list[Finding]:
+    """The findings, in which a site of a whole stands for the sites of its slices, its ``parts``.
+
+    Sites that are put together and cannot be merged say why in ``unmerged``.
+    """
+    sites = {finding.result: finding for finding in findings if isinstance(finding, AttentionSite)}
+    merged: dict[fx.Node, AttentionSite] = {}
+    # The largest whole first: it may be made of others.
+    for node, assembly in reversed(assemblies(view.graph).items() if sites else ()):
+        parts = _sites_of(assembly, sites)
+        # One slice alone may fill a buffer, which is of no use then.
+        if len(parts) < (2 if assembly.buffer is None else 1) or any(part.result in merged for part in parts):
+            continue
+        try:
+            whole = _merged(node, assembly, sites, view)
+        except NotSlices as reason:
+            alike = len(parts) > 1 and _same_origin([part.query.node for part in parts])
+            for part in parts if alike else ():
+                part.unmerged = part.unmerged or str(reason)
+        else:
+            merged.update(dict.fromkeys((part.result for part in parts), whole))
+    result: list[Finding] = []
+    for finding in findings:
+        stands = merged.get(finding.result) if isinstance(finding, AttentionSite) else None
+        if stands is None:
+            result.append(finding)
+        elif finding is stands.parts[0]:
+            result.append(stands)
+    return result
+
+
+def _sites_of(assembly: Assembly, sites: dict[fx.Node, AttentionSite]) -> list[AttentionSite]:
+    behind = (_behind_views(piece.node, sites)[-1] for piece in assembly.pieces)
+    return [sites[node] for node in dict.fromkeys(behind) if node in sites]
+
+
+def _behind_views(node: fx.Node, sites: dict[fx.Node, AttentionSite]) -> list[fx.Node]:
+    """``node`` and what is behind its views and copies, up to the result of a site."""
+    chain = [node]
+    while chain[-1] not in sites and is_layout_op(chain[-1]):
+        chain.append(chain[-1].all_input_nodes[0])
+    return chain
+
+
+def _same_origin(nodes: Sequence[fx.Node]) -> bool:
+    """Whether nodes are parts of one tensor, as slices are."""
+    return len({_origin(node) for node in nodes}) == 1
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    taken = taken_from(node)
+    while taken is not None:
+        node = taken.source
+        taken = taken_from(node)
+    return node
+
+
+@dataclass
+class _Slice:
+    """One piece of the whole: its site, and its span of each dimension that is sliced.
+
+    ``layout``: the dimensions of the whole, as axes of the site.
+    ``axes``: what the site calls the axis that a dimension is sliced along; None where the slice is of size one.
+    ``views``: what stands between the site's result and its place in the whole.
+    """
+
+    site: AttentionSite
+    layout: Layout
+    spans: dict[int, Span]
+    axes: dict[int, Axis | None]
+    views: list[fx.Node]
+
+    @property
+    def sliced(self) -> set[Axis]:
+        return {leaf for axis in self.axes.values() if axis is not None for leaf in axis.leaves()}
+
+
+def _merged(whole: fx.Node, assembly: Assembly, sites: dict[fx.Node, AttentionSite], view: GraphView) -> AttentionSite:
+    """The site whose result is ``whole``.
+
+    Raises:
+        NotSlices: it is put together of something else than slices of one attention.
+    """
+    if assembly.problem:
+        raise NotSlices(assembly.problem)
+    shape = tensor(whole).shape
+    pieces = assembly.pieces
+    divided = grid(pieces, shape)
+    if divided is None:
+        raise NotSlices("the slices are not known to cover the whole exactly once")
+    along = [
+        dim
+        for dim, spans in enumerate(divided)
+        if len(spans) > 1 or (any(piece.dims[dim] is None for piece in pieces) and not same(shape[dim], 1))
+    ]
+    slices = [_slice(piece, along, sites) for piece in pieces]
+    if len({id(part.site) for part in slices}) < len(slices):
+        raise NotSlices("one attention is put in several places")
+    owned = _owned(whole, assembly, slices)
+    _require_one_region(whole, assembly, slices, view)
+    merge = _Merge(whole, slices, {dim: Axis(shape[dim], "slice") for dim in along}, view)
+    try:
+        return merge.site(owned)
+    except NotSlices:
+        for node in reversed(merge.builder.created):
+            view.graph.erase_node(node)
+        raise
+
+
+def _slice(piece: Piece, along: list[int], sites: dict[fx.Node, AttentionSite]) -> _Slice:
+    *views, result = _behind_views(piece.node, sites)
+    if result not in sites:
+        raise NotSlices("something else than attention is put beside a slice, or something is done to a slice first")
+    site = sites[result]
+    layout: Layout | None = site.result_layout
+    for node in reversed(views):
+        layout = None if layout is None else push(node, layout)
+    if layout is None or set(axes_of(layout)) != set(axes_of(site.result_layout)):
+        raise NotSlices("the slices are laid out anew, in a way that no layout expresses, before they are put together")
+    own = resolve(layout)
+    layout = tuple(() if dim is None else own[dim] for dim in piece.dims)
+    if any(len(layout[dim]) > 1 for dim in along):
+        raise NotSlices("the slices are put together along a dimension that holds several axes")
+    axes = {dim: layout[dim][0] if layout[dim] else None for dim in along}
+    return _Slice(site, layout, {dim: piece.box[dim] for dim in along}, axes, views)
+
+
+def _owned(whole: fx.Node, assembly: Assembly, slices: list[_Slice]) -> list[fx.Node]:
+    """The nodes that put the whole together, and what reads them to no purpose: all go when the site is replaced."""
+    own = {*assembly.nodes, *(node for part in slices for node in (*part.views, part.site.result))} | {whole}
+    buffer = assembly.buffer
+    pending = [node for node in own if node is not whole]
+    pending += [] if buffer is None else [buffer]
+    for node in pending:
+        for user in node.users:
+            if user in own:
+                continue
+            if not _is_idle(user):
+                if node is buffer:
+                    continue
+                raise NotSlices(f"a slice is read by itself, too ({reader_in_words(user)})")
+            own.add(user)
+            pending.append(user)
+    return [node for node in own if not whole < node]
+
+
+def _is_idle(node: fx.Node) -> bool:
+    """Whether a view is of no use: a slice assignment looks at the place that it writes to."""
+    return taken_from(node) is not None and all(map(_is_idle, node.users))
+
+
+_FACTORIES = frozenset(
+    {
+        aten.zeros.default,
+        aten.ones.default,
+        aten.full.default,
+        aten.empty.memory_format,
+        aten.empty_strided.default,
+        aten.zeros_like.default,
+        aten.ones_like.default,
+        aten.full_like.default,
+        aten.empty_like.default,
+        aten.new_zeros.default,
+        aten.new_ones.default,
+        aten.new_full.default,
+        aten.new_empty.default,
+        aten.new_empty_strided.default,
+    }
+)
+
+
+def _require_one_region(whole: fx.Node, assembly: Assembly, slices: list[_Slice], view: GraphView) -> None:
+    buffer = assembly.buffer
+    if buffer is not None and buffer.target not in _FACTORIES:
+        if buffer.op == "call_function":
+            raise NotSlices("the slices are written into a tensor that was computed, which is not left out")
+        if slices[0].site.differentiable:
+            raise NotSlices("the slices are written into a tensor that may have a gradient, if only one of zeros")
+    if any(tensor(part.site.result).dtype is not tensor(whole).dtype for part in slices):
+        raise NotSlices("the slices have another dtype than the whole")
+    tags = {tuple(str(part.site.result.meta.get(tag)) for tag in ("recompute", "ac_graph_id")) for part in slices}
+    if len(tags) > 1:
+        raise NotSlices("the slices are checkpointed one by one")
+    if not all(view.same_region(part.site.result, whole) for part in slices):
+        raise NotSlices("grad mode or autocast is switched between the slices and the whole")
+
+
+_EQUAL = (
+    "pattern",
+    "softmax_dtype",
+    "compute_dtype",
+    "dropout",
+    "is_causal",
+    "default_scale",
+    "differentiable",
+    "fused",
+    "in_autocast",
+    "sink_is_shifted",
+    "nan_to_zero",
+    "underflows",
+    "rounds_rows",
+)
+"""What slices of one attention have in common, beside their operands."""
+
+
+class _Merge:
+    """The comparison of slices, one after another with the one that stands for all."""
+
+    def __init__(self, whole: fx.Node, slices: list[_Slice], axes: dict[int, Axis], view: GraphView) -> None:
+        self._whole = whole
+        self._slices = slices
+        self._axes = axes
+        self._view = view
+        # A slice of size one does not show which axis it is of.
+        self._place = max(range(len(slices)), key=lambda place: len(slices[place].sliced))
+        self._model = slices[self._place]
+        self.builder = Builder(view.gm, before=whole, like=self._model.site.anchor)
+        self._windows = self._key_windows()
+        self._wholes = Wholes(
+            {dim: [part.spans[dim] for part in slices] for dim in self._axes},
+            {dim: axis.size for dim, axis in self._axes.items()},
+            self.builder,
+            may_move=lambda node: view.same_region(node, whole),
+        )
+        self._names: list[dict[Axis, Axis]] = [{} for _ in slices]
+        """For each slice: the axes of the model, and what this slice calls them."""
+        self._compared: list[tuple[Sequence[Layout], str]] = []
+        """Layouts that must be the same for all slices, compared when no axis is divided any more."""
+
+    def site(self, owned: list[fx.Node]) -> AttentionSite:
+        model = self._model.site
+        for name in _EQUAL:
+            if any(getattr(part.site, name) != getattr(model, name) for part in self._slices):
+                raise NotSlices(f"the slices differ: {name}")
+        sites = [part.site for part in self._slices]
+        query, key, value = (
+            self._operand([getattr(site, name) for site in sites], name) for name in ("query", "key", "value")
+        )
+        mods = self._mods([site.mods for site in sites], "scores")
+        weight_mods = self._mods([site.weight_mods for site in sites], "weights")
+        sink = self._factor([site.sink for site in sites], "sink")
+        for axis in self._axes.values():
+            if not any(axis in operand.axes for operand in (query, key, value)):
+                raise NotSlices("the slices have the same query, key and value")
+        # Which axes are query positions is a matter of names, except to a causal mask.
+        for axes in ("key_axes", "feature_axes", *["query_axes"] * model.is_causal):
+            self._compared.append(([(getattr(site, axes),) for site in sites], axes))
+        self._compared.append(([(axes_of(site.weight_layout),) for site in sites], "scores"))
+        self._compared.append(([part.layout for part in self._slices], "results"))
+        for layouts, what in self._compared:
+            self._require_alike(layouts, what)
+        key_axes = self._renamed((model.key_axes,))[0]
+        # Slices of size one have no axis that the scores could have.
+        unseen = {self._axes[dim] for dim, axis in self._model.axes.items() if axis is None}
+        lone = tuple(axis for axis in query.axes if axis in unseen - {*key.axes, *value.axes})
+        query_axes = self._renamed((model.query_axes,))[0] or lone
+        if model.is_causal and set(query_axes) & set(self._axes.values()):
+            raise NotSlices("each slice counts its causal mask from its own first query")
+        weighed: list[Axis] = []
+
+        def weigh(operand: Operand) -> Operand:
+            weighed.extend(operand.axes if operand is not value else ())
+            return operand
+
+        site = dataclasses.replace(
+            model,
+            anchor=min(site.anchor for site in sites),
+            result=self._whole,
+            result_layout=tuple(
+                (self._axes[dim],) if dim in self._axes else own for dim, own in enumerate(self._model.layout)
+            ),
+            query=query,
+            key=key,
+            value=value,
+            query_axes=query_axes,
+            key_axes=key_axes,
+            mods=mods,
+            weight_mods=weight_mods,
+            sink=sink,
+            interior=self._view.ordered([*owned, *(node for site in sites for node in site.interior)]),
+            parts=tuple(sorted(sites, key=lambda site: site.anchor)),
+            written=tuple(self.builder.created),
+            windowed=self._windows,
+        )
+        if self._windows:
+            self._require_band(site)
+        site.change_operands(weigh)
+        if model.dropout and not set(self._axes.values()) <= set(weighed):
+            raise NotSlices("each slice of the value drops weights of its own")
+        added = tuple((axis,) for axis in self._axes.values() if axis in unseen & set(weighed))
+        site.weight_layout = (*added, *self._renamed(model.weight_layout))
+        # Now that all is compared axes may be divided: the whole may be a view itself.
+        site.change_operands(self._behind_views)
+        return site
+
+    # Keys.
+
+    def _key_windows(self) -> bool:
+        """Whether each slice has a window of the keys, which are one more range then."""
+        sites = [part.site for part in self._slices]
+        found = key_windows([self._behind_views(site.key) for site in sites], sites)
+        if found is None:
+            return False
+        windows, count = found
+        self._axes = {**self._axes, _KEYS: Axis(count, "key")}
+        for part, window in zip(self._slices, windows, strict=True):
+            part.spans[_KEYS], part.axes[_KEYS] = window, part.site.key_axes[0]
+        return True
+
+    def _require_band(self, site: AttentionSite) -> None:
+        along = [dim for dim, axis in self._axes.items() if (axis,) == site.query_axes]
+        if site.is_causal or len(along) != 1:
+            raise NotSlices("the key is not sliced as the result is")
+        queries, windows = ([part.spans[dim] for part in self._slices] for dim in (along[0], _KEYS))
+        require_band(site, queries, windows, self._axes[_KEYS].size)
+
+    # Axes.
+
+    def _require_alike(self, layouts: Sequence[Layout], what: str) -> None:
+        """The same axes in the same dimensions, those apart along which the whole is sliced."""
+        model = [self._unsliced(dim, self._model) for dim in layouts[self._place]]
+        for part, names, layout in zip(self._slices, self._names, layouts, strict=True):
+            own = [self._unsliced(dim, part) for dim in resolve(layout)]
+            if [len(dim) for dim in own] != [len(dim) for dim in model]:
+                raise NotSlices(f"the {what} of the slices have different dimensions")
+            for axis, other in zip(axes_of(model), axes_of(own), strict=True):
+                known = names.setdefault(axis, other)
+                if known is not other or not same(axis.size, other.size):
+                    raise NotSlices(f"the {what} of the slices have different dimensions")
+            if len(set(names.values())) < len(names):
+                raise NotSlices(f"the {what} of the slices have different dimensions")
+
+    def _unsliced(self, dim: Dim, part: _Slice) -> Dim:
+        return tuple(axis for axis in axes_of((dim,)) if axis not in part.sliced)
+
+    def _renamed(self, layout: Layout) -> Layout:
+        """A layout of the model's as one of the whole."""
+        new: dict[Axis, Axis] = {}
+        for dim, axis in self._model.axes.items():
+            if axis is not None and axis.parts is not None:
+                raise NotSlices("the slices are put together along a dimension that holds several axes")
+            if axis is not None:
+                new[axis] = self._axes[dim]
+        return tuple(tuple(new.get(axis, axis) for axis in dim) for dim in resolve(layout))
+
+    # Operands.
+
+    def _operand(self, operands: Sequence[Operand], what: str) -> Operand:
+        """The operand of which the slices' are slices, or which they share.
+
+        Raises:
+            NotSlices: there is none.
+        """
+        operands = [self._behind_views(operand) for operand in operands]
+        whole = self._wholes.of([operand.node for operand in operands], what)
+        layouts: list[Layout] = []
+        for part, operand in zip(self._slices, operands, strict=True):
+            layout = [() if dim is None else resolve(operand.layout)[dim] for dim in whole.dims]
+            for dim, along in whole.sliced.items():
+                expected = part.axes[along]
+                if layout[dim] != (() if expected is None else expected.leaves()):
+                    raise NotSlices(f"the {what} is sliced along another axis than the result")
+                layout[dim] = ()
+            if any(axis in part.sliced for axis in axes_of(layout)):
+                raise NotSlices(f"the slices share the {what}, along the axis that they are slices of")
+            layouts.append(tuple(layout))
+        self._compared.append((layouts, what))
+        merged = list(layouts[self._place])
+        for dim, along in whole.sliced.items():
+            merged[dim] = (self._axes[along],)
+        if not all(same(size_of(axes), size) for axes, size in zip(merged, tensor(whole.node).shape, strict=True)):
+            raise NotSlices(f"the {what} of the whole is broadcast, and that of the slices is not")
+        return Operand(whole.node, tuple(merged))
+
+    def _behind_views(self, operand: Operand) -> Operand:
+        return peel(operand, lambda node: self._view.same_region(node, self._whole))[-1].resolved()
+
+    def _factor(self, factors: Sequence[Any], what: str) -> Any:
+        """A number that the slices share, or an operand."""
+        first = factors[0]
+        if all(isinstance(factor, Operand) for factor in factors):
+            return self._operand(factors, what)
+        if all(same_argument(factor, first) for factor in factors):
+            return first
+        raise NotSlices(f"the slices differ in their {what}")
+
+    # Modifications of the scores and the weights.
+
+    def _mods(self, mods: Sequence[tuple[Any, ...]], what: str) -> tuple[Any, ...]:
+        if len({len(steps) for steps in mods}) > 1:
+            raise NotSlices(f"not the same is done to the {what} of each slice")
+        return tuple(self._mod(steps, what) for steps in zip(*mods, strict=True))
+
+    def _mod(self, steps: Sequence[Any], what: str) -> Any:
+        first = steps[0]
+        if any(type(step) is not type(first) for step in steps):
+            raise NotSlices(f"not the same is done to the {what} of each slice")
+        if isinstance(first, Elementwise):
+            if any(_function(step.node) != _function(first.node) for step in steps):
+                raise NotSlices(f"not the same is done to the {what} of each slice")
+            return first
+        if isinstance(first, Scale):
+            self._require_equal(steps, ("divide",), what)
+            return Scale(self._factor([step.factor for step in steps], "scale"), first.divide)
+        if isinstance(first, Bias):
+            self._require_equal(steps, ("dtype", "factor"), "mask")
+            scales = self._mods([step.scales for step in steps], "mask")
+            return dataclasses.replace(
+                first, operand=self._operand([step.operand for step in steps], "mask"), scales=scales
+            )
+        if isinstance(first, (Fill, Zero)):
+            rest = [field.name for field in dataclasses.fields(first) if field.name != "condition"]
+            self._require_equal(steps, rest, "mask")
+            return dataclasses.replace(first, condition=self._operand([step.condition for step in steps], "mask"))
+        if any(step != first for step in steps):
+            raise NotSlices(f"not the same is done to the {what} of each slice")
+        return first
+
+    def _require_equal(self, steps: Sequence[Any], names: Sequence[str], what: str) -> None:
+        if any(getattr(step, name) != getattr(steps[0], name) for step in steps for name in names):
+            raise NotSlices(f"the slices differ in their {what}")
+
+
+def _function(node: fx.Node) -> tuple[Any, ...]:
+    return node.target, node.args[1:], node.kwargs

@@ -1,0 +1,142 @@
+"""Linear attention in the cheaper order: ``query @ (key^T @ value)``, or ``(query @ key^T) @ value``.
+
+The order is decided by the number of floating-point operations, for all sizes that the graph may be called with.
+Where symbolic sizes leave it open no guard is added: the linear order, which needs no matrix of all pairs, stays, and
+the quadratic one gives way to it if that is cheaper for the sizes that the graph is compiled with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols, statically_known_true
+
+from attnrewrite.ir.axes import Axis, Dim, Operand, axes_of
+from attnrewrite.ir.builder import Builder
+from attnrewrite.ir.linear_site import LinearAttention, Order
+from attnrewrite.ir.nodes import Size, product
+from attnrewrite.kernels.common.layout import lay_out, modified
+
+__all__ = ["Choice", "choose_order", "emit_result", "emit_sum", "operations"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``order``: the one to multiply in. ``reason``: why the source's order stays; empty where it is changed."""
+
+    order: Order
+    reason: str = ""
+    refused: bool = False
+
+
+def operations(site: LinearAttention, order: Order) -> Size:
+    """Floating-point operations of the two products, a multiplication and an addition each."""
+    return 2 * sum(product([axis.size for axis in axes]) for axes in _spans(site, order))
+
+
+def _spans(site: LinearAttention, order: Order) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
+    """The axes that each of the two products runs over."""
+    if order == site.order:
+        pair, summed, last = (site.middle, site.inner), site.first_summed, site.outer
+    else:
+        pair, summed, last = (site.outer, site.middle), site.then_summed, site.inner
+    first = dict.fromkeys((*pair[0].axes, *pair[1].axes))
+    second = dict.fromkeys((*(axis for axis in first if axis not in summed), *last.axes))
+    return tuple(first), tuple(second)
+
+
+def choose_order(site: LinearAttention) -> Choice:
+    """The cheaper order, or why the source's stays; ``refused`` where the other one would be cheaper."""
+    own: Order = site.order
+    other: Order = "quadratic" if own == "linear" else "linear"
+    spans = {order: _spans(site, order) for order in (own, other)}
+    # What all products have in common is no matter of the order, and its size may be unknown.
+    common = set.intersection(*(set(axes) for pair in spans.values() for axes in pair))
+
+    def cost(order: Order) -> Size:
+        return sum(product([axis.size for axis in axes if axis not in common]) for axes in spans[order])
+
+    before, after = cost(own), cost(other)
+    if has_free_unbacked_symbols([before, after]):
+        return Choice(own, "which order is the cheaper one depends on the data")
+    if statically_known_true(before <= after):
+        return Choice(own, f"the {own} order is the cheaper one")
+    if not statically_known_true(after < before):
+        if own == "linear":
+            return Choice(
+                own,
+                "which order is the cheaper one depends on symbolic sizes, and the linear one needs no "
+                "matrix of all pairs",
+            )
+        if not _hint(after) < _hint(before):
+            return Choice(own, f"the {own} order is the cheaper one for the sizes of the first call")
+    if site.fixed:
+        return Choice(own, f"the {other} order would be cheaper: {site.fixed}", refused=True)
+    return Choice(other)
+
+
+def _hint(size: Size) -> int:
+    """The size for which the graph is compiled; asking for it adds no guard."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def emit_result(site: LinearAttention, builder: Builder) -> fx.Node:
+    """The result in the order that is not the source's: ``(outer @ middle) @ inner``."""
+    batch = _dims(site.batch_axes)
+    transposed = not _ends_with(site.result_layout, site.inner_axes)
+    rows, columns = (site.outer_axes,), (site.inner_axes,)
+    first, then = (site.first_summed,), (site.then_summed,)
+    outer, middle, inner = site.outer, site.middle, site.inner
+    if transposed:
+        pair = _product(builder, _laid(builder, middle, batch, first, then), _laid(builder, outer, batch, then, rows))
+        result = _product(builder, _laid(builder, inner, batch, columns, first), pair)
+        dims = (*batch, *columns, *rows)
+    else:
+        pair = _product(builder, _laid(builder, outer, batch, rows, then), _laid(builder, middle, batch, then, first))
+        result = _product(builder, pair, _laid(builder, inner, batch, first, columns))
+        dims = (*batch, *rows, *columns)
+    for scale in site.scales:
+        result = modified(builder, result, scale, dims)
+    return lay_out(builder, result, dims, site.result_layout)
+
+
+def emit_sum(site: LinearAttention, total: Operand, applied: int, builder: Builder) -> fx.Node:
+    """A sum of ``middle @ inner`` over what the second product sums over: ``inner`` times the sum of ``middle``.
+
+    Args:
+        total: the sum in the source, and its dimensions.
+        applied: how many of the scales it includes.
+    """
+    stored = {*site.middle.axes, *site.inner.axes}
+    batch = _dims([axis for axis in site.batch_axes if axis in stored])
+    columns, first, then = (site.inner_axes,), (site.first_summed,), (site.then_summed,)
+    middle = _laid(builder, site.middle, batch, first, then)
+    summed = builder.call(aten.sum.dim_IntList, middle, [-1], True)
+    result = _product(builder, _laid(builder, site.inner, batch, columns, first), summed)
+    dims: tuple[Dim, ...] = (*batch, *columns, ())
+    for scale in site.scales[:applied]:
+        result = modified(builder, result, scale, dims)
+    return lay_out(builder, result, dims, total.layout)
+
+
+def _dims(axes: Sequence[Axis]) -> tuple[Dim, ...]:
+    return tuple((axis,) for axis in axes)
+
+
+def _laid(builder: Builder, operand: Operand, batch: Sequence[Dim], *matrix: Sequence[Dim]) -> fx.Node:
+    """The operand as matrices: (batch..., rows, columns), with size one for batch axes that it lacks."""
+    return lay_out(builder, operand.node, operand.layout, [*batch, *(dim for dims in matrix for dim in dims)])
+
+
+def _product(builder: Builder, lhs: fx.Node, rhs: fx.Node) -> fx.Node:
+    return builder.call(aten.matmul.default, lhs, rhs)
+
+
+def _ends_with(layout: Sequence[Dim], axes: Sequence[Axis]) -> bool:
+    last = axes_of(layout)[-1:]
+    return bool(last) and last[0] in axes

@@ -1,0 +1,139 @@
+"""A kernel's call in the place of the attention that it serves."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnrewrite.ir.axes import Operand, axes_of
+from attnrewrite.ir.builder import Builder, Written
+from attnrewrite.ir.nodes import regions, same_shape, tensor
+from attnrewrite.ir.ops import is_cast
+from attnrewrite.ir.site import (
+    AttentionSite,
+)
+from attnrewrite.ir.views import is_layout_op
+from attnrewrite.kernels import Kernel
+from attnrewrite.kernels.common.layout import in_memory_order_of
+
+aten = torch.ops.aten
+
+
+def latest(node: fx.Node, replaced: dict[fx.Node, fx.Node]) -> fx.Node:
+    while node in replaced:
+        node = replaced[node]
+    return node
+
+
+def redirect(site: AttentionSite, replaced: dict[fx.Node, fx.Node]) -> None:
+    """An operand that was the result of an earlier site is now that site's replacement."""
+    # Other sites, found later, may have divided the axes.
+    site.query_axes, site.key_axes, site.feature_axes = (
+        axes_of((axes,)) for axes in (site.query_axes, site.key_axes, site.feature_axes)
+    )
+    site.change_operands(lambda operand: current_operand(operand, replaced))
+
+
+def current_operand(operand: Operand, replaced: dict[fx.Node, fx.Node]) -> Operand:
+    return Operand(replaced.get(operand.node, operand.node), operand.layout).resolved()
+
+
+def replace_node(
+    graph: fx.Graph, old: fx.Node, new: fx.Node, builder: Builder, replaced: dict[fx.Node, fx.Node]
+) -> None:
+    if not (_strides_are_free(old) or same_shape(tensor(old).stride(), tensor(new).stride())):
+        new = in_memory_order_of(tensor(old), new, builder)
+    old.replace_all_uses_with(new)
+    replaced[old] = new
+    remove_unused(graph, (old,))
+
+
+class WrittenByRegion:
+    """What kernels were given for earlier sites, such as a mask that all layers share, and later ones take again.
+
+    Only within a region: what was written where gradients are off has none, and what a checkpoint holds is made anew.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._regions = regions(graph)
+        self._written: dict[Any, Written] = {}
+
+    def of(self, node: fx.Node) -> Written:
+        tags = tuple(str(node.meta.get(tag)) for tag in ("recompute", "ac_graph_id", "custom"))
+        return self._written.setdefault((self._regions[node], tags), {})
+
+
+def splice(
+    gm: fx.GraphModule,
+    site: AttentionSite,
+    kernel: Kernel,
+    replaced: dict[fx.Node, fx.Node],
+    written: WrittenByRegion,
+) -> tuple[fx.Node, ...]:
+    """Puts the kernel's nodes in the site's place and removes what served only the site; returns those nodes."""
+    builder = Builder(gm, before=site.result, like=site.anchor, written=written.of(site.result))
+    autocast = None
+    if site.in_autocast and not site.fused:
+        # The kernel's operands and mask have the dtypes that they should have; autocast would round the mask.
+        autocast = builder.insert(
+            torch.amp.autocast_mode._enter_autocast, (site.device.type, None, False, None), {}, None
+        )
+    output = kernel.emit(site, builder)
+    if autocast is not None:
+        builder.insert(torch.amp.autocast_mode._exit_autocast, (autocast,), {}, None)
+    if not _strides_are_free(site.result):
+        output = in_memory_order_of(tensor(site.result), output, builder)
+    site.result.replace_all_uses_with(output)
+    replaced[site.result] = output
+    remove_unused(gm.graph, site.interior if site.parts else (site.result,))
+    return tuple(builder.created)
+
+
+_STRIDE_BLIND = frozenset(
+    {
+        aten.linear.default,
+        aten.matmul.default,
+        aten.bmm.default,
+        aten.mm.default,
+        aten.addmm.default,
+        aten.baddbmm.default,
+        aten.einsum.default,
+        aten.contiguous.default,
+    }
+)
+"""Operators whose result is laid out in memory in the same way, however their operands are."""
+
+
+def _strides_are_free(node: fx.Node) -> bool:
+    """Whether nothing can tell how ``node`` lies in memory. Views on the way become reshapes, which always work."""
+    free = True
+    for user in node.users:
+        if user.target in _STRIDE_BLIND:
+            continue
+        if user.target is aten.view.default:
+            user.target = aten.reshape.default
+        free = free and (is_layout_op(user) or is_cast(user)) and _strides_are_free(user)
+    return free
+
+
+def remove_unused(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
+    """Removes nodes, the last one first, and, one after another, what only they have read."""
+    pending = [*nodes]
+    while pending:
+        node = pending.pop()
+        if node._erased or node.users or node.op != "call_function" or _has_effect(node):
+            continue
+        pending.extend(node.all_input_nodes)
+        graph.erase_node(node)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    if node.target is operator.getitem:
+        return False
+    # Not `is_impure`: that counts dropout, which the removed attention took with it.
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or schema.is_mutable

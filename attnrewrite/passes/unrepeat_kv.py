@@ -1,0 +1,364 @@
+"""Keys and values that are computed of something repeated: computed of it once, and not repeated.
+
+    key = f(repeat(x))  ->  f(x), whose missing axis says that it is shared
+
+A repetition (``expand``, ``repeat``, ``repeat_interleave``, a constant index such as ``[0] * frames``) is an axis that
+the source lacks. Where what comes between the repetition and the attention does the same to every copy (entry by
+entry, a rotation of the features, a norm or a projection of the last dimension), key and value need no copies: they
+lack the axis as well, which is all that grouped and broadcast attention are (:mod:`attnrewrite.analysis.views`).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnrewrite.analysis.indices import Repetition, repetition_of
+from attnrewrite.analysis.slices import Taken, taken_from
+from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, broadcast, fresh_layout, resolve, shape_of
+from attnrewrite.ir.builder import Builder, Written
+from attnrewrite.ir.nodes import is_tensor, same_shape, tensor
+from attnrewrite.ir.ops import is_cast
+from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.views import is_layout_op, peel, pull
+from attnrewrite.kernels.common.layout import lay_out
+from attnrewrite.passes.slice_sources import is_pointwise
+from attnrewrite.patterns import Finding, GraphView
+
+__all__ = ["undo_repetitions"]
+
+aten = torch.ops.aten
+
+_MOST = 48
+"""Nodes that are looked at behind a key or a value: a rotation has a dozen."""
+
+
+def undo_repetitions(findings: Sequence[Finding], view: GraphView) -> None:
+    """Lets key and value of each site be what they are made of, wherever they are made of something repeated.
+
+    Nodes that are written for it are among the site's ``written``.
+    """
+    for site in findings:
+        if isinstance(site, AttentionSite):
+            _undo(site, view)
+
+
+def _undo(site: AttentionSite, view: GraphView) -> None:
+    shared = [axis for axis in axes_of((site.query.axes,)) if axis not in axes_of((site.query_axes,))]
+    free = [axis for axis in shared if axis not in axes_of((site.feature_axes,))]
+    copied: dict[Axis, Axis] = {}
+    needed = [_Dependence(site, view, copied).of(operand) for operand in (site.key, site.value)]
+    absent: list[Axis] = []
+    for axis in free:
+        if axis in copied:
+            absent += _divided_alike(axis, copied[axis], axes_of((tuple(needed[0] | needed[1]),)))
+    held = {axis for operand in (site.key, site.value) for axis in operand.resolved().axes}
+    absent = [axis for axis in absent if axis in held]
+    if not absent:
+        return
+    writing = _Writing(site, view, frozenset(absent))
+    found = [writing.of(operand) for operand in (site.key, site.value)]
+    key, value = found
+    if key is None or value is None or not writing.is_sole_reader():
+        writing.take_back()
+        return
+    site.key, site.value = key, value
+    site.written = (*site.written, *writing.created)
+
+
+def _divided_alike(axis: Axis, model: Axis, needed: Sequence[Axis]) -> list[Axis]:
+    """Those parts of ``axis`` that are not needed, once it is divided as its ``model`` is; none if all of it is."""
+    parts = model.leaves()
+    if all(part in needed for part in parts):
+        return []
+    if model.parts is None:
+        return [axis]
+    divided = axis.divide(model.parts[1].size) if axis.parts is None else (axis.parts[0], axis.parts[1])
+    if divided is None:
+        return []
+    return [
+        part for own, other in zip(divided, model.parts, strict=True) for part in _divided_alike(own, other, needed)
+    ]
+
+
+def _without(layout: Layout, absent: frozenset[Axis]) -> Layout:
+    gone = set(axes_of((tuple(absent),)))
+    return tuple(tuple(axis for axis in dim if axis not in gone) for dim in resolve(layout))
+
+
+# One step back, from a node to what it is computed of.
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A node, computed of ``sources``, each of which has the axes of its layout.
+
+    ``kept``: the axes along which entries of the sources do not stay where they are. ``again`` computes the node of
+    other sources; None where the node only moves the entries of its one source. ``projects``: it is a projection.
+    """
+
+    sources: tuple[Operand, ...]
+    kept: Dim = ()
+    again: Callable[[Builder, list[fx.Node]], fx.Node] | None = None
+    projects: bool = False
+
+
+def _step(node: fx.Node, layout: Layout) -> _Step | None:
+    """The step back from ``node``; None where it is not known to do the same along any axis."""
+    args: Any = node.args
+    if node.op != "call_function" or not is_tensor(node):
+        return None
+    if is_layout_op(node):
+        pulled = pull(node, layout)
+        return None if pulled is None else _Step((Operand(args[0], pulled),))
+    taken = taken_from(node)
+    if taken is not None:
+        return _step_of_part(node, taken, layout)
+    if node.target in (aten.cat.default, aten.stack.default):
+        return _step_of_joint(node, layout)
+    if node.target in (aten.linear.default, aten.layer_norm.default, aten.rms_norm.default):
+        return _step_of_rows(node, layout)
+    if is_pointwise(node) or is_cast(node):
+        return _step_of_entries(node, layout)
+    return None
+
+
+def _step_of_part(node: fx.Node, taken: Taken, layout: Layout) -> _Step:
+    dim, size = taken.dim, tensor(taken.source).shape[taken.dim]
+    (whole,) = fresh_layout([size])
+    rest = layout[dim:] if taken.selected else layout[dim + 1 :]
+    start, stop = taken.span.start, taken.span.stop
+
+    def again(builder: Builder, sources: list[fx.Node]) -> fx.Node:
+        if taken.selected:
+            return builder.call(aten.select.int, sources[0], dim, start)
+        return builder.call(aten.slice.Tensor, sources[0], dim, start, stop)
+
+    return _Step((Operand(taken.source, (*layout[:dim], whole, *rest)),), () if taken.selected else layout[dim], again)
+
+
+def _step_of_joint(node: fx.Node, layout: Layout) -> _Step | None:
+    args: Any = node.args
+    parts = args[0]
+    if not all(is_tensor(part) for part in parts):
+        return None
+    given: Any = args[1] if len(args) > 1 else node.kwargs.get("dim", 0)
+    dim = given % tensor(node).dim()
+    stacked = node.target is aten.stack.default
+    if not stacked and any(tensor(part).dim() != tensor(node).dim() for part in parts):
+        return None
+    sources = []
+    for part in parts:
+        own = () if stacked else fresh_layout([tensor(part).shape[dim]])
+        sources.append(Operand(part, (*layout[:dim], *own, *layout[dim + 1 :])))
+
+    def again(builder: Builder, sources: list[fx.Node]) -> fx.Node:
+        return builder.call(node.target, sources, dim)
+
+    return _Step(tuple(sources), layout[dim], again)
+
+
+def _step_of_rows(node: fx.Node, layout: Layout) -> _Step | None:
+    """A projection, or a norm, of the last dimensions: each row by itself, with the same weights."""
+    args: Any = node.args
+    projects = node.target is aten.linear.default
+    count = 1 if projects else len(args[1])
+    source, weights = args[0], [arg for arg in (*args[1:], *node.kwargs.values()) if isinstance(arg, fx.Node)]
+    if not is_tensor(source) or any(not is_tensor(weight) or weight is source for weight in weights):
+        return None
+    if projects and tensor(args[1]).dim() != 2:
+        return None
+    last = len(layout) - count
+    own = (*layout[:last], *fresh_layout(tensor(source).shape[last:]))
+
+    def again(builder: Builder, sources: list[fx.Node]) -> fx.Node:
+        return builder.call(node.target, sources[0], *args[1:], **node.kwargs)
+
+    return _Step((Operand(source, own),), tuple(axis for dim in layout[last:] for axis in dim), again, projects)
+
+
+def _step_of_entries(node: fx.Node, layout: Layout) -> _Step | None:
+    if any(isinstance(value, fx.Node) for value in node.kwargs.values()):
+        return None
+    positions = [position for position, arg in enumerate(node.args) if is_tensor(arg)]
+    sources = []
+    for position in positions:
+        source: Any = node.args[position]
+        own = broadcast(layout, tensor(node).shape, tensor(source).shape)
+        if own is None:
+            return None
+        sources.append(Operand(source, own))
+
+    def again(builder: Builder, sources: list[fx.Node]) -> fx.Node:
+        args = list(node.args)
+        for position, source in zip(positions, sources, strict=True):
+            args[position] = source
+        return builder.call(node.target, *args, **node.kwargs)
+
+    return _Step(tuple(sources), (), again)
+
+
+# Which axes a tensor depends on.
+
+
+class _Dependence:
+    """Follows an operand back to what it is made of, on copies of its axes: nothing is divided or written."""
+
+    def __init__(self, site: AttentionSite, view: GraphView, copied: dict[Axis, Axis]) -> None:
+        self._region = view.grad_region(site.result)
+        self._view = view
+        self._copied = copied
+        self._left = _MOST
+
+    def of(self, operand: Operand) -> set[Axis]:
+        """The axes that it depends on, as copies, some of which may be divided afterwards."""
+        layout = tuple(
+            tuple(self._copied.setdefault(axis, Axis(axis.size, axis.name)) for axis in dim)
+            for dim in operand.resolved().layout
+        )
+        return self._needed(operand.node, layout, may_project=True)
+
+    def _needed(self, node: fx.Node, layout: Layout, may_project: bool) -> set[Axis]:
+        repeated = repetition_of(node)
+        if repeated is not None:
+            pulled = repeated.pulled(layout)
+            return set(axes_of(layout if pulled is None else pulled))
+        self._left -= 1
+        step = _step(node, layout) if self._left > 0 and self._view.grad_region(node) == self._region else None
+        if step is None or (step.projects and not may_project):
+            return set(axes_of(layout))
+        needed = set(axes_of((step.kept,)))
+        for source in step.sources:
+            needed |= self._needed(source.node, source.layout, may_project and not step.projects)
+        return needed
+
+
+# Computing it without the others.
+
+
+def _part(builder: Builder, node: fx.Node, dim: int, taken: Repetition) -> fx.Node:
+    stop = taken.start + taken.step * (taken.count - 1) + 1
+    return builder.call(aten.slice.Tensor, node, dim, taken.start, stop, taken.step)
+
+
+@dataclass
+class _Writing:
+    """Writes operands anew without the axes that they do not depend on."""
+
+    site: AttentionSite
+    view: GraphView
+    absent: frozenset[Axis]
+    created: list[fx.Node] = field(default_factory=list)
+    _passed: list[fx.Node] = field(default_factory=list)
+    _computed: list[fx.Node] = field(default_factory=list)
+    _written: Written = field(default_factory=dict)
+
+    def of(self, operand: Operand) -> Operand | None:
+        node = self._again(operand.node, operand.layout)
+        if node is None:
+            return None
+        self._passed += self._behind_views(operand.node)
+        region = self.view.grad_region(self.site.result)
+
+        def may_enter(node: fx.Node) -> bool:
+            return bool(self.view.grad_region(node) == region)
+
+        return peel(Operand(node, _without(operand.layout, self.absent)), may_enter)[-1].resolved()
+
+    def is_sole_reader(self) -> bool:
+        """Whether nothing is computed twice: what was computed of the repeated tensor has no other reader."""
+        own = {*self._passed, *self._computed, *self.site.interior}
+        return all(user in own for node in self._computed for user in node.users)
+
+    def take_back(self) -> None:
+        for node in reversed(self.created):
+            self.view.graph.erase_node(node)
+
+    def _behind_views(self, node: fx.Node) -> list[fx.Node]:
+        """The views by which the site reads ``node``."""
+        seen = [node]
+        for each in seen:
+            seen += [user for user in each.users if is_layout_op(user) and user not in seen]
+        return seen
+
+    def _again(self, node: fx.Node, layout: Layout) -> fx.Node | None:
+        """``node`` without the absent axes; itself if it has none of them."""
+        if not set(axes_of(layout)) & set(axes_of((tuple(self.absent),))):
+            return node
+        builder = Builder(self.view.gm, before=node, like=node, written=self._written)
+        again = self._selected(builder, node, layout) or self._computed_again(builder, node, layout)
+        self.created += builder.created
+        if again is None:
+            return None
+        self._say_dtype(again, node)
+        return again if same_shape(tensor(again).shape, shape_of(_without(layout, self.absent))) else None
+
+    def _say_dtype(self, again: fx.Node, node: fx.Node) -> None:
+        """Autocast is not in force where values are worked out, and makes of the same call what it made of ``node``."""
+        dtype = tensor(node).dtype
+        if tensor(again).dtype is not dtype:
+            assert self.view.in_autocast(node), f"{again} is not what {node} is"
+            again.meta["val"] = tensor(again).to(dtype)
+
+    def _selected(self, builder: Builder, node: fx.Node, layout: Layout) -> fx.Node | None:
+        repeated = repetition_of(node)
+        pulled = None if repeated is None else repeated.pulled(layout)
+        if repeated is None or pulled is None:
+            return None
+        if set(axes_of(pulled)) & set(axes_of((tuple(self.absent),))):
+            return None
+        source = self._projected_in_part(builder, node, repeated)
+        if source is None:
+            source = repeated.source
+            if not same_shape((repeated.count,), (tensor(source).shape[repeated.dim],)):
+                source = _part(builder, source, repeated.dim, repeated)
+        return lay_out(builder, source, pulled, _without(layout, self.absent), expand=True)
+
+    def _projected_in_part(self, builder: Builder, node: fx.Node, repeated: Repetition) -> fx.Node | None:
+        """The entries that ``node`` repeats, projected by themselves, where a projection of all serves nothing else."""
+        layout = fresh_layout(tensor(repeated.source).shape)
+        if not layout[repeated.dim] or not same_shape((repeated.count,), (1,)):
+            return None
+        (taken,) = layout[repeated.dim]
+        chain = peel(Operand(repeated.source, layout), lambda node: len(node.users) == 1)
+        projection, own = chain[-1].node, chain[-1].resolved().layout
+        step = _step(projection, own) if len(projection.users) == 1 else None
+        if step is None or not step.projects or not step.again or taken.parts or not self._serves_only(node):
+            return None
+        (source,) = step.sources
+        dims = tuple((axis,) for axis in axes_of(source.layout))
+        if (taken,) not in dims or not self.view.same_region(projection, node):
+            return None
+        part = _part(builder, lay_out(builder, source.node, source.layout, dims), dims.index((taken,)), repeated)
+        gone = frozenset({taken})
+        part = lay_out(builder, part, _without(dims, gone), _without(source.layout, gone))
+        part = step.again(builder, [part])
+        self._say_dtype(part, projection)
+        return lay_out(builder, part, _without(own, gone), _without(layout, gone))
+
+    def _serves_only(self, node: fx.Node) -> bool:
+        """Whether nothing but the site is computed of ``node``."""
+        own = {*self._computed, *self._passed, *self.site.interior}
+        return all(user in own or bool(is_layout_op(user) and self._serves_only(user)) for user in node.users)
+
+    def _computed_again(self, builder: Builder, node: fx.Node, layout: Layout) -> fx.Node | None:
+        step = _step(node, layout)
+        if step is None:
+            return None
+        (self._passed if step.again is None else self._computed).append(node)
+        if node.target is operator.getitem:
+            self._computed.append(node.all_input_nodes[0])
+        sources = [self._again(source.node, source.layout) for source in step.sources]
+        known = [source for source in sources if source is not None]
+        if len(known) < len(sources):
+            return None
+        if step.again is not None:
+            return step.again(builder, known)
+        (source,) = step.sources
+        own = _without(source.layout, self.absent)
+        return lay_out(builder, known[0], own, _without(layout, self.absent), expand=True)

@@ -1,0 +1,121 @@
+"""Graphs as Python: the source that a report shows, and the scripts of ``ATTNREWRITE_DEBUG`` that run by themselves.
+
+A dumped script needs nothing but torch. It holds the graph's code as ``nn.Module`` classes and loads the inputs that
+were there at compile time from ``inputs.pt`` next to it. What cannot be written down (a function of ``__main__``, a
+tensor subclass of some package) is said in a comment at the top of the script and in a warning; it never stops the
+compilation that asked for the dump.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import pickle
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+from attnrewrite.options.environment import debug_tensor_limit
+from attnrewrite.report.dump_script import AmbientState, Script
+from attnrewrite.report.dump_tensors import DumpTensors
+from attnrewrite.report.graph_code import one_line
+from attnrewrite.report.html import report_to_html
+from attnrewrite.report.report import RewriteReport
+from attnrewrite.report.rows import GraphReport
+from attnrewrite.report.text import report_to_text
+
+__all__ = ["dump_graph"]
+
+log = logging.getLogger("attnrewrite.dump")
+
+
+def dump_graph(
+    graph: GraphReport, before: fx.GraphModule, after: fx.GraphModule, example_inputs: Sequence[Any], directory: Path
+) -> Path:
+    """Writes both forms of a graph as scripts that run, with their inputs and the report.
+
+    Args:
+        graph: the graph's report; its name gives the folder and the files their names.
+        before: the graph as it was captured.
+        after: the graph as it was rewritten; it takes the same inputs.
+        example_inputs: what the graph is called with: tensors, fake tensors, symbolic or plain numbers.
+        directory: where the graph's folder goes. A folder that is there already is left alone: the next one is
+            called ``<name>_2``.
+
+    Returns:
+        The graph's folder. A file that could not be written is missing from it, and a warning says why.
+
+    Raises:
+        OptionError: ``ATTNREWRITE_DEBUG_MB`` is not a number.
+    """
+    limit = debug_tensor_limit()
+    try:
+        folder = _fresh_folder(directory, _safe_name(graph.name))
+    except OSError as error:
+        log.warning("no dump of graph %s: %s", graph.name, error)
+        return directory / _safe_name(graph.name)
+    state = AmbientState.current()
+    # The dump may be asked for in the middle of a compilation, under its fake tensor and proxy modes.
+    with _disable_current_modes(), torch.no_grad():
+        tensors = DumpTensors(limit)
+        inputs = [tensors.add(("inputs", index), value) for index, value in enumerate(example_inputs)]
+        scripts = {
+            side: Script(graph, side, module, tensors, inputs, state, folder.name)
+            for side, module in (("before", before), ("after", after))
+        }
+        tensors.settle()
+        try:
+            torch.save(tensors.stored(), folder / "inputs.pt")
+        except (OSError, RuntimeError, pickle.PicklingError) as error:
+            for script in scripts.values():
+                script.problems.append(f"the inputs could not be stored: {one_line(error)}")
+    for side, script in scripts.items():
+        _write(folder / f"{folder.name}_{side}.py", script.source())
+        for problem in script.problems:
+            log.warning("the dumped graph %s_%s.py does not run by itself: %s", folder.name, side, problem)
+    report = RewriteReport(model=graph.name, graphs=[graph], versions={"torch": torch.__version__})
+    _write(folder / "report.json", report.to_json())
+    _write(folder / "report.txt", report_to_text(report))
+    _write(folder / "report.html", report_to_html(report))
+    return folder
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def _safe_name(name: str) -> str:
+    """``name`` as every file system takes it, and short enough for all that is put behind it."""
+    safe = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("._-")
+    if len(safe) > 80:
+        safe = f"{safe[:70]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    # Windows keeps these for devices, with or without an ending.
+    if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", safe, re.IGNORECASE):
+        safe = f"graph_{safe}"
+    return safe or "graph"
+
+
+def _fresh_folder(directory: Path, name: str) -> Path:
+    """A new folder; ``mkdir`` decides who gets a name, so that several processes may dump to one place."""
+    directory.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        folder = directory / (name if number == 1 else f"{name}_{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        # A path or a name may hold bytes that are no UTF-8 (surrogates); they must not cost the file.
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        log.warning("%s could not be written: %s", path, error)

@@ -1,0 +1,132 @@
+"""Which kernels a site is offered, and in which order.
+
+First come those that the user asked for, at one of seven levels. From the strongest: an argument of the call itself
+(``compatibility_mode`` of :func:`attnrewrite.attention_forward`), ``kernels=`` of the decorator (a rule for all sites
+of a part of the model), ``options["kernel_rules"]``, the context manager :func:`attention_backend`,
+``options["kernels"]``, ``ATTNREWRITE_KERNELS``, then the variables that diffusers and DiffSynth-Studio read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
+
+from torch import fx
+
+from attnrewrite.ir.source import SourceLocation
+from attnrewrite.kernels import Kernel, kernel_named, registered_kernels
+from attnrewrite.options.compile_options import Policy
+from attnrewrite.options.environment import request_of_environment
+from attnrewrite.options.request import Request, kernel_names
+from attnrewrite.selection.cost_table import CostTable
+
+__all__ = [
+    "COMPATIBILITY",
+    "KERNEL_OF_CALL",
+    "attention_backend",
+    "named",
+    "request_for",
+    "request_in_force",
+    "standing",
+    "unmatched_rules",
+]
+
+_in_force: ContextVar[Request | None] = ContextVar("attnrewrite_kernels", default=None)
+
+
+KERNEL_OF_CALL = "attnrewrite_kernel"
+"""The annotation (``torch.fx.traceback.annotate``) by which a call in the source names its kernel."""
+
+COMPATIBILITY = "compatibility_mode"
+"""Its one value: PyTorch's own ``scaled_dot_product_attention``."""
+
+_COMPATIBLE = Request(("native",), f"{COMPATIBILITY}=True", otherwise_kept=True)
+
+
+@contextlib.contextmanager
+def attention_backend(*names: str | Sequence[str], strict: bool = False) -> Iterator[None]:
+    """Asks for kernels, in this order, for every compiled model that is called inside.
+
+    It holds in the thread (or asyncio task) that enters it, nests, and works on models that are compiled already: a
+    graph is compiled once more for each set of kernels that it is first called under, and not again on return.
+
+    Args:
+        names: kernels by name, or one list of them; the first willing one serves, ``"auto"`` is the automatic choice.
+        strict: a site that none of them can serve is an error; by default the next willing kernel takes it, and a
+            warning says why.
+
+    Raises:
+        OptionError: a name is unknown.
+        KernelError: on the first call of a model, with ``strict``.
+
+    Example::
+
+        with attnrewrite.attention_backend("_native_flash"):
+            compiled(x)
+    """
+    token = _in_force.set(Request(kernel_names(names, "attention_backend"), "attention_backend", strict))
+    try:
+        yield
+    finally:
+        _in_force.reset(token)
+
+
+def request_in_force() -> Request | None:
+    """What the context manager asks for here; the key of a compiled graph's variants."""
+    return _in_force.get()
+
+
+def request_for(policy: Policy, location: SourceLocation | None, call: fx.Node) -> Request | None:
+    """What is asked for at a site, None where nothing is: the strongest level that says anything.
+
+    Args:
+        call: the node that stands for the site, which may be annotated by :func:`attnrewrite.attention_forward`.
+    """
+    if call.meta.get("custom", {}).get(KERNEL_OF_CALL) == COMPATIBILITY:
+        return _COMPATIBLE
+    for pattern, names in policy.kernel_rules:
+        if _matches(pattern, location):
+            return Request(names, f"the rule for {pattern!r}", policy.strict)
+    if _in_force.get() is not None:
+        return _in_force.get()
+    if policy.kernels:
+        return Request(policy.kernels, "options['kernels']", policy.strict)
+    environment = request_of_environment()
+    return environment and Request(environment.names, environment.origin, environment.strict or policy.strict)
+
+
+def unmatched_rules(policy: Policy, locations: Iterable[SourceLocation | None]) -> tuple[str, ...]:
+    """The globs of ``options["kernel_rules"]`` that match none of the sites at these places."""
+    places = list(locations)
+    return tuple(glob for glob, _ in policy.kernel_rules if not any(_matches(glob, place) for place in places))
+
+
+def _matches(pattern: str, location: SourceLocation | None) -> bool:
+    """A rule is a glob over the module's path ("*.attn1") or over the line ("attention.py:120")."""
+    if location is None:
+        return pattern == "*"
+    line = f"{location.file}:{location.line}"
+    return any(
+        fnmatch.fnmatchcase(text, glob) for text in (location.module, line) for glob in (pattern, f"*/{pattern}")
+    )
+
+
+def named(request: Request | None) -> tuple[list[Kernel], list[Kernel]]:
+    """The kernels that were asked for by name: before the automatic choice, and after it."""
+    names = request.names if request else ()
+    place = names.index("auto") if "auto" in names else len(names)
+    before, after = names[:place], names[place + 1 :]
+    return [kernel_named(name) for name in before], [kernel_named(name) for name in after if name != "auto"]
+
+
+def standing(table: CostTable | None) -> list[Kernel]:
+    """The kernels that need not be asked for, in their standing order.
+
+    After the automatic ones come those that ``table`` knows the times of, unless they compute in lower precision.
+    """
+    kernels = registered_kernels()
+    measured = [] if table is None else [kernel for kernel in kernels if kernel.name in table.rows]
+    exact = [kernel for kernel in measured if not getattr(kernel, "lower_precision", False)]
+    return list(dict.fromkeys([*(kernel for kernel in kernels if kernel.automatic), *exact]))

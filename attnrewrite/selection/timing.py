@@ -1,0 +1,352 @@
+"""What a kernel's calls take on the device at hand: a site cut out of its graph, compiled alone, and timed.
+
+Kernels that are compared are timed in turns, in one process. On CUDA the L2 cache is cleared before each call, as
+``triton.testing.do_bench`` does, and a call's time includes what the host needs to start it where the device waits for
+that. The way into a compiled graph is no part of it: a model goes it once, however many attentions it has. Replays of a
+CUDA graph show the device's own time.
+"""
+
+from __future__ import annotations
+
+import operator
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from attnrewrite.inner import InnerCompiler
+from attnrewrite.ir.builder import Builder
+from attnrewrite.ir.nodes import is_tensor, tensor
+from attnrewrite.ir.site import AttentionSite
+from attnrewrite.kernels import Kernel
+from attnrewrite.options.compile_options import Policy
+
+__all__ = ["Standalone", "Times", "compiled_alone", "cut_out", "smallest_run", "time_together"]
+
+_CACHE_BYTES = 256 * 2**20
+"""More than the L2 cache of any GPU."""
+_FEWEST, _MOST = 5, 200
+"""Calls of each in a spell."""
+_SPELLS = 4
+"""Calls are timed in so many spells, of which the quietest counts: other work of the host's only ever adds to them."""
+
+
+@dataclass(frozen=True)
+class Standalone:
+    """A site under one kernel, as a graph of its own.
+
+    Attributes:
+        module: its inputs are the values of ``inputs``, in this order.
+        inputs: the nodes of the site's graph that it reads.
+        operands: which of them are the query, the key and the value, or are read to make these.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[fx.Node, ...]
+    operands: frozenset[fx.Node]
+
+    def random_inputs(self, requires_grad: bool) -> list[Tensor]:
+        """Operands and biases from a normal distribution, conditions that all hold, integers that are all zero.
+
+        Sizes that are symbols are those that were seen first.
+        """
+        values = []
+        for node in self.inputs:
+            like = tensor(node)
+            size, stride = ([_number(part) for part in parts] for parts in (like.shape, like.stride()))
+            length = 1 + sum((count - 1) * step for count, step in zip(size, stride, strict=True))
+            kind: Any = {"dtype": like.dtype, "device": like.device}
+            if like.dtype.is_floating_point:
+                value = torch.randn(length, **kind).as_strided(size, stride)
+                value.requires_grad_(requires_grad and node in self.operands)
+            else:
+                value = torch.full((length,), int(like.dtype is torch.bool), **kind).as_strided(size, stride)
+            values.append(value)
+        return values
+
+
+def cut_out(gm: fx.GraphModule, site: AttentionSite, kernel: Kernel) -> Standalone:
+    """The calls that the kernel would put in the site's place; ``gm`` is as it was afterwards.
+
+    What depends on no input of the graph, such as a mask made of positions, is made within.
+    """
+    builder = Builder(gm, before=site.result, like=site.anchor)
+    try:
+        output = kernel.emit(site, builder)
+        return _as_graph(gm, site, output, set(builder.created))
+    finally:
+        for node in reversed(builder.created):
+            gm.graph.erase_node(node)
+            if node.op == "get_attr":
+                gm.delete_submodule(str(node.target))
+
+
+def _as_graph(gm: fx.GraphModule, site: AttentionSite, output: fx.Node, created: set[fx.Node]) -> Standalone:
+    graph = fx.Graph()
+    copies: dict[fx.Node, Any] = {}
+    inputs: list[fx.Node] = []
+    operands = {site.query.node, site.key.node, site.value.node}
+
+    def copy(node: fx.Node) -> Any:
+        if node not in copies:
+            value = node.meta.get("val")
+            if isinstance(value, (torch.SymInt, torch.SymFloat)):
+                copies[node] = _number(value)
+            elif node in created or _is_constant(node, constants):
+                for read in node.all_input_nodes:
+                    copy(read)
+                copies[node] = graph.node_copy(node)
+                copies[node].args = fx.node.map_arg(node.args, copies.__getitem__)
+                copies[node].kwargs = fx.node.map_arg(node.kwargs, copies.__getitem__)
+            else:
+                copies[node] = graph.placeholder(node.name)
+                inputs.append(node)
+        return copies[node]
+
+    constants: dict[fx.Node, bool] = {}
+    graph.output(copy(output))
+    _inputs_first(graph)
+    return Standalone(fx.GraphModule(gm, graph), tuple(inputs), frozenset(operands))
+
+
+def _number(size: Any) -> Any:
+    return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat)) else size
+
+
+def _is_constant(node: fx.Node, known: dict[fx.Node, bool]) -> bool:
+    """Whether the node's value depends on sizes alone."""
+    if node not in known:
+        schema = getattr(node.target, "_schema", None)
+        pure = node.target is operator.getitem or (schema is not None and not schema.is_mutable)
+        known[node] = (
+            node.op == "call_function"
+            and pure
+            and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
+            and all(not is_tensor(read) or _is_constant(read, known) for read in node.all_input_nodes)
+        )
+    return known[node]
+
+
+def _inputs_first(graph: fx.Graph) -> None:
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for node in [node for node in graph.nodes if node.op == "placeholder"]:
+        first.prepend(node)
+
+
+def compiled_alone(alone: Standalone, inputs: Sequence[Tensor], policy: Policy) -> Callable[..., Tensor]:
+    """The standalone graph as the inner compiler makes it, or as it stands where that is not Inductor."""
+    if policy.inner_backend != "inductor":
+        return alone.module
+    without_graphs = {key: value for key, value in policy.inner_options.items() if key != "triton.cudagraphs"}
+    inner = InnerCompiler(replace(policy, mode=None, inner_options=without_graphs))
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    fakes = [mode.from_tensor(value, static_shapes=True) for value in inputs]
+    # A compilation of its own, whatever is being compiled around it; all of it now, as PyTorch does not expect a
+    # backward pass to be compiled while a forward pass is.
+    whole = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
+    with tracing(TracingContext(mode)), whole:
+        compiled = inner.compile(alone.module, fakes, keep_attention=True, round_like_eager=False)
+
+    def call(*values: Tensor) -> Tensor:
+        result: Any = compiled(*values)
+        output: Tensor = result[0] if isinstance(result, (tuple, list)) else result
+        return output
+
+    return call
+
+
+def smallest_run(device: torch.device, backward: bool, policy: Policy) -> Callable[[], Any]:
+    """A compiled graph of next to nothing, forwards or forwards and backwards: what entering one takes."""
+    graph = fx.Graph()
+    graph.output((graph.call_function(torch.ops.aten.mul.Tensor, (graph.placeholder("value"), 2.0)),))
+    value = torch.ones(1, device=device, requires_grad=backward)
+    alone = Standalone(fx.GraphModule(torch.nn.Module(), graph), (), frozenset())
+    with torch.set_grad_enabled(backward):
+        call = compiled_alone(alone, [value], policy)
+
+    def run() -> Any:
+        with torch.set_grad_enabled(backward):
+            output = call(value)
+            return torch.autograd.grad(output, [value], output.detach()) if backward else output
+
+    return run
+
+
+@dataclass
+class Times:
+    """Times of one kernel, in milliseconds.
+
+    Attributes:
+        call: of calls, in the quietest of the spells in which they were timed.
+        graph: of replays of a CUDA graph; empty where there is none.
+        memory: bytes that a call allocates at most at one time, operands apart; None where the device does not say.
+    """
+
+    call: list[float] = field(default_factory=list)
+    graph: list[float] = field(default_factory=list)
+    memory: int | None = None
+
+    @property
+    def call_ms(self) -> float:
+        """The median."""
+        return statistics.median(self.call)
+
+    @property
+    def graph_ms(self) -> float | None:
+        """The median; None without a CUDA graph."""
+        return statistics.median(self.graph) if self.graph else None
+
+
+def time_together(
+    runs: dict[str, Callable[[], Any]],
+    device: torch.device,
+    smallest: Callable[[], Any],
+    seconds: float = 0.5,
+    cuda_graphs: bool = True,
+) -> dict[str, Times]:
+    """Times calls in turns.
+
+    Args:
+        runs: by name; each has been called before, so that nothing is left to compile.
+        smallest: of :func:`smallest_run`.
+        seconds: about how long the calls are timed, and again the replays.
+        cuda_graphs: replay CUDA graphs, too, where the device has them and the calls can be captured.
+    """
+    times = {name: Times(memory=_memory_of(run, device)) for name, run in runs.items()}
+    if not runs:
+        return times
+    on_cuda = device.type == "cuda"
+    clock = _CudaClock(device, smallest) if on_cuda else _Clock()
+
+    def spells(count: int) -> list[dict[str, list[float]]]:
+        return [_spell(runs, clock, seconds / _SPELLS) for _ in range(count)]
+
+    calls = spells(1)
+    further = _SPELLS - 1 if len(next(iter(calls[0].values()))) > _FEWEST else 0  # Long calls are the device's.
+    calls += spells(further // 2)
+    if on_cuda and cuda_graphs:
+        graphs = {name: replay for name, run in runs.items() if (replay := _captured(run, device)) is not None}
+        for name, found in _spell(graphs, _CudaClock(device), seconds).items():
+            times[name].graph = found
+    calls += spells(further - further // 2)
+    quietest = min(calls, key=lambda spell: sum(map(statistics.median, spell.values())))
+    for name, found in quietest.items():
+        times[name].call = found
+    return times
+
+
+class _Clock:
+    """Wall-clock times."""
+
+    def new_round(self) -> None:
+        """Nothing changes from round to round."""
+
+    def time(self, run: Callable[[], Any]) -> Callable[[], float]:
+        start = time.perf_counter()
+        run()
+        taken = 1e3 * (time.perf_counter() - start)
+        return lambda: taken
+
+
+class _CudaClock:
+    """Times between events on the device, with the L2 cache cleared.
+
+    Args:
+        smallest: the device is kept busy for as long as the host takes to start this; default: nothing.
+    """
+
+    def __init__(self, device: torch.device, smallest: Callable[[], Any] | None = None) -> None:
+        self._device = device
+        self._smallest = smallest
+        self._cache = torch.empty(_CACHE_BYTES, dtype=torch.int8, device=device)
+        self._entries: deque[float] = deque(maxlen=25)
+        self._bytes_per_ms = _CACHE_BYTES / min(self._between(self._cache.zero_) for _ in range(5))
+        for _ in range(5):
+            self.new_round()
+
+    def _between(self, run: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+    def new_round(self) -> None:
+        """The host is not equally fast at all times."""
+        if self._smallest is not None:
+            torch.cuda.synchronize(self._device)
+            start = time.perf_counter()
+            self._smallest()
+            self._entries.append(1e3 * (time.perf_counter() - start))
+
+    def time(self, run: Callable[[], Any]) -> Callable[[], float]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        self._cache.zero_()  # For about 0.1 ms the host is ahead of the device, as it is within a model.
+        left = int(statistics.median(self._entries) * self._bytes_per_ms) if self._entries else 0
+        while left > 0:
+            self._cache[:left].zero_()
+            left -= _CACHE_BYTES
+        start.record()
+        run()
+        end.record()
+
+        def read() -> float:
+            end.synchronize()
+            return float(start.elapsed_time(end))
+
+        return read
+
+
+def _spell(runs: dict[str, Callable[[], Any]], clock: _Clock | _CudaClock, seconds: float) -> dict[str, list[float]]:
+    """Times of calls in turns, for about so long."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    first = time.perf_counter()
+    for run in runs.values():
+        for _ in range(2):
+            clock.time(run)()
+    a_round = (time.perf_counter() - first) / 2
+    for _ in range(min(_MOST, max(_FEWEST, int(seconds / max(a_round, 1e-6))))):
+        clock.new_round()
+        for name, run in runs.items():
+            # One at a time: what was started before would hide what the host needs for the next.
+            times[name].append(clock.time(run)())
+    return times
+
+
+def _memory_of(run: Callable[[], Any], device: torch.device) -> int | None:
+    if device.type != "cuda":
+        run()
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Any] | None:
+    """A replay of the call; None where it cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream(device).wait_stream(side)
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError:  # What is not allowed within a capture: a synchronisation, an allocation of the host's.
+        torch.cuda.synchronize(device)
+        return None
+    return graph.replay

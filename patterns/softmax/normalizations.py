@@ -1,0 +1,189 @@
+"""Specimens of softmax attention whose softmax is written in another way, or whose weights are changed after it.
+
+Subtracting a row's maximum changes nothing. ``exp(x) / (exp(x).sum() + exp(s))`` is softmax with one more key that has
+no value, a sink of score ``s``. Zeroing weights that were masked changes only rows that have no key. The rule is that
+of softmax attention (:mod:`attnrewrite.patterns.softmax`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnrewrite.patterns.sample_inputs import Specimens, additive, keep, learned, normal, padding
+
+__all__ = ["SPECIMENS"]
+
+_spelling = Specimens()
+_Q = normal(2, 4, "L", 8)
+_K = _V = normal(2, 4, "S", 8)
+
+
+# Softmax, written otherwise.
+
+
+@_spelling.add(_Q, _K, _V)
+def less_its_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * 8**-0.5
+    return (scores - scores.amax(dim=-1, keepdim=True)).softmax(-1) @ v
+
+
+@_spelling.add(_Q, _K, _V)
+def less_its_detached_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """lucidrains' stable softmax."""
+    scores = q @ k.mT * 8**-0.5
+    scores = scores - scores.max(dim=-1, keepdim=True).values.detach()
+    return scores.softmax(-1) @ v
+
+
+@_spelling.add(_Q, _K, _V)
+def less_the_maximum_of_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """GLIP, Grounding DINO."""
+    scores = q @ k.mT * 8**-0.5
+    return (scores - scores.max()).softmax(-1) @ v
+
+
+@_spelling.add(_Q, _K, _V)
+def exponentials_over_their_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.exp(q @ k.mT * 8**-0.5)
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+@_spelling.add(_Q, _K, _V, additive(2, 1, 1, "S"))
+def softmax_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = q @ k.mT * 8**-0.5 + mask
+    weights = (scores - scores.max(dim=-1, keepdim=True)[0]).exp()
+    return (weights / weights.sum(dim=-1).unsqueeze(-1)) @ v
+
+
+@_spelling.add(_Q, _K, _V, keep(2, 1, "L", "S"))
+def masked_exponentials(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    weights = torch.exp(q @ k.mT * 8**-0.5) * mask
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+@_spelling.add(_Q, _K, _V)
+def exponential_of_logarithm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.log_softmax(q @ k.mT * 8**-0.5, dim=-1).exp() @ v
+
+
+@_spelling.add(_Q, _K, _V)
+def less_logsumexp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * 8**-0.5
+    return (scores - scores.logsumexp(-1, keepdim=True)).exp() @ v
+
+
+@_spelling.add(_Q, _K, _V, padding(2, 1, 1, "S"))
+def exponentials_that_underflow(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """A row without a key is 0 / 0 here, where softmax would give the mean of the values."""
+    weights = (q @ k.mT * 8**-0.5).masked_fill(mask, torch.finfo(q.dtype).min).exp()
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+@_spelling.add(_Q, _K, _V, keep(2, 1, 1, "S"))
+def divided_after_the_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = (q @ k.mT * 8**-0.5).masked_fill(~mask, -math.inf)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return weights @ v / weights.sum(-1, keepdim=True)
+
+
+# One more key that has no value.
+
+
+@_spelling.add(_Q, _K, _V)
+def softmax_plus_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention that may attend to nothing."""
+    weights = (q @ k.transpose(-2, -1) / 8**0.5).exp()
+    return weights / (1 + weights.sum(-1, keepdim=True)) @ v
+
+
+@_spelling.add(_Q, _K, _V)
+def stable_softmax_plus_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * 8**-0.5
+    highest = scores.amax(-1, keepdim=True)
+    weights = torch.exp(scores - highest)
+    return weights / (torch.exp(-highest) + weights.sum(-1, keepdim=True)) @ v
+
+
+@_spelling.add(_Q, _K, _V)
+def softmax_plus_one_of_a_clamped_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * 8**-0.5
+    highest = scores.amax(-1, keepdim=True).clamp(min=0)
+    weights = torch.exp(scores - highest)
+    return weights / (torch.exp(-highest) + weights.sum(-1, keepdim=True)) @ v
+
+
+@_spelling.add(_Q, _K, _V)
+def padded_with_a_zero(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = F.pad(q @ k.mT * 8**-0.5, (1, 0))
+    return scores.softmax(-1)[..., 1:] @ v
+
+
+@_spelling.add(_Q, _K, _V, learned(4, 1, 1))
+def attention_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    scores = q @ k.transpose(-2, -1) / 8**0.5
+    scores = torch.cat([scores, sinks.expand(scores.shape[0], -1, scores.shape[2], 1)], dim=-1)
+    return scores.softmax(-1)[..., :-1] @ v
+
+
+@_spelling.add(normal(2, 4, "L", 8), normal(2, 2, "S", 8), normal(2, 2, "S", 8), learned(4), keep(2, 1, 1, "S"))
+def attention_sinks_and_a_mask(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor) -> Tensor:
+    """gpt-oss."""
+    k, v = (t[:, :, None].expand(-1, -1, 2, -1, -1).reshape(t.shape[0], 4, -1, 8) for t in (k, v))
+    scores = q @ k.transpose(2, 3) * 8**-0.5
+    scores = scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+    scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)], dim=-1)
+    scores = scores - scores.max(dim=-1, keepdim=True).values
+    weights = F.softmax(scores, dim=-1, dtype=scores.dtype)[..., :-1]
+    return weights @ v
+
+
+# Weights that are changed after softmax.
+
+
+@_spelling.add(_Q, _K, _V, keep(2, 1, 1, "S"))
+def masked_weights_are_zero(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """ESPnet, WeNet: so that a row without a key gives zero."""
+    scores = (q @ k.mT * 8**-0.5).masked_fill(~mask, torch.finfo(q.dtype).min)
+    return scores.softmax(-1).masked_fill(~mask, 0.0) @ v
+
+
+@_spelling.add(_Q, _K, _V, padding(2, 1, "L", "S"))
+def infinite_rows_are_zero(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = (q @ k.mT * 8**-0.5).masked_fill(mask, -math.inf)
+    return scores.softmax(-1).masked_fill(mask, 0.0) @ v
+
+
+@_spelling.add(_Q, _K, _V, keep(2, 1, 1, "S"))
+def multiplied_by_the_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = (q @ k.mT * 8**-0.5).masked_fill(~mask, -1e9)
+    return (scores.softmax(-1) * mask) @ v
+
+
+@_spelling.add(_Q, _K, _V, keep(2, 1, "L", "S"))
+def nan_to_num(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = (q @ k.mT * 8**-0.5).masked_fill(~mask, -math.inf)
+    return torch.nan_to_num(scores.softmax(-1)) @ v
+
+
+@_spelling.add(_Q, _K, _V, keep(2, 1, "L", "S"))
+def nan_replaced(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    weights = (q @ k.mT * 8**-0.5).masked_fill(~mask, -math.inf).softmax(-1)
+    return torch.where(weights.isnan(), 0.0, weights) @ v
+
+
+@_spelling.add(_Q, _K, _V, learned(4))
+def head_mask(q: Tensor, k: Tensor, v: Tensor, heads: Tensor) -> Tensor:
+    """transformers before 5."""
+    return ((q @ k.mT * 8**-0.5).softmax(-1) * heads.view(1, -1, 1, 1)) @ v
+
+
+@_spelling.add(_Q, _K, _V, keep(2, 1, "L", 1), keep(2, 1, 1, "S"))
+def multiplied_by_padding(q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    return ((q @ k.mT * 8**-0.5).softmax(-1) * queries * keys) @ v
+
+
+SPECIMENS = tuple(_spelling)

@@ -1,0 +1,300 @@
+r"""Softmax attention, written out.
+
+    scores = query @ key^T                      (..., query length, key length)
+    scores = mods(scores)                       scale, bias, mask, in any order
+    weights = dropout(softmax(scores, key length))
+    result = weights @ value
+
+The rule starts at a softmax and reads in both directions. Forwards, past casts, dropout and views, it must come to one
+matrix product that contracts exactly the axis that softmax ran over. Backwards, past what is done to the scores, it
+must come to a matrix product in which that axis belongs to one operand alone: that operand is the key. Any spelling of
+a product, of a view and of a mask will do, since products are read as einsums over axes and views as layouts.
+
+Where something else reads the weights or the scores they must exist in memory, and the site is kept as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from attnrewrite.analysis.scores import ScoreWalk, is_narrower, leads_to_product, read_scores
+from attnrewrite.analysis.weights import Softmax, WeightWalk, every_softmax, follow_weights, split_sink
+from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of
+from attnrewrite.ir.finding import Finding, NearMiss
+from attnrewrite.ir.graph_view import GraphView, reader_in_words
+from attnrewrite.ir.nodes import tensor
+from attnrewrite.ir.products import Product, is_product
+from attnrewrite.ir.site import AttentionSite, Narrow, NotAttention, Scale
+from attnrewrite.ir.views import peel, push
+from attnrewrite.patterns.base import Specimen
+from attnrewrite.patterns.softmax.specimens import SPECIMENS
+
+__all__ = ["PATTERN"]
+
+aten = torch.ops.aten
+
+
+class SoftmaxAttention:
+    name = "softmax"
+    precedence = 20
+
+    @property
+    def specimens(self) -> tuple[Specimen, ...]:
+        return SPECIMENS
+
+    def find(self, view: GraphView) -> Iterator[Finding]:
+        readings: list[_Reading] = []
+        for softmax in every_softmax(view.graph):
+            if not _between_products(softmax, view):
+                continue
+            try:
+                readings += self._read_all(softmax, view)
+            except NotAttention as reason:
+                yield NearMiss(self.name, softmax.node, str(reason), (softmax.node,))
+        yield from _served(readings, view)
+
+    def _read_all(self, softmax: Softmax, view: GraphView) -> list[_Reading]:
+        """A reading for each product that the weights go into."""
+        layout = softmax.layout
+        key_dim = layout[softmax.dim]
+        split = split_sink(softmax, key_dim)
+        sink_dim = None
+        if not key_dim and softmax.sink is not None:
+            raise NotAttention("softmax runs over a single key and a sink")
+        if split is not None:
+            softmax, keys, sink_first = split
+            if not keys:
+                raise NotAttention("softmax runs over a single key and a sink")
+            sink_dim = (key_dim, keys, sink_first)
+            key_dim = keys
+        walks = follow_weights(softmax, layout, sink_dim)
+        if softmax.late is not None:
+            # The same exponentials may go into other products, which are divided elsewhere.
+            divided = softmax.late_views[0] if softmax.late_views else softmax.late
+            walks = [walk for walk in walks if walk.product.node is divided.args[0]]
+            if not walks:
+                raise NotAttention("the product of exponentials and value that is divided by their sum cannot be read")
+        scores = read_scores(
+            softmax.scores,
+            (*layout[: softmax.dim], key_dim, *layout[softmax.dim + 1 :]),
+            view.leads_to_product,
+            axes_of((key_dim,)),
+            accepts=lambda product: _query_and_key(product, axes_of((key_dim,))),
+            sink=softmax.sink is not None,
+        )
+        readings: list[_Reading] = []
+        reasons: list[NotAttention] = []
+        for walk in walks:
+            try:
+                if walk.dropout and len(walks) > 1:
+                    raise NotAttention("the same weights, after the same dropout, go into several products")
+                readings.append(self._read(softmax, scores, walk, key_dim, view))
+            except NotAttention as reason:
+                reasons.append(reason)
+        if not readings:
+            raise reasons[0]
+        return readings
+
+    def _read(self, softmax: Softmax, scores: ScoreWalk, walk: WeightWalk, key_dim: Dim, view: GraphView) -> _Reading:
+        product = walk.product
+        result = softmax.late or product.node
+        interior = view.ordered([*scores.nodes, *softmax.nodes, *walk.nodes, product.node, *softmax.late_views, result])
+        result_layout: Layout | None = product.layout
+        for step in softmax.late_views:
+            result_layout = None if result_layout is None else push(step, result_layout)
+        if result_layout is None:
+            raise NotAttention("the result is reordered in a way that no layout expresses")
+        if softmax.late is not None and any(len(node.users) != 1 for node in (product.node, *softmax.late_views)):
+            raise NotAttention("the product of exponentials and value is read before it is divided by their sum")
+        for node in interior:
+            if view.grad_region(node) != view.grad_region(product.node):
+                raise NotAttention("grad mode is switched between the scores and the product with the value")
+        if not view.same_region(scores.product.node, product.node):
+            raise NotAttention(
+                "autocast is switched between the product of query and key and the product with the value"
+            )
+
+        key_axes = axes_of((key_dim,))
+        query, key = _query_and_key(scores.product, key_axes)
+        value = product.rhs if product.lhs.node is walk.weights else product.lhs
+        weight_mods = list(walk.mods)
+        if not (isinstance(product.factor, (int, float)) and product.factor == 1):
+            weight_mods.append(Scale(product.factor))
+        if product.scale is not None:
+            weight_mods.append(Scale(product.scale))
+        if set(axes_of((product.contracted,))) != set(key_axes):
+            raise NotAttention(
+                "the product after softmax does not contract the axis that softmax runs over, so this is no attention"
+            )
+        # Fused kernels multiply query and key with float32 accumulation, so casting them up first adds nothing; weights
+        # and value are multiplied in the dtype that the source multiplies them in.
+        dtype = tensor(product.node).dtype
+        query, key = (view.origin(operand, scores.product.node, narrow_to=dtype) for operand in (query, key))
+        value = view.origin(value, product.node)
+        if view.in_autocast(product.node):
+            dtype = _widest([dtype, tensor(scores.product.node).dtype])
+        else:
+            dtype = _widest([dtype, query.dtype, key.dtype])
+        if any(isinstance(mod, Scale) and not isinstance(mod.factor, (int, float)) for mod in scores.mods):
+            # It is multiplied into query or key, and rounded there.
+            dtype = _widest([dtype, tensor(scores.product.node).dtype])
+        query_axes = _query_axes(scores, key_axes, key)
+        own_dtype = tensor(softmax.node).dtype
+        narrowed = [Narrow(own_dtype)] if is_narrower(own_dtype, tensor(softmax.scores).dtype) else []
+        alone = set(query.axes) == set(axes_of((scores.product.contracted,))) and query.node.op != "call_function"
+        if alone and key.node is value.node:
+            raise NotAttention("every key is scored by one and the same stored vector: this is pooling")
+        if set(axes_of((query_axes,))) & set(value.axes):
+            raise NotAttention("the value differs from one query position to the next, so this is no attention")
+        if torch.float64 in (tensor(softmax.node).dtype, tensor(softmax.scores).dtype):
+            dtype = torch.float64
+        site = AttentionSite(
+            pattern=self.name,
+            anchor=softmax.node,
+            result=result,
+            result_layout=result_layout,
+            query=query.resolved(),
+            key=key.resolved(),
+            value=value.resolved(),
+            query_axes=query_axes,
+            key_axes=axes_of((key_dim,)),
+            feature_axes=axes_of((scores.product.contracted,)),
+            mods=(*scores.mods, *narrowed, *softmax.fills),
+            softmax_dtype=tensor(softmax.node).dtype,
+            compute_dtype=dtype,
+            weight_layout=(*softmax.layout[: softmax.dim], key_dim, *softmax.layout[softmax.dim + 1 :]),
+            dropout=walk.dropout,
+            sink=_behind_views(softmax.sink),
+            sink_is_shifted=softmax.sink_is_shifted and softmax.sink is not None,
+            weight_mods=tuple(weight_mods),
+            nan_to_zero=softmax.nan_to_zero or walk.nan_to_zero,
+            underflows=softmax.underflows,
+            rounds_rows=softmax.rounds_rows,
+            differentiable=view.differentiable(product.node),
+            in_autocast=view.in_autocast(product.node),
+            interior=interior,
+        )
+        return _Reading(site, view.other_readers(interior), {softmax.node, *walk.nodes})
+
+
+@dataclass
+class _Reading:
+    """A site, and what else reads what it computes: ``weights`` are the nodes that are computed after the scores."""
+
+    site: AttentionSite
+    others: dict[fx.Node, list[fx.Node]]
+    weights: set[fx.Node]
+
+
+def _served(readings: list[_Reading], view: GraphView) -> Iterator[Finding]:
+    """The sites whose scores and weights need not exist: what else reads them are other such sites."""
+    accepted = list(readings)
+    while True:
+        own = {node for reading in accepted for node in reading.site.interior}
+        left = [r for r in accepted if all(user in own for users in r.others.values() for user in users)]
+        if len(left) == len(accepted):
+            break
+        accepted = left
+    yield from (reading.site for reading in accepted)
+    anchors = {reading.site.anchor for reading in accepted}
+    for reading in readings:
+        if any(reading is other for other in accepted) or reading.site.anchor in anchors:
+            continue
+        anchors.add(reading.site.anchor)
+        node, users = next(iter(reading.others.items()))
+        what = "the attention weights" if node in reading.weights else "the scores"
+        names = ", ".join(sorted({reader_in_words(user) for user in users}))
+        reason = f"{what} are read more than once ({names}), so they must exist in memory"
+        yield NearMiss("softmax", reading.site.anchor, reason, (reading.site.anchor,))
+
+
+def _behind_views(sink: Operand | float | None) -> Operand | float | None:
+    """The sink as it was before it was stretched over batches and rows."""
+    return peel(sink, lambda node: True)[-1].resolved() if isinstance(sink, Operand) else sink
+
+
+_FAR = 24
+
+_BARRIERS = frozenset(
+    {
+        aten.linear.default,
+        aten.addmm.default,
+        aten.conv1d.default,
+        aten.conv2d.default,
+        aten.conv3d.default,
+        aten.layer_norm.default,
+        aten.group_norm.default,
+        aten.rms_norm.default,
+        aten.embedding.default,
+    }
+)
+"""Operators behind which a product has nothing to do with this softmax any more."""
+
+
+def _between_products(softmax: Softmax, view: GraphView) -> bool:
+    """Whether matrix products lie before and after: an attention, or a near miss that the report names.
+
+    What the rule can read counts at any distance, so that a mask that takes many steps to make hides no attention.
+    """
+    before = leads_to_product(softmax.scores, view.leads_to_product) or _product_near(
+        softmax.scores, lambda node: node.all_input_nodes
+    )
+    return before and _product_near(softmax.node, lambda node: list(node.users))
+
+
+def _product_near(start: fx.Node, neighbours: Callable[[fx.Node], list[fx.Node]]) -> bool:
+    pending, seen = [start], {start}
+    for node in pending:
+        for other in neighbours(node):
+            if is_product(other):
+                return True
+            if other not in seen and other.op == "call_function" and other.target not in _BARRIERS:
+                if len(seen) > _FAR:
+                    return False
+                seen.add(other)
+                pending.append(other)
+    return False
+
+
+def _query_and_key(product: Product, key_axes: tuple[Axis, ...]) -> tuple[Operand, Operand]:
+    lhs, rhs = set(product.lhs.axes), set(product.rhs.axes)
+    keys = set(key_axes)
+    if not keys and rhs > lhs:
+        # Over a single key: it lacks the axis of the queries.
+        query, key = product.rhs, product.lhs
+    elif keys <= rhs and not keys & lhs:
+        query, key = product.lhs, product.rhs
+    elif keys <= lhs and not keys & rhs:
+        query, key = product.rhs, product.lhs
+    else:
+        raise NotAttention(
+            "softmax runs over an axis that query and key share (a batch or a head) and not over the keys, so this is "
+            "no attention"
+        )
+    contracted = set(axes_of((product.contracted,)))
+    if not contracted <= set(query.axes) or not contracted <= set(key.axes):
+        raise NotAttention("the product sums over an axis that only one operand has")
+    return query, key
+
+
+def _query_axes(walk: ScoreWalk, key_axes: tuple[Axis, ...], key: Operand) -> tuple[Axis, ...]:
+    """The query positions: the last dimension of the scores, the keys' apart, that the key does not share."""
+    shared = set(key.axes)
+    for dim in reversed(walk.product.layout):
+        axes = axes_of((dim,))
+        if set(axes) & set(key_axes) or (axes and set(axes) <= shared):
+            continue
+        return tuple(axis for axis in axes if axis not in shared)
+    return ()
+
+
+def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+PATTERN = SoftmaxAttention()
