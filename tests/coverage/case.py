@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tests.zoo import ZOO
+from tests.support.zoo import ZOO
 
 __all__ = ["Case", "from_zoo"]
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.coverage.absent import stand_in_for
 from tests.coverage.case import Case, from_zoo
-from tests.zoo import ids, noise, padded
+from tests.support.zoo import ids, noise, padded
 
 __all__ = ["CASES"]
 

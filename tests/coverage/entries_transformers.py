@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.coverage.case import Case, from_zoo
-from tests.zoo import NO_DROPOUT, TOKENS, ids, noise, padded, transformer
+from tests.support.zoo import NO_DROPOUT, TOKENS, ids, noise, padded, transformer
 
 __all__ = ["CASES"]
 

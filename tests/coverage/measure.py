@@ -19,7 +19,7 @@ from attnrewrite.backend import collect_reports
 from attnrewrite.report.rows import GraphReport
 from tests.coverage import entries_packages, entries_transformers
 from tests.coverage.case import Case
-from tests.helpers import outputs, rewritten
+from tests.support.helpers import outputs, rewritten
 
 __all__ = [
     "CASES",
@@ -205,7 +205,7 @@ def compare_gradients(
 
 
 def gradient_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, list[str]]:
-    """The largest error of a parameter's gradient, and the parameters that are beyond what tests/test_models.py allows.
+    """The largest error of a parameter's gradient, and the parameters beyond what tests/whole/test_models.py allows.
 
     A gradient that is rounding noise, as that of a bias of keys, is compared with the model's largest gradient.
     """

@@ -30,7 +30,7 @@ from tests.processors.hosts import (
     sequence,
     without_init,
 )
-from tests.zoo import noise, padded
+from tests.support.zoo import noise, padded
 
 __all__ = ["PROCESSORS"]
 
@@ -650,7 +650,7 @@ _LINEAR = (
     ),
 )
 
-_TESTS = "[tests/test_library_calls.py](../tests/test_library_calls.py)"
+_TESTS = "[tests/patterns/test_library_calls.py](../tests/patterns/test_library_calls.py)"
 _XFORMERS: Mapping[str, Any] = {
     "needs": "xformers: the processor calls `xformers.ops.memory_efficient_attention`",
     "proved": "the operators that this call comes down to in a graph, `xformer::memory_efficient_attention_forward` "

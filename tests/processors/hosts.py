@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.processors.state import made, processor_class
-from tests.zoo import noise
+from tests.support.zoo import noise
 
 __all__ = [
     "BATCH",

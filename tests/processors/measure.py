@@ -25,9 +25,9 @@ from tests.coverage.measure import (
     randomize,
     relative_error,
 )
-from tests.helpers import outputs, rewritten
 from tests.processors.case import Model, Processor, Use
 from tests.processors.state import state
+from tests.support.helpers import outputs, rewritten
 
 __all__ = ["built", "measure", "measure_model", "measure_use"]
 

@@ -15,7 +15,7 @@ from torch import nn
 from tests.processors.case import DATA_SIZES, Model
 from tests.processors.hosts import rotation
 from tests.processors.state import made
-from tests.zoo import noise, padded
+from tests.support.zoo import noise, padded
 
 __all__ = ["MODELS"]
 

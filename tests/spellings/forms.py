@@ -79,7 +79,7 @@ class Spelling:
 
 _SCRIPT = """# {forms}
 if __name__ == "__main__":
-    from tests.helpers import rewritten, rows
+    from tests.support.helpers import rewritten, rows
     from tests.spellings.judge import prepared
 
     gradients = {self.gradients}

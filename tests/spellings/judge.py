@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from attnrewrite.backend import collect_reports
 from attnrewrite.report.rows import SiteReport
-from tests.helpers import outputs, rewritten
 from tests.spellings.forms import HALF, Spelling
+from tests.support.helpers import outputs, rewritten
 
 __all__ = ["NotASpelling", "Outcome", "judge", "prepared"]
 

@@ -1,0 +1,302 @@
+"""The structure of a mask is proved from how it is computed, and a causal one is not written to memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.support.helpers import compile_count, relative_error, rewritten, rows
+
+LENGTH, KEYS = 7, 9
+_Masked = Callable[[Tensor, Tensor], Tensor]
+
+
+def _attend(mask: Callable[[int, int], Tensor], keys: int = LENGTH) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """Attention under ``mask(queries, keys)``, boolean (True is kept) or additive, and inputs for it."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT * 0.3
+        kept = mask(q.shape[-2], k.shape[-2])
+        scores = scores.masked_fill(~kept, -math.inf) if kept.dtype is torch.bool else scores + kept
+        return scores.softmax(-1) @ v
+
+    generator = torch.Generator().manual_seed(0)
+    sizes = (LENGTH, keys, keys)
+    return attention, tuple(torch.randn(2, 3, size, 8, generator=generator) for size in sizes)
+
+
+def _positions(queries: int, keys: int) -> tuple[Tensor, Tensor]:
+    return torch.arange(queries)[:, None], torch.arange(keys)[None]
+
+
+def tril(queries: int, keys: int) -> Tensor:
+    return torch.ones(queries, keys, dtype=torch.bool).tril()
+
+
+def not_triu(queries: int, keys: int) -> Tensor:
+    return torch.ones(queries, keys).triu(1) == 0
+
+
+def triu_of_minus_infinity(queries: int, keys: int) -> Tensor:
+    return torch.full((queries, keys), -math.inf).triu(1)
+
+
+def triu_of_lowest(queries: int, keys: int) -> Tensor:
+    return torch.triu(torch.ones(queries, keys), diagonal=1) * torch.finfo(torch.float32).min
+
+
+def comparison(queries: int, keys: int) -> Tensor:
+    i, j = _positions(queries, keys)
+    return j <= i
+
+
+def negated_comparison(queries: int, keys: int) -> Tensor:
+    i, j = _positions(queries, keys)
+    return ~(i < j)
+
+
+def float_comparison(queries: int, keys: int) -> Tensor:
+    i, j = _positions(queries, keys)
+    return (1.0 - (i >= j).float()) * -1e9
+
+
+def chosen(queries: int, keys: int) -> Tensor:
+    i, j = _positions(queries, keys)
+    return torch.where(i - j >= 0, 0.0, -math.inf)
+
+
+def window_that_holds_everything(queries: int, keys: int) -> Tensor:
+    i, j = _positions(queries, keys)
+    return (j <= i) & (i - j < 1000)
+
+
+def gathered(queries: int, keys: int) -> Tensor:
+    i, j = _positions(queries, keys)
+    return torch.arange(100)[j] <= torch.arange(100)[i]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        tril,
+        not_triu,
+        triu_of_minus_infinity,
+        triu_of_lowest,
+        comparison,
+        negated_comparison,
+        float_comparison,
+        chosen,
+        window_that_holds_everything,
+        gathered,
+    ],
+)
+def test_causal(mask: Callable[[int, int], Tensor]) -> None:
+    function, inputs = _attend(mask)
+    (row,) = rows(function, *inputs)
+    assert (row.status, row.mask) == ("rewritten", "causal")
+    assert "the mask is causal" in row.proof[0]
+    assert relative_error(rewritten(function)(*inputs), function(*inputs)) <= 1e-5
+
+
+def test_causal_is_not_written_to_memory() -> None:
+    function, inputs = _attend(comparison)
+    calls: list[tuple[Any, ...]] = []
+
+    def inner(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        target = torch.ops.aten.scaled_dot_product_attention.default
+        calls.extend(node.args for node in gm.graph.find_nodes(op="call_function", target=target))
+        assert not gm.graph.find_nodes(op="call_function", target=torch.ops.aten.arange.default)
+        return gm.forward
+
+    rewritten(function, inner)(*inputs)
+    assert [call[3:] for call in calls] == [(None, 0.0, True)]
+
+
+def window(queries: int, keys: int) -> Tensor:
+    i, j = _positions(queries, keys)
+    return (j <= i) & (i - j < 3)
+
+
+def band(queries: int, keys: int) -> Tensor:
+    return torch.ones(queries, keys, dtype=torch.bool).tril(1).triu(-2)
+
+
+def prefix(queries: int, keys: int) -> Tensor:
+    i, j = _positions(queries, keys)
+    return (j <= i) | (j < 3)
+
+
+def blocks(queries: int, keys: int) -> Tensor:
+    i, j = torch.arange(queries) // 2, torch.arange(keys) // 2
+    return i[:, None] == j[None]
+
+
+def first_keys(queries: int, keys: int) -> Tensor:
+    return (torch.arange(keys) < 4).expand(queries, keys)
+
+
+def nothing_masked(queries: int, keys: int) -> Tensor:
+    return torch.ones(queries, keys, dtype=torch.bool)
+
+
+def zeros(queries: int, keys: int) -> Tensor:
+    return torch.zeros(1, 1, queries, keys)
+
+
+def counted_from_the_end(queries: int, keys: int) -> Tensor:
+    i, j = _positions(queries, keys)
+    return j <= i + keys - queries
+
+
+def a_number_too_many(queries: int, keys: int) -> Tensor:
+    i, j = _positions(queries, keys)
+    return j <= i + 1
+
+
+def every_third(queries: int, keys: int) -> Tensor:
+    i, j = _positions(queries, keys)
+    return (i - j) % 3 == 0
+
+
+@pytest.mark.parametrize(
+    ("mask", "keys", "words"),
+    [
+        (window, LENGTH, "causal + sliding window of 3"),
+        (band, LENGTH, "causal, shifted by 1 + sliding window of 3"),
+        (prefix, LENGTH, "prefix"),
+        (blocks, LENGTH, "documents"),
+        (first_keys, KEYS, "key padding"),
+        (nothing_masked, KEYS, "none"),
+        (zeros, KEYS, "none"),
+        (counted_from_the_end, KEYS, "causal from the last key"),
+        (a_number_too_many, KEYS, "causal, shifted by 1"),
+        (tril, KEYS, "causal"),
+        (every_third, LENGTH, "dense"),
+    ],
+)
+def test_structure(mask: Callable[[int, int], Tensor], keys: int, words: str) -> None:
+    function, inputs = _attend(mask, keys)
+    (row,) = rows(function, *inputs)
+    assert (row.status, row.mask) == ("rewritten", words)
+    assert relative_error(rewritten(function)(*inputs), function(*inputs)) <= 1e-5
+
+
+@pytest.mark.parametrize("mask", [comparison, window, prefix, blocks, counted_from_the_end, tril])
+def test_structure_of_symbolic_sizes(mask: Callable[[int, int], Tensor]) -> None:
+    function, inputs = _attend(mask)
+    static, dynamic = rows(function, *inputs), rows(function, *inputs, dynamic=True)
+    # Where the two lengths are one symbol, or known to be equal, the last key is the query's own.
+    assert dynamic[0].status == "rewritten"
+    assert dynamic[0].mask in (static[0].mask, "causal from the last key")
+    calls = [tuple(t[:, :, :size] for t in inputs) for size in (7, 5, 6)]
+    options = {"inner_backend": "eager"}
+    assert compile_count(function, calls, "attnrewrite", options=options) <= compile_count(function, calls, "eager")
+    torch._dynamo.reset()
+    compiled = rewritten(function, dynamic=True)
+    for call in calls:
+        assert relative_error(compiled(*call), function(*call)) <= 1e-5
+
+
+# Buffers.
+
+
+class Buffered(nn.Module):
+    """nanoGPT's attention: the causal mask is a buffer, and longer than the sequence."""
+
+    bias: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("bias", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[-2]
+        scores = (x @ x.mT) * 0.3
+        return scores.masked_fill(self.bias[:, :, :length, :length] == 0, -math.inf).softmax(-1) @ x
+
+
+def _buffered() -> tuple[Buffered, Tensor]:
+    return Buffered(torch.tril(torch.ones(20, 20)).view(1, 1, 20, 20)), torch.randn(2, 3, 9, 8)
+
+
+def test_a_buffer_counts_as_computation() -> None:
+    model, x = _buffered()
+    (row,) = rows(model, x)
+    assert row.mask == "causal"
+    assert relative_error(rewritten(model)(x), model(x)) <= 1e-5
+
+
+def test_another_buffer_is_a_mask_like_any_other() -> None:
+    mask = torch.tril(torch.ones(20, 20)).view(1, 1, 20, 20)
+    mask[0, 0, 5, 2] = 0
+    model, x = Buffered(mask), torch.randn(2, 3, 9, 8)
+    (row,) = rows(model, x)
+    assert (row.status, row.mask) == ("rewritten", "dense")
+    assert relative_error(rewritten(model)(x), model(x)) <= 1e-5
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_a_buffer_that_changes_is_noticed(inner: str) -> None:
+    model, x = _buffered()
+    compiled = rewritten(model, inner)
+    with torch.no_grad():
+        assert relative_error(compiled(x), model(x)) <= 1e-5
+        model.load_state_dict(model.state_dict())  # Written to, and the same.
+        assert relative_error(compiled(x), model(x)) <= 1e-5
+        model.bias[..., 3:, :2] = 0
+        assert relative_error(compiled(x), model(x)) <= 1e-5
+        model.bias = torch.ones(1, 1, 20, 20)
+        assert relative_error(compiled(x), model(x)) <= 1e-5
+
+
+def test_gradients_after_a_buffer_has_changed() -> None:
+    model, x = _buffered()
+    compiled = rewritten(model, "aot_eager")
+    x.requires_grad_()
+    compiled(x)
+    model.bias[..., 3:, :2] = 0
+    (expected,) = torch.autograd.grad(model(x).sin().sum(), x)
+    (actual,) = torch.autograd.grad(compiled(x).sin().sum(), x)
+    assert relative_error(actual, expected) <= 1e-4
+
+
+# vmap.
+
+
+def _mapped(mask: Callable[..., Tensor], queries: int, keys: int) -> Tensor:
+    """As transformers does it: a function of (batch, head, query, key), mapped over each."""
+    for axes in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, None, None)):
+        mask = torch.vmap(mask, in_dims=axes, out_dims=0)
+    sizes = (2, 1, queries, keys)
+    return mask(*(torch.arange(size) for size in sizes))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_mask_by_vmap(dynamic: bool) -> None:
+    def mask(queries: int, keys: int) -> Tensor:
+        return _mapped(lambda b, h, i, j: (j <= i) & (i - j < 3), queries, keys)
+
+    function, inputs = _attend(mask)
+    (row,) = rows(function, *inputs, dynamic=dynamic)
+    assert (row.status, row.mask) == ("rewritten", "causal + sliding window of 3")
+    compiled = rewritten(function, "aot_eager", dynamic=dynamic)
+    assert relative_error(compiled(*inputs), function(*inputs)) <= 1e-5
+
+
+def test_a_mask_by_vmap_that_reads_a_tensor() -> None:
+    document = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 2]])
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, document: Tensor) -> Tensor:
+        kept = _mapped(lambda b, h, i, j: document[b, i] == document[b, j], q.shape[-2], k.shape[-2])
+        return (q @ k.mT * 0.3).masked_fill(~kept, -math.inf).softmax(-1) @ v
+
+    _, operands = _attend(tril)
+    inputs = (*operands, document)
+    (row,) = rows(attention, *inputs)
+    assert row.status == "rewritten"
+    assert relative_error(rewritten(attention)(*inputs), attention(*inputs)) <= 1e-5

@@ -1,0 +1,80 @@
+"""Numbers of positions that are known only once the data is there (``nonzero``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import attnrewrite
+from attnrewrite.backend import collect_reports
+from attnrewrite.errors import OptionError
+from tests.support.helpers import gradients, relative_error, rewritten
+
+_OPTION: dict[str, Any] = {"capture_dynamic_output_shape_ops": True}
+
+
+def ragged(q: Tensor, k: Tensor, v: Tensor, text: Tensor, keep: Tensor) -> Tensor:
+    """Each batch entry has its own number of tokens of text."""
+    parts = []
+    for entry in range(q.shape[0]):
+        chosen = torch.nonzero(keep[entry]).flatten()
+        own = text[entry : entry + 1, :, chosen]
+        keys, values = (torch.cat([part[entry : entry + 1], own], dim=2) for part in (k, v))
+        parts.append(F.scaled_dot_product_attention(q[entry : entry + 1], keys, values, scale=0.5))
+    return torch.cat(parts)
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, text: Tensor, keep: Tensor) -> Tensor:
+    own = text[:, :, torch.nonzero(keep[0]).flatten()]
+    keys, values = (torch.cat([part, own], dim=2) for part in (k, v))
+    return (q @ keys.mT * 0.5).softmax(-1) @ values
+
+
+def operands(*kept: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, text = (torch.randn(2, 3, length, 8, generator=generator) for length in (6, 6, 6, 5))
+    return [q, k, v, text, torch.stack([torch.arange(5) < count for count in kept])]
+
+
+@pytest.mark.parametrize("function, sites, inner", [(ragged, 2, "inductor"), (written_out, 1, "aot_eager")])
+def test_found_and_rewritten_once_for_all_numbers(function: Any, sites: int, inner: str) -> None:
+    with torch._dynamo.config.patch(_OPTION), torch.no_grad(), collect_reports() as graphs:
+        compiled = rewritten(function, inner)
+        for kept in ((5, 2), (0, 3), (1, 1)):
+            assert relative_error(compiled(*operands(*kept)), function(*operands(*kept))) <= 1e-6
+    (graph,) = graphs
+    assert [(row.kernel, row.reason) for row in graph.sites] == [("native", "")] * sites
+
+
+def test_gradients() -> None:
+    with torch._dynamo.config.patch(_OPTION):
+        actual = gradients(rewritten(ragged, "aot_eager"), operands(4, 2))
+    assert relative_error(actual, gradients(ragged, operands(4, 2))) <= 1e-5
+
+
+def test_as_an_option_of_explain_and_of_the_decorator() -> None:
+    inputs = operands(4, 2)
+    report = attnrewrite.explain(ragged, *inputs, options=_OPTION)
+    assert not report.graph_breaks and [len(graph.rewritten) for graph in report.graphs] == [2]
+    torch._dynamo.reset()
+    compiled = attnrewrite.accelerate_attention(options={**_OPTION, "inner_backend": "eager"}, fullgraph=True)(ragged)
+    assert relative_error(compiled(*inputs), ragged(*inputs)) <= 1e-6
+    assert not torch._dynamo.config.capture_dynamic_output_shape_ops
+
+
+def test_as_an_option_of_torch_compile_it_comes_too_late() -> None:
+    q, k, v, *_ = operands(4, 2)
+    with pytest.raises(Exception, match="comes too late") as raised:
+        rewritten(F.scaled_dot_product_attention, "eager", **_OPTION)(q, k, v)
+    assert isinstance(raised.value, OptionError) or "OptionError" in str(raised.value)
+
+
+def test_other_kernels_are_not_asked() -> None:
+    with torch._dynamo.config.patch(_OPTION), torch.no_grad(), collect_reports() as graphs:
+        rewritten(ragged, kernels=["flex"])(*operands(4, 2))
+    reasons = {verdict.reason for row in graphs[0].sites for verdict in row.verdicts if verdict.kernel == "flex"}
+    assert reasons == {"takes no number of positions that depends on the data"}

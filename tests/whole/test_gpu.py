@@ -1,0 +1,181 @@
+"""The same on an NVIDIA GPU, whose fused kernels have masks, dtypes and strides of their own to be wrong about."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnrewrite import KernelError, attention_backend
+from attnrewrite.patterns import Specimen
+from attnrewrite.patterns.registry import specimens
+from tests.support.helpers import cast, gradients, relative_error, rewritten, rows
+
+pytestmark = pytest.mark.gpu
+
+LENGTH = 12
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SPECIMENS = [specimen for specimen in specimens() if not specimen.only_cpu]
+every_specimen = pytest.mark.parametrize("specimen", SPECIMENS, ids=[specimen.name for specimen in SPECIMENS])
+differentiable = [specimen for specimen in SPECIMENS if specimen.gradients]
+every_differentiable = pytest.mark.parametrize("specimen", differentiable, ids=[each.name for each in differentiable])
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+def eager(specimen: Specimen, inputs: tuple[Any, ...]) -> Any:
+    try:
+        return specimen.function(*inputs)
+    except RuntimeError as error:
+        assert "without overflow" in str(error)
+        pytest.skip("float16 cannot hold the fill, and eager says so")
+
+
+@every_specimen
+@every_dtype
+def test_as_near_to_the_truth_as_before(specimen: Specimen, dtype: torch.dtype) -> None:
+    inputs = cast(specimen.inputs(0, LENGTH), dtype, "cuda")
+    truth = specimen.function(*cast(inputs, torch.float64, "cuda"))
+    own = relative_error(eager(specimen, inputs), truth)
+    # A few roundings of the result are allowed on top: the float32 kernels multiply in three parts of TF32.
+    assert relative_error(rewritten(specimen.function)(*inputs), truth) <= 2 * own + 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    "specimen", [pytest.param(specimen, id=specimen.name) for specimen in SPECIMENS if specimen.masked_rows]
+)
+@every_dtype
+def test_rows_without_a_key(specimen: Specimen, dtype: torch.dtype) -> None:
+    assert specimen.masked_rows is not None
+    inputs = cast(specimen.masked_rows(specimen.inputs(0, LENGTH)), dtype, "cuda")
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    expected = eager(specimen, inputs)
+    assert relative_error(rewritten(specimen.function)(*inputs), expected) <= tolerance
+
+
+@every_differentiable
+def test_gradients(specimen: Specimen) -> None:
+    inputs = cast(specimen.inputs(0, LENGTH), torch.float32, "cuda")
+    actual = gradients(rewritten(specimen.function, "aot_eager"), inputs)
+    assert relative_error(actual, gradients(specimen.function, inputs)) <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["packed_projection", "causal_and_padding", "grouped_queries"])
+def test_through_inductor_and_cuda_graphs(name: str) -> None:
+    (specimen,) = (specimen for specimen in specimens() if specimen.name == name)
+    compiled: Any = torch.compile(specimen.function, backend="attnrewrite", mode="reduce-overhead")
+    for seed in range(3):
+        inputs = cast(specimen.inputs(seed, LENGTH), torch.float32, "cuda")
+        assert relative_error(compiled(*inputs).clone(), specimen.function(*inputs)) <= 1e-5
+
+
+def capped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, keep: Tensor) -> Tensor:
+    """Gemma 2's scores, with a learned bias."""
+    k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+    scores = torch.tanh(q @ k.mT * 0.1 / 3.0) * 3.0 + bias
+    position = torch.arange(q.shape[-2], device=q.device)
+    lowest = torch.finfo(q.dtype).min
+    scores = scores.masked_fill(position > position[:, None], lowest).masked_fill(~keep[:, None, None], lowest)
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("width", [16, 48, 128])
+def test_functions_of_the_scores(inner: str, width: int) -> None:
+    """FlexAttention, forwards and backwards, with rows that have no key."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 130, width), (2, 2, 130, width), (2, 2, 130, width), (4, 130, 130)]
+    inputs = [torch.randn(shape, generator=generator).cuda() for shape in shapes]
+    keep = torch.arange(130) >= torch.tensor([0, 7])[:, None]
+    inputs.append(keep.cuda())
+    with torch.no_grad():
+        (row,) = rows(capped, *inputs)
+        assert (row.status, row.kernel) == ("rewritten", "flex")
+        compiled = rewritten(capped, inner)
+        # Triton multiplies float32 in TF32 unless told otherwise.
+        assert relative_error(compiled(*inputs), capped(*inputs)) <= 5e-3
+    if inner == "eager":
+        return
+    torch._dynamo.reset()
+    actual = gradients(rewritten(capped, inner), inputs)
+    assert relative_error(actual, gradients(capped, inputs)) <= 1e-2
+
+
+@pytest.mark.parametrize("kernel", ["_native_flash", "_native_efficient", "_native_cudnn"])
+@every_specimen
+def test_single_back_ends(specimen: Specimen, kernel: str) -> None:
+    """Each back end of PyTorch's, where its own check lets it: values, rows without a key, gradients."""
+    inputs = cast(specimen.inputs(0, LENGTH), torch.float16, "cuda")
+    asked: Any = {"kernels": kernel, "strict": True}
+    try:
+        with torch.no_grad():
+            served = {row.kernel for row in rows(specimen.function, *inputs, **asked)}
+    except KernelError:
+        pytest.skip("the kernel is not willing")
+    if served == {None}:
+        pytest.skip("rounding decides a row without a key here")
+    assert served == {kernel}
+    for case in (inputs, cast(specimen.masked_rows(inputs), torch.float16, "cuda") if specimen.masked_rows else inputs):
+        expected = eager(specimen, case)
+        with torch.no_grad():
+            assert relative_error(rewritten(specimen.function, kernels=kernel)(*case), expected) <= 4e-3
+
+
+@every_differentiable
+@pytest.mark.parametrize("kernel", ["native", "_native_flash", "_native_efficient", "_native_math"])
+def test_gradients_in_half_precision(specimen: Specimen, kernel: str) -> None:
+    """In the order of the catalogue, in one process: a back end may confuse calls of several layouts."""
+    inputs = cast(specimen.inputs(0, LENGTH), torch.float16, "cuda")
+    eager(specimen, inputs)
+    truth, own, expected = (
+        torch.cat([gradient.double().flatten() for gradient in gradients(function, given)])
+        for function, given in (
+            (specimen.function, cast(inputs, torch.float64, "cuda")),
+            (rewritten(specimen.function, "aot_eager", kernels=kernel), inputs),
+            (specimen.function, inputs),
+        )
+    )
+    assert relative_error(own, truth) <= 3 * relative_error(expected, truth) + 8e-3
+
+
+def test_gradients_in_two_layouts() -> None:
+    """cuDNN's plans do not tell gradients of the output apart that are laid out differently."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ((q @ k.mT) * 0.1).softmax(-1) @ v
+
+    def heads_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v).transpose(1, 2).contiguous()
+
+    generator = torch.Generator().manual_seed(0)
+    for function in (attend, heads_last, attend, heads_last):
+        inputs = [torch.randn((2, 3, 64, 64), generator=generator).cuda().half() for _ in range(3)]
+        actual = gradients(rewritten(function, "inductor"), inputs)
+        assert relative_error(actual, gradients(function, inputs)) <= 1e-2
+
+
+@pytest.mark.parametrize("kernel", ["_native_flash", "_native_efficient", "_native_cudnn"])
+@pytest.mark.parametrize("width", [40, 64, 77, 128])
+def test_single_back_ends_through_inductor(kernel: str, width: int) -> None:
+    """Sizes that PyTorch's selector pads, forwards and backwards, with CUDA graphs."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ((q @ k.mT) * 0.1).softmax(-1) @ v
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, 100, width), (2, 3, 77, width), (2, 3, 77, width)]
+    inputs = [torch.randn(shape, generator=generator).cuda().half() for shape in shapes]
+    with torch.no_grad():
+        (row,) = rows(attend, *inputs, kernels=kernel)
+        assert row.kernel == kernel
+        truth = attend(*(value.double() for value in inputs))
+        compiled: Any = torch.compile(attend, backend="attnrewrite", mode="reduce-overhead")
+        with attention_backend(kernel):
+            for _ in range(3):
+                assert relative_error(compiled(*inputs).double(), truth) <= 2e-3
+    if kernel == "_native_cudnn":
+        return
+    torch._dynamo.reset()
+    actual = gradients(rewritten(attend, "inductor", kernels=kernel, strict=True), inputs)
+    assert relative_error(actual, gradients(attend, inputs)) <= 1e-2

@@ -1,0 +1,323 @@
+"""Attentions that a version rewrote into other numbers, or broke on: whatever becomes of them, eager's numbers stay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.support.helpers import gradients, outputs, relative_error, rewritten, rows
+
+BATCH, HEADS, LENGTH, KEYS, WIDTH = 2, 4, 5, 6, 8
+LOWEST = torch.finfo(torch.float32).min
+_generator = torch.Generator().manual_seed(0)
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=_generator)
+
+
+Q, K, V = (_normal(BATCH, HEADS, length, WIDTH) for length in (LENGTH, KEYS, KEYS))
+KEPT_KEYS = torch.tensor([True, True, False, True, False, True]).expand(BATCH, 1, 1, KEYS).contiguous()
+KEPT = torch.rand(BATCH, 1, LENGTH, KEYS, generator=_generator) > 0.4
+MASKED = torch.zeros(BATCH, 1, LENGTH, KEYS, dtype=torch.bool)
+MASKED[0, :, 1] = True  # A row without a key.
+MASKED[1, :, :, :2] = True
+OTHER = torch.rand(BATCH, 1, LENGTH, KEYS, generator=_generator) > 0.5
+
+_Case = tuple[Callable[..., Any], tuple[Tensor, ...]]
+_CASES: dict[str, _Case] = {}
+
+
+def _case(*inputs: Tensor) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _CASES[function.__name__] = (function, inputs)
+        return function
+
+    return register
+
+
+# A number that is added before zeros and ones are multiplied does not reach the scores that become zero.
+
+
+@_case(Q, K, V, KEPT_KEYS)
+def shifted_and_multiplied_by_a_key_mask(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    return ((q @ k.mT + 5.0) * kept).softmax(-1) @ v
+
+
+@_case(Q, K, V, KEPT_KEYS)
+def maximum_subtracted_and_multiplied_by_a_key_mask(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    s = q @ k.mT
+    return ((s - s.amax(-1, keepdim=True)) * kept).softmax(-1) @ v
+
+
+@_case(Q, K, V, KEPT)
+def shifted_multiplied_by_a_mask_and_scaled(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    return ((q @ k.mT + 5.0) * kept / 8).softmax(-1) @ v
+
+
+@_case(Q, K, V, KEPT_KEYS, KEPT_KEYS.flip(-1))
+def shifted_multiplied_and_filled_by_two_masks(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return ((q @ k.mT + 5.0) * a + (1 - b.float()) * -1e9).softmax(-1) @ v
+
+
+# Subtracting the maximum brings a row whose keys are all masked back to zero.
+
+
+def _after_maximum(name: str, mask: Callable[..., Tensor], after: Callable[..., Tensor], by_hand: bool = False) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, other: Tensor) -> Tensor:
+        s = mask(q @ k.mT / 3, masked)
+        s = after(s - s.amax(-1, keepdim=True), other)
+        if by_hand:
+            s = s.exp()
+            return s / s.sum(-1, keepdim=True) @ v
+        return s.softmax(-1).to(v.dtype) @ v
+
+    attend.__name__ = name
+    _case(Q, K, V, MASKED, OTHER)(attend)
+
+
+def _fill(value: float) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda scores, mask: scores.masked_fill(mask, value)
+
+
+_after_maximum("maximum_between_two_fills", _fill(LOWEST), _fill(LOWEST))
+_after_maximum("maximum_between_fills_of_minus_1e9", _fill(-1e9), _fill(-1e9))
+_after_maximum("maximum_after_minus_infinity", _fill(-math.inf), _fill(LOWEST))
+_after_maximum("maximum_before_a_floor", _fill(-math.inf), lambda s, m: s.clamp(min=LOWEST))
+_after_maximum("maximum_between_bias_and_fill", lambda s, m: s + m * LOWEST, _fill(LOWEST))
+_after_maximum("maximum_before_a_factor", _fill(LOWEST), lambda s, m: s / 0.5)
+_after_maximum("maximum_before_a_narrower_dtype", _fill(LOWEST), lambda s, m: s.bfloat16())
+_after_maximum("maximum_before_a_factor_below_one", _fill(LOWEST), lambda s, m: s * 0.5)
+_after_maximum("maximum_of_minus_infinity_before_a_bias", _fill(-math.inf), lambda s, m: (s + m * -3.0) * 2)
+_after_maximum("maximum_and_temperature_by_hand", _fill(-1e9), lambda s, m: s / 2, by_hand=True)
+
+
+@_case(Q, K, V, MASKED)
+def precision_bottleneck_relaxation(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
+    """CogView, LayoutLMv3."""
+    s = (q @ k.mT + torch.zeros(masked.shape).masked_fill(masked, LOWEST)) / 32
+    return ((s - s.amax(-1, keepdim=True)) * 32).softmax(-1) @ v
+
+
+# Which keys a row attends that several masks cover together depends on their numbers.
+
+
+@_case(Q, K, V, MASKED[:, :, :1], torch.full((LENGTH, KEYS), LOWEST).triu(1))
+def fill_beside_a_bias_of_the_lowest_number(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, bias: Tensor) -> Tensor:
+    return ((q @ k.mT).masked_fill(masked, LOWEST) + bias).softmax(-1) @ v
+
+
+@_case(Q, K, V, MASKED, ~MASKED)
+def fills_of_two_lowest_numbers(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    s = (q @ k.mT).masked_fill(a, torch.finfo(torch.bfloat16).min)
+    return s.masked_fill(b, LOWEST).softmax(-1) @ v
+
+
+class LeftPadding(nn.Module):
+    """GPT-2's spelling, for years: ``where(causal, scores, min) + (1 - mask) * min``."""
+
+    causal: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("causal", torch.tril(torch.ones(16, 16, dtype=torch.bool))[None, None])
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) -> Tensor:
+        s = q @ k.mT / 8**0.5
+        length = s.shape[-1]
+        s = torch.where(self.causal[:, :, :length, :length], s, torch.full([], LOWEST, dtype=s.dtype))
+        s = s + (1.0 - attention_mask[:, None, None, :].to(s.dtype)) * LOWEST
+        result: Tensor = s.softmax(-1) @ v
+        return result
+
+
+_PADDED = torch.ones(BATCH, KEYS, dtype=torch.long)
+_PADDED[1, :2] = 0
+_CASES["left_padding"] = (LeftPadding(), (_normal(BATCH, HEADS, KEYS, WIDTH), K, V, _PADDED))
+
+
+@_case(Q.double(), K.double(), V.double(), MASKED, OTHER)
+def fills_of_float64(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    s = (q @ k.mT).masked_fill(a, torch.finfo(torch.float64).min)
+    return s.masked_fill(b, -math.inf).softmax(-1) @ v
+
+
+# What looks like a learned bias, and masks.
+
+
+@_case(Q, K, V, ~MASKED, OTHER)
+def logarithm_of_a_mask(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, masked: Tensor) -> Tensor:
+    scores = (q @ k.mT + kept.log()).masked_fill(masked, -math.inf)
+    return scores.softmax(-1).masked_fill(masked, 0) @ v
+
+
+@_case(Q, K, V, MASKED, _normal(1, WIDTH))
+def sink_of_minus_infinity(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, weight: Tensor) -> Tensor:
+    scores = (q @ k.mT).masked_fill(masked, -math.inf)
+    return torch.cat([scores, (F.linear(q, weight) * 0).log()], -1).softmax(-1)[..., :-1] @ v
+
+
+@_case(Q, K, V, MASKED)
+def mask_divided_by_a_small_number(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
+    return (q @ k.mT - masked.float() / 1e-9).softmax(-1) @ v
+
+
+@_case(Q, K, V, ~MASKED)
+def logarithm_of_a_mask_with_a_floor(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    return (q @ k.mT + kept.log().clamp(min=LOWEST)).softmax(-1) @ v
+
+
+@_case(Q, K, V, MASKED.long() * -(10**9))
+def integers_that_are_added(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return (q @ k.mT + mask).softmax(-1) @ v
+
+
+# A batch or a head that no operand has.
+
+
+@_case(Q[:, :1], K[:, :1], V[:, :1])
+def every_operand_expanded_over_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.expand(BATCH, HEADS, -1, -1) for t in (q, k, v))
+    return ((q @ k.mT / 3).softmax(-1) @ v).transpose(1, 2).reshape(BATCH, LENGTH, HEADS * WIDTH)
+
+
+@_case(Q[:1], K[:1], V[:1])
+def every_operand_repeated_over_the_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.repeat(BATCH, 1, 1, 1) for t in (q, k, v))
+    return (q @ k.mT / 3).softmax(-1) @ v
+
+
+@_case(Q[:, :1], K[:, :1], V[:, :1])
+def call_on_expanded_operands(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.expand(BATCH, HEADS, -1, -1) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@_case(Q[:1, :1], K[:1, :1], V[:1, :1], MASKED)
+def mask_with_a_batch_of_its_own(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
+    q, k, v = (t.expand(BATCH, HEADS, -1, -1) for t in (q, k, v))
+    return (q @ k.mT).masked_fill(masked, -math.inf).softmax(-1) @ v
+
+
+@_case(Q, K[:, :, :1], V)
+def one_key_at_every_position(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.expand(-1, -1, KEYS, -1).mT).softmax(-1) @ v
+
+
+# Weights that go into several products, or grow.
+
+
+@_case(Q, K, V)
+def two_late_divisions(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    s = q @ k.mT / 3
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    total = e.sum(-1, keepdim=True)
+    return (e @ v) / total, (e @ (v * 2)) / total
+
+
+@_case(Q, K, V)
+def two_late_divisions_one_with_a_sink(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    e = (q @ k.mT / 3).exp()
+    total = e.sum(-1, keepdim=True)
+    return (e @ v) / total, (e @ (v * 2)) / (total + 1)
+
+
+@_case(Q, K, V, _normal(BATCH, HEADS, 2, 3, 5))
+def second_value_divides_the_keys(q: Tensor, k: Tensor, v: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+    weights = (q @ k.mT / 3).softmax(-1)
+    return weights @ v, weights @ grid.flatten(2, 3)
+
+
+@_case(Q[:, :1], K[:, :1], V, _normal(1, HEADS, 1, 1))
+def weights_of_one_head_grow_to_several(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    return ((q @ k.mT).softmax(-1) * gate) @ v
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_values(name: str) -> None:
+    function, inputs = _CASES[name]
+    with torch.no_grad():
+        for actual, expected in zip(outputs(rewritten(function)(*inputs)), outputs(function(*inputs)), strict=True):
+            assert actual.shape == expected.shape
+            assert relative_error(actual, expected) <= (1e-2 if "narrower" in name else 1e-5)
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_gradients(name: str) -> None:
+    function, inputs = _CASES[name]
+    # All in one: some gradients are zero but for rounding.
+    actual, expected = (
+        torch.cat([gradient.flatten() for gradient in gradients(call, inputs)])
+        for call in (rewritten(function, "aot_eager"), function)
+    )
+    assert relative_error(actual, expected) <= (2e-2 if "narrower" in name else 1e-4)
+
+
+def test_no_graph_is_given_up() -> None:
+    """An attention that cannot be read is left with its reason, and the graph's others are rewritten all the same."""
+    for name, (function, inputs) in _CASES.items():
+        torch._dynamo.reset()
+        assert rows(function, *inputs), name
+
+
+def test_a_relaxed_softmax_is_rewritten() -> None:
+    function, inputs = _CASES["precision_bottleneck_relaxation"]
+    (row,) = rows(function, *inputs)
+    assert row.status == "rewritten"
+
+
+def test_a_tensor_factor_is_not_rounded_with_the_query() -> None:
+    """Products in float32 of bfloat16 operands are exact; the query times a float32 factor is not bfloat16."""
+    q, k, v = (_normal(BATCH, HEADS, 64, 64).bfloat16() for _ in range(3))
+    factor = torch.rand(HEADS, 1, 1, generator=_generator) + 0.5
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, factor: Tensor) -> Tensor:
+        return ((q.float() @ k.float().mT) * factor).softmax(-1).to(v.dtype) @ v
+
+    exact = ((q.double() @ k.double().mT) * factor.double()).softmax(-1) @ v.double()
+    own, eager = rewritten(attend)(q, k, v, factor), attend(q, k, v, factor)
+    assert relative_error(own.double(), exact) <= relative_error(eager.double(), exact)
+
+
+def test_a_batch_that_only_the_value_has_drops_weights_of_its_own() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = (t.expand(BATCH, -1, -1, -1) for t in (q, k))
+        return F.dropout((q @ k.mT).softmax(-1), 0.5, True) @ v
+
+    inputs = Q[:1], K[:1], V[:1].repeat(BATCH, 1, 1, 1)
+    (row,) = rows(attend, *inputs)
+    assert row.status == "rewritten"
+    one, other = rewritten(attend)(*inputs)
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_memory_order_of_a_call(dynamic: bool) -> None:
+    """The result of a call lies in memory as its query does, and so do views of it that eager code takes afterwards."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.view(*t.shape[:2], 2, 8).transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v)
+
+    inputs = [_normal(3, 6, 16) for _ in range(3)]
+    actual, expected = rewritten(attend, dynamic=dynamic)(*inputs), attend(*inputs)
+    assert relative_error(actual, expected) <= 1e-5
+    assert actual.stride() == expected.stride()
+
+
+def test_sizes_that_depend_on_the_data() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+        k, v = k[kept], v[kept]
+        return (q @ k.mT).softmax(-1) @ v
+
+    inputs = Q[0, 0], K[0, 0], V[0, 0], torch.arange(KEYS) < 3
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        (row,) = rows(attend, *inputs)
+        assert row.status == "kept" and "depends on the data" in row.reason
+        assert relative_error(rewritten(attend, "aot_eager")(*inputs), attend(*inputs)) == 0
