@@ -43,7 +43,10 @@ class StoredPattern:
 
     @functools.cached_property
     def _largest(self) -> float:
-        return float(self.tensor.detach().abs().amax().nan_to_num(math.inf))
+        # Truth values have no abs() in their own dtype, and of the lowest integer it is negative.
+        values = self.tensor.detach()
+        values = values if values.is_complex() else values.float()
+        return float(values.abs().amax().nan_to_num(math.inf))
 
 
 def _pattern_of(values: torch.Tensor) -> float | range | Triangle | None:

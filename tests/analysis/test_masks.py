@@ -231,6 +231,19 @@ def test_a_buffer_counts_as_computation() -> None:
     assert relative_error(rewritten(model)(x), model(x)) <= 1e-5
 
 
+def test_a_buffer_of_truth_values_that_are_used_as_numbers() -> None:
+    class Added(Buffered):
+        def forward(self, x: Tensor) -> Tensor:
+            length = x.shape[-2]
+            kept = self.bias[:, :, :length, :length].float()
+            return ((x @ x.mT) * 0.3 + (1.0 - kept) * -1e9).softmax(-1) @ x
+
+    model, x = Added(torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()), torch.randn(2, 3, 9, 8)
+    (row,) = rows(model, x)
+    assert (row.status, row.mask) == ("rewritten", "causal")
+    assert relative_error(rewritten(model)(x), model(x)) <= 1e-5
+
+
 def test_another_buffer_is_a_mask_like_any_other() -> None:
     mask = torch.tril(torch.ones(20, 20)).view(1, 1, 20, 20)
     mask[0, 0, 5, 2] = 0
