@@ -204,11 +204,13 @@ class Entries:
 
     def _chosen(self, condition: Formula, first: Entry, second: Entry, dtype: torch.dtype) -> Entry | None:
         if isinstance(condition, bool):
-            return first if condition else second
+            chosen = first if condition else second
+            return self._as_truth(chosen) if dtype is torch.bool else chosen
         if not _is_formula(condition):
             return None
         if dtype is torch.bool:
-            return disjunction([conjunction([condition, first]), conjunction([negation(condition), second])])
+            chosen, other = self._as_truth(first), self._as_truth(second)
+            return disjunction([conjunction([condition, chosen]), conjunction([negation(condition), other])])
         a, b = _cases(first), _cases(second)
         if a is None or b is None:
             return None
@@ -217,6 +219,10 @@ class Entries:
             + [(number, conjunction([negation(condition), formula])) for number, formula in b.numbers],
             dtype,
         )
+
+    def _as_truth(self, entry: Entry) -> Formula:
+        """A number is true where it is not 0."""
+        return entry if _is_formula(entry) else self._compared("ne", entry, sympy.Integer(0), exact=True)
 
     def _distance(self, entry: Entry | None) -> Entry | None:
         if isinstance(entry, Cases):
@@ -230,7 +236,7 @@ class Entries:
             if not _is_formula(entry):
                 if not is_tensor(arg) or not relation.startswith("logical"):
                     return None
-                entry = self._compared("ne", entry, sympy.Integer(0), exact=True)
+                entry = self._as_truth(entry)
             entries.append(entry)
         name = relation.removeprefix("logical ")
         if name == "not":
