@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import fx
 
-from attnrewrite.analysis.formulas import Formula, Known, at_least, conjunction, disjunction, negation
+from attnrewrite.analysis.formulas import Formula, Known, at_least, conjunction, disjunction, negation, symbols
 from attnrewrite.analysis.slices import span_of
 from attnrewrite.analysis.values import as_stored, constant_value
 from attnrewrite.ir.nodes import is_tensor, same, tensor
@@ -375,7 +375,9 @@ def _key(entry: Entry) -> Hashable:
 def _symbols(entry: Entry) -> frozenset[Any]:
     if isinstance(entry, Unknown):
         return entry.symbols
-    return frozenset(entry.free_symbols) if isinstance(entry, sympy.Expr) else frozenset()
+    if isinstance(entry, Cases):
+        return frozenset().union(*(symbols(formula) for _, formula in entry.numbers))
+    return frozenset(entry.free_symbols) if isinstance(entry, sympy.Expr) else symbols(entry)
 
 
 def _integer(value: Any) -> Any:

@@ -163,6 +163,16 @@ def every_third(queries: int, keys: int) -> Tensor:
     return (i - j) % 3 == 0
 
 
+def filled_with_a_number(queries: int, keys: int) -> Tensor:
+    i, j = _positions(queries, keys)
+    return (j <= i).masked_fill(j < 3, 1)
+
+
+def of_two_numbers(queries: int, keys: int) -> Tensor:
+    i, j = _positions(queries, keys)
+    return j >= torch.where(i > 2, 1, 0)
+
+
 @pytest.mark.parametrize(
     ("mask", "keys", "words"),
     [
@@ -177,6 +187,8 @@ def every_third(queries: int, keys: int) -> Tensor:
         (a_number_too_many, KEYS, "causal, shifted by 1"),
         (tril, KEYS, "causal"),
         (every_third, LENGTH, "dense"),
+        (filled_with_a_number, LENGTH, "prefix"),
+        (of_two_numbers, LENGTH, "dense"),
     ],
 )
 def test_structure(mask: Callable[[int, int], Tensor], keys: int, words: str) -> None:
