@@ -127,14 +127,14 @@ class Entries:
             nothing = False if dtype is torch.bool else sympy.Integer(0)
             return self._chosen(kept, self.at(args[0], index), nothing, dtype)
         if target in _COMPARISONS:
-            a, b = (self._operand(arg, index) for arg in args[:2])
+            operands = self._promoted(args[:2], index)
             exact = not any(is_tensor(arg) and tensor(arg).dtype.is_floating_point for arg in args[:2])
-            return self._compared(_COMPARISONS[target], a, b, exact)
+            return None if operands is None else self._compared(_COMPARISONS[target], *operands, exact)
         if target in _LOGIC:
             return self._logic(_LOGIC[target], args, index)
         if target in _SUMS and not node.kwargs and dtype is not torch.bool:
-            a, b = (self._operand(arg, index) for arg in args[:2])
-            return _combined(_SUMS[target], a, b, dtype)
+            operands = self._promoted(args[:2], index)
+            return None if operands is None else _combined(_SUMS[target], *operands, dtype)
         if target is aten.neg.default:
             return _combined(lambda a, b: a * b, self.at(args[0], index), sympy.Integer(-1), dtype)
         if target is aten.abs.default:
@@ -178,6 +178,18 @@ class Entries:
         shape = tensor(arg).shape
         tail = index[len(index) - len(shape) :]
         return self.at(arg, [sympy.Integer(0) if same(size, 1) else i for size, i in zip(shape, tail, strict=True)])
+
+    def _promoted(self, args: Sequence[Any], index: list[Any]) -> tuple[Entry, Entry] | None:
+        """Two operands' entries in the dtype in which they meet; None where one is not known to be the same in it."""
+        values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
+        dtype = torch.result_type(*(_example(value) for value in values))
+        entries: list[Entry] = []
+        for arg, value in zip(args, values, strict=True):
+            entry = self._operand(arg, index)
+            if not isinstance(value, torch.Tensor) or value.dtype is not dtype:
+                entry = _stored(entry, dtype)
+            entries.append(entry)
+        return None if None in entries else (entries[0], entries[1])
 
     def _gathered(self, node: fx.Node, index: list[Any]) -> Entry | None:
         """``table[rows, columns]`` with computed positions."""
@@ -290,6 +302,13 @@ class Entries:
         return bool(pattern) if dtype is torch.bool else _number(pattern)
 
 
+def _example(value: Any) -> Any:
+    """A tensor, or a number of the same kind as a symbolic one."""
+    if isinstance(value, torch.SymInt):
+        return 1
+    return 1.0 if isinstance(value, torch.SymFloat) else value
+
+
 def _is_formula(entry: Entry) -> bool:
     return not isinstance(entry, (sympy.Expr, Cases, Unknown)) and entry is not None
 
@@ -345,7 +364,8 @@ def _stored(entry: Entry, dtype: torch.dtype) -> Entry | None:
     if isinstance(entry, (sympy.Number, Cases)) or _is_formula(entry):
         cases = _cases(entry)
         return None if cases is None else _merged(cases.numbers, dtype)
-    if dtype not in _EXACT or not (dtype.is_floating_point or entry.is_integer):
+    # Fractions of positions are rounded, each step of their computation by itself.
+    if dtype not in _EXACT or not entry.is_integer:
         return None
     return entry if _largest(entry) <= _EXACT_UP_TO[dtype] else None
 

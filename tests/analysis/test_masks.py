@@ -198,6 +198,25 @@ def test_structure(mask: Callable[[int, int], Tensor], keys: int, words: str) ->
     assert relative_error(rewritten(function)(*inputs), function(*inputs)) <= 1e-5
 
 
+def sums_that_are_rounded(queries: int, keys: int) -> Tensor:
+    i, j = _positions(queries, keys)
+    return i * 0.1 + j * 0.1 - j * 0.1 <= i * 0.1
+
+
+def a_number_that_is_rounded(queries: int, keys: int) -> Tensor:
+    i, j = _positions(queries, keys)
+    return torch.where(j <= i, 0.0, 0.1) != 0.1
+
+
+@pytest.mark.parametrize(("mask", "words"), [(sums_that_are_rounded, "dense"), (a_number_that_is_rounded, "causal")])
+def test_fractions_are_rounded(mask: Callable[[int, int], Tensor], words: str) -> None:
+    function, inputs = _attend(mask)
+    (row,) = rows(function, *inputs)
+    assert (row.status, row.mask) == ("rewritten", words)
+    assert relative_error(rewritten(function)(*inputs), function(*inputs)) <= 1e-5
+    assert not mask(LENGTH, LENGTH).all()  # As they would be if the steps were not rounded.
+
+
 @pytest.mark.parametrize("mask", [comparison, window, prefix, blocks, counted_from_the_end, tril])
 def test_structure_of_symbolic_sizes(mask: Callable[[int, int], Tensor]) -> None:
     function, inputs = _attend(mask)
