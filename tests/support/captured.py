@@ -1,0 +1,55 @@
+"""Attentions of a function, read from attnrewrite's own capture of it, and the values of its nodes at each call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnrewrite.capture import capture
+from attnrewrite.policy import Policy
+from attnrewrite.rewrite import read_sites
+from attnrewrite.site import AttentionSite
+
+__all__ = ["Reading"]
+
+
+class Reading:
+    """``function``, captured when it is called first.
+
+    Attributes:
+        sites: its attentions, simplified.
+        values: what each node of the captured graph was at the last call.
+    """
+
+    def __init__(self, function: Callable[..., Any], dynamic: bool = False, **options: Any) -> None:
+        """
+        Args:
+            options: of the policy.
+        """
+        self.sites: list[AttentionSite] = []
+        self.values: dict[fx.Node, Any] = {}
+        self._policy = Policy(**options)
+        self._captures = 0
+        torch._dynamo.reset()
+        self._compiled = torch.compile(function, backend=self._backend, dynamic=dynamic, fullgraph=True)
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self._compiled(*inputs)
+
+    def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self._captures += 1
+        assert self._captures == 1, "captured once more"
+        ir = capture(gm, example_inputs).gm
+        # Simplifying leaves the graph as it is.
+        self.sites = read_sites(ir, self._policy)
+
+        def run(*args: Any) -> Any:
+            interpreter = fx.Interpreter(ir, garbage_collect_values=False)
+            result = interpreter.run(*args)
+            self.values = dict(interpreter.env)
+            return result
+
+        return run
