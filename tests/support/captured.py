@@ -11,7 +11,7 @@ from torch import fx
 from attnrewrite.capture import capture
 from attnrewrite.policy import Policy
 from attnrewrite.rewrite import read_sites
-from attnrewrite.site import AttentionSite
+from attnrewrite.site import AttentionSite, NotAttention
 
 __all__ = ["Reading"]
 
@@ -21,6 +21,7 @@ class Reading:
 
     Attributes:
         sites: its attentions, simplified.
+        refused: why they are not taken, if one is not what it looked like.
         values: what each node of the captured graph was at the last call.
     """
 
@@ -30,6 +31,7 @@ class Reading:
             options: of the policy.
         """
         self.sites: list[AttentionSite] = []
+        self.refused = ""
         self.values: dict[fx.Node, Any] = {}
         self._policy = Policy(**options)
         self._captures = 0
@@ -43,8 +45,11 @@ class Reading:
         self._captures += 1
         assert self._captures == 1, "captured once more"
         ir = capture(gm, example_inputs).gm
-        # Simplifying leaves the graph as it is.
-        self.sites = read_sites(ir, self._policy)
+        try:
+            # Simplifying leaves the graph as it is.
+            self.sites = read_sites(ir, self._policy)
+        except NotAttention as reason:
+            self.refused = str(reason)
 
         def run(*args: Any) -> Any:
             interpreter = fx.Interpreter(ir, garbage_collect_values=False)

@@ -1,0 +1,1 @@
+"""Tests of the vocabulary in which graphs are read."""
