@@ -510,6 +510,13 @@ def _values(term: Term) -> list[object]:
     return [Kind.ANY if value is None else value for value in values]
 
 
+def _lowest(value: object) -> float:
+    """What a value may be there to lower scores by."""
+    if isinstance(value, float):
+        return value
+    return -math.inf if value is Kind.ANY else 0.0
+
+
 def _only_fills_mask(terms: list[Term]) -> bool:
     """Whether a row can lose its keys to fills alone, and to fills of one value."""
     fills = {term.value for term in terms if isinstance(term, Fill)}
@@ -531,7 +538,7 @@ def _no_mask(terms: list[Term], attended: str | None, differentiable: bool) -> s
 
     A filled score is replaced, a masked one is added to: the same only if no score can lift the fill.
     """
-    low = [min((v for v in _values(term) if isinstance(v, float)), default=0.0) for term in terms]
+    low = [min(map(_lowest, _values(term)), default=0.0) for term in terms]
     for position, term in enumerate(terms):
         if not isinstance(term, Fill):
             continue
