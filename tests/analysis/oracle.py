@@ -30,7 +30,7 @@ from attnrewrite.analysis.masks import (
     may_mask,
 )
 from attnrewrite.analysis.values import ORDINARY
-from attnrewrite.site import Bias, Reach
+from attnrewrite.ir.site import Bias, Reach
 from tests.support.drawn_masks import BATCHES, Drawing, Lengths
 from tests.support.formulas import Computed, arithmetic, holds
 from tests.support.z3_oracle import SOLVER, counterexample

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnrewrite.analysis.formulas import AtLeast, conjunction
 from attnrewrite.analysis.masks import Positions, kept_where
-from attnrewrite.site import Bias, Fill
+from attnrewrite.ir.site import Bias, Fill
 from tests.analysis.oracle import judged
 from tests.support.captured import Reading
 from tests.support.formulas import Computed

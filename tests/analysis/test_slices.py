@@ -15,7 +15,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from attnrewrite.analysis.pieces import Assembly, Box, Piece, Span, assemblies, grid, same_span, taken_from
+from attnrewrite.analysis.slices import Assembly, Box, Piece, Span, assemblies, grid, same_span, taken_from
 from tests.support.graphs import Written
 
 aten = torch.ops.aten

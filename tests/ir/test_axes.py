@@ -14,7 +14,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from attnrewrite.analysis.views import (
+from attnrewrite.ir.axes import (
     Axis,
     Layout,
     Operand,
@@ -22,11 +22,6 @@ from attnrewrite.analysis.views import (
     broadcast,
     fits,
     fresh_layout,
-    is_layout_op,
-    peel,
-    permutation_of,
-    pull,
-    push,
     regroup,
     resolve,
     same_layout,
@@ -34,6 +29,7 @@ from attnrewrite.analysis.views import (
     size_of,
     take_minor,
 )
+from attnrewrite.ir.views import is_layout_op, peel, permutation_of, pull, push
 from tests.support.graphs import Written
 
 aten = torch.ops.aten

@@ -14,8 +14,8 @@ from torch import Tensor, fx
 
 from attnrewrite.analysis.masks import may_mask
 from attnrewrite.analysis.values import ABSORBING, FAR_BELOW
-from attnrewrite.analysis.views import Axis, Operand, resolve
-from attnrewrite.site import AttentionSite, Bias, CanonicalScores, Fill, Floor, Scale
+from attnrewrite.ir.axes import Axis, Operand, resolve
+from attnrewrite.ir.site import AttentionSite, Bias, CanonicalScores, Fill, Floor, Scale
 from tests.support.captured import Reading
 
 QUERIES, KEYS, FEATURES = 4, 5, 8

@@ -1,1 +1,1 @@
-"""tests.support"""
+"""What tests share: helpers, models, published signatures, oracles."""

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.capture import capture
-from attnrewrite.policy import Policy
-from attnrewrite.rewrite import read_sites
-from attnrewrite.site import AttentionSite, NotAttention
+from attnrewrite.capture.trace import capture
+from attnrewrite.ir.site import AttentionSite, NotAttention
+from attnrewrite.options.compile_options import Policy
+from attnrewrite.passes.pipeline import read_sites
 
 __all__ = ["Reading"]
 

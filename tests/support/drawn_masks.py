@@ -18,9 +18,9 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from attnrewrite.analysis.views import Axis, Layout, Operand
-from attnrewrite.ir import StoredPattern
-from attnrewrite.site import Bias, Fill
+from attnrewrite.ir.axes import Axis, Layout, Operand
+from attnrewrite.ir.site import Bias, Fill
+from attnrewrite.ir.stored import StoredPattern
 
 __all__ = ["Drawing", "Lengths"]
 
