@@ -29,6 +29,7 @@ from torch import Tensor, fx
 from attnrewrite.analysis.features import PIECES, Features, features_of
 from attnrewrite.analysis.scores import FLOATING, leads_to_product, sources_of_scores
 from attnrewrite.ir.axes import Axis, Layout, Operand, axes_of, broadcast, fresh_layout, resolve
+from attnrewrite.ir.bounds import BEHIND_DIVISOR, BETWEEN_PRODUCTS, Ended, searching
 from attnrewrite.ir.finding import Finding, NearMiss
 from attnrewrite.ir.graph_view import GraphView, reader_in_words
 from attnrewrite.ir.linear_site import LinearAttention, Order
@@ -52,8 +53,6 @@ _CLAMP = frozenset({aten.clamp.default, aten.clamp_min.default, aten.clamp_max.d
 _FILL = frozenset({aten.masked_fill.Scalar, aten.masked_fill.Tensor})
 _WHERE = frozenset({aten.where.self, aten.where.ScalarOther})
 _TRIANGLE = frozenset({aten.tril.default, aten.triu.default})
-_LONGEST = 24
-"""How many steps between the two products are followed."""
 
 
 class LinearAttentionPattern:
@@ -100,15 +99,17 @@ class _Reader:
         if product is None or product.addend is not None or not product.contracted:
             return
         for operand, outer in ((product.lhs, product.rhs), (product.rhs, product.lhs)):
-            between = self._between(operand, axes_of((product.contracted,)))
-            if between is None:
-                continue
-            finding = self._read(product, outer, between)
+            with searching() as ended:
+                between = self._between(operand, axes_of((product.contracted,)))
+                finding = None if between is None else self._read(product, outer, between, ended)
+            if finding is None and ended:
+                # Whether it is attention is not known, so no node is claimed for it.
+                finding = NearMiss(self._pattern, second, f"{_NOT_KNOWN}: {ended}")
             if finding is not None:
                 yield finding
                 return
 
-    def _read(self, second: Product, outer: Operand, between: _Between) -> Finding | None:
+    def _read(self, second: Product, outer: Operand, between: _Between, ended: Ended) -> Finding | None:
         first = between.first
         then_summed = axes_of((second.contracted,))
         first_summed = axes_of((first.contracted,))
@@ -146,9 +147,9 @@ class _Reader:
         # A running sum has the positions of queries and keys in one.
         if not site.inner_axes or not (site.outer_axes or between.mask) or site.dtype not in FLOATING:
             return None
-        maps = {part: features_of(part.node, self._is_attention) for part in (outer, middle, inner)}
-        if not all(self._is_computed(part.node) for part in maps):
+        if not all(self._is_computed(part.node) for part in (outer, middle, inner)):
             return None
+        maps = {part: features_of(part.node, self._is_attention) for part in (outer, middle, inner)}
         sums = self._sums(site, between)
         site.sums = tuple(sums.values())
         site.scales = (
@@ -170,7 +171,7 @@ class _Reader:
         site.nonnegative = all(map_.nonnegative for map_ in own)
         if between.mask:
             return NearMiss(self._pattern, second.node, between.mask, site.interior)
-        site.fixed = self._fixed(site, between, sums)
+        site.fixed = self._fixed(site, between, sums, ended)
         return site
 
     # Between the products.
@@ -182,7 +183,7 @@ class _Reader:
         scales: list[tuple[int, Scale]] = []
         mask = ""
         casts = False
-        for _ in range(_LONGEST):
+        while True:
             if node.op != "call_function" or not is_tensor(node):
                 return None
             outer_product = _outer_product(node, layout) if mask else None
@@ -207,6 +208,10 @@ class _Reader:
             source: Any = args[0] if args else None
             before = layout
             at = len(found)
+            if at == BETWEEN_PRODUCTS.most:
+                if leads_to_product(node, self._view.leads_to_product):
+                    BETWEEN_PRODUCTS.reached()
+                return None
             found.append((node, layout))
             if is_layout_op(node):
                 pulled = pull(node, layout)
@@ -247,7 +252,6 @@ class _Reader:
             if not is_tensor(source) or tensor(source).dim() != len(before):
                 return None
             node, layout = source, before
-        return None
 
     def _chain_of(self, node: fx.Node) -> tuple[fx.Node | None, Any]:
         """Of a product or quotient of entries: the factor that another product leads to, and the other factor."""
@@ -307,7 +311,9 @@ class _Reader:
 
     # Why the order may not be changed.
 
-    def _fixed(self, site: LinearAttention, between: _Between, sums: dict[fx.Node, tuple[Operand, int]]) -> str:
+    def _fixed(
+        self, site: LinearAttention, between: _Between, sums: dict[fx.Node, tuple[Operand, int]], ended: Ended
+    ) -> str:
         first, last = between.first.node, site.result
         dtypes = {tensor(node).dtype for node in (first, *between.nodes, last)}
         if dtypes - {torch.float32, torch.float64}:
@@ -339,7 +345,9 @@ class _Reader:
             scale.divide and isinstance(scale.factor, Operand) for scale in site.scales
         )
         if divided and not site.nonnegative:
-            return "features may be negative, so that a normaliser may cancel and rounding would decide the result"
+            return ended.added_to(
+                "features may be negative, so that a normaliser may cancel and rounding would decide the result"
+            )
         return ""
 
     # What the operands are.
@@ -372,6 +380,9 @@ class _Reader:
                 else:
                     self._computed[each] = any(self._computed[source] for source in each.all_input_nodes)
         return self._computed[node]
+
+
+_NOT_KNOWN = "whether this product of three is linear attention is not known"
 
 
 def _is_map_of_both(key: Features, query: Features) -> bool:
@@ -444,12 +455,12 @@ _INVERSE = frozenset({aten.reciprocal.default})
 def _behind_divisor(node: fx.Node) -> list[fx.Node]:
     """``node``, and what it is after views, pieces, an epsilon, a lower bound or an inverse."""
     found = [node]
-    while len(found) < _LONGEST and node.op == "call_function":
+    while node.op == "call_function":
         args: Any = node.args
         steps = is_layout_op(node) or is_cast(node) or node.target in PIECES or node.target is operator.getitem
         steps = steps or node.target in _INVERSE or node.target in _CLAMP
         steps = steps or (node.target in (*_ADD, *_MUL) and scalar(args[1]))
-        if not steps or not isinstance(args[0], fx.Node):
+        if not steps or not isinstance(args[0], fx.Node) or not BEHIND_DIVISOR.allows(len(found)):
             break
         node = args[0]
         found.append(node)

@@ -19,6 +19,7 @@ from torch import fx
 from attnrewrite.analysis.formulas import Formula, Known, at_least, conjunction, disjunction, negation, symbols
 from attnrewrite.analysis.slices import span_of
 from attnrewrite.analysis.values import as_stored, constant_value
+from attnrewrite.ir.bounds import ENTRY_NUMBERS, LONGEST_SEQUENCE
 from attnrewrite.ir.nodes import is_tensor, same, tensor
 from attnrewrite.ir.ops import CAST_OPS
 from attnrewrite.ir.stored import StoredPattern, Triangle
@@ -27,7 +28,6 @@ __all__ = ["Cases", "Entries", "Unknown", "expression_of"]
 
 aten = torch.ops.aten
 
-_MANY = 8
 
 _EXACT = (torch.bool, torch.int32, torch.int64, torch.float32, torch.float64)
 """Dtypes in which positions, and what is computed from them here, are what they are in mathematics."""
@@ -339,7 +339,7 @@ def _merged(numbers: Sequence[tuple[float, Formula]], dtype: torch.dtype) -> Ent
         if math.isnan(number):
             return None
         merged[number] = disjunction([merged.get(number, False), formula])
-    if len(merged) > _MANY:
+    if not ENTRY_NUMBERS.allows(len(merged)):
         return None
     if len(merged) == 1:
         return _number(next(iter(merged)))
@@ -371,8 +371,6 @@ def _stored(entry: Entry, dtype: torch.dtype) -> Entry | None:
 
 
 _EXACT_UP_TO = {torch.float32: 2**24, torch.float64: 2**53, torch.int32: 2**31 - 1, torch.int64: 2**63 - 1}
-_LONGEST = 2**20
-"""Positions that are reckoned with: a length beyond has more scores than any memory holds."""
 
 
 def _largest(expression: Any) -> float:
@@ -384,7 +382,7 @@ def _largest(expression: Any) -> float:
         if any(not power.is_Integer or power < 0 for power in powers.values()):
             return math.inf
         degree = sum(int(power) for base, power in powers.items() if base != 1)
-        total += abs(float(factor)) * float(_LONGEST) ** degree
+        total += abs(float(factor)) * float(LONGEST_SEQUENCE) ** degree
     return total
 
 

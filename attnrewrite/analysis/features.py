@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnrewrite.ir.bounds import FEATURE_MAP
 from attnrewrite.ir.nodes import is_tensor, same_shape, tensor
 from attnrewrite.ir.ops import is_cast
 from attnrewrite.ir.views import is_layout_op
@@ -91,7 +92,6 @@ class Features:
 
 
 _NOTHING = Features()
-_DEEPEST = 24
 
 
 def features_of(node: Any, is_attention: Callable[[fx.Node], bool], depth: int = 0) -> Features:
@@ -102,11 +102,11 @@ def features_of(node: Any, is_attention: Callable[[fx.Node], bool], depth: int =
     """
     if isinstance(node, (int, float)) and not isinstance(node, bool):
         return Features("", node >= 0)
-    if not is_tensor(node) or depth > _DEEPEST:
+    if not is_tensor(node):
         return _NOTHING
     if tensor(node).dtype in (torch.bool, torch.uint8):
         return Features("", True)
-    if node.op != "call_function" or not node.args:
+    if node.op != "call_function" or not node.args or not FEATURE_MAP.allows(depth):
         return _NOTHING
 
     def of(argument: Any) -> Features:
@@ -155,7 +155,8 @@ def _of_arithmetic(node: fx.Node, of: _Of) -> Features:
     if target in (aten.mul.Tensor, aten.mul.Scalar):
         return _of_product(node, of)
     if target in (aten.div.Tensor, aten.div.Scalar, aten.clamp_max.default):
-        return replace(of(args[0]), nonnegative=of(args[0]).nonnegative and of(args[1]).nonnegative)
+        first = of(args[0])
+        return replace(first, nonnegative=first.nonnegative and of(args[1]).nonnegative)
     if target in (aten.add.Tensor, aten.add.Scalar):
         return _of_sum(node, of)
     if target in (aten.sub.Tensor, aten.sub.Scalar, aten.neg.default):
@@ -170,7 +171,8 @@ def _of_arithmetic(node: fx.Node, of: _Of) -> Features:
         before = of(args[0])
         return replace(before, name=before.name or "clamp" * cut, nonnegative=cut or before.nonnegative)
     if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        return replace(of(args[0]), nonnegative=of(args[0]).nonnegative and of(args[2]).nonnegative)
+        first = of(args[0])
+        return replace(first, nonnegative=first.nonnegative and of(args[2]).nonnegative)
     if target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
         chosen, other = of(args[1]), of(args[2])
         named = chosen if chosen.name else other

@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.analysis.values import constant_value
 from attnrewrite.ir.axes import Layout, axes_of, take_minor
+from attnrewrite.ir.bounds import INDEX_ENTRIES
 from attnrewrite.ir.nodes import Size, is_tensor, same_shape, tensor
 from attnrewrite.ir.ops import CAST_OPS
 from attnrewrite.ir.stored import StoredPattern
@@ -27,8 +28,6 @@ __all__ = ["Repetition", "repetition_of"]
 aten = torch.ops.aten
 
 _ROW_BY_ROW = (aten.gather.default, aten.take_along_dim.default)
-_LARGEST = 2**16
-"""Entries up to which an index is worked out."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,20 @@ def _is_small(node: fx.Node) -> bool:
     shape = tensor(node).shape
     if tensor(node).dtype.is_complex or not all(isinstance(size, int) for size in shape):
         return False
-    return bool(_product(shape) <= _LARGEST)
+    entries = _product(shape)
+    if entries > INDEX_ENTRIES.most and _is_made_of_constants(node):
+        INDEX_ENTRIES.reached()
+    return bool(entries <= INDEX_ENTRIES.most)
+
+
+def _is_made_of_constants(node: fx.Node) -> bool:
+    pending, seen = [node], {node}
+    for each in pending:
+        if each.op == "placeholder" and not isinstance(each.meta.get("stored"), StoredPattern):
+            return False
+        pending += [source for source in each.all_input_nodes if source not in seen]
+        seen.update(each.all_input_nodes)
+    return True
 
 
 def _stored(node: fx.Node) -> torch.Tensor | None:
@@ -226,7 +238,7 @@ def _literal(node: fx.Node) -> torch.Tensor | None:
     """What ``torch.tensor([0, 0])``, or a list as an index, left in the graph: a constant that nothing else holds."""
     owner = node.graph.owning_module
     value = vars(owner).get(str(node.target)) if node.op == "get_attr" and owner is not None else None
-    if type(value) is not torch.Tensor or value.is_floating_point() or value.numel() > _LARGEST:
+    if type(value) is not torch.Tensor or value.is_floating_point() or value.numel() > INDEX_ENTRIES.most:
         return None
     with unset_fake_temporarily():
         return value.detach().cpu()

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.features import PIECES
+from attnrewrite.ir.bounds import BESIDE_ATTENTION
 from attnrewrite.ir.ops import is_cast
 from attnrewrite.ir.views import is_layout_op
 from attnrewrite.passes.slice_sources import is_pointwise
@@ -20,10 +21,6 @@ aten = torch.ops.aten
 
 
 _LINEAR = frozenset({aten.linear.default})
-
-
-FAR = 24
-"""Nodes that are looked at on either side of an attention."""
 
 
 def projections_behind(operand: fx.Node, products: Collection[Any] = _LINEAR) -> list[fx.Node]:
@@ -37,7 +34,8 @@ def projections_behind(operand: fx.Node, products: Collection[Any] = _LINEAR) ->
         if node.target in products:
             found[node] = None
         elif is_row_wise(node) or is_piece(node) or node.target in _PUT_TOGETHER:
-            seen += [source for source in node.all_input_nodes if source not in seen and len(seen) < FAR]
+            others = [source for source in node.all_input_nodes if source not in seen]
+            seen += [source for source in others if BESIDE_ATTENTION.allows(len(seen) + 1)]
     return list(found)
 
 

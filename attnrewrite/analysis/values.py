@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnrewrite.ir.bounds import TENSOR_VALUES
 from attnrewrite.ir.nodes import is_tensor, tensor
 from attnrewrite.ir.ops import CAST_OPS, VIEW_OPS
 from attnrewrite.ir.products import is_product
@@ -48,7 +49,6 @@ class Kind(enum.Enum):
 
 
 Value = float | Kind
-_MANY = 16
 
 ORDINARY = 64.0
 """Constants up to this size are taken for scores like any other; beyond it they may be there to mask."""
@@ -85,9 +85,7 @@ def _limited(values: frozenset[Value], dtype: torch.dtype) -> frozenset[Value]:
     if dtype is torch.bool:
         return frozenset({0.0, 1.0})
     values = frozenset(as_stored(value, dtype) if isinstance(value, float) else value for value in values)
-    if len(values) <= _MANY:
-        return values
-    return frozenset({Kind.ANY})
+    return values if TENSOR_VALUES.allows(len(values)) else frozenset({Kind.ANY})
 
 
 def _values_of_call(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> frozenset[Value]:

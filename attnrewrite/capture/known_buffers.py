@@ -16,14 +16,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnrewrite.ir.bounds import BUFFER_ENTRIES
 from attnrewrite.ir.stored import StoredPattern
 
 __all__ = ["Constants"]
 
 log = logging.getLogger("attnrewrite")
-
-_LARGEST = 2**24
-"""Entries up to which a buffer is looked at: a causal mask of 4,096 positions."""
 
 
 class Constants:
@@ -34,7 +32,9 @@ class Constants:
         placeholders = gm.graph.find_nodes(op="placeholder")
         for position, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
             if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}) and _readable(value):
-                self._buffers[position] = StoredPattern(value)
+                # One that is not read in any case is not kept alive either.
+                read = value.numel() <= BUFFER_ENTRIES.most
+                self._buffers[position] = StoredPattern(value if read else torch.empty_like(value, device="meta"))
 
     def attach(self, captured: fx.GraphModule) -> None:
         """Lets the rewriting read them, at the same places among the captured graph's inputs."""
@@ -74,7 +74,7 @@ def _readable(value: Any) -> bool:
         and value.device.type != "meta"
         and value.layout is torch.strided
         and value.dim() > 0
-        and 0 < value.numel() <= _LARGEST
+        and value.numel() > 0
     )
 
 

@@ -248,6 +248,7 @@ class AttentionSite:
         written: nodes that hold operands of a merged site and were not in the source.
         windowed: the slices that it was merged from had a window of the keys each, and computed no more.
         unmerged: why the site, whose result is put together with those of others, was not merged with them.
+        still_repeated: at which bounds the search for repetitions behind key and value ended, without one, in words.
     """
 
     pattern: str
@@ -284,6 +285,7 @@ class AttentionSite:
     written: tuple[fx.Node, ...] = ()
     windowed: bool = False
     unmerged: str = ""
+    still_repeated: str = ""
     folded: tuple[Axis, ...] = ()
 
     def change_operands(self, change: Callable[[Operand], Operand]) -> None:

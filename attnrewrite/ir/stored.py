@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from attnrewrite.ir.bounds import BUFFER_ENTRIES
+
 __all__ = ["StoredPattern", "Triangle"]
 
 
@@ -27,16 +29,20 @@ class StoredPattern:
     tensor: torch.Tensor
     was_read: bool = False
 
-    @functools.cached_property
+    @property
     def pattern(self) -> float | range | Triangle | None:
         """One number, the numbers of a range, a triangle, or None; a positive answer counts as read."""
+        return self._pattern if BUFFER_ENTRIES.allows(self.tensor.numel()) else None
+
+    @functools.cached_property
+    def _pattern(self) -> float | range | Triangle | None:
         found = _pattern_of(self.tensor.detach().cpu())
         self.was_read = self.was_read or found is not None
         return found
 
     def holds_only_up_to(self, size: float) -> bool:
         """Whether no entry is larger than ``size``, whatever its sign; a positive answer counts as read."""
-        if self._largest <= size:
+        if BUFFER_ENTRIES.allows(self.tensor.numel()) and self._largest <= size:
             self.was_read = True
             return True
         return False

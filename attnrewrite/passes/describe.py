@@ -7,11 +7,13 @@ from typing import Any
 from torch import fx
 
 from attnrewrite.ir.axes import Axis, Operand, shape_of
+from attnrewrite.ir.bounds import Ended
 from attnrewrite.ir.linear_site import LinearAttention, Order
 from attnrewrite.ir.nodes import is_tensor, tensor
 from attnrewrite.ir.site import (
     AttentionSite,
     Bias,
+    CanonicalScores,
     Fill,
     Floor,
     Narrow,
@@ -101,7 +103,8 @@ def row_of_linear(name: str, site: LinearAttention) -> SiteReport:
 def describe_grouping(site: AttentionSite) -> str:
     grouped, folded = ("x".join(str(axis.size) for axis in axes) for axes in (site.group_axes, site.folded))
     words = [f"{folded} batches share a key and are one with as many more queries"] if folded else []
-    return "; ".join([*words, *([f"{grouped} query heads share a key"] if grouped else [])])
+    words += [f"{grouped} query heads share a key"] if grouped else []
+    return "; ".join(filter(None, [*words, site.still_repeated]))
 
 
 def _slices_in_words(site: AttentionSite) -> str:
@@ -141,14 +144,21 @@ def _mod_in_words(mod: Any) -> str:
     return str(getattr(mod.node.target, "_opname", mod.node.target))
 
 
-def describe_proof(site: AttentionSite) -> tuple[str, ...]:
+def describe_proof(site: AttentionSite, ended: Ended) -> tuple[str, ...]:
+    """What was proved of the mask; where its structure was not, at which bounds searches for it ended."""
     assert site.scores is not None
-    if site.scores.is_causal and not site.is_causal:
-        return (f"the mask is causal, and every row keeps a key: {site.scores.attended}",)
-    if not site.scores.terms:
+    proof = _proof(site, site.scores)
+    shaped = site.scores.is_causal or site.scores.band is not None or site.scores.isolated is not None
+    return proof if shaped else tuple(map(ended.added_to, proof))
+
+
+def _proof(site: AttentionSite, scores: CanonicalScores) -> tuple[str, ...]:
+    if scores.is_causal and not site.is_causal:
+        return (f"the mask is causal, and every row keeps a key: {scores.attended}",)
+    if not scores.terms:
         return ()
-    if site.scores.attended is not None:
-        return (f"every row keeps a key: {site.scores.attended}",)
+    if scores.attended is not None:
+        return (f"every row keeps a key: {scores.attended}",)
     if site.fused:
         return ("rows without a key: as in the call that was there",)
-    return (f"rows without a key cannot be ruled out and keep the source's value ({site.scores.masked_rows})",)
+    return (f"rows without a key cannot be ruled out and keep the source's value ({scores.masked_rows})",)

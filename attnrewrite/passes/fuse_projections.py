@@ -19,6 +19,7 @@ from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from attnrewrite.analysis.projections import is_piece, projections_behind
+from attnrewrite.ir.bounds import searching
 from attnrewrite.ir.builder import Builder, evaluated
 from attnrewrite.ir.nodes import Size, same, tensor
 from attnrewrite.ir.ops import is_cast, is_view
@@ -51,12 +52,16 @@ def fuse_projections(
         replaced, each with what took its place; they are in the graph still.
     """
     roles: dict[fx.Node, list[str]] = {}
+    apart: list[str] = []
     for name, operand in operands.items():
-        for node in projections_behind(operand, _PRODUCTS):
+        with searching() as ended:
+            found = projections_behind(operand, _PRODUCTS)
+        for node in found:
             roles.setdefault(node, []).append(name)
+        if ended and not constants:
+            apart.append(f"behind {name}: {ended}")
     writing = [node for node in view.graph.nodes if _writes(node)]
     groups: list[list[_Projection]] = []
-    apart: list[str] = []
     for node in sorted(roles):
         projection = _read(node)
         if projection is None or (constants and not _is_constant(projection, view)):

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.projections import FAR, ROW_WISE, is_piece, is_row_wise, projections_behind
+from attnrewrite.analysis.projections import ROW_WISE, is_piece, is_row_wise, projections_behind
 from attnrewrite.analysis.slices import taken_from
+from attnrewrite.ir.bounds import BESIDE_ATTENTION, SHARED_PROJECTIONS, searching
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import Size, is_tensor, product, same, same_shape, tensor
 from attnrewrite.ir.ops import is_cast, is_view
@@ -48,16 +49,21 @@ def join_projections(
         output: its result, or what a kernel put in its place.
 
     Returns:
-        What is to be said of it, empty if there are none, and the nodes that were replaced, each with what took its
-        place; they are in the graph still.
+        What is to be said of it, where a search for them ended at its bound too, empty if there is nothing; and the
+        nodes that were replaced, each with what took its place; they are in the graph still.
     """
     said = ""
     replaced: dict[fx.Node, fx.Node] = {}
     weights = [node.args[1] for node in projections_behind(value)]
-    for projection in dict.fromkeys(node for part in (query, key, value) for node in projections_behind(part)):
-        if projection not in replaced:
-            replaced |= _project_whole(projection, view)
-    for joint in _joints_after(output):
+    own = dict.fromkeys(node for part in (query, key, value) for node in projections_behind(part))
+    with searching() as apart:
+        for projection in own:
+            if projection not in replaced:
+                replaced |= _project_whole(projection, view)
+    before = bool(replaced)
+    with searching() as ended:
+        joints = _joints_after(output)
+    for joint in joints:
         parts = _parts(joint)
         joining = _Joining(view, parts, joint)
         whole = joining.of(parts, _dim(joint))
@@ -70,7 +76,9 @@ def join_projections(
         joining.take_back()
         replaced[joint] = whole
         said = said or _in_words(joining, weights)
-    return said, replaced
+    if before and not said:
+        said = ended.added_to("projections of parts of the batch are one")
+    return said or str(apart), replaced
 
 
 def _in_words(joining: _Joining, value_weights: Sequence[Any]) -> str:
@@ -92,7 +100,11 @@ def _project_whole(projection: fx.Node, view: GraphView) -> dict[fx.Node, fx.Nod
     """Replaces projections of all parts of a tensor by parts of its projection; returns which by which."""
     weight: Any = projection.args[1]
     peers = [node for node in weight.users if node.target is aten.linear.default and _same_weights(node, projection)]
-    if not 2 <= len(peers) <= 4:
+    if len(peers) < 2:
+        return {}
+    if len(peers) > SHARED_PROJECTIONS.most:
+        if _take_parts_of_one(peers):
+            SHARED_PROJECTIONS.reached()
         return {}
     for order in itertools.permutations(sorted(peers)):
         for dim in range(tensor(projection).dim() - 1):
@@ -102,6 +114,11 @@ def _project_whole(projection: fx.Node, view: GraphView) -> dict[fx.Node, fx.Nod
                 return replaced
             joining.take_back()
     return {}
+
+
+def _take_parts_of_one(projections: Sequence[fx.Node]) -> bool:
+    taken = [taken_from(source) for source in _sources(projections, 0)]
+    return len({None if part is None else part.source for part in taken}) == 1 and taken[0] is not None
 
 
 def _same_weights(a: fx.Node, b: fx.Node) -> bool:
@@ -123,7 +140,9 @@ def _joints_after(output: fx.Node) -> list[fx.Node]:
         for user in node.users:
             if user.target is aten.cat.default:
                 found.append(user)
-            elif user not in seen and len(seen) < FAR and (is_row_wise(user) or is_piece(user)):
+            elif user in seen or not (is_row_wise(user) or is_piece(user)):
+                continue
+            elif BESIDE_ATTENTION.allows(len(seen) + 1):
                 seen.append(user)
     return list(dict.fromkeys(found))
 

@@ -21,6 +21,7 @@ from torch import fx
 
 from attnrewrite.analysis.slices import Assembly, Piece, Span, assemblies, grid, taken_from
 from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, resolve, size_of
+from attnrewrite.ir.bounds import searching
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.graph_view import reader_in_words
 from attnrewrite.ir.nodes import same, tensor
@@ -51,14 +52,15 @@ def merge_slices(findings: Sequence[Finding], view: GraphView) -> list[Finding]:
         # One slice alone may fill a buffer, which is of no use then.
         if len(parts) < (2 if assembly.buffer is None else 1) or any(part.result in merged for part in parts):
             continue
-        try:
-            whole = _merged(node, assembly, sites, view)
-        except NotSlices as reason:
-            alike = len(parts) > 1 and _same_origin([part.query.node for part in parts])
-            for part in parts if alike else ():
-                part.unmerged = part.unmerged or str(reason)
-        else:
-            merged.update(dict.fromkeys((part.result for part in parts), whole))
+        with searching() as ended:
+            try:
+                whole = _merged(node, assembly, sites, view)
+            except NotSlices as reason:
+                alike = len(parts) > 1 and _same_origin([part.query.node for part in parts])
+                for part in parts if alike else ():
+                    part.unmerged = part.unmerged or ended.added_to(str(reason))
+            else:
+                merged.update(dict.fromkeys((part.result for part in parts), whole))
     result: list[Finding] = []
     for finding in findings:
         stands = merged.get(finding.result) if isinstance(finding, AttentionSite) else None

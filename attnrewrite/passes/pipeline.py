@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols, sta
 
 from attnrewrite.analysis.kinds import SiteKind, begins_with_batch, kinds_of
 from attnrewrite.errors import KernelError
+from attnrewrite.ir.bounds import searching
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.linear_site import LinearAttention
 from attnrewrite.ir.site import (
@@ -168,10 +169,10 @@ def _join_projections(
         said, gone = join_projections(view, query, key, value, output)
         replaced.update(gone)
         remove_unused(gm.graph, list(gone))
+        row.projections = said
         if gone:
             view, joined = None, True
             left = {node.name for node in gm.graph.nodes}
-            row.projections = said or "projections of parts of the batch are one"
             row.nodes_after = tuple(name for name in row.nodes_after if name in left)
     return joined
 
@@ -209,9 +210,10 @@ def _simplify_and_choose(
     start = time.perf_counter()
     policy = policy_at(graph_policy, site.anchor)
     try:
-        _simplify(site, policy)
+        with searching() as ended:
+            _simplify(site, policy)
     except NotAttention as reason:
-        row.reason = str(reason)
+        row.reason = ended.added_to(str(reason))
         # The slices of a whole speak for themselves.
         if isinstance(reason, RoundingDecides) and not site.parts:
             result.round_like_eager = result.offered = True
@@ -220,7 +222,7 @@ def _simplify_and_choose(
                 say_unserved(request, row, row.reason)
         result.add_time("simplify", start)
         return None
-    row.proof = describe_proof(site)
+    row.proof = describe_proof(site, ended)
     row.grouping = describe_grouping(site)
     assert site.scores is not None
     row.mask = " + ".join(site.scores.structure) or "none"

@@ -15,6 +15,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.analysis.slices import Span, Taken, same_span, taken_from
+from attnrewrite.ir.bounds import EQUAL_STEPS
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import Size, is_tensor, same, tensor
 from attnrewrite.ir.ops import is_cast
@@ -23,10 +24,6 @@ from attnrewrite.ir.views import permutation_of
 __all__ = ["NotSlices", "Whole", "Wholes", "is_pointwise", "same_argument"]
 
 aten = torch.ops.aten
-
-
-_FAR = 8
-"""How many steps back what is computed anew for each slice is compared: a mask is made in as many."""
 
 
 class NotSlices(Exception):
@@ -111,17 +108,19 @@ class Wholes:
                 return self._rearranged(nodes, what)
         raise NotSlices(f"the {what} of the slices is not one tensor, sliced")
 
-    def _equal(self, a: fx.Node, b: fx.Node, steps: int = _FAR) -> bool:
+    def _equal(self, a: fx.Node, b: fx.Node, steps: int = 0) -> bool:
         """Whether two nodes compute the same, from the same, as far as a few steps tell."""
         if a is b:
             return True
-        if not steps or a.op != "call_function" or a.target is not b.target or not (_is_pure(a) and _is_pure(b)):
+        if a.op != "call_function" or a.target is not b.target or not (_is_pure(a) and _is_pure(b)):
             return False
         if a.kwargs != b.kwargs or len(a.args) != len(b.args) or not (self._may_move(a) and self._may_move(b)):
             return False
+        if not EQUAL_STEPS.allows(steps + 1):
+            return False
         pairs: list[tuple[Any, Any]] = list(zip(a.args, b.args, strict=True))
         return all(
-            self._equal(x, y, steps - 1) if is_tensor(x) and is_tensor(y) else same_argument(x, y) for x, y in pairs
+            self._equal(x, y, steps + 1) if is_tensor(x) and is_tensor(y) else same_argument(x, y) for x, y in pairs
         )
 
     def _sliced(self, taken: Sequence[Taken], what: str) -> Whole:

@@ -21,6 +21,7 @@ from torch import fx
 from attnrewrite.analysis.indices import Repetition, repetition_of
 from attnrewrite.analysis.slices import Taken, taken_from
 from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, broadcast, fresh_layout, resolve, shape_of
+from attnrewrite.ir.bounds import BEHIND_KEYS, searching
 from attnrewrite.ir.builder import Builder, Written
 from attnrewrite.ir.nodes import is_tensor, same_shape, tensor
 from attnrewrite.ir.ops import is_cast
@@ -33,9 +34,6 @@ from attnrewrite.patterns import Finding, GraphView
 __all__ = ["undo_repetitions"]
 
 aten = torch.ops.aten
-
-_MOST = 48
-"""Nodes that are looked at behind a key or a value: a rotation has a dozen."""
 
 
 def undo_repetitions(findings: Sequence[Finding], view: GraphView) -> None:
@@ -52,14 +50,22 @@ def _undo(site: AttentionSite, view: GraphView) -> None:
     shared = [axis for axis in axes_of((site.query.axes,)) if axis not in axes_of((site.query_axes,))]
     free = [axis for axis in shared if axis not in axes_of((site.feature_axes,))]
     copied: dict[Axis, Axis] = {}
-    needed = [_Dependence(site, view, copied).of(operand) for operand in (site.key, site.value)]
-    absent: list[Axis] = []
-    for axis in free:
-        if axis in copied:
-            absent += _divided_alike(axis, copied[axis], axes_of((tuple(needed[0] | needed[1]),)))
-    held = {axis for operand in (site.key, site.value) for axis in operand.resolved().axes}
-    absent = [axis for axis in absent if axis in held]
+    with searching() as ended:
+        dependences = [_Dependence(site, view, copied) for _ in range(2)]
+        needed = set().union(*(d.of(part) for d, part in zip(dependences, (site.key, site.value), strict=True)))
+        beyond = set().union(*(each.beyond for each in dependences))
+        absent: list[Axis] = []
+        for axis in free:
+            if axis in copied:
+                absent += _divided_alike(axis, copied[axis], axes_of((tuple(needed | beyond),)))
+        held = {axis for operand in (site.key, site.value) for axis in operand.resolved().axes}
+        absent = [axis for axis in absent if axis in held]
+        if beyond and not absent:
+            seen = axes_of((tuple(needed),))
+            if any(part not in seen for axis in free if axis in copied for part in copied[axis].leaves()):
+                BEHIND_KEYS.reached()
     if not absent:
+        site.still_repeated = str(ended)
         return
     writing = _Writing(site, view, frozenset(absent))
     found = [writing.of(operand) for operand in (site.key, site.value)]
@@ -203,17 +209,24 @@ def _step_of_entries(node: fx.Node, layout: Layout) -> _Step | None:
     return _Step(tuple(sources), (), again)
 
 
+_PASSED = frozenset({aten.cat.default, aten.stack.default, aten.layer_norm.default, aten.rms_norm.default})
+
+
 # Which axes a tensor depends on.
 
 
 class _Dependence:
-    """Follows an operand back to what it is made of, on copies of its axes: nothing is divided or written."""
+    """Follows an operand back to what it is made of, on copies of its axes: nothing is divided or written.
+
+    ``beyond``: the axes of what was not looked at, since the search had ended, and may or may not depend on them.
+    """
 
     def __init__(self, site: AttentionSite, view: GraphView, copied: dict[Axis, Axis]) -> None:
         self._region = view.grad_region(site.result)
         self._view = view
         self._copied = copied
-        self._left = _MOST
+        self._seen = 0
+        self.beyond: set[Axis] = set()
 
     def of(self, operand: Operand) -> set[Axis]:
         """The axes that it depends on, as copies, some of which may be divided afterwards."""
@@ -223,13 +236,26 @@ class _Dependence:
         )
         return self._needed(operand.node, layout, may_project=True)
 
+    def _may_have_step(self, node: fx.Node, may_project: bool) -> bool:
+        """Whether the search would go on from ``node``, without the cost of the step."""
+        if node.op != "call_function" or not is_tensor(node) or self._view.grad_region(node) != self._region:
+            return False
+        if node.target is aten.linear.default:
+            return may_project
+        known = node.target in _PASSED or is_layout_op(node) or is_cast(node) or is_pointwise(node)
+        return known or taken_from(node) is not None
+
     def _needed(self, node: fx.Node, layout: Layout, may_project: bool) -> set[Axis]:
         repeated = repetition_of(node)
         if repeated is not None:
             pulled = repeated.pulled(layout)
             return set(axes_of(layout if pulled is None else pulled))
-        self._left -= 1
-        step = _step(node, layout) if self._left > 0 and self._view.grad_region(node) == self._region else None
+        if self._seen == BEHIND_KEYS.most and self._may_have_step(node, may_project):
+            self.beyond |= set(axes_of(layout))
+            return set()
+        may_step = self._seen < BEHIND_KEYS.most and self._view.grad_region(node) == self._region
+        self._seen += may_step
+        step = _step(node, layout) if may_step else None
         if step is None or (step.projects and not may_project):
             return set(axes_of(layout))
         needed = set(axes_of((step.kept,)))

@@ -25,6 +25,7 @@ from torch import fx
 from attnrewrite.analysis.scores import ScoreWalk, is_narrower, leads_to_product, read_scores
 from attnrewrite.analysis.weights import Softmax, WeightWalk, every_softmax, follow_weights, split_sink
 from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of
+from attnrewrite.ir.bounds import AROUND_SOFTMAX, searching
 from attnrewrite.ir.finding import Finding, NearMiss
 from attnrewrite.ir.graph_view import GraphView, reader_in_words
 from attnrewrite.ir.nodes import tensor
@@ -50,12 +51,14 @@ class SoftmaxAttention:
     def find(self, view: GraphView) -> Iterator[Finding]:
         readings: list[_Reading] = []
         for softmax in every_softmax(view.graph):
-            if not _between_products(softmax, view):
+            with searching() as ended:
+                between = _between_products(softmax, view)
+            if not between:
                 continue
             try:
                 readings += self._read_all(softmax, view)
             except NotAttention as reason:
-                yield NearMiss(self.name, softmax.node, str(reason), (softmax.node,))
+                yield NearMiss(self.name, softmax.node, ended.added_to(str(reason)), (softmax.node,))
         yield from _served(readings, view)
 
     def _read_all(self, softmax: Softmax, view: GraphView) -> list[_Reading]:
@@ -218,8 +221,6 @@ def _behind_views(sink: Operand | float | None) -> Operand | float | None:
     return peel(sink, lambda node: True)[-1].resolved() if isinstance(sink, Operand) else sink
 
 
-_FAR = 24
-
 _BARRIERS = frozenset(
     {
         aten.linear.default,
@@ -240,22 +241,27 @@ def _between_products(softmax: Softmax, view: GraphView) -> bool:
     """Whether matrix products lie before and after: an attention, or a near miss that the report names.
 
     What the rule can read counts at any distance, so that a mask that takes many steps to make hides no attention.
+    Where the search on one side ended before it found any, one on the other side is enough.
     """
     before = leads_to_product(softmax.scores, view.leads_to_product) or _product_near(
         softmax.scores, lambda node: node.all_input_nodes
     )
-    return before and _product_near(softmax.node, lambda node: list(node.users))
+    if before is False:
+        return False
+    after = _product_near(softmax.node, lambda node: list(node.users))
+    return after is not False and (before is True or after is True)
 
 
-def _product_near(start: fx.Node, neighbours: Callable[[fx.Node], list[fx.Node]]) -> bool:
+def _product_near(start: fx.Node, neighbours: Callable[[fx.Node], list[fx.Node]]) -> bool | None:
+    """Whether there is one; None where the search ended before that is known."""
     pending, seen = [start], {start}
     for node in pending:
         for other in neighbours(node):
             if is_product(other):
                 return True
             if other not in seen and other.op == "call_function" and other.target not in _BARRIERS:
-                if len(seen) > _FAR:
-                    return False
+                if not AROUND_SOFTMAX.allows(len(seen)):
+                    return None
                 seen.add(other)
                 pending.append(other)
     return False
