@@ -11,9 +11,8 @@ from torch import fx
 
 from attnrewrite.analysis.features import PIECES
 from attnrewrite.ir.bounds import BESIDE_ATTENTION
-from attnrewrite.ir.ops import is_cast
+from attnrewrite.ir.ops import is_cast, is_pointwise
 from attnrewrite.ir.views import is_layout_op
-from attnrewrite.passes.slice_sources import is_pointwise
 
 __all__ = ["is_piece", "projections_behind"]
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.ir.nodes import is_tensor, tensor
 
-__all__ = ["CAST_OPS", "VIEW_OPS", "is_cast", "is_view"]
+__all__ = ["CAST_OPS", "VIEW_OPS", "is_cast", "is_pointwise", "is_pure", "is_view", "same_argument"]
 
 aten = torch.ops.aten
 
@@ -65,3 +69,37 @@ def is_view(node: fx.Node) -> bool:
 def is_cast(node: fx.Node) -> bool:
     """A change of dtype and of nothing else."""
     return node.target in CAST_OPS and is_tensor(node.args[0]) and tensor(node).device == tensor(node.args[0]).device
+
+
+def _tags(node: fx.Node) -> Sequence[torch.Tag]:
+    return getattr(node.target, "tags", ())
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether the operator gives the same each time that it is called; of operators of others that is not known."""
+    target: Any = node.target
+    schema = getattr(target, "_schema", None)
+    random = torch.Tag.nondeterministic_seeded in _tags(node)
+    return schema is not None and target.namespace == "aten" and not schema.is_mutable and not random
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether an entry of the result depends on the entries of the arguments that broadcast to its place alone."""
+    return is_pure(node) and (torch.Tag.pointwise in _tags(node) or node.target in _WHERE)
+
+
+_WHERE = frozenset({aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar})
+"""Not all of them have the tag."""
+
+
+_SYMBOLIC = (torch.SymInt, torch.SymFloat)
+
+
+def same_argument(a: Any, b: Any) -> bool:
+    """Whether two arguments that are no tensors are the same, whatever the inputs."""
+    if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+        numbers = [value for value in (a.meta.get("val"), b.meta.get("val")) if isinstance(value, _SYMBOLIC)]
+        return a is b or (len(numbers) == 2 and statically_known_true(numbers[0] == numbers[1]))
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(same_argument, a, b))
+    return type(a) is type(b) and not isinstance(a, fx.Node) and bool(a == b)

@@ -22,10 +22,9 @@ from attnrewrite.analysis.projections import is_piece, projections_behind
 from attnrewrite.ir.bounds import searching
 from attnrewrite.ir.builder import Builder, evaluated
 from attnrewrite.ir.nodes import Size, same, tensor
-from attnrewrite.ir.ops import is_cast, is_view
+from attnrewrite.ir.ops import is_cast, is_view, same_argument
 from attnrewrite.ir.views import is_layout_op
 from attnrewrite.passes.join_projections import tags
-from attnrewrite.passes.slice_sources import same_argument
 from attnrewrite.patterns import GraphView
 
 __all__ = ["fuse_projections"]

@@ -27,10 +27,9 @@ from attnrewrite.analysis.slices import taken_from
 from attnrewrite.ir.bounds import BESIDE_ATTENTION, SHARED_PROJECTIONS, searching
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import Size, is_tensor, product, same, same_shape, tensor
-from attnrewrite.ir.ops import is_cast, is_view
+from attnrewrite.ir.ops import is_cast, is_pointwise, is_view, same_argument
 from attnrewrite.ir.views import is_layout_op, permutation_of
 from attnrewrite.kernels.common.layout import in_memory_order_of
-from attnrewrite.passes.slice_sources import is_pointwise, same_argument
 from attnrewrite.patterns import GraphView
 
 __all__ = ["join_projections", "tags"]

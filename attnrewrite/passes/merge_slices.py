@@ -25,10 +25,11 @@ from attnrewrite.ir.bounds import searching
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.graph_view import reader_in_words
 from attnrewrite.ir.nodes import same, tensor
+from attnrewrite.ir.ops import same_argument
 from attnrewrite.ir.site import AttentionSite, Bias, Elementwise, Fill, Scale, Zero
 from attnrewrite.ir.views import is_layout_op, peel, push
 from attnrewrite.passes.key_windows import key_windows, require_band
-from attnrewrite.passes.slice_sources import NotSlices, Wholes, same_argument
+from attnrewrite.passes.slice_sources import NotSlices, Wholes
 from attnrewrite.patterns import Finding, GraphView
 
 __all__ = ["merge_slices"]

@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.analysis.slices import Span, Taken, same_span, taken_from
 from attnrewrite.ir.bounds import EQUAL_STEPS
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import Size, is_tensor, same, tensor
-from attnrewrite.ir.ops import is_cast
+from attnrewrite.ir.ops import is_cast, is_pointwise, is_pure, same_argument
 from attnrewrite.ir.views import permutation_of
 
-__all__ = ["NotSlices", "Whole", "Wholes", "is_pointwise", "same_argument"]
+__all__ = ["NotSlices", "Whole", "Wholes"]
 
 aten = torch.ops.aten
 
@@ -112,7 +111,7 @@ class Wholes:
         """Whether two nodes compute the same, from the same, as far as a few steps tell."""
         if a is b:
             return True
-        if a.op != "call_function" or a.target is not b.target or not (_is_pure(a) and _is_pure(b)):
+        if a.op != "call_function" or a.target is not b.target or not (is_pure(a) and is_pure(b)):
             return False
         if a.kwargs != b.kwargs or len(a.args) != len(b.args) or not (self._may_move(a) and self._may_move(b)):
             return False
@@ -253,40 +252,6 @@ def _same_constant(a: fx.Node, b: fx.Node) -> bool:
     )
 
 
-def _tags(node: fx.Node) -> Sequence[torch.Tag]:
-    return getattr(node.target, "tags", ())
-
-
-def _is_pure(node: fx.Node) -> bool:
-    """Whether the operator gives the same each time that it is called; of operators of others that is not known."""
-    target: Any = node.target
-    schema = getattr(target, "_schema", None)
-    random = torch.Tag.nondeterministic_seeded in _tags(node)
-    return schema is not None and target.namespace == "aten" and not schema.is_mutable and not random
-
-
-def is_pointwise(node: fx.Node) -> bool:
-    """Whether an entry of the result depends on the entries of the arguments that broadcast to its place alone."""
-    return _is_pure(node) and (torch.Tag.pointwise in _tags(node) or node.target in _WHERE)
-
-
-_WHERE = frozenset({aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar})
-"""Not all of them have the tag."""
-
-
 def _value(argument: Any) -> Any:
     value = argument.meta.get("val") if isinstance(argument, fx.Node) else argument
     return value if isinstance(value, (int, torch.SymInt)) else -1
-
-
-_SYMBOLIC = (torch.SymInt, torch.SymFloat)
-
-
-def same_argument(a: Any, b: Any) -> bool:
-    """Whether two arguments that are no tensors are the same, whatever the inputs."""
-    if isinstance(a, fx.Node) and isinstance(b, fx.Node):
-        numbers = [value for value in (a.meta.get("val"), b.meta.get("val")) if isinstance(value, _SYMBOLIC)]
-        return a is b or (len(numbers) == 2 and statically_known_true(numbers[0] == numbers[1]))
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(same_argument, a, b))
-    return type(a) is type(b) and not isinstance(a, fx.Node) and bool(a == b)

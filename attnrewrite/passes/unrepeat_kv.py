@@ -24,11 +24,10 @@ from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, broadcast, 
 from attnrewrite.ir.bounds import BEHIND_KEYS, searching
 from attnrewrite.ir.builder import Builder, Written
 from attnrewrite.ir.nodes import is_tensor, same_shape, tensor
-from attnrewrite.ir.ops import is_cast
+from attnrewrite.ir.ops import is_cast, is_pointwise
 from attnrewrite.ir.site import AttentionSite
 from attnrewrite.ir.views import is_layout_op, peel, pull
 from attnrewrite.kernels.common.layout import lay_out
-from attnrewrite.passes.slice_sources import is_pointwise
 from attnrewrite.patterns import Finding, GraphView
 
 __all__ = ["undo_repetitions"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnrewrite.report.report import RewriteReport
+from attnrewrite.report.data import ReportData
 from attnrewrite.report.rows import GraphReport, SiteReport
 from attnrewrite.report.text import ASSIGNMENT, became, graph_summary, meaning, versions, where, why
 
@@ -72,7 +72,7 @@ _REWRITTEN_HUES = (150, 215, 280, 180, 250, 320, 120, 200)
 _KEPT_HUE = 35
 
 
-def report_to_html(report: RewriteReport) -> str:
+def report_to_html(report: ReportData) -> str:
     """The report as one HTML page that needs nothing beside itself."""
     # Only this rendering needs a template engine, and the text is rendered far more often.
     import jinja2

@@ -1,4 +1,4 @@
-"""The renderings of a :class:`~attnrewrite.report.RewriteReport`: text, a coloured table, and an HTML page.
+"""The renderings of a :class:`~attnrewrite.report.data.ReportData`: text, a coloured table, and an HTML page.
 
 Nothing here decides anything: what a rendering says is in the report's data, and all of it is shown in full.
 """
@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnrewrite.ir.source import SourceLocation
-from attnrewrite.report.report import RewriteReport
+from attnrewrite.report.data import ReportData
 from attnrewrite.report.rows import GraphReport, SiteReport
 
 __all__ = ["print_report", "report_to_text", "short_path"]
@@ -30,7 +30,7 @@ _TABLE_MIN_WIDTH = 110
 """Below this many columns a table of five columns is a row of splinters; the sites are listed one by one."""
 
 
-def report_to_text(report: RewriteReport, width: int | None = None) -> str:
+def report_to_text(report: ReportData, width: int | None = None) -> str:
     """The report as plain text. ``width`` in columns; by default as wide as the table needs."""
     out = io.StringIO()
     # Cells hold their columns to a maximum, so a table in an endless line is as wide as it needs and no wider.
@@ -39,7 +39,7 @@ def report_to_text(report: RewriteReport, width: int | None = None) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().split("\n")) + "\n"
 
 
-def print_report(report: RewriteReport, console: Console | None = None) -> None:
+def print_report(report: ReportData, console: Console | None = None) -> None:
     """Prints the report to a terminal, in colour where the terminal has any."""
     console = console or Console()
     console.print(_report(report, console.width))
@@ -131,14 +131,14 @@ def graph_summary(graph: GraphReport) -> str:
     return " · ".join(parts)
 
 
-def versions(report: RewriteReport) -> str:
+def versions(report: ReportData) -> str:
     return " · ".join(f"{name} {version}" for name, version in report.versions.items())
 
 
 # -- terminal ---------------------------------------------------------------------------------------------------------
 
 
-def _report(report: RewriteReport, width: int) -> RenderableType:
+def _report(report: ReportData, width: int) -> RenderableType:
     # Everything is put into Text objects: a "[" in a module's path is no markup of rich's.
     parts: list[RenderableType] = []
     if report.model:
