@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import CompileContext
-from torch._logging._internal import trace_structured
 
 from attnrewrite.analysis.scores import leads_to_product
 from attnrewrite.caching.call import current_call
@@ -40,6 +38,7 @@ from attnrewrite.report.report import RewriteReport
 from attnrewrite.report.rows import GraphReport
 from attnrewrite.selection.decorated_parts import say_what_is_lost
 from attnrewrite.selection.requests import unmatched_rules
+from attnrewrite.torch_private import CompileContext, dynamo_config, trace_structured
 from attnrewrite.variants import Variants
 
 __all__ = ["attnrewrite", "collect_reports"]
@@ -85,7 +84,7 @@ def attnrewrite(
         KernelError: with ``strict``, a site that no kernel that was asked for can serve.
     """
     policy = Policy.from_options(options, mode)
-    if policy.capture_dynamic_output_shape_ops and not torch._dynamo.config.capture_dynamic_output_shape_ops:
+    if policy.capture_dynamic_output_shape_ops and not dynamo_config.capture_dynamic_output_shape_ops:
         raise OptionError(
             f"options[{DATA_DEPENDENT_SIZES!r}] comes too late for torch.compile, which has traced the graph: set "
             f"torch._dynamo.config.{DATA_DEPENDENT_SIZES} = True, or use accelerate_attention"

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnrewrite.torch_private import call_attribute, call_of, is_compiled
+
 __all__ = ["compiled_modules", "has_layer", "unwrap_calls", "wrap_calls"]
 
 Call = Callable[..., Any]
@@ -21,7 +23,7 @@ class _Wrapped:
     def __init__(self, module: nn.Module) -> None:
         # An OptimizedModule calls its forward; a module that is compiled in place has its call here. One of which only
         # parts are compiled has none.
-        self.attribute = "forward" if isinstance(module, torch._dynamo.OptimizedModule) else "_compiled_call_impl"
+        self.attribute = call_attribute(module)
         self.before = getattr(module, self.attribute)
         self.layers: dict[str, Layer] = {}
 
@@ -29,7 +31,7 @@ class _Wrapped:
         if not self.layers:
             object.__setattr__(module, self.attribute, self.before)
             return
-        call: Call = self.before if self.before is not None else module._call_impl
+        call: Call = self.before if self.before is not None else call_of(module)
         for layer in self.layers.values():
             call = layer(call)
 
@@ -49,7 +51,7 @@ _LAYERS = "_attnrewrite_layers"
 
 
 def _wrapped_of(module: nn.Module) -> _Wrapped | None:
-    attribute = "forward" if isinstance(module, torch._dynamo.OptimizedModule) else "_compiled_call_impl"
+    attribute = call_attribute(module)
     return getattr(getattr(module, attribute), _LAYERS, None)
 
 
@@ -75,7 +77,7 @@ def has_layer(module: nn.Module, name: str) -> bool:
 
 def compiled_modules(model: nn.Module) -> Iterator[nn.Module]:
     """The outermost modules that are compiled: the model itself, or parts of it."""
-    if isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl is not None:
+    if is_compiled(model):
         yield model
         return
     for child in model.children():

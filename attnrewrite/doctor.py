@@ -187,13 +187,11 @@ def _devices() -> Iterator[Check]:
 
 
 def _compilers() -> Iterator[Check]:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-    from torch.utils._triton import has_triton, has_triton_package
+    from attnrewrite.torch_private import cpp_compiler, has_triton, has_triton_package
 
     try:
-        yield Check("inductor on cpu", True, f"C++ compiler {get_cpp_compiler()}")
-    except (InvalidCxxCompiler, RuntimeError, OSError) as error:
+        yield Check("inductor on cpu", True, f"C++ compiler {cpp_compiler()}")
+    except (RuntimeError, OSError) as error:
         advice = 'install g++ or clang++, name one in CXX, or use options={"inner_backend": "aot_eager"}'
         yield Check("inductor on cpu", False, f"no C++ compiler: {advice} ({_first_line(error)})")
     if not torch.cuda.is_available():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch._dynamo.exc import ShortenTraceback
+from attnrewrite.torch_private import ShortenTraceback
 
 __all__ = [
     "AttentionCheckError",

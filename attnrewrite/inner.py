@@ -7,12 +7,17 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import fx
-from torch._dynamo.backends.registry import list_backends, lookup_backend
 
 from attnrewrite.errors import OptionError
 from attnrewrite.options.compile_options import OWN_OPTIONS, Policy
+from attnrewrite.torch_private import (
+    ATTENTION_PATTERNS,
+    inductor_backend,
+    inductor_config,
+    list_backends,
+    lookup_backend,
+)
 
 __all__ = ["CompiledFn", "InnerCompiler"]
 
@@ -72,31 +77,25 @@ class InnerCompiler:
     ) -> CompiledFn:
         own: dict[str, Any] = {}
         if keep_attention:
-            # The pass that holds Inductor's attention patterns, by its name in the joint graph's list of passes:
-            # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_inductor/fx_passes/joint_graph.py
-            given = self._policy.inner_options.get("disabled_passes", torch._inductor.config.disabled_passes)
-            own["disabled_passes"] = ",".join(filter(None, (given, "pass_pattern_0")))
+            given = self._policy.inner_options.get("disabled_passes", inductor_config().disabled_passes)
+            own["disabled_passes"] = ",".join(filter(None, (given, ATTENTION_PATTERNS)))
         if round_like_eager:
             own["emulate_precision_casts"] = True
         compiled: CompiledFn = self._inductor_wrapper(own)(gm, example_inputs)
         return compiled
 
     def _inductor_wrapper(self, own: dict[str, Any]) -> Any:
-        import torch._inductor  # Not loaded by `import torch`, and read below.
-
         options = {**own, **self._policy.inner_options}
         if "disabled_passes" in own:
             options["disabled_passes"] = own["disabled_passes"]
-        known = torch._inductor.config.get_config_copy()
+        known = inductor_config().get_config_copy()
         unknown = [key for key in options if key.replace("-", "_") not in known]
         if unknown:
             raise _unknown_options(
                 unknown, OWN_OPTIONS, "Inductor takes", sorted(key for key in known if key[0].islower())
             )
         try:
-            return torch._TorchCompileInductorWrapper(  # type: ignore[no-untyped-call]
-                self._policy.mode, options, None
-            )
+            return inductor_backend(self._policy.mode, options)
         except RuntimeError as error:
             raise OptionError(" ".join(str(error).split())) from None
 

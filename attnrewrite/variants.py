@@ -18,6 +18,7 @@ from attnrewrite.inner import CompiledFn
 from attnrewrite.ir.source import name_source, source_name
 from attnrewrite.options.request import Request
 from attnrewrite.selection.requests import request_in_force
+from attnrewrite.torch_private import compile_lock, wrapped_call
 
 __all__ = ["Variants"]
 
@@ -58,7 +59,7 @@ class Variants:
         if compiled is None:
             # While one thread compiles, the code of graph modules that any other makes is never compiled
             # (torch._dynamo.convert_frame.fx_forward_from_src_skip_result).
-            with torch._dynamo.convert_frame.compile_lock:
+            with compile_lock:
                 compiled = self._compiled.get(key)
                 if compiled is None:
                     compiled = self._compiled[key] = self._compile()
@@ -79,7 +80,7 @@ class Variants:
         # The class is this module's own. Where compiled code raises an error, a graph module's ``__call__`` goes
         # through the traceback, which Dynamo would trace, and raise an error of its own.
         # ``Module.__call__`` itself is another function, in all threads, while one of them traces.
-        type(module).__call__ = torch.nn.Module._wrapped_call_impl  # type: ignore[method-assign]
+        type(module).__call__ = wrapped_call  # type: ignore[method-assign]
         compiled: CompiledFn = torch.compile(module, backend=backend, fullgraph=True, dynamic=self._dynamic)
         return compiled
 

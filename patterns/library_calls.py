@@ -25,6 +25,7 @@ from attnrewrite.ir.nodes import is_tensor, same, tensor
 from attnrewrite.ir.site import AttentionSite, Bias, Fill, NotAttention, Scale, ScoreMod
 from attnrewrite.patterns.base import Specimen
 from attnrewrite.patterns.sample_inputs import Specimens, normal
+from attnrewrite.torch_private import schema_of
 
 __all__ = ["PATTERN"]
 
@@ -258,7 +259,7 @@ class LibraryCall:
 
     def find(self, view: GraphView) -> Iterator[Finding]:
         for node in view.graph.nodes:
-            schema: Any = getattr(node.target, "_schema", None) if node.op == "call_function" else None
+            schema: Any = schema_of(node.target) if node.op == "call_function" else None
             reader = None if schema is None else _READERS.get(schema.name)
             if reader is None:
                 continue
@@ -271,7 +272,7 @@ class LibraryCall:
 
     def _read(self, node: fx.Node, call: _Call, view: GraphView) -> AttentionSite:
         result = _result(node)
-        if view.differentiable(node) and not node.target._schema.name.startswith("aten::"):  # type: ignore[union-attr]
+        if view.differentiable(node) and not schema_of(node.target).name.startswith("aten::"):
             raise NotAttention("the library has its backward pass elsewhere (run it under torch.no_grad())")
         if not isinstance(call.dropout, (int, float)) or not isinstance(call.scale, (int, float, type(None))):
             raise NotAttention("the scale or the dropout is not a number that the graph knows")
@@ -322,7 +323,7 @@ class LibraryCall:
 
 def _bound(node: fx.Node) -> dict[str, Any]:
     """The arguments of a call by the names of its schema."""
-    declared = node.target._schema.arguments  # type: ignore[union-attr]
+    declared = schema_of(node.target).arguments
     values = {argument.name: argument.default_value for argument in declared}
     values.update(zip((argument.name for argument in declared), node.args, strict=False))
     return {**values, **node.kwargs}

@@ -41,6 +41,7 @@ from attnrewrite.ir.views import is_layout_op, pull
 from attnrewrite.patterns.base import Specimen
 from attnrewrite.patterns.perturbed import LINEAR_SPECIMENS
 from attnrewrite.patterns.sample_inputs import Specimens, keep, normal
+from attnrewrite.torch_private import operator_name
 
 __all__ = ["PATTERN"]
 
@@ -390,7 +391,7 @@ def _is_map_of_both(key: Features, query: Features) -> bool:
 
 
 def _masks(node: fx.Node) -> str:
-    name = getattr(node.target, "_opname", None) or str(node.target)
+    name = operator_name(node.target)
     return f"{name} changes single pairs of query and key, which only the product of all pairs can be"
 
 

@@ -14,6 +14,7 @@ from attnrewrite.ir.graph_view import GraphView
 from attnrewrite.ir.nodes import Size, is_tensor, same, tensor
 from attnrewrite.ir.site import AttentionSite, Bias, Fill, NotAttention, Scale, ScoreMod
 from attnrewrite.ir.source import source_location
+from attnrewrite.torch_private import schema_of
 
 __all__ = ["attention_site", "call_arguments"]
 
@@ -24,7 +25,7 @@ def call_arguments(call: fx.Node) -> dict[str, Any]:
     Raises:
         TypeError: ``call`` is no call of an operator with a schema (``torch.ops.<namespace>.<name>.<overload>``).
     """
-    schema = getattr(call.target, "_schema", None)
+    schema = schema_of(call.target)
     if schema is None:
         raise TypeError(f"{call.target} is no operator with a schema, such as torch.ops.aten.softmax.int")
     given = dict(zip((argument.name for argument in schema.arguments), call.args, strict=False))

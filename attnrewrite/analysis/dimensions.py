@@ -19,12 +19,12 @@ from typing import Any, Literal
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._pytree import tree_leaves
 
 from attnrewrite.ir.axes import Axis, Dim, Layout, axes_of, regroup, resolve, size_of
 from attnrewrite.ir.nodes import Size, is_tensor, product, same, tensor
 from attnrewrite.ir.products import is_product, product_from_operand
 from attnrewrite.ir.views import is_layout_op, permutation_of, push
+from attnrewrite.torch_private import STATIC_INPUT, schema_of, tree_leaves
 
 __all__ = ["Dimension", "Dimensions", "Origin", "Role", "is_learned", "origins_of"]
 
@@ -89,7 +89,7 @@ def is_learned(node: fx.Node) -> bool:
     return node.op == "get_attr" or (
         node.op == "placeholder"
         and (
-            "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+            STATIC_INPUT in node.meta.get("tensor_dict", {})
             or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
         )
     )
@@ -271,7 +271,7 @@ class Dimensions:
 
     def _reduced(self, node: fx.Node) -> Layout | None:
         """A sum, a mean, a maximum: None where the node is none."""
-        schema = getattr(node.target, "_schema", None)
+        schema = schema_of(node.target)
         names = [argument.name for argument in schema.arguments] if schema is not None else []
         if "keepdim" not in names or not is_tensor(node.args[0]):
             return None
@@ -566,7 +566,7 @@ def _parts(dimension: Dimension) -> list[Dimension]:
 
 def _name_of(node: fx.Node) -> str:
     """The operator's name with its namespace, overloads apart; empty for what is none."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return "" if schema is None else str(schema.name)
 
 
@@ -592,7 +592,7 @@ def _argument(node: fx.Node, name: str, default: Any) -> Any:
     if name in node.kwargs:
         return node.kwargs[name]
     target: Any = node.target
-    for place, argument in enumerate(target._schema.arguments):
+    for place, argument in enumerate(schema_of(target).arguments):
         if argument.name == name:
             return node.args[place] if place < len(node.args) else default
     return default

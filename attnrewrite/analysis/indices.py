@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.analysis.values import constant_value
@@ -22,6 +21,7 @@ from attnrewrite.ir.bounds import INDEX_ENTRIES
 from attnrewrite.ir.nodes import Size, is_tensor, same_shape, tensor
 from attnrewrite.ir.ops import CAST_OPS
 from attnrewrite.ir.stored import StoredPattern
+from attnrewrite.torch_private import schema_of, unset_fake_temporarily
 
 __all__ = ["Repetition", "repetition_of"]
 
@@ -216,7 +216,7 @@ def _called(node: fx.Node, memo: dict[fx.Node, torch.Tensor | None]) -> torch.Te
         source = _evaluated(node.all_input_nodes[0], memo)
         return None if source is None else source.to(tensor(node).dtype)
     target: Any = node.target
-    schema = getattr(target, "_schema", None)
+    schema = schema_of(target)
     if schema is None or schema.is_mutable or target.namespace != "aten":
         return None
     if torch.Tag.nondeterministic_seeded in target.tags or len(schema.returns) != 1:

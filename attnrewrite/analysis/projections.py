@@ -13,6 +13,7 @@ from attnrewrite.analysis.features import PIECES
 from attnrewrite.ir.bounds import BESIDE_ATTENTION
 from attnrewrite.ir.ops import is_cast, is_pointwise
 from attnrewrite.ir.views import is_layout_op
+from attnrewrite.torch_private import is_erased
 
 __all__ = ["is_piece", "projections_behind"]
 
@@ -28,7 +29,7 @@ def projections_behind(operand: fx.Node, products: Collection[Any] = _LINEAR) ->
     ``products``: the operators that count as projections.
     """
     found: dict[fx.Node, None] = {}
-    seen = [] if operand._erased else [operand]
+    seen = [] if is_erased(operand) else [operand]
     for node in seen:
         if node.target in products:
             found[node] = None

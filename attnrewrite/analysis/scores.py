@@ -19,6 +19,7 @@ from attnrewrite.ir.products import Product, is_product, product_from_result
 from attnrewrite.ir.site import Bias, Elementwise, Fill, Floor, Narrow, NotAttention, Scale, ScoreMod, Shift
 from attnrewrite.ir.source import source_location
 from attnrewrite.ir.views import is_layout_op, pull, push
+from attnrewrite.torch_private import operator_name
 
 __all__ = [
     "BOUNDED",
@@ -411,6 +412,6 @@ def _factor(value: Any) -> float | fx.Node:
 
 def node_in_words(node: fx.Node) -> str:
     """An operator in the user's terms: its name and the line that called it."""
-    name = getattr(node.target, "_opname", None) or str(node.target)
+    name = operator_name(node.target)
     where = source_location(node)
     return f"{name} ({where.code!r}, {where})" if where else name

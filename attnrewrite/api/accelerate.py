@@ -10,13 +10,13 @@ from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import skip_code
 from torch.fx.traceback import annotate
 
 from attnrewrite.errors import AttnRewriteError, OptionError
 from attnrewrite.options.compile_options import tracing_settings
 from attnrewrite.options.request import kernel_names
 from attnrewrite.selection.decorated_parts import annotation_of
+from attnrewrite.torch_private import COMPILED_CALL, TORCHDYNAMO_PREFIX, call_of, dynamo_config, skip_code
 
 __all__ = ["accelerate_attention"]
 
@@ -85,11 +85,11 @@ def _accelerate(target: Any, arguments: dict[str, Any]) -> Any:
     if isinstance(target, type) and issubclass(target, nn.Module):
         # nn.Module.__call__ looks here first; a descriptor makes the compiled call for each instance when it is needed.
         # Instances keep it under the same name, which nn.Module.__getstate__ leaves out of copies and pickles.
-        target._compiled_call_impl = _CompiledCall(arguments)  # type: ignore[assignment]
+        setattr(target, COMPILED_CALL, _CompiledCall(arguments))
         _let_dynamo_look(target, annotation_of(target.__qualname__, arguments))
         return target
     if isinstance(target, nn.Module):
-        target._compiled_call_impl = _compiled(target._call_impl, arguments, type(target).__qualname__)
+        setattr(target, COMPILED_CALL, _compiled(call_of(target), arguments, type(target).__qualname__))
         _let_dynamo_look(type(target), None)
         return target
     if inspect.isroutine(target):
@@ -117,7 +117,7 @@ def _let_dynamo_look(cls: type[nn.Module], annotation: dict[str, str] | None) ->
             # Looked up again, since tracers put their own in its place.
             return nn.Module.__call__(self, *args, **kwargs) if plain else before(self, *args, **kwargs)
         with annotate(annotation):
-            return self._call_impl(*args, **kwargs) if plain else before(self, *args, **kwargs)
+            return call_of(self)(*args, **kwargs) if plain else before(self, *args, **kwargs)
 
     call._undecorated = before  # type: ignore[attr-defined]
     cls.__call__ = _with_code_of_its_own(call)  # type: ignore[method-assign]
@@ -141,17 +141,17 @@ class _CompiledCall:
         # Dynamo has annotated what it inlines (_let_dynamo_look), and goes on to forward.
         if instance is None or torch.compiler.is_compiling():
             return None
-        kept = instance.__dict__.get("_compiled_call_impl")
+        kept = instance.__dict__.get(COMPILED_CALL)
         # A replica of DataParallel takes over the whole __dict__: what is in it must have been made for this instance.
         if kept is None or kept[0]() is not instance:
-            kept = (weakref.ref(instance), _compiled_for_instance(instance._call_impl, self._arguments))
-            instance.__dict__["_compiled_call_impl"] = kept
+            kept = (weakref.ref(instance), _compiled_for_instance(call_of(instance), self._arguments))
+            instance.__dict__[COMPILED_CALL] = kept
         compiled: Callable[..., Any] | None = kept[1]
         return compiled
 
     def __set__(self, instance: nn.Module, value: Callable[..., Any] | None) -> None:
         """``module.compile(...)`` puts its own compiled call here, and so does the decorator on an instance."""
-        instance.__dict__["_compiled_call_impl"] = (weakref.ref(instance), value)
+        instance.__dict__[COMPILED_CALL] = (weakref.ref(instance), value)
 
 
 # A frame of it is run as it is, whatever Dynamo compiles around it.
@@ -177,7 +177,7 @@ def _compiled(function: Callable[..., Any], arguments: dict[str, Any], name: str
         with annotate(annotation):
             return function(*args, **kwargs)
 
-    for attribute in [key for key in vars(call) if key.startswith("_torchdynamo")]:
+    for attribute in [key for key in vars(call) if key.startswith(TORCHDYNAMO_PREFIX)]:
         delattr(call, attribute)  # Of a function that was compiled before: Dynamo would pass by this one.
     result: Callable[..., Any] = _with_code_of_its_own(call)
     return result
@@ -191,7 +191,7 @@ def _compiled_alone(function: Callable[..., Any], arguments: dict[str, Any]) -> 
 
     @functools.wraps(compiled)
     def traced(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(settings):
+        with dynamo_config.patch(settings):
             return compiled(*args, **kwargs)
 
     return traced

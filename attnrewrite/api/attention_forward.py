@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.fx.traceback import annotate
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -28,6 +27,7 @@ from attnrewrite.ir.source import SourceLocation, called_from, own_files
 from attnrewrite.options.environment import request_of_environment
 from attnrewrite.options.request import Request
 from attnrewrite.selection.requests import COMPATIBILITY, KERNEL_OF_CALL
+from attnrewrite.torch_private import FailOnRecompileLimitHit
 
 __all__ = ["attention_forward"]
 

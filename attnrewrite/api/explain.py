@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import platform
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from typing import Any
@@ -19,6 +18,7 @@ from attnrewrite.options.cache_config import validated
 from attnrewrite.options.compile_options import tracing_settings
 from attnrewrite.report.report import RewriteReport
 from attnrewrite.selection.decorated_parts import inner_backend_is_given
+from attnrewrite.torch_private import dynamo_config, graph_breaks, original_module
 
 __all__ = ["explain"]
 
@@ -54,14 +54,14 @@ def explain(
         finally:
             inner_backend_is_given.reset(token)
 
-    breaks_before = Counter(torch._dynamo.utils.counters["graph_break"])
+    breaks_before = graph_breaks()
     # A new backend means a new entry in Dynamo's cache for the model's code, next to those that are there: the limit on
     # their number is meant for recompilations.
     limits = {"recompile_limit": 2**31, "accumulated_recompile_limit": 2**31}
     settings = {**limits, **tracing_settings(options)}
-    with collect_reports() as graphs, torch._dynamo.config.patch(settings), reuse:
+    with collect_reports() as graphs, dynamo_config.patch(settings), reuse:
         torch.compile(model, backend=backend, dynamic=dynamic)(*args, **kwargs)
-    breaks = Counter(torch._dynamo.utils.counters["graph_break"]) - breaks_before
+    breaks = graph_breaks() - breaks_before
     return RewriteReport(
         model=getattr(model, "__qualname__", type(model).__qualname__),
         graphs=graphs,
@@ -77,7 +77,7 @@ def explain(
 @contextlib.contextmanager
 def _planned(model: torch.nn.Module, config: object) -> Iterator[None]:
     """The first call of a run under a cache, without its rules for what is called."""
-    root = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
+    root = original_module(model)
     if root.training:
         raise CacheError(
             f"{type(root).__name__} is in training mode, and attention is reused at inference only: call model.eval()"

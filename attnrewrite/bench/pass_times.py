@@ -182,10 +182,10 @@ def measure_pass(blocks: int, repeats: int, dynamic: bool = False) -> PassTimes:
     model = _Model(blocks).eval()
     inputs = torch.randn(_BATCH, _LENGTH, _WIDTH), torch.ones(_BATCH, _LENGTH, dtype=torch.long)
     # Dynamo keeps compiled code by the model's code, which all sizes share.
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with torch.no_grad():
         torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(*inputs)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     if len(found) != 1:
         raise RuntimeError(f"the benchmark's model came as {len(found)} graphs and not as one")
     return found[0]

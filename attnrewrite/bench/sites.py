@@ -268,10 +268,10 @@ def _captured(case: Case, inputs: Sequence[Tensor], policy: Policy) -> tuple[fx.
         # Nothing is computed: the naive scores may not fit into memory.
         return lambda *values: (values[0].new_empty(()),)
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with torch.set_grad_enabled(case.backward):
         torch.compile(case.attention, backend=backend, fullgraph=True, dynamic=False)(*inputs)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     (site,) = read_sites(found[0], policy)
     return found[0], site
 

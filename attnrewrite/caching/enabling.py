@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from attnrewrite.caching.session import Session
@@ -16,6 +15,7 @@ from attnrewrite.caching.streams import cache_stream
 from attnrewrite.call_layers import compiled_modules, has_layer, unwrap_calls, wrap_calls
 from attnrewrite.errors import AttnRewriteError, CacheError
 from attnrewrite.options.cache_config import validated
+from attnrewrite.torch_private import original_module
 
 __all__ = ["attention_cache", "disable_cache", "enable_cache", "enable_session", "reset_cache"]
 
@@ -183,7 +183,7 @@ def _root(model: nn.Module, function: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         advice = ": of a pipeline, give its denoiser, such as pipe.transformer" if hasattr(model, "components") else ""
         raise CacheTypeError(f"{function} takes a compiled nn.Module, not an object of {type(model).__name__}{advice}")
-    return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
+    return original_module(model)
 
 
 @contextlib.contextmanager

@@ -16,9 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
-from torch.utils._pytree import tree_leaves
 
 from attnrewrite.analysis.kinds import Kind, SiteKind
 from attnrewrite.caching.identity import content_of, is_copy, is_size, written
@@ -27,6 +25,15 @@ from attnrewrite.ir.nodes import copy_attributes, is_tensor, product, same, tens
 from attnrewrite.ir.ops import CAST_OPS, is_view
 from attnrewrite.ir.source import parameter_path
 from attnrewrite.kernels.common.layout import in_memory_order_of
+from attnrewrite.torch_private import (
+    STATIC_INPUT,
+    HigherOrderOperator,
+    OpOverload,
+    is_composite,
+    leave_without_source,
+    schema_of,
+    tree_leaves,
+)
 
 __all__ = ["Attention", "Value", "find_values", "is_parameter", "nearest", "parameters_of", "with_values"]
 
@@ -243,7 +250,7 @@ def _occurrences(node: fx.Node, argument: fx.Node) -> int:
 
 
 def _writes_to(node: fx.Node, argument: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return schema is not None and schema.is_mutable and node.args[:1] == (argument,)
 
 
@@ -256,7 +263,7 @@ def is_parameter(node: fx.Node) -> bool:
 
     Other inputs at fixed addresses (``mark_static_address``) are written to from step to step.
     """
-    return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}) and bool(parameter_path(node))
+    return STATIC_INPUT in node.meta.get("tensor_dict", {}) and bool(parameter_path(node))
 
 
 def _is_function(node: fx.Node) -> bool:
@@ -266,7 +273,7 @@ def _is_function(node: fx.Node) -> bool:
         return getattr(target, "__module__", "") in ("_operator", "math", "torch")
     if target in (aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default):
         return bool(node.args[2] is False or node.args[1] == 0)
-    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+    return not schema_of(target).is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 _SPLITS = (
@@ -377,7 +384,7 @@ def with_values(
     for node, number in taken.items():
         inputs[node] = graph.placeholder(f"attention_value_{number}")
         inputs[node].meta = {"val": _contiguous(tensor(node))}
-        inputs[node]._dynamo_source = None
+        leave_without_source(inputs[node])
     for node in gm.graph.nodes:
         if node.op == "output" or node in env:
             continue
@@ -389,10 +396,11 @@ def with_values(
     graph.output((*outputs, *(env[value.node] for value in given)))
     graph.output_node().meta = dict(gm.graph.output_node().meta)
     result = fx.GraphModule(_attributes(gm), graph, gm.__class__.__name__)
-    for name in [name for name in result._buffers if name not in gm._buffers]:
-        # A tensor that the graph makes itself is no buffer (see capture.py).
-        constant = result._buffers.pop(name)
-        result.__dict__[name] = constant
+    kept = {name for name, _ in gm.named_buffers(recurse=False, remove_duplicate=False)}
+    for name, constant in list(result.named_buffers(recurse=False, remove_duplicate=False)):
+        if name not in kept:  # A tensor that the graph makes itself is no buffer (see capture/convention.py).
+            delattr(result, name)
+            result.__dict__[name] = constant
     copy_attributes(gm, result)
     result.meta = gm.meta
     for node, taken_node in inputs.items():
@@ -493,14 +501,14 @@ def _may_alias(node: fx.Node) -> bool:
     if not isinstance(target, OpOverload):
         return False
     # What is composed of others (einsum, to, dropout that drops nothing) may come down to a view.
-    return target._can_decompose() or _shares_memory(node)
+    return is_composite(target) or _shares_memory(node)
 
 
 def _shares_memory(node: fx.Node) -> bool:
     """Operators that say so, and those that are unsafe since they do not."""
     target = node.target
     return isinstance(target, OpOverload) and (
-        target in _SPLITS or any(value.alias_info is not None for value in target._schema.returns)
+        target in _SPLITS or any(value.alias_info is not None for value in schema_of(target).returns)
     )
 
 
@@ -512,8 +520,8 @@ def _is_removable(node: fx.Node) -> bool:
         return False
     target: Any = node.target
     if isinstance(target, OpOverload):
-        name = target._schema.name
-        return not target._schema.is_mutable and "assert" not in name and "constrain" not in name
+        name = schema_of(target).name
+        return not schema_of(target).is_mutable and "assert" not in name and "constrain" not in name
     if isinstance(target, HigherOrderOperator):
         return bool(target is torch.ops.higher_order.flex_attention)
     return getattr(target, "__module__", "") in ("_operator", "math", "torch")

@@ -15,10 +15,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnrewrite.errors import CacheError
 from attnrewrite.options.cache_config import TENSOR_FORMATS
+from attnrewrite.torch_private import tree_leaves, tree_map_only
 
 __all__ = ["GuidanceDelta", "check_halved", "copied", "first_output", "halved_inputs"]
 

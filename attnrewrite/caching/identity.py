@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
-from torch._subclasses import FakeTensor
 
 from attnrewrite.ir.nodes import Size, is_tensor, tensor
 from attnrewrite.ir.source import parameter_path, source_name
+from attnrewrite.torch_private import FakeTensor, OpOverload, schema_of
 
 __all__ = ["Identity", "content_of", "fits", "identity_of", "is_copy", "is_size", "written"]
 
@@ -179,7 +178,7 @@ def _arguments(node: fx.Node) -> Iterator[tuple[str, str | None, Any]]:
         yield from ((str(number), None, value) for number, value in enumerate(node.args))
         yield from ((name, None, value) for name, value in node.kwargs.items())
         return
-    for number, argument in enumerate(node.target._schema.arguments):
+    for number, argument in enumerate(schema_of(node.target).arguments):
         if number < len(node.args):
             yield argument.name, str(argument.type), node.args[number]
         elif argument.name in node.kwargs:

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnrewrite.analysis.kinds import Kind, SiteKind, is_named_temporal
 from attnrewrite.caching.call import ModelCall
@@ -30,6 +29,7 @@ from attnrewrite.caching.streams import Key, Observer, Stream, current_stream, i
 from attnrewrite.errors import CacheError, CacheMemoryError
 from attnrewrite.options.cache_callbacks import timestep_of, weight_of
 from attnrewrite.options.cache_config import FasterCacheConfig, PyramidAttentionBroadcastConfig
+from attnrewrite.torch_private import mark_static, tree_leaves, tree_map_only
 
 __all__ = ["Session"]
 
@@ -458,7 +458,7 @@ def _twin(tensor: Tensor) -> Tensor:
 
 def _mark_batch_static(tensor: Tensor) -> None:
     if tensor.dim():
-        torch._dynamo.mark_static(tensor, 0)
+        mark_static(tensor, 0)
 
 
 def _in_words(nbytes: int) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnrewrite.torch_private import enter_autocast, exit_autocast
+
 
 class AutocastRegions:
     """Makes a graph's autocast regions take effect while it is traced, and not only be recorded.
@@ -43,7 +45,7 @@ class AutocastRegions:
                 self._open.pop().__exit__(None, None, None)
 
     def substitute(self, node: fx.Node) -> None:
-        if node.target is torch.amp.autocast_mode._enter_autocast:
+        if node.target is enter_autocast:
             node.target = self.enter
-        elif node.target is torch.amp.autocast_mode._exit_autocast:
+        elif node.target is exit_autocast:
             node.target = self.exit

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
 from attnrewrite.capture.normalize import fill_constants, name_metadata_reads
 from attnrewrite.capture.opaque import OpaqueCalls
@@ -15,6 +14,7 @@ from attnrewrite.capture.prepare import wants_gradients
 from attnrewrite.capture.support import CaptureError, attribute_of, storage_of
 from attnrewrite.ir.nodes import copy_attributes
 from attnrewrite.ir.ops import is_view
+from attnrewrite.torch_private import FakeTensor
 
 
 def restore_calling_convention(
@@ -102,7 +102,8 @@ def restore_calling_convention(
     for name in constants:
         # A tensor that the graph itself makes (`torch.tensor([1, 2])`) is no buffer: the inner compiler would look for
         # the place in the user's module that it comes from.
-        constant = ir._buffers.pop(name)
+        constant = getattr(ir, name)
+        delattr(ir, name)
         ir.__dict__[name] = constant
     fill_constants(ir)
     name_metadata_reads(ir)

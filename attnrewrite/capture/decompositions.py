@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnrewrite.torch_private import transformer_encoder_layer
+
 __all__ = ["OPENINGS"]
 
 
@@ -63,5 +65,5 @@ def _encoder_layer(
     return x if norm_first else normalised(x, norm_weight_2, norm_bias_2)
 
 
-OPENINGS = {torch._transformer_encoder_layer_fwd: _encoder_layer}
+OPENINGS = {transformer_encoder_layer: _encoder_layer}
 """For each call the function that computes the same."""

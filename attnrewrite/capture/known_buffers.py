@@ -18,6 +18,7 @@ from torch import fx
 
 from attnrewrite.ir.bounds import BUFFER_ENTRIES
 from attnrewrite.ir.stored import StoredPattern
+from attnrewrite.torch_private import STATIC_INPUT
 
 __all__ = ["Constants"]
 
@@ -31,7 +32,7 @@ class Constants:
         self._buffers: dict[int, StoredPattern] = {}
         placeholders = gm.graph.find_nodes(op="placeholder")
         for position, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
-            if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}) and _readable(value):
+            if STATIC_INPUT in node.meta.get("tensor_dict", {}) and _readable(value):
                 # One that is not read in any case is not kept alive either.
                 read = value.numel() <= BUFFER_ENTRIES.most
                 self._buffers[position] = StoredPattern(value if read else torch.empty_like(value, device="meta"))

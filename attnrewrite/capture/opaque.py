@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from attnrewrite.capture.support import CaptureError, attribute_of, storage_of
+from attnrewrite.torch_private import CHECKPOINT_CONTEXT
 
 
 class OpaqueCalls:
@@ -146,4 +147,4 @@ def is_opaque(node: fx.Node, gm: fx.GraphModule) -> bool:
 def _is_selective_checkpoint(node: fx.Node, gm: fx.GraphModule) -> bool:
     (body, *_) = node.args
     assert isinstance(body, fx.Node)
-    return "_checkpoint_context_fn" in attribute_of(gm, str(body.target)).meta
+    return CHECKPOINT_CONTEXT in attribute_of(gm, str(body.target)).meta

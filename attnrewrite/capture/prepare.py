@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._higher_order_ops.wrap import uid as checkpoint_ids
 from torch.utils.checkpoint import CheckpointPolicy
 
 from attnrewrite.capture.autocast import AutocastRegions
 from attnrewrite.capture.decompositions import OPENINGS
 from attnrewrite.capture.opaque import OpaqueCalls, is_opaque
 from attnrewrite.capture.support import attribute_of
+from attnrewrite.torch_private import checkpoint_ids, enter_autocast, exit_autocast
 
 
 def wants_gradients(gm: fx.GraphModule) -> bool:
@@ -26,8 +26,8 @@ def wants_gradients(gm: fx.GraphModule) -> bool:
 def prepared_graph(gm: fx.GraphModule, autocast: AutocastRegions, opaque: OpaqueCalls) -> fx.GraphModule:
     """``gm`` itself, or a copy in which what functional tracing cannot take has been put in a form that it can."""
     special: tuple[Any, ...] = (
-        torch.amp.autocast_mode._enter_autocast,
-        torch.amp.autocast_mode._exit_autocast,
+        enter_autocast,
+        exit_autocast,
         torch.ops.higher_order.tag_activation_checkpoint,
     )
     special = (*special, *_DROPOUT, *OPENINGS)

@@ -15,9 +15,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._functorch.aot_autograd import aot_export_module
-from torch._guards import TracingContext, detect_fake_mode, tracing
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from attnrewrite.capture.autocast import AutocastRegions
@@ -27,6 +24,15 @@ from attnrewrite.capture.opaque import OpaqueCalls
 from attnrewrite.capture.prepare import prepared_graph
 from attnrewrite.capture.support import CaptureError, first_line
 from attnrewrite.capture.vmap import holds_vmap, written_out
+from attnrewrite.torch_private import (
+    FORWARD_MODE_CALLS,
+    FakeTensor,
+    FakeTensorMode,
+    TracingContext,
+    aot_export_module,
+    detect_fake_mode,
+    tracing,
+)
 
 __all__ = ["Captured", "capture"]
 
@@ -84,7 +90,7 @@ def _refuse_function_transforms(gm: fx.GraphModule) -> None:
         if node.op == "call_function" and "functorch" in (getattr(node.target, "__module__", None) or ""):
             name = getattr(node.target, "__name__", node.target)
             raise CaptureError(f"the graph uses a torch.func transform ({name}), which cannot be traced functionally")
-        if getattr(node.target, "__name__", "") in ("_enter_dual_level", "_exit_dual_level", "_make_dual"):
+        if getattr(node.target, "__name__", "") in FORWARD_MODE_CALLS:
             raise CaptureError("the graph uses forward-mode differentiation")
 
 

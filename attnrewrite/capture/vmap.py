@@ -15,17 +15,15 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from attnrewrite.torch_private import VMAP_ENTERS, VMAP_LEAVES, VMAP_LOADS, FakeTensor, leave_vmap_level, vmap_depth
 
 __all__ = ["holds_vmap", "written_out"]
 
 
-_RAISE, _LOWER, _PREPARE = "_vmap_increment_nesting", "_vmap_decrement_nesting", "lazy_load_decompositions"
-
-
 def holds_vmap(gm: fx.GraphModule) -> bool:
-    return any(_name(node) == _RAISE for node in gm.graph.nodes)
+    return any(_name(node) == VMAP_ENTERS for node in gm.graph.nodes)
 
 
 def _name(node: fx.Node) -> str:
@@ -45,7 +43,7 @@ def written_out(gm: fx.GraphModule) -> fx.GraphModule:
     for node in gm.graph.nodes:
         if node in stretches:
             _inline(gm, stretches[node], graph, copies)
-        elif node not in inside and _name(node) != _PREPARE:
+        elif node not in inside and _name(node) != VMAP_LOADS:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     result = fx.GraphModule(gm, graph)
     result.meta = copy.copy(gm.meta)
@@ -56,11 +54,11 @@ def _stretches(graph: fx.Graph) -> Iterator[list[fx.Node]]:
     level = 0
     stretch: list[fx.Node] = []
     for node in graph.nodes:
-        if _name(node) == _RAISE:
+        if _name(node) == VMAP_ENTERS:
             level += 1
         if level:
             stretch.append(node)
-        if _name(node) == _LOWER:
+        if _name(node) == VMAP_LEAVES:
             level -= 1
             if level == 0:
                 yield stretch
@@ -108,13 +106,8 @@ class _levels_restored:  # noqa: N801
     """Tracing that fails midway leaves functorch's levels as they were."""
 
     def __enter__(self) -> None:
-        self._depth = _depth()
+        self._depth = vmap_depth()
 
     def __exit__(self, *exception: object) -> None:
-        while _depth() > self._depth:
-            torch._C._functorch.pop_dynamic_layer_stack()
-
-
-def _depth() -> int:
-    stack = torch._C._functorch.get_interpreter_stack()
-    return 0 if stack is None else len(stack)
+        while vmap_depth() > self._depth:
+            leave_vmap_level()

@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from attnrewrite.ir.nodes import tensor
+from attnrewrite.torch_private import FakeTensorMode, PythonReferenceAnalysis, is_erased, schema_of, sympy_interp
 
 __all__ = ["Builder", "Written", "evaluated"]
 
@@ -33,7 +31,7 @@ def _key_of(target: Any, args: Any, kwargs: Any) -> Any:
     Attentions stay one call each: the report, and what is compared, go by the nodes of each.
     """
     if target is not operator.getitem:
-        schema = getattr(target, "_schema", None)
+        schema = schema_of(target)
         if schema is None or schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
             return None
         if not schema.name.startswith("aten::") and schema.name not in _SHARED_BESIDE_ATEN:
@@ -107,7 +105,7 @@ class Builder:
     def _found(self, key: Any) -> fx.Node | None:
         """An equal call that was written before."""
         node = None if key is None else self._written.get(key)
-        return node if node is not None and not node._erased and node < self._before else None
+        return node if node is not None and not is_erased(node) and node < self._before else None
 
     def submodule(self, name: str, module: fx.GraphModule) -> fx.Node:
         """A node that stands for a graph of its own, which a higher-order operator takes."""

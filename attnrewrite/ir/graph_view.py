@@ -12,6 +12,7 @@ from attnrewrite.ir.nodes import is_tensor, regions, tensor
 from attnrewrite.ir.ops import is_cast
 from attnrewrite.ir.source import source_location
 from attnrewrite.ir.views import peel
+from attnrewrite.torch_private import operator_name
 
 __all__ = ["GraphView"]
 
@@ -85,7 +86,7 @@ def reader_in_words(node: fx.Node) -> str:
     if node.op == "output":
         return "returned from the graph"
     where = source_location(node)
-    name = getattr(node.target, "_opname", None) or str(node.target)
+    name = operator_name(node.target)
     return f"{name} at {where}" if where else name
 
 

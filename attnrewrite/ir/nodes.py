@@ -10,6 +10,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.ir.source import SOURCE_ATTRIBUTE
+from attnrewrite.torch_private import PLACEHOLDER_PREFIXES, enter_autocast, exit_autocast, set_grad_enabled
 
 __all__ = ["Size", "copy_attributes", "regions", "same", "same_shape", "tensor"]
 
@@ -20,12 +21,9 @@ Size = int | torch.SymInt
 
 
 def copy_attributes(source: Any, target: Any) -> None:
-    """What Dynamo attaches for the inner compiler: ``_dynamo_source`` on placeholders tells which inputs are static."""
+    """What Dynamo attaches for the inner compiler, such as the sources of placeholders."""
     for name, value in vars(source).items():
-        if (
-            name.startswith(("_dynamo", "_param_name", "_backend", SOURCE_ATTRIBUTE))
-            or name == "compile_subgraph_reason"
-        ):
+        if name.startswith((*PLACEHOLDER_PREFIXES, SOURCE_ATTRIBUTE)) or name == "compile_subgraph_reason":
             setattr(target, name, value)
 
 
@@ -66,12 +64,12 @@ def regions(graph: fx.Graph) -> dict[fx.Node, tuple[int, int]]:
     opened = 0
     result = {}
     for node in graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is set_grad_enabled:
             grad = 1 if node.args[0] else 2
-        elif node.target is torch.amp.autocast_mode._enter_autocast:
+        elif node.target is enter_autocast:
             opened += 1
             autocast.append(opened)
-        elif node.target is torch.amp.autocast_mode._exit_autocast:
+        elif node.target is exit_autocast:
             autocast.pop()
         result[node] = (grad, autocast[-1])
     return result

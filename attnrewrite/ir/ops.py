@@ -10,6 +10,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.ir.nodes import is_tensor, tensor
+from attnrewrite.torch_private import schema_of
 
 __all__ = ["CAST_OPS", "VIEW_OPS", "is_cast", "is_pointwise", "is_pure", "is_view", "same_argument"]
 
@@ -78,7 +79,7 @@ def _tags(node: fx.Node) -> Sequence[torch.Tag]:
 def is_pure(node: fx.Node) -> bool:
     """Whether the operator gives the same each time that it is called; of operators of others that is not known."""
     target: Any = node.target
-    schema = getattr(target, "_schema", None)
+    schema = schema_of(target)
     random = torch.Tag.nondeterministic_seeded in _tags(node)
     return schema is not None and target.namespace == "aten" and not schema.is_mutable and not random
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from attnrewrite.torch_private import dynamo_source
+
 __all__ = [
     "SourceLocation",
     "called_from",
@@ -61,11 +63,7 @@ def source_name(placeholder: fx.Node) -> str:
     named = getattr(placeholder, SOURCE_ATTRIBUTE, None)
     if isinstance(named, str):
         return named
-    source = getattr(placeholder, "_dynamo_source", None)
-    if source is None:
-        return ""
-    # A property since torch 2.12, a method before.
-    return source.name if isinstance(source.name, str) else str(source.name())
+    return dynamo_source(placeholder)
 
 
 def parameter_path(placeholder: fx.Node) -> str:

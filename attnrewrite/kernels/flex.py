@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import _disable_current_modes
 
 from attnrewrite.analysis.values import ABSORBING, constant_value
 from attnrewrite.ir.axes import Dim, Operand
@@ -44,6 +43,7 @@ from attnrewrite.kernels.flex_blocks import (
 )
 from attnrewrite.kernels.torch_limits import FLEX, FLEX_BLOCKS, FLEX_FLASH, FLEX_SMALLEST_HEAD
 from attnrewrite.kernels.torch_sdpa import TESTED_ON
+from attnrewrite.torch_private import block_mask_of_everything, cpu_flex_supported, disable_current_modes, dynamo_config
 
 __all__ = ["Flex", "FlexFlash"]
 
@@ -67,7 +67,7 @@ class Flex:
     def availability(self) -> Availability:
         if torch.cuda.is_available():
             return Availability(True, f"part of torch {torch.__version__}")
-        if not _cpu_supported():
+        if not cpu_flex_supported():
             return Availability(False, "Inductor's FlexAttention needs AVX2 or better on this CPU")
         return Availability(True, f"part of torch {torch.__version__}; without a backward pass on the CPU")
 
@@ -79,7 +79,7 @@ class Flex:
         if site.device.type == "cpu":
             if site.differentiable:
                 return Verdict.no("FlexAttention has no backward pass on the CPU (run it under torch.no_grad())")
-            if not _cpu_supported():
+            if not cpu_flex_supported():
                 return Verdict.no("Inductor's FlexAttention needs AVX2 or better on this CPU")
         elif site.device.type != "cuda":
             return Verdict.no(f"not tested on {site.device.type}")
@@ -359,7 +359,7 @@ def _flex_attention(
     """
     # Compiled code may watch its operators by a dispatch mode; what is compiled in here is none of its business.
     unlimited = {"recompile_limit": 2**31, "accumulated_recompile_limit": 2**31}
-    with _disable_current_modes(), torch._dynamo.config.patch(unlimited):
+    with disable_current_modes(), dynamo_config.patch(unlimited):
         return _compiled(score_mod)(query, key, value, *buffers).contiguous()
 
 
@@ -399,22 +399,11 @@ def _narrow(site: AttentionSite) -> bool:
     return any(size < FLEX_SMALLEST_HEAD for size in sizes)
 
 
-def _cpu_supported() -> bool:
-    """Inductor's own condition for its C++ template."""
-    try:
-        from torch._inductor.kernel.flex.flex_cpu import check_cpu_supported
-    except ImportError:
-        return False
-    return bool(check_cpu_supported())  # type: ignore[no-untyped-call]
-
-
 @functools.cache
 def _no_block_mask() -> Any:
     """One block that holds everything."""
-    from torch.nn.attention.flex_attention import _create_empty_block_mask
-
     probe = torch.empty(1, 1, 1, 1)
-    return _create_empty_block_mask(probe, probe)
+    return block_mask_of_everything(probe, probe)
 
 
 # The function of the scores.

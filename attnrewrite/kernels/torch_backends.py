@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnrewrite.ir.axes import size_of
 from attnrewrite.ir.builder import Builder
@@ -29,6 +27,7 @@ from attnrewrite.kernels.common.library_kernel import RUN_ON
 from attnrewrite.kernels.common.limits import Asked, Capability
 from attnrewrite.kernels.torch_limits import CUDNN, EFFICIENT, FLASH, PADDED_TO
 from attnrewrite.kernels.torch_sdpa import TorchSDPA
+from attnrewrite.torch_private import FakeTensorMode, TorchDispatchMode
 
 __all__ = ["CudnnAttention", "EfficientAttention", "FlashAttention"]
 

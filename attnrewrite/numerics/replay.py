@@ -14,6 +14,7 @@ from torch import fx
 
 from attnrewrite.numerics.outcome import Difference, SiteCheck, Verification, allowed_difference, difference
 from attnrewrite.report.rows import SiteReport
+from attnrewrite.torch_private import enter_autocast, exit_autocast, schema_of, set_grad_enabled
 
 aten = torch.ops.aten
 log = logging.getLogger("attnrewrite")
@@ -172,12 +173,12 @@ class _Autocast:
         self._open: list[Any] = []
 
     def enter(self, *args: Any) -> Any:
-        self._open.append(torch.amp.autocast_mode._enter_autocast(*args))  # type: ignore[no-untyped-call]
+        self._open.append(enter_autocast(*args))  # type: ignore[no-untyped-call]
         return self._open[-1]
 
     def exit(self, region: Any) -> None:
         self._open.remove(region)
-        torch.amp.autocast_mode._exit_autocast(region)  # type: ignore[no-untyped-call]
+        exit_autocast(region)  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         while self._open:
@@ -257,12 +258,12 @@ class Replay:
                 value = getattr(value, name)
             return value
         assert node.op == "call_function" and callable(node.target), f"{node.op} in the IR"
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is set_grad_enabled:
             return None
         args, kwargs = fx.node.map_arg((step.args, step.kwargs), self._values.__getitem__)
-        if node.target is torch.amp.autocast_mode._enter_autocast:
+        if node.target is enter_autocast:
             return self._autocast.enter(*args)
-        if node.target is torch.amp.autocast_mode._exit_autocast:
+        if node.target is exit_autocast:
             return self._autocast.exit(*args)
         return node.target(*_unwritten(node.target, args), **kwargs)
 
@@ -301,7 +302,7 @@ def _same_call(node: fx.Node, args: Any, kwargs: Any, twin: fx.Node) -> bool:
 
 def _unwritten(target: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments, with copies of those that the operator writes to."""
-    schema = getattr(target, "_schema", None)
+    schema = schema_of(target)
     if schema is None or not schema.is_mutable:
         return args
     written = [argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments]

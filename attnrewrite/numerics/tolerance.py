@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import tracing
-from torch._subclasses.fake_tensor import FakeTensor
 
 from attnrewrite.ir.site import AttentionSite
 from attnrewrite.kernels import Kernel, is_fetched, made_ready, registered_kernels
@@ -28,6 +26,7 @@ from attnrewrite.options.request import Request
 from attnrewrite.passes.pipeline import as_asked, rewrite
 from attnrewrite.passes.result import Rewritten
 from attnrewrite.report.rows import KernelVerdict, SiteReport
+from attnrewrite.torch_private import FakeTensor, tracing
 
 __all__ = ["Admission", "admitted"]
 

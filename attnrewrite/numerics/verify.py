@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
 from attnrewrite.numerics.outcome import Verification
 from attnrewrite.numerics.replay import Replay, ReplayPlan, SourceError, read_outside, without_traces
 from attnrewrite.report.rows import GraphReport, SiteReport
+from attnrewrite.torch_private import FakeTensor
 
 __all__ = ["Original", "verified"]
 

@@ -12,6 +12,7 @@ from attnrewrite.errors import OptionError
 from attnrewrite.options.cache_config import FasterCacheConfig, PyramidAttentionBroadcastConfig, validated
 from attnrewrite.options.environment import request_of_environment, switched
 from attnrewrite.options.request import kernel_names
+from attnrewrite.torch_private import inductor_config
 
 __all__ = ["DATA_DEPENDENT_SIZES", "OWN_OPTIONS", "Policy", "tracing_settings"]
 
@@ -109,18 +110,14 @@ class Policy:
             return False
         if self.mode in ("reduce-overhead", "max-autotune"):
             return True
-        import torch._inductor.config
-
-        return bool(self.inner_options.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs))
+        return bool(self.inner_options.get("triton.cudagraphs", inductor_config().triton.cudagraphs))
 
     @property
     def freezes(self) -> bool:
         """Whether Inductor works out once what depends on constants alone, where gradients are off."""
         if self.inner_backend != "inductor":
             return False
-        import torch._inductor.config
-
-        return bool(self.inner_options.get("freezing", torch._inductor.config.freezing))
+        return bool(self.inner_options.get("freezing", inductor_config().freezing))
 
 
 OWN_OPTIONS = tuple(f.name for f in dataclasses.fields(Policy) if f.name not in ("mode", "inner_options"))

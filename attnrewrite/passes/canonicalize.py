@@ -56,6 +56,7 @@ from attnrewrite.ir.site import (
     Zero,
 )
 from attnrewrite.options.compile_options import Policy
+from attnrewrite.torch_private import operator_name
 
 __all__ = ["canonical_scores"]
 
@@ -275,7 +276,7 @@ _BOUNDED = (aten.tanh.default, aten.sigmoid.default, aten.clamp.default)
 def _apply_function(mod: Elementwise, reading: _Reading) -> None:
     """No score is infinite after a bounded function, so that only later terms mask."""
     target: Any = mod.node.target
-    name = getattr(target, "_opname", target)
+    name = operator_name(target)
     low = mod.node.args[1] if len(mod.node.args) > 1 else mod.node.kwargs.get("min")
     unbounded = target is aten.clamp.default and not (isinstance(low, (int, float)) and math.isfinite(low))
     if reading.terms and (target not in _BOUNDED or unbounded):

@@ -26,6 +26,7 @@ from attnrewrite.ir.source import source_location
 from attnrewrite.passes.reassociate import operations
 from attnrewrite.patterns import NearMiss
 from attnrewrite.report.rows import SiteReport
+from attnrewrite.torch_private import operator_name
 
 # Rows of the report.
 
@@ -141,7 +142,7 @@ def _mod_in_words(mod: Any) -> str:
         return f"weights zero where {'not ' * mod.invert}{mod.condition.node.name}"
     if isinstance(mod, Scale):
         return f"weights {'divided' if mod.divide else 'multiplied'} by {getattr(mod.factor, 'node', mod.factor)}"
-    return str(getattr(mod.node.target, "_opname", mod.node.target))
+    return operator_name(mod.node.target)
 
 
 def describe_proof(site: AttentionSite, ended: Ended) -> tuple[str, ...]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from attnrewrite.analysis.projections import is_piece, projections_behind
 from attnrewrite.ir.bounds import searching
@@ -26,6 +25,7 @@ from attnrewrite.ir.ops import is_cast, is_view, same_argument
 from attnrewrite.ir.views import is_layout_op
 from attnrewrite.passes.join_projections import tags
 from attnrewrite.patterns import GraphView
+from attnrewrite.torch_private import is_traceable_wrapper_subclass, schema_of
 
 __all__ = ["fuse_projections"]
 
@@ -174,7 +174,7 @@ def _is_plain(node: fx.Node) -> bool:
 
 
 def _writes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return schema is not None and bool(schema.is_mutable)
 
 

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
 
 from attnrewrite.errors import AttentionCheckError
 from attnrewrite.ir.axes import Axis, Operand, size_of
@@ -25,6 +24,7 @@ from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import same, tensor
 from attnrewrite.ir.site import AttentionSite, Bias, Scale
 from attnrewrite.ir.source import SourceLocation
+from attnrewrite.torch_private import FakeTensor
 
 __all__ = ["insert_check"]
 

@@ -31,6 +31,7 @@ from attnrewrite.ir.ops import is_cast, is_pointwise, is_view, same_argument
 from attnrewrite.ir.views import is_layout_op, permutation_of
 from attnrewrite.kernels.common.layout import in_memory_order_of
 from attnrewrite.patterns import GraphView
+from attnrewrite.torch_private import is_erased, schema_of
 
 __all__ = ["join_projections", "tags"]
 
@@ -205,7 +206,7 @@ class _Joining:
     def take_back(self) -> None:
         """Removes what was written and is not read."""
         for node in reversed(self.created):
-            if not node._erased and not node.users:
+            if not is_erased(node) and not node.users:
                 self.view.graph.erase_node(node)
 
     def replace_parts(self) -> dict[fx.Node, fx.Node]:
@@ -372,7 +373,7 @@ _PLACED = frozenset({aten.as_strided.default, aten.as_strided_copy.default, aten
 
 def _may_share_memory(node: fx.Node) -> bool:
     """Whether a node may be a view of its argument; a split returns several."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     aliases = schema is not None and any(result.alias_info is not None for result in schema.returns)
     return is_view(node) or aliases or node.target is operator.getitem
 

@@ -53,6 +53,7 @@ from attnrewrite.report.rows import SiteReport
 from attnrewrite.selection.choose import choose, say_unserved
 from attnrewrite.selection.decorated_parts import policy_at
 from attnrewrite.selection.requests import request_for
+from attnrewrite.torch_private import is_erased
 
 __all__ = ["as_asked", "read_sites", "rewrite"]
 
@@ -122,7 +123,7 @@ def rewrite(
             created = created if check is None else (check, *created)
         # A mask that was proved is not read.
         remove_unused(gm.graph, finding.written)
-        row.nodes_after = tuple(node.name for node in (*finding.written, *created) if not node._erased)
+        row.nodes_after = tuple(node.name for node in (*finding.written, *created) if not is_erased(node))
         served.append((finding, row))
         result.add_time("splice", start)
     start = time.perf_counter()
@@ -132,7 +133,7 @@ def rewrite(
     result.add_time("splice", start)
     for site, row in attentions:
         node = latest(site.result, replaced)
-        if not node._erased:
+        if not is_erased(node):
             result.results.append((row, kinds.get(site.result), node))
             batched |= {node} if site.result in batched else set()
     result.begins_with_batch = batched
@@ -162,7 +163,7 @@ def _join_projections(
     joined = False
     for site, row in served:
         output = latest(site.result, replaced)
-        if output._erased:
+        if is_erased(output):
             continue
         view = view or GraphView(gm)
         query, key, value = (latest(part.node, replaced) for part in (site.query, site.key, site.value))
@@ -320,6 +321,6 @@ def _order_products(
     site.change_operands(lambda operand: current_operand(operand, replaced))
     builder = Builder(gm, before=site.result, like=site.anchor)
     replace_node(gm.graph, site.result, emit_result(site, builder), builder, replaced)
-    row.nodes_after = tuple(node.name for node in (*created, *builder.created) if not node._erased)
+    row.nodes_after = tuple(node.name for node in (*created, *builder.created) if not is_erased(node))
     result.add_time("splice", start)
     return row

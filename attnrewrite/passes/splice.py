@@ -19,6 +19,7 @@ from attnrewrite.ir.site import (
 from attnrewrite.ir.views import is_layout_op
 from attnrewrite.kernels import Kernel
 from attnrewrite.kernels.common.layout import in_memory_order_of
+from attnrewrite.torch_private import enter_autocast, exit_autocast, is_erased, schema_of
 
 aten = torch.ops.aten
 
@@ -79,12 +80,10 @@ def splice(
     autocast = None
     if site.in_autocast and not site.fused:
         # The kernel's operands and mask have the dtypes that they should have; autocast would round the mask.
-        autocast = builder.insert(
-            torch.amp.autocast_mode._enter_autocast, (site.device.type, None, False, None), {}, None
-        )
+        autocast = builder.insert(enter_autocast, (site.device.type, None, False, None), {}, None)
     output = kernel.emit(site, builder)
     if autocast is not None:
-        builder.insert(torch.amp.autocast_mode._exit_autocast, (autocast,), {}, None)
+        builder.insert(exit_autocast, (autocast,), {}, None)
     if not _strides_are_free(site.result):
         output = in_memory_order_of(tensor(site.result), output, builder)
     site.result.replace_all_uses_with(output)
@@ -125,7 +124,7 @@ def remove_unused(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
     pending = [*nodes]
     while pending:
         node = pending.pop()
-        if node._erased or node.users or node.op != "call_function" or _has_effect(node):
+        if is_erased(node) or node.users or node.op != "call_function" or _has_effect(node):
             continue
         pending.extend(node.all_input_nodes)
         graph.erase_node(node)
@@ -135,5 +134,5 @@ def _has_effect(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         return False
     # Not `is_impure`: that counts dropout, which the removed attention took with it.
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return schema is None or schema.is_mutable

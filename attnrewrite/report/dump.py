@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import _disable_current_modes
 
 from attnrewrite.options.environment import debug_tensor_limit
 from attnrewrite.report.dump_script import AmbientState, Script
@@ -28,6 +27,7 @@ from attnrewrite.report.html import report_to_html
 from attnrewrite.report.report import RewriteReport
 from attnrewrite.report.rows import GraphReport
 from attnrewrite.report.text import report_to_text
+from attnrewrite.torch_private import disable_current_modes
 
 __all__ = ["dump_graph"]
 
@@ -61,7 +61,7 @@ def dump_graph(
         return directory / _safe_name(graph.name)
     state = AmbientState.current()
     # The dump may be asked for in the middle of a compilation, under its fake tensor and proxy modes.
-    with _disable_current_modes(), torch.no_grad():
+    with disable_current_modes(), torch.no_grad():
         tensors = DumpTensors(limit)
         inputs = [tensors.add(("inputs", index), value) for index, value in enumerate(example_inputs)]
         scripts = {

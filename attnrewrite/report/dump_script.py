@@ -7,7 +7,6 @@ import builtins
 import keyword
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from attnrewrite.report.dump_tensors import DumpEntry, DumpTensors
 from attnrewrite.report.graph_code import attribute_of, commented, one_line, python_code
 from attnrewrite.report.rows import GraphReport
 from attnrewrite.report.text import short_path
+from attnrewrite.torch_private import custom_op_functions
 
 _CANNOT_GENERATE = (RuntimeError, AttributeError, AssertionError, NotImplementedError, TypeError)
 """What fx raises when a node has no spelling in Python: a lambda, a partial, an unknown kind of node."""
@@ -217,7 +217,7 @@ class Script:
         if namespace in _TORCH_OP_NAMESPACES:
             return []
         # An operator of another package is there once the package that registered it has been imported.
-        for qualname, definition in _custom_op_definitions().items():
+        for qualname, definition in custom_op_functions().items():
             if qualname == f"{namespace}::{name}" and definition.__module__ != "__main__":
                 return [f"import {definition.__module__}  # registers {qualname}"]
         if namespace in sys.modules:
@@ -304,13 +304,6 @@ def _dotted_names(code: str, root: str) -> list[list[str]]:
             if isinstance(value, ast.Name) and value.id == root:
                 found[(root, *reversed(parts))] = None
     return [list(path) for path in found]
-
-
-def _custom_op_definitions() -> dict[str, Callable[..., Any]]:
-    """The functions behind ``torch.library.custom_op``, by the operator's name."""
-    from torch._library.custom_ops import OPDEFS
-
-    return {name: definition._init_fn for name, definition in OPDEFS.items()}
 
 
 # The rest of a script is the same for every graph.

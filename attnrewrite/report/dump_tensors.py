@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from attnrewrite.torch_private import FakeTensor, is_traceable_wrapper_subclass
 
 # -- tensors ----------------------------------------------------------------------------------------------------------
 

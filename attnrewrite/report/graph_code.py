@@ -11,6 +11,7 @@ from torch import fx
 from torch.fx.graph import CodeGen
 
 from attnrewrite.report.text import ASSIGNMENT, short_path
+from attnrewrite.torch_private import codegen_of
 
 __all__ = ["graph_source"]
 
@@ -42,7 +43,7 @@ def python_code(gm: fx.GraphModule) -> Any:
     have their node's name from the start: Dynamo's graphs begin with a hundred lines ``l_x_ = L_x_``. There are no
     annotations: they may name what cannot be imported, and say little, since every input is a tensor or a number.
     """
-    codegen = gm.graph._codegen
+    codegen = codegen_of(gm.graph)
     saved = {node: (node.target, node.type) for node in gm.graph.nodes}
     gm.graph.set_codegen(CodeGen())
     try:

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
-import torch
 from torch import fx
 
 from attnrewrite.options.compile_options import DATA_DEPENDENT_SIZES, OWN_OPTIONS, Policy
+from attnrewrite.torch_private import dynamo_config
 
 __all__ = ["annotation_of", "inner_backend_is_given", "policy_at", "say_what_is_lost"]
 
@@ -55,7 +55,7 @@ class _Part:
         names += [] if self.arguments["dynamic"] is None else ["dynamic"]
         for key in self._options:
             if key == DATA_DEPENDENT_SIZES:
-                holds = own.capture_dynamic_output_shape_ops == torch._dynamo.config.capture_dynamic_output_shape_ops
+                holds = own.capture_dynamic_output_shape_ops == dynamo_config.capture_dynamic_output_shape_ops
             elif key == "inner_backend" and not inner_backend_is_given.get():
                 holds = True
             elif key in OWN_OPTIONS:

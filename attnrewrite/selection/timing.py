@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from attnrewrite.inner import InnerCompiler
@@ -28,6 +26,7 @@ from attnrewrite.ir.nodes import is_tensor, tensor
 from attnrewrite.ir.site import AttentionSite
 from attnrewrite.kernels import Kernel
 from attnrewrite.options.compile_options import Policy
+from attnrewrite.torch_private import FakeTensorMode, TracingContext, backward_compiled_at_once, schema_of, tracing
 
 __all__ = ["Standalone", "Times", "compiled_alone", "cut_out", "smallest_run", "time_together"]
 
@@ -124,7 +123,7 @@ def _number(size: Any) -> Any:
 def _is_constant(node: fx.Node, known: dict[fx.Node, bool]) -> bool:
     """Whether the node's value depends on sizes alone."""
     if node not in known:
-        schema = getattr(node.target, "_schema", None)
+        schema = schema_of(node.target)
         pure = node.target is operator.getitem or (schema is not None and not schema.is_mutable)
         known[node] = (
             node.op == "call_function"
@@ -151,7 +150,7 @@ def compiled_alone(alone: Standalone, inputs: Sequence[Tensor], policy: Policy) 
     fakes = [mode.from_tensor(value, static_shapes=True) for value in inputs]
     # A compilation of its own, whatever is being compiled around it; all of it now, as PyTorch does not expect a
     # backward pass to be compiled while a forward pass is.
-    whole = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
+    whole = backward_compiled_at_once()
     with tracing(TracingContext(mode)), whole:
         compiled = inner.compile(alone.module, fakes, keep_attention=True, round_like_eager=False)
 

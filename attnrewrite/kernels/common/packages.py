@@ -18,6 +18,7 @@ import torch
 from torch.torch_version import TorchVersion
 
 from attnrewrite.kernels.base import Availability
+from attnrewrite.torch_private import custom_op_function
 
 __all__ = ["HubKernel", "Package", "Vendor", "VendorCall", "is_older"]
 
@@ -152,7 +153,7 @@ def _probe(package: Package) -> Availability:
     for name, parameter in package.parameters:
         function = getattr(module, name, None)
         # A torch.library operator holds the function that it was made of.
-        function = getattr(function, "_init_fn", function)
+        function = custom_op_function(function)
         if function is None or parameter not in inspect.signature(function).parameters:
             what = f"{package.module}.{name} has no parameter {parameter}"
             return Availability(False, f"{package.distribution} is too old: {what} ({package.how_to_get})")
