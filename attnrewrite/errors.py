@@ -5,38 +5,58 @@ from __future__ import annotations
 from attnrewrite.torch_private import ShortenTraceback
 
 __all__ = [
+    "AcceleratedTypeError",
     "AttentionCheckError",
     "AttentionInputError",
     "AttnRewriteError",
+    "BackendTypeError",
     "CacheError",
     "CacheMemoryError",
+    "CacheTypeError",
     "KernelError",
     "OptionError",
+    "PatternError",
 ]
 
 
 class AttnRewriteError(Exception):
-    """Base of the errors that attnrewrite raises for its callers' mistakes."""
+    """Base class of the errors that attnrewrite raises for its callers' mistakes."""
+
+
+class AcceleratedTypeError(AttnRewriteError, TypeError):
+    """``accelerate_attention`` was put on something that cannot be compiled."""
+
+
+class BackendTypeError(AttnRewriteError, TypeError):
+    """``set_attention_backend`` was called on something that is not compiled."""
 
 
 class AttentionInputError(AttnRewriteError, ValueError):
-    """Arguments of ``attention_forward`` that do not fit together."""
+    """The arguments of ``attention_forward`` do not fit together."""
 
 
 class AttentionCheckError(AttnRewriteError):
-    """With ``checks``: operands of a rewritten attention that are not what it was compiled for."""
+    """With ``checks``: the operands of a rewritten attention are not what it was compiled for."""
 
 
 class CacheError(AttnRewriteError, RuntimeError):
-    """Cross-step caching cannot go on: a callback's answer, or tensors that do not fit the settings."""
+    """Attention cannot be reused across steps: a callback's answer or the model's tensors do not fit the settings."""
 
 
 class CacheMemoryError(CacheError):
-    """What cross-step caching would store is more than its ``memory_limit``."""
+    """The attention values to store for reuse across steps take more than ``memory_limit``."""
+
+
+class CacheTypeError(AttnRewriteError, TypeError):
+    """A cache was asked for on something that is not a compiled module."""
+
+
+class PatternError(AttnRewriteError, ValueError):
+    """A registered pattern, or what it found, is wrong."""
 
 
 class _RaisedInBackend(AttnRewriteError, ShortenTraceback):
-    """Raised while Dynamo compiles, and meant for the user.
+    """An error for the user that is raised while Dynamo compiles.
 
     It derives from Dynamo's ``ShortenTraceback`` so that Dynamo hands it on as it is, without the frames of the
     compiler and without wrapping it into ``BackendCompilerFailed``
@@ -58,8 +78,8 @@ class _RaisedInBackend(AttnRewriteError, ShortenTraceback):
 
 
 class OptionError(_RaisedInBackend, ValueError):
-    """An option, an environment variable or a backend's name that is not valid."""
+    """An option, an environment variable or the name of a backend is not valid."""
 
 
 class KernelError(_RaisedInBackend):
-    """A kernel was asked for with ``strict``, and cannot serve a site."""
+    """A kernel that was asked for with ``strict`` cannot serve a site."""

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import fx
 
-from attnrewrite.errors import AttnRewriteError
+from attnrewrite.errors import PatternError
 from attnrewrite.ir.axes import Layout, axes_of, shape_of
 from attnrewrite.ir.finding import Finding, NearMiss
 from attnrewrite.ir.graph_view import GraphView
@@ -43,10 +43,6 @@ def specimens() -> tuple[Specimen, ...]:
 
 
 T = TypeVar("T")
-
-
-class PatternError(AttnRewriteError, ValueError):
-    """A pattern that is not what it must be; the message says what to do."""
 
 
 _registered: dict[str, _Checked] = {}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.fx.traceback import annotate
 
-from attnrewrite.errors import AttnRewriteError, OptionError
+from attnrewrite.errors import AcceleratedTypeError, OptionError
 from attnrewrite.options.compile_options import tracing_settings
 from attnrewrite.options.request import kernel_names
 from attnrewrite.selection.decorated_parts import annotation_of
@@ -127,10 +127,6 @@ def _with_code_of_its_own(function: Any) -> Any:
     """Dynamo keeps what it compiled, and what it skips, by code object."""
     function.__code__ = function.__code__.replace()
     return function
-
-
-class AcceleratedTypeError(AttnRewriteError, TypeError):
-    """The decorator was put on something that cannot be compiled."""
 
 
 class _CompiledCall:

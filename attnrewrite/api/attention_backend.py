@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from attnrewrite.call_layers import compiled_modules, unwrap_calls, wrap_calls
-from attnrewrite.errors import AttnRewriteError
+from attnrewrite.errors import BackendTypeError
 from attnrewrite.options.request import kernel_names
 from attnrewrite.selection.requests import attention_backend
 
@@ -54,10 +54,6 @@ def reset_attention_backend(model: nn.Module) -> None:
 
 
 _LAYER = "kernels"
-
-
-class BackendTypeError(AttnRewriteError, TypeError):
-    """A kernel was asked for on something that is not compiled."""
 
 
 def _under(call: Callable[..., Any], names: Sequence[str | Sequence[str]], strict: bool) -> Callable[..., Any]:

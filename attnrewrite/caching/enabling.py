@@ -13,7 +13,7 @@ from torch import nn
 from attnrewrite.caching.session import Session
 from attnrewrite.caching.streams import cache_stream
 from attnrewrite.call_layers import compiled_modules, has_layer, unwrap_calls, wrap_calls
-from attnrewrite.errors import AttnRewriteError, CacheError
+from attnrewrite.errors import CacheError, CacheTypeError
 from attnrewrite.options.cache_config import validated
 from attnrewrite.torch_private import original_module
 
@@ -67,10 +67,6 @@ def _is_enabled(root: nn.Module) -> bool:
 def _session_of(root: nn.Module) -> Session | None:
     handle = root.__dict__.get(_HANDLE)
     return None if handle is None else handle.session
-
-
-class CacheTypeError(AttnRewriteError, TypeError):
-    """A cache was asked for on something that is not a compiled module."""
 
 
 def enable_cache(model: nn.Module, config: object) -> None:

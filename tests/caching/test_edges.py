@@ -18,7 +18,7 @@ import attnrewrite
 from attnrewrite import CacheError, FasterCacheConfig
 from attnrewrite.backend import collect_reports
 from attnrewrite.caching import enabling
-from attnrewrite.caching.enabling import CacheTypeError
+from attnrewrite.errors import CacheTypeError
 from tests.support.caching_video import Attention, Clock, broadcast, compiled, inputs, steps, tokens, video
 from tests.support.helpers import recording, relative_error
 

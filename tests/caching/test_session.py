@@ -22,7 +22,7 @@ import attnrewrite
 from attnrewrite import CacheError, CacheMemoryError, FasterCacheConfig, OptionError, PyramidAttentionBroadcastConfig
 from attnrewrite.backend import collect_reports
 from attnrewrite.caching import enabling
-from attnrewrite.caching.enabling import CacheTypeError
+from attnrewrite.errors import CacheTypeError
 from attnrewrite.options.cache_config import validated
 from attnrewrite.report.rows import SiteReport
 from tests.support.caching_reference import Call, evaluate, settings_of, simulate
