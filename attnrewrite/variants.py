@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.caching.call import Plan, current_call
+from attnrewrite.caching.call import ReusePlan, current_call
 from attnrewrite.inner import CompiledFn
 from attnrewrite.ir.source import name_source, source_name
 from attnrewrite.options.request import Request
@@ -23,14 +23,14 @@ from attnrewrite.torch_private import compile_lock, wrapped_call
 __all__ = ["Variants"]
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], CompiledFn]
-_Key = tuple[Request | None, Plan | None]
+_Key = tuple[Request | None, ReusePlan | None]
 
 
 _ARGUMENT = re.compile(r"L\['(\w+)'\]")
 
 
 class Variants:
-    """A compiled graph that is compiled once more for each :class:`Request` and :class:`Plan` that it is called under.
+    """A compiled graph that is compiled once more for each :class:`Request` and :class:`ReusePlan` that is in force.
 
     The first was compiled by Dynamo with the guards of the user's code. Another is Dynamo's own compilation of the
     graph, with guards of its own: sizes that it specialises are checked, and nothing is assumed of inputs that the

@@ -7,157 +7,194 @@ import math
 from collections.abc import Hashable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from attnrewrite.analysis.kinds import Kind, SiteKind
-from attnrewrite.caching.method import Method
-from attnrewrite.caching.streams import Entry, Observation, Stream, current_stream
+from attnrewrite.caching.memory import CacheMemory
+from attnrewrite.caching.method import CacheMethod
+from attnrewrite.caching.model_paths import ModelPaths
+from attnrewrite.caching.streams import CallValue, Observation, Observer, Stream, current_stream
 from attnrewrite.errors import CacheError
 
-if TYPE_CHECKING:
-    from attnrewrite.caching.session import Session
-
-__all__ = ["ModelCall", "Plan", "current_call"]
+__all__ = ["ModelCall", "ModelReuse", "ReusePlan", "current_call"]
 
 _call: ContextVar[ModelCall | None] = ContextVar("attnrewrite_model_call", default=None)
 
 
 def current_call() -> ModelCall | None:
-    """The call of a model that is being made and keeps attention values; None where none is."""
+    """The call of a model with a cache that is being made; None outside of such calls."""
     return _call.get()
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a graph is compiled for: which attentions are kept, and which kinds are reused together.
+class ReusePlan:
+    """What a graph is compiled for: which attentions are stored, and which kinds are reused together.
 
-    ``halves``: of a batch with both halves of guidance, the second one is kept.
+    Attributes:
+        settings: of the config, what the graphs depend on.
+        reused: the sets of kinds that are reused together.
+        halves: whether the batch has both halves of guidance, of which the second one is stored.
+        method: the config's.
     """
 
     settings: Hashable
     reused: frozenset[frozenset[Kind]]
     halves: bool
-    method: Method = field(compare=False)
+    method: CacheMethod = field(compare=False)
+
+
+@dataclass(frozen=True)
+class ModelReuse:
+    """What all calls of one model share.
+
+    Attributes:
+        method: the config's.
+        settings: of the config, what the graphs depend on.
+        offload: whether values are stored in the host's memory.
+        paths: where the model's modules are.
+        memory: what is stored.
+        observer: sees what is computed, and says how much of it is stored; None: as much as the method needs.
+    """
+
+    method: CacheMethod
+    settings: Hashable
+    offload: bool
+    paths: ModelPaths
+    memory: CacheMemory
+    observer: Observer | None
+
+    @property
+    def history_length(self) -> int:
+        """How many values are stored for each attention."""
+        return self.method.history_length if self.observer is None else self.observer.history_length
 
 
 class ModelCall:
-    """One call of the model: what its graphs may reuse, and where they put what they compute.
+    """One call of the model.
 
     Attributes:
         reused: the kinds whose values are to be reused.
         plan: what the graphs are compiled for.
-        halved: whether it is a call of the conditional half alone.
-        is_of_graph: whether it is a call of a single graph, and not of a model.
-        paths: of the modules whose attentions were kept so far.
+        halved: whether the model is called with the conditional half alone.
+        predicts_unconditional: whether the unconditional half may be a prediction, in this call or in another one.
+        is_of_graph: whether a single graph is called, and not a model.
+        stream: that the call belongs to.
+        paths: of the modules whose attentions were stored so far.
     """
 
     def __init__(
-        self, session: Session, stream: Stream, iteration: int, timestep: float, *, halved: bool, separate: bool
+        self, model: ModelReuse, stream: Stream, iteration: int, timestep: float, *, halved: bool, separate: bool
     ) -> None:
-        method = session.method
+        """Args:
+        iteration: how many calls of the run came before.
+        halved: whether the model is called with the conditional half alone.
+        separate: whether conditional and unconditional inputs come in calls of their own.
+        """
+        method = model.method
         self.reused = method.reused(iteration, timestep, halved, separate)
-        # Where both halves are computed, the conditional one is kept.
-        halves = session.predicts(separate) and not halved
-        self.plan = Plan(session.settings, method.reachable(halved, separate), halves, method)
+        self.predicts_unconditional = method.predicts_unconditional(separate)
+        # Where both halves are computed, the conditional one is stored.
+        halves = self.predicts_unconditional and not halved
+        self.plan = ReusePlan(model.settings, method.reachable(halved, separate), halves, method)
         self.halved = halved
-        self.is_of_graph = session.is_of_graph
-        self._session = session
-        self._stream = stream
-        self._names, self._iteration, self._timestep = current_stream(), iteration, timestep
-        self._place = 0
-        self._functions: set[str] = set()
-        self._matched = False
+        self.is_of_graph = model.paths.is_graph
+        self.stream = stream
         self.paths: set[str] = set()
-        self._found: dict[str, None] = {}
+        self._model = model
+        self._stream_names, self._iteration, self._timestep = current_stream(), iteration, timestep
+        self._position = 0
+        self._fingerprints: set[str] = set()
+        self._not_stored: dict[str, None] = {}
 
-    def path_of(self, path: str, parameter: Tensor | None, known_as: str) -> str:
-        """See :meth:`Session.path_of`."""
-        return self._session.path_of(path, parameter, known_as)
+    def path_of(self, path: str, parameter: Tensor | None, parameter_path: str) -> str:
+        """See :meth:`ModelPaths.path_of`."""
+        return self._model.paths.path_of(path, parameter, parameter_path)
 
-    def kind_at(self, path: str, told: SiteKind) -> Kind | None:
-        """See :meth:`Session.kind_at`."""
-        return self._session.kind_at(path, told)
+    def kind_at(self, path: str, detected: SiteKind) -> Kind | None:
+        """See :meth:`ModelPaths.kind_at`."""
+        return self._model.paths.kind_at(path, detected)
 
-    def found(self, kept: Sequence[Entry], others: Sequence[str]) -> None:
-        """Notes the attentions that a graph of this call keeps, and, in words, those that it does not."""
-        self._matched = self._matched or bool(kept)
-        self.paths.update(entry.path for entry in kept)
-        self._found.update(dict.fromkeys(others))
+    def found(self, stored: Sequence[CallValue], not_stored: Sequence[str]) -> None:
+        """Notes the values that a graph of this call stores, and, in words, the attentions that it does not store."""
+        self.paths.update(value.path for value in stored)
+        self._not_stored.update(dict.fromkeys(not_stored))
 
     def require_match(self) -> None:
         """Raises:
-        CacheError: no graph of the call keeps anything.
+        CacheError: no graph of the call stores anything.
         """
-        if self._matched:
+        if self.paths:
             return
-        if not self._found:
+        name = self._model.paths.name
+        if not self._not_stored:
             raise CacheError(
-                f"no graph of {self._session.name} with attention was compiled by attnrewrite: compile the model, or "
-                "its parts, with backend='attnrewrite', and enable the cache on what is called"
+                f"no graph of {name} with attention was compiled by attnrewrite: compile the model, or its parts, with "
+                "backend='attnrewrite', and enable the cache on what is called"
             )
         raise CacheError(
-            f"the cache's config matches no attention of {self._session.name}: {'; '.join([*self._found][:6])}. Set "
-            "the skip range of a kind that there is, or block identifiers that match"
+            f"the cache's config matches no attention of {name}: {'; '.join([*self._not_stored][:6])}. Set the skip "
+            "range of a kind that the model has, or block identifiers that match"
         )
 
     def enter(self, fingerprint: str, parameters: Sequence[Tensor]) -> Hashable:
-        """The place in the model of a graph that is called: what it computes, of which parameters, behind which graphs.
+        """The position of a graph in the model's call: its computation, its parameters, and the graphs called before.
 
         Args:
             fingerprint: of the graph.
             parameters: all that it is called with.
 
         Returns:
-            The same in other calls; None where it cannot be told: which layer calls a function without parameters.
+            The same in other calls; None where several layers may call a graph without parameters.
         """
-        self._place = hash((self._place, fingerprint, *map(id, parameters)))
-        if not parameters and self._session.is_ambiguous(fingerprint, again=fingerprint in self._functions):
-            self._found["a graph without parameters, of which it cannot be told which layer calls it"] = None
+        self._position = hash((self._position, fingerprint, *map(id, parameters)))
+        called_before = fingerprint in self._fingerprints
+        if not parameters and self._model.paths.is_ambiguous(fingerprint, called_before):
+            self._not_stored["a graph without parameters, of which it cannot be told which layer calls it"] = None
             return None
-        self._functions.add(fingerprint)
-        return self._place
+        self._fingerprints.add(fingerprint)
+        return self._position
 
-    def holds(self, entry: Entry) -> bool:
-        """Whether it is to be reused in this call, and what is stored fits."""
-        return entry.kind in self.reused and self._stream.holds(entry, self.halved)
+    def holds(self, value: CallValue) -> bool:
+        """Whether the value is to be reused in this call, and a stored one fits."""
+        return value.kind in self.reused and self.stream.holds(value, self.halved)
 
-    def reuse(self, entry: Entry) -> Tensor:
-        """The value that takes the place of one that is not computed."""
-        session, history = self._session, self._stream.values(entry.key)
-        self._stream.reuses = True
-        present = [each.to(entry.value.device, non_blocking=True) for each in history]
-        result = session.method.next_value(present, session.weight(entry.path) if len(present) > 1 else 0.0)
-        if session.method.keeps_reused:
-            self._put(entry, result)
+    def reuse(self, value: CallValue) -> Tensor:
+        """The tensor that takes the place of a value that is not computed."""
+        method = self._model.method
+        self.stream.has_reused = True
+        history = [stored.to(value.spec.device, non_blocking=True) for stored in self.stream.values(value.key)]
+        weight = self._model.paths.attention_weight(value.path) if len(history) > 1 else 0.0
+        result = method.next_value(history, weight)
+        if method.keeps_reused:
+            self._put(value, result)
         return result
 
-    def reserve(self, entries: Sequence[Entry]) -> None:
-        """Counts what will be stored of values, before they are computed."""
-        each = self._session.kept / (2 if self.plan.halves else 1)
-        sizes = {entry.key: int(math.prod(entry.shape) * entry.value.dtype.itemsize * each) for entry in entries}
-        self._session.reserve(self._stream, sizes)
+    def reserve(self, values: Sequence[CallValue]) -> None:
+        """Counts the bytes that will be stored, before the values are computed."""
+        copies = self._model.history_length / (2 if self.plan.halves else 1)
+        sizes = {value.key: int(math.prod(value.shape) * value.spec.dtype.itemsize * copies) for value in values}
+        self._model.memory.reserve(self.stream, sizes)
 
-    def make_room(self, entry: Entry) -> None:
+    def make_room(self, value: CallValue) -> None:
         """Frees what will not be read again, before the value is computed anew."""
-        history = self._stream.values(entry.key)
-        if history and self._session.observer is None:
-            del history[: len(history) - self._session.kept + 1]
+        history = self.stream.values(value.key)
+        if history and self._model.observer is None:
+            del history[: len(history) - self._model.history_length + 1]
 
-    def keep(self, entry: Entry, value: Tensor) -> None:
+    def store(self, value: CallValue, computed: Tensor) -> None:
         """Stores what was computed."""
-        observer = self._session.observer
-        if observer is not None and entry.kind is not None:
-            key, path, kind = entry.key, entry.path, entry.kind
-            earlier = self._stream.values(key)
-            observer.see(Observation(key, path, kind, self._names, self._iteration, self._timestep, value, earlier))
-        self._put(entry, value)
+        observer = self._model.observer
+        if observer is not None and value.kind is not None:
+            earlier = self.stream.values(value.key)
+            names, iteration, timestep = self._stream_names, self._iteration, self._timestep
+            observer.see(Observation(value.key, value.path, value.kind, names, iteration, timestep, computed, earlier))
+        self._put(value, computed)
 
-    def _put(self, entry: Entry, value: Tensor) -> None:
-        value = _to_host(value) if self._session.config.offload else value
-        self._stream.put(entry, value, self._session.kept, self.plan.halves)
+    def _put(self, value: CallValue, computed: Tensor) -> None:
+        stored = _to_host(computed) if self._model.offload else computed
+        self.stream.put(value, stored, self._model.history_length, self.plan.halves)
 
     @contextlib.contextmanager
     def in_force(self) -> Iterator[None]:

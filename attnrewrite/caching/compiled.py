@@ -1,4 +1,4 @@
-"""A graph whose attention values are kept: one callable that computes them, and one for each set of kinds it reuses."""
+"""A graph whose attention values are stored: one callable that computes them, and one for each set of reused kinds."""
 
 from __future__ import annotations
 
@@ -9,46 +9,85 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.kinds import Kind
+from attnrewrite.analysis.kinds import Kind, SiteKind
 from attnrewrite.caching.call import ModelCall, current_call
-from attnrewrite.caching.graphs import Attention, Value, find_values, nearest, parameters_of, with_values
+from attnrewrite.caching.graphs import AttentionValue, CachedAttention, find_values, nearest, parameters_of, with_values
 from attnrewrite.caching.identity import Identity
-from attnrewrite.caching.streams import Entry
+from attnrewrite.caching.streams import CallValue
 from attnrewrite.inner import CompiledFn
 from attnrewrite.ir.nodes import Size, is_tensor, tensor
 from attnrewrite.ir.source import parameter_path, source_name
 from attnrewrite.passes.result import Rewritten
+from attnrewrite.report.rows import SiteReport
 
 __all__ = ["Kept", "kept_attention"]
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept of a rewritten graph's attentions, and a graph for each set of kinds that are reused together.
+    """The attention values of a rewritten graph, and a graph for each set of kinds that are reused together.
 
-    ``identity`` is that of the graph as it was captured; ``others`` says which attentions are not kept.
+    Attributes:
+        gm: the graph without reuse.
+        identity: of the graph as it was captured.
+        values: what is stored.
+        graphs: by the kinds whose values they take as inputs.
+        others: in words, the attentions of which nothing is stored.
     """
 
     gm: fx.GraphModule
     identity: Identity
-    values: tuple[Value, ...]
+    values: tuple[AttentionValue, ...]
     graphs: Mapping[frozenset[Kind], fx.GraphModule]
     others: tuple[str, ...]
 
     def compiled(
         self, compile_graph: Callable[[fx.GraphModule, Sequence[torch.Tensor]], CompiledFn], *, copies: bool
     ) -> CompiledFn:
-        """What is called in the graph's place, all its graphs compiled.
+        """The callable that replaces the graph, with all of ``graphs`` compiled.
 
         Args:
-            compile_graph: compiles a graph; it is given the examples of the inputs that are added, too.
-            copies: the outputs of a call are overwritten by the next one (CUDA graphs).
+            compile_graph: compiles a graph; its second argument are examples of the inputs that were added.
+            copies: whether the next call overwrites the outputs of a call (CUDA graphs).
         """
         variants = {}
         for reused, graph in self.graphs.items():
             added = graph.graph.find_nodes(op="placeholder")[len(self.gm.graph.find_nodes(op="placeholder")) :]
             variants[reused] = compile_graph(graph, [tensor(node) for node in added])
-        return _KeepingGraph(self, variants, copies)
+        return _CachingGraph(self, variants, copies)
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """Whether the attention of a report row is stored.
+
+    Attributes:
+        path: of its module in the model.
+        path_in_graph: of its module in the graph.
+        kind: as which it is stored; None if it is not.
+        why_not: why the config does not have it stored; empty if it does.
+    """
+
+    row: SiteReport
+    detected: SiteKind
+    result: fx.Node
+    path: str
+    path_in_graph: str
+    kind: Kind | None
+    why_not: str
+
+    def for_report(self) -> str:
+        """What the report row says."""
+        detected = self.detected
+        if self.kind is None:
+            return f"no: {self.why_not}; it is {detected.kind} ({detected.reason})"
+        reason = detected.reason if self.kind == detected.kind else "by its block identifiers"
+        return f"{self.kind} ({reason})"
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether modules at other paths, of other kinds by these paths, may share the graph (it is a part's)."""
+        return self.path != self.path_in_graph
 
 
 def kept_attention(
@@ -58,59 +97,71 @@ def kept_attention(
     identity: Identity,
     call: ModelCall,
 ) -> Kept:
-    """What a call's plan keeps of a rewritten graph; the attentions' rows are told.
+    """What a call's plan stores of a rewritten graph; the report rows of the attentions say it.
 
     Args:
         identity: of the graph as it was captured.
     """
-    parameters = parameters_of(gm)
-    attentions = []
-    others = []
-    is_part = False
-    for row, told, node in rewritten.results:
-        assert told is not None
-        own = "" if row.location is None else row.location.module
-        parameter = nearest(node, parameters)
-        path = own
-        if parameter is not None:
-            path = call.path_of(own, example_inputs[parameters[parameter]], parameter_path(parameter))
-        kind = call.plan.method.kind_of(path, told.kind)
-        if kind is None:
-            why = call.plan.method.why_not(path, told.kind)
-            row.cached = f"no: {why}; it is {told.kind} ({told.reason})"
-            others.append(f"{path or str(row.location)} is {told.kind}, and {why}")
-        else:
-            row.cached = f"{kind} ({told.reason})" if kind == told.kind else f"{kind} (by its block identifiers)"
-        # A module that is compiled alone may share its graph with others, of other kinds by their paths.
-        is_part = is_part or path != own
-        if kind is not None or path != own:
-            attentions.append(Attention(row.name, node, kind or told.kind, own, told))
-    allowed = rewritten.begins_with_batch if call.plan.halves else None
-    values = find_values(gm, attentions, allowed, affine=call.plan.method.extrapolates)
-    kept = {name for value in values for name in value.attentions}
-    for row, _, _ in rewritten.results:
-        if row.name not in kept and row.cached and not row.cached.startswith("no"):
+    plan = call.plan
+    verdicts = _verdicts(gm, example_inputs, rewritten, call)
+    for verdict in verdicts:
+        verdict.row.cached = verdict.for_report()
+    others = [
+        f"{each.path or str(each.row.location)} is {each.detected.kind}, and {each.why_not}"
+        for each in verdicts
+        if each.kind is None
+    ]
+    attentions = [
+        CachedAttention(each.row.name, each.result, each.kind or each.detected.kind, each.path_in_graph, each.detected)
+        for each in verdicts
+        if each.kind is not None or each.is_shared
+    ]
+    allowed = rewritten.begins_with_batch if plan.halves else None
+    values = find_values(gm, attentions, allowed, affine=plan.method.extrapolates)
+    stored = {name for value in values for name in value.attentions}
+    for verdict in verdicts:
+        if verdict.kind is not None and verdict.row.name not in stored:
             batch = "its dimension 0 is not known to begin with the batch, of which one half is kept"
-            row.cached = f"no: {batch if call.plan.halves else 'nothing reads its result, or its size depends on data'}"
+            reason = batch if plan.halves else "nothing reads its result, or its size depends on data"
+            verdict.row.cached = f"no: {reason}"
     if attentions and not values:
         batch = "of no attention is it known that its dimension 0 begins with the batch, of which one half is kept"
-        others.append(batch if call.plan.halves else "nothing reads an attention's result, or its size depends on data")
+        others.append(batch if plan.halves else "nothing reads an attention's result, or its size depends on data")
     present = {value.kind for value in values}
-    reused = [*call.plan.reused, *(map(_others_names, call.plan.reused) if is_part else ())]
+    reused = set(plan.reused)
+    if any(verdict.is_shared for verdict in verdicts):
+        reused |= set(map(_exchanged, plan.reused))
     together = {frozenset[Kind](), *(kinds & present for kinds in reused)}
-    halves = call.plan.halves
-    graphs = {reused: with_values(gm, values, reused, halves) for reused in sorted(together, key=sorted)}
+    graphs = {kinds: with_values(gm, values, kinds, plan.halves) for kinds in sorted(together, key=sorted)}
     return Kept(gm, identity, tuple(values), graphs, tuple(others))
 
 
-def _others_names(kinds: frozenset[Kind]) -> frozenset[Kind]:
-    """As what these kinds are known in a graph whose first module was temporal where others are spatial."""
+def _verdicts(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], rewritten: Rewritten, call: ModelCall
+) -> list[_Verdict]:
+    """Which of a graph's attentions are stored, as far as kinds and paths decide it."""
+    parameters = parameters_of(gm)
+    verdicts = []
+    for row, detected, node in rewritten.results:
+        assert detected is not None
+        path_in_graph = path = "" if row.location is None else row.location.module
+        parameter = nearest(node, parameters)
+        if parameter is not None:
+            path = call.path_of(path_in_graph, example_inputs[parameters[parameter]], parameter_path(parameter))
+        kind = call.plan.method.kind_of(path, detected.kind)
+        why_not = call.plan.method.why_not(path, detected.kind) if kind is None else ""
+        verdicts.append(_Verdict(row, detected, node, path, path_in_graph, kind, why_not))
+    return verdicts
+
+
+def _exchanged(kinds: frozenset[Kind]) -> frozenset[Kind]:
+    """The kinds in a graph that was compiled for a temporal module and serves spatial ones, or the reverse."""
     exchanged: dict[Kind, Kind] = {"spatial": "temporal", "temporal": "spatial"}
     return frozenset(exchanged.get(kind, kind) for kind in kinds)
 
 
-class _KeepingGraph:
-    """Called as the graph is, within a model's call that says what is reused."""
+class _CachingGraph:
+    """Replaces a graph within a model's call, which says what is reused."""
 
     def __init__(self, kept: Kept, variants: Mapping[frozenset[Kind], CompiledFn], copies: bool) -> None:
         self._values = kept.values
@@ -120,7 +171,7 @@ class _KeepingGraph:
         self._copies = copies
         (results,) = kept.gm.graph.output_node().args
         assert isinstance(results, (tuple, list))
-        self._outputs = len(results)
+        self._result_count = len(results)
         self._fingerprint = kept.identity.fingerprint
         parameters = parameters_of(kept.gm)
         self._parameters = [parameters[node] for node in sorted(parameters, key=source_name)]
@@ -128,53 +179,57 @@ class _KeepingGraph:
 
     def __call__(self, *args: Any) -> Any:
         call = current_call()
-        assert call is not None, "chosen for a call that keeps attention values"
-        entries = self._entries(call, args)
-        kept = [entry for entry in entries if entry.kind is not None]
-        call.found(kept, self._others)
-        lacking = {entry.value.kind for entry in entries if not call.holds(entry)}
-        reused = frozenset(self._kinds - lacking)
-        if reused not in self._variants:
-            # Some of what is there is not used. Computing is always right: it is what a first call does.
-            reused = frozenset()
-        computed = [entry for entry in entries if entry.value.kind not in reused]
-        call.reserve([entry for entry in computed if entry.kind is not None])
-        inputs = [call.reuse(entry) for entry in entries if entry.value.kind in reused]
-        for entry in computed:
-            call.make_room(entry)
-        results = list(self._variants[reused](*args, *inputs))
-        given = list(reversed(results[self._outputs :]))
-        del results[self._outputs :], inputs
-        for entry in computed:
-            # What is not stored as it is goes at once: the other half, too, which a slice within the graph would keep
-            # until its end, where Inductor puts all copies.
-            value = given.pop()
+        assert call is not None, "Variants choose this graph within such calls alone"
+        values = self._call_values(call, args)
+        call.found([value for value in values if value.kind is not None], self._others)
+        reused = self._reused_kinds(call, values)
+        computed = [value for value in values if value.spec.kind not in reused]
+        call.reserve([value for value in computed if value.kind is not None])
+        inputs = [call.reuse(value) for value in values if value.spec.kind in reused]
+        for value in computed:
+            call.make_room(value)
+        outputs = list(self._variants[reused](*args, *inputs))
+        del inputs
+        tensors = list(reversed(outputs[self._result_count :]))
+        del outputs[self._result_count :]
+        for value in computed:
+            # Each output is freed at once, unless it is stored itself. Of a batch with both halves, the half is copied
+            # here: a slice within the graph would keep the other half until the graph's end, where Inductor puts all
+            # copies.
+            output = tensors.pop()
             if call.plan.halves:
-                value = value[value.shape[0] // 2 :].clone(memory_format=torch.contiguous_format)
+                output = output[output.shape[0] // 2 :].clone(memory_format=torch.contiguous_format)
             elif self._copies:
-                value = value.clone()
-            if entry.kind is not None:
-                call.keep(entry, value.contiguous())
-        return results
+                output = output.clone()
+            if value.kind is not None:
+                call.store(value, output.contiguous())
+        return outputs
 
-    def _entries(self, call: ModelCall, args: Sequence[Any]) -> list[Entry]:
+    def _reused_kinds(self, call: ModelCall, values: Sequence[CallValue]) -> frozenset[Kind]:
+        """The kinds whose values the graph takes as inputs in this call."""
+        lacking = {value.spec.kind for value in values if not call.holds(value)}
+        reused = frozenset(self._kinds - lacking)
+        # Where no graph was compiled for just these kinds, everything is computed, as in a first call.
+        return reused if reused in self._variants else frozenset()
+
+    def _call_values(self, call: ModelCall, args: Sequence[Any]) -> list[CallValue]:
         *shapes, sizes = self._shapes(args)
-        graph = call.enter(self._fingerprint, [args[position] for position in self._parameters])
-        entries = []
-        for value, shape in zip(self._values, shapes, strict=True):
+        position = call.enter(self._fingerprint, [args[number] for number in self._parameters])
+        values = []
+        for spec, shape in zip(self._values, shapes, strict=True):
             # Modules that share the graph have parameters of their own.
-            parameter = None if value.parameter is None else args[value.parameter]
-            path = call.path_of(value.path, parameter, value.parameter_path)
-            kind = value.kind if path == value.path else call.kind_at(path, value.told)
-            kind = None if graph is None else kind
-            key = graph, value.attentions, value.place, value.formula
-            constants = [args[position] for position in value.constants]
-            entries.append(Entry(value, kind, path, key, shape, sizes, constants))
-        return entries
+            parameter = None if spec.parameter is None else args[spec.parameter]
+            path = call.path_of(spec.path, parameter, spec.parameter_path)
+            kind = spec.kind if path == spec.path else call.kind_at(path, spec.detected)
+            kind = None if position is None else kind
+            key = position, spec.attentions, spec.number, spec.formula
+            constants = [args[number] for number in spec.constants]
+            values.append(CallValue(spec, kind, path, key, shape, sizes, constants))
+        return values
 
 
 class _Shapes:
-    """Shapes of a graph for the sizes of a call."""
+    """The shapes of a graph's tensors in a call, computed from the sizes of the call's arguments."""
 
     def __init__(self, gm: fx.GraphModule, shapes: Sequence[Sequence[Size]]) -> None:
         self._sources: dict[Any, Callable[[Sequence[Any]], int]] = {}
@@ -202,7 +257,7 @@ class _Shapes:
 
 
 def _number(size: Any) -> Any:
-    """The number that an expression is; of one that depends on data (``u0``) the expression itself."""
+    """The value of an expression without symbols; an expression that depends on data (``u0``) itself."""
     if isinstance(size, int) or not size.is_number:
         return size
     return int(size) if size.is_integer else float(size)

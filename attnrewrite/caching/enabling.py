@@ -44,7 +44,7 @@ class _Handle:
         return _Handle, ()
 
 
-class _Method:
+class _BoundMethod:
     """A function bound to a model, in the place of its class's method of that name; copies do what that does."""
 
     def __init__(self, function: Callable[..., Any], model: nn.Module) -> None:
@@ -55,7 +55,7 @@ class _Method:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         function = _inherited_context if self._function is _cache_context else _inherited_reset
-        return _Method, (function, self._model)
+        return _BoundMethod, (function, self._model)
 
 
 def _is_enabled(root: nn.Module) -> bool:
@@ -126,8 +126,8 @@ def enable_session(model: nn.Module, session_of: Callable[[nn.Module], Session],
     root.__dict__[_HANDLE] = _Handle(model, session)
     # diffusers' pipelines name their streams and say when a run is over. Methods are bound anew in copies of the model.
     if hasattr(type(root), "cache_context"):
-        root.__dict__["cache_context"] = _Method(_cache_context, root)
-    root.__dict__["_reset_stateful_cache"] = _Method(_reset_stateful_cache, root)
+        root.__dict__["cache_context"] = _BoundMethod(_cache_context, root)
+    root.__dict__["_reset_stateful_cache"] = _BoundMethod(_reset_stateful_cache, root)
 
 
 def disable_cache(model: nn.Module) -> None:

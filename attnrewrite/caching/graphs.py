@@ -1,9 +1,9 @@
-"""What is kept of each attention, and the graphs that give it or take it.
+"""The attention values of a graph, and the graphs that return them or take them as inputs.
 
-A *value* is what depends on the results of attentions and on parameters alone, such as the output projection: the last
-nodes of which that is true, so that as little as possible is left to compute where values are reused. Values are
-functions of the attentions' results, so reusing them is the same as reusing those. Where results are extrapolated,
-values are affine functions of them: then extrapolating values is the same, too.
+An *attention value* is computed from the results of attentions and from parameters alone, such as the result of the
+output projection. The last such nodes are taken, so that as little as possible is left to compute where values are
+reused. Values are functions of the attentions' results, so reusing them equals reusing the results. Where results are
+extrapolated, values are affine functions of them, so extrapolating values equals extrapolating the results.
 """
 
 from __future__ import annotations
@@ -35,42 +35,50 @@ from attnrewrite.torch_private import (
     tree_leaves,
 )
 
-__all__ = ["Attention", "Value", "find_values", "is_parameter", "nearest", "parameters_of", "with_values"]
+__all__ = [
+    "AttentionValue",
+    "CachedAttention",
+    "find_values",
+    "is_parameter",
+    "nearest",
+    "parameters_of",
+    "with_values",
+]
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Attention:
-    """An attention of a rewritten graph.
+class CachedAttention:
+    """An attention of a rewritten graph whose values are stored.
 
     Attributes:
         name: of its site, which is the same whatever kernels are chosen.
         result: the node that holds its result.
-        kind: under which it is kept.
-        path: of its module, as the graph has it; empty for a function.
-        told: the kind that the graph tells.
+        kind: as which it is stored.
+        path: of its module in the graph; empty for a function.
+        detected: the kind that the graph shows.
     """
 
     name: str
     result: fx.Node
     kind: Kind
     path: str
-    told: SiteKind
+    detected: SiteKind
 
 
 @dataclass(frozen=True)
-class Value:
-    """What is kept, contiguous in memory.
+class AttentionValue:
+    """A value that is stored, contiguous in memory.
 
     Attributes:
-        node: that holds it.
+        node: that computes it.
         kind: of the attentions that it depends on; they are all of one kind.
-        path, told: of the first of them.
-        attentions: the names of the attentions that it is computed of.
-        place: the value's number among those of the same attentions.
-        constants: the positions of all parameters and buffers that it is computed of, beside the attentions.
-        formula: how, so that a number that was another one at an earlier step is noticed.
+        path, detected: of the first of them.
+        attentions: the names of the attentions that it is computed from.
+        number: its place among the values of the same attentions.
+        constants: the positions of all parameters and buffers that it is computed from, in addition to attentions.
+        formula: the computation. It shows where a scalar differs from that of an earlier step.
         parameter: the position among the graph's inputs of the parameter that is nearest to it, which tells apart
             modules that share the graph; None if there is none.
         parameter_path: where the graph has that parameter; empty if there is none.
@@ -79,9 +87,9 @@ class Value:
     node: fx.Node
     kind: Kind
     path: str
-    told: SiteKind
+    detected: SiteKind
     attentions: tuple[str, ...]
-    place: int
+    number: int
     parameter: int | None
     parameter_path: str
     constants: tuple[int, ...]
@@ -98,23 +106,23 @@ class Value:
 
 def find_values(
     gm: fx.GraphModule,
-    attentions: Sequence[Attention],
+    attentions: Sequence[CachedAttention],
     allowed: frozenset[fx.Node] | None = None,
     affine: bool = False,
-) -> list[Value]:
-    """The values of the attentions, in graph order; none of an attention whose result nothing reads.
+) -> list[AttentionValue]:
+    """The values of the attentions, in graph order.
+
+    An attention whose result nothing reads has none. Sizes of values never depend on data, since their bytes are
+    counted before they are computed.
 
     Args:
-        allowed: the nodes that may be values. In the place of others come the attentions' own results, if these may be.
+        allowed: the nodes that may be values. Others are replaced by the attentions' own results, if these are allowed.
             Default None: all.
         affine: whether values are affine functions of the attentions' results. Default: any functions.
-
-    Returns:
-        None whose size depends on data: what is kept is counted before it is computed.
     """
     sources = _sources(gm, attentions, affine)
     results = {attention.result for attention in attentions}
-    # An attention's result is computed of something else than what it is a source of.
+    # Another attention's result begins a value of its own: this one ends before it.
     frontier = {node: None for node in sources if any(user not in sources or user in results for user in node.users)}
     _merge_views(frontier, sources)
     for node in [node for node in frontier if free_unbacked_symbols(tensor(node).shape)]:
@@ -126,28 +134,37 @@ def find_values(
             frontier.update(dict.fromkeys(result for result in computed_of if result in allowed))
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
     parameters = parameters_of(gm)
-    places: Counter[tuple[str, ...]] = Counter()
+    numbers: Counter[tuple[str, ...]] = Counter()
     names = {attention.result: attention.name for attention in attentions}
     values = []
     for node in sorted(frontier, key=order.__getitem__):
         first = attentions[min(sources[node])]
-        of = tuple(attentions[number].name for number in sorted(sources[node]))
-        place = places[of]
-        places[of] += 1
+        computed_from = tuple(attentions[number].name for number in sorted(sources[node]))
         formula, used = _formula(gm, node, names)
         own = nearest(node, parameters)
-        constants = tuple(dict.fromkeys(parameters[each] for each in (*used, *([] if own is None else [own]))))
-        position = None if own is None else parameters[own]
-        known_as = "" if own is None else parameter_path(own)
-        who = (node, first.kind, first.path, first.told)
-        values.append(Value(*who, of, place, position, known_as, constants, formula))
+        constants = dict.fromkeys(parameters[each] for each in (*used, *([] if own is None else [own])))
+        values.append(
+            AttentionValue(
+                node=node,
+                kind=first.kind,
+                path=first.path,
+                detected=first.detected,
+                attentions=computed_from,
+                number=numbers[computed_from],
+                parameter=None if own is None else parameters[own],
+                parameter_path="" if own is None else parameter_path(own),
+                constants=tuple(constants),
+                formula=formula,
+            )
+        )
+        numbers[computed_from] += 1
     return values
 
 
 def _formula(gm: fx.GraphModule, node: fx.Node, results: Mapping[fx.Node, str]) -> tuple[str, list[fx.Node]]:
-    """How a value is computed of attentions' results, and the parameters in it, in the order of the formula.
+    """The computation of a value from attentions' results, and the parameters in it, in the formula's order.
 
-    Sizes are left out, since those of one half of a batch are others; the graph's identity has them.
+    Sizes are left out: one half of a batch has others. The graph's identity has them.
     """
     used: dict[fx.Node, None] = {}
     names: dict[fx.Node, str] = {}
@@ -176,10 +193,11 @@ def _formula(gm: fx.GraphModule, node: fx.Node, results: Mapping[fx.Node, str]) 
     return ";".join(text), list(used)
 
 
-def _sources(gm: fx.GraphModule, attentions: Sequence[Attention], affine: bool) -> dict[fx.Node, frozenset[int]]:
-    """The nodes that depend on attentions of one kind and on what is the same at each step, with those attentions.
+def _sources(gm: fx.GraphModule, attentions: Sequence[CachedAttention], affine: bool) -> dict[fx.Node, frozenset[int]]:
+    """The nodes that depend on attentions of one kind and on constants alone, each with the numbers of its attentions.
 
-    The same at each step are parameters and buffers that the graph does not write to, and what is computed of them.
+    Constants are the same at each step: parameters and buffers that the graph does not write to, and what is computed
+    from them.
     """
     results = {attention.result: number for number, attention in enumerate(attentions)}
     sizes = {
@@ -196,7 +214,7 @@ def _sources(gm: fx.GraphModule, attentions: Sequence[Attention], affine: bool) 
         if node in results:
             sources[node] = frozenset([results[node]])
         elif isinstance(node.meta.get("val"), torch.SymInt):
-            # A number that is not the size of anything may be another one at the next step.
+            # A number that is no input's size may differ at the next step.
             if node.meta["val"].node.expr.free_symbols <= sizes:
                 constant.add(node)
         elif node.op == "placeholder":
@@ -208,7 +226,7 @@ def _sources(gm: fx.GraphModule, attentions: Sequence[Attention], affine: bool) 
                 constant.add(node)
             elif all(source in sources for source in others) and (not affine or _is_affine(node, others)):
                 union = frozenset().union(*(sources[source] for source in others))
-                # Of what gives a list (split), the parts are read.
+                # Of a node that returns a list (split), the items are read.
                 readable = is_tensor(node) or all(user.target is operator.getitem for user in node.users)
                 if readable and len({attentions[number].kind for number in union}) == 1:
                     sources[node] = union
@@ -226,14 +244,14 @@ _MULTILINEAR = (
     *(aten.mul.Tensor, aten.mul.Scalar, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.linear.default),
     *(aten.convolution.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.einsum.default),
 )
-"""Products of their tensors, up to a bias that is constant: linear in each one of them."""
+"""Products of their tensors, plus a constant bias: linear in each tensor."""
 _QUOTIENTS = (aten.div.Tensor, aten.div.Scalar)
 
 
 def _is_affine(node: fx.Node, varying: Sequence[fx.Node]) -> bool:
     """Whether the node is an affine function of those of its arguments that vary."""
     dtypes = [tensor(each).dtype for each in (node, *varying) if is_tensor(each)]
-    # Numbers of 8 bits are codes: rounding to them is no small error, and nothing is computed with them.
+    # Numbers of 8 bits are codes: rounding to them is a large error, and nothing is computed with them.
     if not all((dtype.is_floating_point or dtype.is_complex) and dtype.itemsize > 1 for dtype in dtypes):
         return False
     if node.target in (aten.addmm.default, aten.baddbmm.default):
@@ -261,13 +279,13 @@ def _symbolic(size: Any) -> torch.SymInt | None:
 def is_parameter(node: fx.Node) -> bool:
     """Whether a graph's input is a module's parameter or buffer.
 
-    Other inputs at fixed addresses (``mark_static_address``) are written to from step to step.
+    Other inputs at fixed addresses (``mark_static_address``) do not count: they are written to from step to step.
     """
     return STATIC_INPUT in node.meta.get("tensor_dict", {}) and bool(parameter_path(node))
 
 
 def _is_function(node: fx.Node) -> bool:
-    """Whether the node is a function of its arguments."""
+    """Whether the node depends on its arguments alone, and writes to none of them."""
     target: Any = node.target
     if not isinstance(target, OpOverload):
         return getattr(target, "__module__", "") in ("_operator", "math", "torch")
@@ -283,7 +301,7 @@ _SPLITS = (
 
 
 def _merge_views(frontier: dict[fx.Node, None], sources: dict[fx.Node, frozenset[int]]) -> None:
-    """Puts in place of views what they are views of: of all its parts, that is, not of one that is smaller."""
+    """Replaces views by the tensor that they are views of, where they cover all of it or are spread in memory."""
     changed = True
     while changed:
         changed = False
@@ -294,7 +312,7 @@ def _merge_views(frontier: dict[fx.Node, None], sources: dict[fx.Node, frozenset
                 views.setdefault(base, []).append(node)
         for base, parts in views.items():
             if any(_is_spread(part) for part in parts):
-                # What is taken instead would lie otherwise in memory, and what follows be compiled anew for that.
+                # A stored copy would have other strides, and code behind it would be compiled anew for these.
                 for part in parts:
                     del frontier[part]
                 frontier[base] = None
@@ -311,7 +329,7 @@ def _merge_views(frontier: dict[fx.Node, None], sources: dict[fx.Node, frozenset
 
 
 def _base(node: fx.Node) -> fx.Node | None:
-    """What the node is a view of, up to the dtype and the place in memory."""
+    """The tensor that the node is a view of (or a copy of, as ``reshape`` may be); None for a cast."""
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         node = node.args[0]
         if node.target not in _SPLITS:
@@ -323,7 +341,7 @@ def _base(node: fx.Node) -> fx.Node | None:
 
 
 def _is_spread(node: fx.Node) -> bool:
-    """Whether the node's memory has gaps, or elements in several places, and the model's caller may see that."""
+    """Whether the node's memory has gaps or overlaps, and may be visible to the model's caller."""
     value = tensor(node)
     left = [(size, stride) for size, stride in zip(value.shape, value.stride(), strict=True) if not same(size, 1)]
     expected: Any = 1
@@ -337,7 +355,7 @@ def _is_spread(node: fx.Node) -> bool:
 
 
 def _is_dense(value: torch.Tensor) -> bool:
-    """Whether the tensor is contiguous, as far as that is known without a guard."""
+    """Whether the tensor is known, without a guard, to be contiguous."""
     expected: Any = 1
     for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
         if not same(size, 1) and not same(stride, expected):
@@ -353,7 +371,7 @@ def parameters_of(gm: fx.GraphModule) -> dict[fx.Node, int]:
 
 
 def nearest(node: fx.Node, parameters: Collection[fx.Node]) -> fx.Node | None:
-    """The parameter that the node is computed of by the fewest steps; None if there is none."""
+    """The parameter that is the fewest steps away among those that the node is computed from; None if there is none."""
     seen = {node}
     queue = deque([node])
     while queue:
@@ -367,12 +385,15 @@ def nearest(node: fx.Node, parameters: Collection[fx.Node]) -> fx.Node | None:
 
 
 def with_values(
-    gm: fx.GraphModule, values: Sequence[Value], reused: frozenset[Kind], halves: bool = False
+    gm: fx.GraphModule, values: Sequence[AttentionValue], reused: frozenset[Kind], halves: bool = False
 ) -> fx.GraphModule:
     """The graph, with values of the kinds in ``reused`` as further inputs, and the others as further outputs.
 
-    Both in the order of ``values``. What served only a reused value is gone. With ``halves``, the caller takes copies
-    of the second half of each output's dimension 0.
+    Both are in the order of ``values``. Nodes that served reused values alone are removed.
+
+    Args:
+        halves: whether the caller copies the second half of each further output's dimension 0. Without it, further
+            outputs are contiguous and share no memory with the others.
     """
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -440,7 +461,7 @@ def _contiguous(value: torch.Tensor) -> torch.Tensor:
 
 
 def _restore(gm: fx.GraphModule, original: torch.Tensor, taken: fx.Node) -> None:
-    """A reused value lies in memory as the one that was computed did, and is nobody else's to write to."""
+    """Gives a reused value the strides of the computed one, and memory of its own where the model's caller gets it."""
     users = list(taken.users)
     before = next(node for node in gm.graph.nodes if node.op != "placeholder")
     builder = Builder(gm, before=before, like=taken)
@@ -455,14 +476,14 @@ def _restore(gm: fx.GraphModule, original: torch.Tensor, taken: fx.Node) -> None
 
 
 def _keep_apart(gm: fx.GraphModule, given: Sequence[fx.Node], count: int) -> None:
-    """What is kept is contiguous, and shares no memory with what the caller gets and may write to."""
+    """Makes the stored values contiguous, and copies those that share memory with what the caller may write to."""
     output = gm.graph.output_node()
     (results,) = output.args
     assert isinstance(results, tuple)
     kept = []
     for node in given:
         if not _is_dense(tensor(node)) or _reaches_output(node, count) or _is_of_another(node):
-            # Beside the node, so that the rest of its memory is free again soon.
+            # Right behind the node, so that the rest of its memory is free again soon.
             builder = Builder(gm, before=node.next, like=node)
             node = builder.call(aten.clone.default, node, memory_format=torch.contiguous_format)
         kept.append(node)
@@ -483,11 +504,11 @@ def _reaches_output(node: fx.Node, count: int | None = None) -> bool:
 
 
 _OWN_MEMORY = (aten.linear.default, aten.matmul.default, aten.layer_norm.default, aten.conv2d.default)
-"""Composed of others, and never their argument."""
+"""Operators that decompose into others, and never return their argument."""
 
 
 def _is_of_another(node: fx.Node) -> bool:
-    """Whether the node's memory may be that of what it is computed of."""
+    """Whether the node may share memory with what it is computed from."""
     if node.target is operator.getitem:
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -496,16 +517,16 @@ def _is_of_another(node: fx.Node) -> bool:
 
 
 def _may_alias(node: fx.Node) -> bool:
-    """Operators that may give back (a view of) their argument: those that say so, and those that the IR keeps whole."""
+    """Whether the node may return (a view of) its argument: its schema says so, or it decomposes into others."""
     target = node.target
     if not isinstance(target, OpOverload):
         return False
-    # What is composed of others (einsum, to, dropout that drops nothing) may come down to a view.
+    # An operator that decomposes into others (einsum, to, dropout that drops nothing) may come down to a view.
     return is_composite(target) or _shares_memory(node)
 
 
 def _shares_memory(node: fx.Node) -> bool:
-    """Operators that say so, and those that are unsafe since they do not."""
+    """Whether the node's schema says that it returns a view; the unsafe splits are views, though theirs does not."""
     target = node.target
     return isinstance(target, OpOverload) and (
         target in _SPLITS or any(value.alias_info is not None for value in schema_of(target).returns)

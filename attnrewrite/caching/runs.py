@@ -1,7 +1,7 @@
-"""Where a stream of calls stands in its denoising run, and what the user's callbacks say.
+"""The denoising run that a stream of calls is in.
 
-Published code counts the calls of a model and is told when a run begins. Here a beginning is told from the calls: other
-shapes, dtypes or devices, or a timestep that goes back.
+Published code counts the calls of a model and is told when a run begins. Here the calls themselves show it: a run
+begins where shapes, dtypes or devices change, or where the timestep goes back.
 """
 
 from __future__ import annotations
@@ -9,42 +9,43 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 
-__all__ = ["Run"]
+__all__ = ["DenoisingRun"]
 
 
-class Run:
+class DenoisingRun:
     """The denoising run of one stream of calls.
 
-    A run's timesteps rise or fall; equal timesteps in a row belong to one run (solvers of second order call the model
-    twice). A run of one single timestep cannot be told from the next one's beginning: there, call :meth:`reset`.
+    The timesteps of a run rise or fall; equal timesteps in a row belong to one run (second-order solvers call the model
+    twice). After a run of one single timestep, the calls do not show where the next one begins: call :meth:`reset`.
 
     Attributes:
-        repeats: whether the last call had the timestep of the call before, in the same run. Calls of which each
-            timestep has two may be conditional and unconditional ones that share a stream by mistake.
-        single: how many runs in a row were single calls that another shape, dtype or device ended.
+        repeats: whether the last call had the timestep of the call before, in the same run. Two calls at each timestep
+            may be conditional and unconditional passes that share a stream by mistake.
+        single_calls: how many runs in a row were single calls, each ended by another shape, dtype or device.
     """
 
     def __init__(self) -> None:
         self.repeats = False
-        self.single = 0
+        self.single_calls = 0
         self._calls = 0
         self._timestep = 0.0
         self._direction = 0.0
         self._signature: Hashable = None
 
     def advance(self, timestep: float, signature: Hashable) -> int:
-        """How many calls of this run came before the one that is about to be made.
+        """Notes the call that is about to be made.
 
         Args:
             timestep: of this call, in the scheduler's own units.
-            signature: shapes, dtypes and devices of what the model is called with.
+            signature: the shapes, dtypes and devices of what the model is called with.
 
         Returns:
-            The iteration; 0 at the first call of a run, when nothing that was stored may be used.
+            How many calls of this run came before; 0 at the first one, at which no stored value may be used.
         """
         step = timestep - self._timestep
         if self._calls:
-            self.single = self.single + 1 if self._calls == 1 and signature != self._signature else 0
+            ended_at_once = self._calls == 1 and signature != self._signature
+            self.single_calls = self.single_calls + 1 if ended_at_once else 0
         if self._calls and (signature != self._signature or step * self._direction < 0):
             self.reset()
         elif self._calls and step:

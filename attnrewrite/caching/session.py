@@ -1,33 +1,32 @@
-"""One model's reuse of attention: what stands around its calls.
+"""One model's reuse of attention: what happens around its calls.
 
-A session asks for the timestep before each call of the model, counts the calls of a stream's run, and says in a context
-variable what the compiled graphs within the call may reuse. Streams (:mod:`attnrewrite.caching.streams`) are kept apart
-by name and by thread.
+Before each call of the model a session asks for the timestep and counts the call in its stream's run. During the call a
+context variable (:mod:`attnrewrite.caching.call`) tells the compiled graphs what they may reuse. Streams
+(:mod:`attnrewrite.caching.streams`) are kept apart by name and by thread.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import logging
 import math
-import threading
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from attnrewrite.analysis.kinds import Kind, SiteKind, is_named_temporal
-from attnrewrite.caching.call import ModelCall
+from attnrewrite.caching.call import ModelCall, ModelReuse
 from attnrewrite.caching.graphs import is_parameter
 from attnrewrite.caching.guidance import check_halved, copied, first_output, halved_inputs
+from attnrewrite.caching.memory import CacheMemory
 from attnrewrite.caching.method import method_of
-from attnrewrite.caching.streams import Key, Observer, Stream, current_stream, is_separate
-from attnrewrite.errors import CacheError, CacheMemoryError
-from attnrewrite.options.cache_callbacks import timestep_of, weight_of
+from attnrewrite.caching.model_paths import ModelPaths
+from attnrewrite.caching.streams import Observer, Stream, current_stream, is_separate
+from attnrewrite.errors import CacheError
+from attnrewrite.options.cache_callbacks import timestep_of
 from attnrewrite.options.cache_config import FasterCacheConfig, PyramidAttentionBroadcastConfig
 from attnrewrite.torch_private import mark_static, tree_leaves, tree_map_only
 
@@ -35,9 +34,19 @@ __all__ = ["Session"]
 
 log = logging.getLogger("attnrewrite")
 
+_Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a call."""
+
 
 class Session:
-    """What is stored for one model (or for one graph), and the rules for it."""
+    """The calls of one model (or of one graph) under one config.
+
+    Attributes:
+        observer: sees what is computed; None for most sessions.
+        memory: what is stored.
+        name: of the model's class, for messages.
+        called: whether a call was made.
+    """
 
     def __init__(
         self,
@@ -48,62 +57,40 @@ class Session:
         """Args:
         config: validated.
         model: whose calls are counted; None for those of a single graph.
-        observer: sees what is stored, and says how much of it is; default None: as much as the method needs.
+        observer: sees what is computed, and says how many values are stored; default None: as many as the method needs.
         """
-        self.config = config
-        self.method = method_of(config)
-        self.observer = observer
-        self.kept = self.method.kept if observer is None else observer.kept
+        method = method_of(config)
         kinds = ("spatial", "temporal", "cross")
         identifiers = (getattr(config, f"{kind}_attention_block_identifiers", None) for kind in kinds)
-        self.settings = (self.method.kinds, *identifiers)
-        self.name = "the graph" if model is None else type(model).__qualname__
-        self._model = None if model is None else weakref.ref(model)
-        self._paths: dict[tuple[str, str, int], str] = {}
-        self._kinds: dict[tuple[str, Kind], Kind | None] = {}
-        self._here = threading.local()
-        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
-        self._lock = threading.Lock()
-        self._generation = 0
+        settings = (method.kinds, *identifiers)
+        paths = ModelPaths(model, config, method)
+        self.memory = CacheMemory(paths.name, config.memory_limit, config.offload)
+        self.observer = observer
+        self.name = paths.name
         self.called = False
-        self._warned = False
-        self._told_unused = False
+        self._config = config
+        self._method = method
+        self._paths = paths
+        self._reuse = ModelReuse(method, settings, config.offload, paths, self.memory, observer)
+        self._repeated_timestep = False
+        self._warned_of_no_reuse = False
         self._matched = False
         self._prepared: set[Hashable] = set()
-        self._ambiguous: set[str] = set()
-
-    @property
-    def is_of_graph(self) -> bool:
-        """Whether the calls are those of a single graph, and not of a model."""
-        return self._model is None
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes that are stored, or will be at the end of the calls that are being made."""
-        with self._lock:
-            return sum(sum(stream.reserved.values()) for stream in self._streams)
 
     @property
     def is_mixed(self) -> bool:
-        """Whether calls of one stream were made at one timestep."""
-        return self._warned
+        """Whether a stream had two calls in a row at one timestep."""
+        return self._repeated_timestep
 
     @contextlib.contextmanager
     def planned(self) -> Iterator[None]:
         """Graphs that are compiled within are compiled for the first call of a run."""
-        with ModelCall(self, Stream(None), 0, math.nan, halved=False, separate=False).in_force():
+        with ModelCall(self._reuse, Stream(), 0, math.nan, halved=False, separate=False).in_force():
             yield
 
     def reset(self) -> None:
-        """Forgets all that is stored, in every stream and thread: the next call of each is the first of a run."""
-        with self._lock:
-            self._generation += 1
-            for stream in self._streams:
-                # One that is in a call, of another thread, is replaced, and not emptied under it.
-                if not stream.in_call:
-                    self._tell_unused(stream)
-                    stream.clear()
-            self._streams = weakref.WeakSet()
+        """Forgets all stored values, in every stream and thread: the next call of each stream begins a run."""
+        self.memory.reset(self._warn_of_run_without_reuse)
 
     def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """The model's call, with reuse."""
@@ -115,7 +102,7 @@ class Session:
         return wrapper
 
     def around_graph(self, compiled: Callable[..., Any], gm: fx.GraphModule) -> Callable[..., Any]:
-        """A compiled graph's call, with reuse; runs are told apart by what it is called with beside parameters.
+        """The call of a compiled graph, with reuse. A change of its inputs, parameters aside, begins a run.
 
         Modules that share the graph, and have parameters of their own, have a session each.
         """
@@ -129,7 +116,7 @@ class Session:
             known = sessions.get(ids)
             if known is not None and all(seen() is each for seen, each in zip(known[0], own, strict=True)):
                 return known[1]
-            session = Session(self.config)
+            session = Session(self._config)
 
             def forget(_: object) -> None:
                 if ids in sessions and sessions[ids][1] is session:
@@ -144,156 +131,84 @@ class Session:
 
         return wrapper
 
+    # One call.
+
     def call(
         self,
         function: Callable[..., Any],
         args: Sequence[Any],
         kwargs: dict[str, Any],
-        signature: Sequence[Any] | None = None,
+        run_inputs: Sequence[Any] | None = None,
     ) -> Any:
         """One call of the model.
 
         Args:
-            signature: of the arguments, those whose change begins another run; default all.
+            run_inputs: the arguments whose shapes, dtypes and devices are the same throughout a run; default all.
         """
         self.called = True
         self._require_inference(args, kwargs)
-        assert self.config.current_timestep_callback is not None
-        timestep = timestep_of(self.config.current_timestep_callback)
-        name = current_stream()
-        separate = is_separate(name)
-        stream = self._stream(name if self._model is not None else (*name, *self._visit(name, timestep)))
-        shapes = _signature((args, kwargs) if signature is None else signature)
-        iteration = stream.run.advance(timestep, shapes)
-        if iteration == 0:
-            self._tell_unused(stream)
-            stream.clear()
-        if stream.run.repeats and not self._warned:
-            self._warned = True
-            log.warning(
-                "%s was called twice at timestep %g within one cache stream. If these are the conditional and the "
-                "unconditional pass, or two generations, they now %s: call each within a stream of its own, such as "
-                "attnrewrite.cache_stream('cond') and cache_stream('uncond')",
-                self.name,
-                timestep,
-                "share attention" if self.observer is None else "are compared with each other",
-            )
-        if stream.run.single > 3 and not self._told_unused:
-            self._told_unused = True
-            log.warning(
-                "%s: nothing is reused, as shapes, dtypes or devices of its arguments change at each call, which "
-                "begins a run. If these are several passes of a step, call each within a cache_stream of its own",
-                self.name,
-            )
-        skips = self.method.skips_unconditional(iteration, timestep, separate)
-        current = ModelCall(self, stream, iteration, timestep, halved=skips, separate=separate)
-        stream.begin(timestep, current.reused, self.method.kinds, frees=self.observer is None)
-        stream.reuses = stream.reuses or skips
-        stream.in_call = True
-        try:
-            if skips:
-                args, kwargs = halved_inputs(tuple(args), kwargs, self._split_names)
-            half: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-            to_prepare = iteration == 0 and current.plan.halves and self.method.may_skip_unconditional
-            if to_prepare and shapes not in self._prepared:
-                # What the model writes to its inputs is to happen once.
-                half = tree_map_only(Tensor, _twin, halved_inputs(tuple(args), kwargs, self._split_names))
-                if not self._prepared:
-                    # The half of one batch does not make the batch's size dynamic, which would take a graph more.
-                    tree_map_only(Tensor, _mark_batch_static, half)
+        signature = _signature((args, kwargs) if run_inputs is None else run_inputs)
+        current, begins_run = self._begin_call(signature)
+        with _storing_in(current.stream):
+            inputs: _Inputs = tuple(args), kwargs
+            if current.halved:
+                inputs = self._conditional_half(inputs)
+            prepares = begins_run and self._is_half_to_prepare(current, signature)
+            # The model may write to its inputs: the copy is made before the call.
+            half = self._inputs_to_prepare(inputs) if prepares else None
             with current.in_force():
-                result = function(*args, **kwargs)
-            if self.predicts(separate):
-                result = self._with_guidance(stream, result, skips)
+                result = function(*inputs[0], **inputs[1])
+            if current.predicts_unconditional:
+                result = self._with_guidance(current, result)
             if half is not None:
                 # The next replay of a CUDA graph would overwrite the result.
                 result = copied(result)
-                self._prepare(function, *half, result)
-                self._prepared.add(shapes)
-            if not self._matched and self._model is not None:
-                current.require_match()
-                self._matched = True
-                self._tell_unmatched(current.paths)
-        except BaseException:
-            # Some values are of this call and some of the one before.
-            stream.run.reset()
-            stream.clear()
-            raise
-        finally:
-            stream.in_call = False
+                self._prepare(function, half, result)
+                self._prepared.add(signature)
+            self._require_match(current)
         return result
 
-    def _prepare(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], whole: Any) -> None:
-        """Has the graphs for the conditional half compiled at once, by a call of which nothing is kept.
-
-        It comes after the call for both halves, so that a batch of two and then one makes no size of them dynamic.
+    def _begin_call(self, signature: Hashable) -> tuple[ModelCall, bool]:
+        """Counts a call in its stream's run.
 
         Args:
-            args, kwargs: of the conditional half.
-            whole: the result for both.
+            signature: of the arguments that are the same throughout a run.
+
+        Returns:
+            The call, and whether it begins a run.
         """
-        devices = {leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_cuda}
-        current = ModelCall(self, Stream(None), 0, math.nan, halved=True, separate=False)
-        try:
-            # What the model draws at random is to be drawn once.
-            with torch.random.fork_rng(devices=list(devices)), current.in_force():
-                result = function(*args, **kwargs)
-        except (CacheError, torch.OutOfMemoryError):
-            raise
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            whole = [name for name in kwargs if name not in self._split_names]
-            raise CacheError(
-                f"{self.name} cannot be called with the conditional half alone, as FasterCache does "
-                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Halved were positional arguments of "
-                f"the batch's size and {', '.join(self._split_names)}; not halved: {', '.join(whole) or 'none'}. Name "
-                "all that hold both halves in unconditional_conditional_input_kwargs_identifiers"
-            ) from error
-        check_halved(whole, result, self.name)
+        assert self._config.current_timestep_callback is not None  # The config is validated.
+        timestep = timestep_of(self._config.current_timestep_callback)
+        name = current_stream()
+        separate = is_separate(name)
+        if self._paths.is_graph:
+            name = (*name, f"#{self.memory.repetition(name, timestep)}")
+        stream = self.memory.stream(name, self._tensor_format(separate))
+        iteration = stream.run.advance(timestep, signature)
+        if iteration == 0:
+            self._warn_of_run_without_reuse(stream)
+            stream.clear()
+        self._warn_of_wrong_streams(stream, timestep)
+        halved = self._method.skips_unconditional(iteration, timestep, separate)
+        current = ModelCall(self._reuse, stream, iteration, timestep, halved=halved, separate=separate)
+        stream.begin(timestep, current.reused, self._method.kinds, frees=self.observer is None)
+        stream.has_reused = stream.has_reused or halved
+        return current, iteration == 0
 
-    def _with_guidance(self, stream: Stream, result: Any, halved: bool) -> Any:
-        """The model's result with both halves, of which the unconditional one may be a prediction."""
-        assert stream.guidance is not None
-        output, put_back = first_output(result)
-        if not halved:
-            stream.guidance.learn(output)
-            return result
-        return put_back(stream.guidance.complete(output, *self.guidance_weights()))
-
-    def _tell_unmatched(self, paths: Collection[str]) -> None:
-        unmatched = self.method.unmatched(paths)
-        if unmatched:
-            log.warning(
-                "%s: block identifiers that match no attention: %s; attentions that are kept: %s",
-                self.name,
-                ", ".join(map(repr, unmatched)),
-                ", ".join(sorted(paths)[:6]),
-            )
-
-    def _tell_unused(self, stream: Stream) -> None:
-        """Warns, once, of a run that is over and in which nothing was to be reused."""
-        if len(stream.timesteps) < 3 or stream.reuses or self._told_unused or self.observer is not None:
-            return
-        self._told_unused = True
-        log.warning(
-            "%s: nothing was reused in a run of %d calls, at timesteps from %g to %g; the config reuses %s. %s",
-            self.name,
-            len(stream.timesteps),
-            stream.timesteps[0],
-            stream.timesteps[-1],
-            self.method.describe(),
-            "At each of them the model computed something else than before: other graphs, sizes or parameters"
-            if stream.asked
-            else "Set a skip range of 2 or more, and the timestep ranges to the scheduler's units",
-        )
+    def _tensor_format(self, separate: bool) -> str | None:
+        """The tensor format of the model's output, where its unconditional half may be a prediction."""
+        if isinstance(self._config, FasterCacheConfig) and self._method.predicts_unconditional(separate):
+            return self._config.tensor_format
+        return None
 
     def _require_inference(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        model = self._module("")
+        model = self._paths.module()
         if getattr(model, "is_cache_enabled", False):
             raise CacheError(
                 f"{self.name} has diffusers' own cache enabled beside this one: call {self.name}.disable_cache(), or "
                 "attnrewrite.disable_cache(model)"
             )
-        if model.training and self._model is not None:
+        if model.training and not self._paths.is_graph:
             raise CacheError(
                 f"{self.name} is in training mode, and attention is reused at inference only: call model.eval(), or "
                 "disable_cache(model) to train"
@@ -308,135 +223,139 @@ class Session:
                 "torch.no_grad() or torch.inference_mode(), or disable_cache(model) to train"
             )
 
+    def _require_match(self, current: ModelCall) -> None:
+        """Checks, after the model's first call, that the config matches attentions of it."""
+        if self._matched or self._paths.is_graph:
+            return
+        current.require_match()
+        self._matched = True
+        self._warn_of_unmatched_identifiers(current.paths)
+
+    # Guidance: FasterCache's unconditional half.
+
     @property
     def _split_names(self) -> Sequence[str]:
-        assert isinstance(self.config, FasterCacheConfig)
-        return self.config.unconditional_conditional_input_kwargs_identifiers or ()
+        """The keyword arguments that hold both halves."""
+        assert isinstance(self._config, FasterCacheConfig)
+        return self._config.unconditional_conditional_input_kwargs_identifiers or ()
 
-    def predicts(self, separate: bool) -> bool:
-        """Whether the unconditional half may be a prediction; ``separate`` as :func:`is_separate` has it."""
-        config = self.config
-        return isinstance(config, FasterCacheConfig) and not config.is_guidance_distilled and not separate
+    def _conditional_half(self, inputs: _Inputs) -> _Inputs:
+        return halved_inputs(*inputs, self._split_names)
 
-    def _stream(self, name: tuple[str, ...]) -> Stream:
-        here = self._here
-        if getattr(here, "generation", None) != self._generation:
-            here.generation, here.streams = self._generation, {}
-        streams: dict[tuple[str, ...], Stream] = here.streams
-        if name not in streams:
-            predicts = self.predicts(is_separate(name))
-            streams[name] = Stream(self.config.tensor_format if predicts else None)  # type: ignore[union-attr]
-            with self._lock:
-                self._streams.add(streams[name])
-        return streams[name]
+    def _with_guidance(self, current: ModelCall, result: Any) -> Any:
+        """The model's result with both halves, of which the unconditional one may be a prediction."""
+        guidance = current.stream.guidance
+        assert guidance is not None
+        output, put_back = first_output(result)
+        if not current.halved:
+            guidance.learn(output)
+            return result
+        return put_back(guidance.complete(output, *self._paths.guidance_weights()))
 
-    def is_ambiguous(self, fingerprint: str, again: bool) -> bool:
-        """Whether it cannot be told which layer calls a graph without parameters.
+    def _is_half_to_prepare(self, current: ModelCall, signature: Hashable) -> bool:
+        """Whether later calls of the run may compute the conditional half alone, for which no graphs are compiled."""
+        return current.plan.halves and self._method.may_skip_unconditional and signature not in self._prepared
 
-        It can where there are no parameters in the whole model, and the graph is called once in its call.
+    def _inputs_to_prepare(self, inputs: _Inputs) -> _Inputs:
+        """The conditional half of the inputs, copied."""
+        half: _Inputs = tree_map_only(Tensor, _twin, self._conditional_half(inputs))
+        if not self._prepared:
+            # Dynamo is not to make the batch size dynamic for the half of one batch: that takes one more graph.
+            tree_map_only(Tensor, _mark_batch_static, half)
+        return half
+
+    def _prepare(self, function: Callable[..., Any], half: _Inputs, whole: Any) -> None:
+        """Compiles the graphs for the conditional half at once, by a call that stores nothing.
+
+        It comes after the call for both halves, so that batch sizes of two and then one do not become dynamic.
 
         Args:
-            again: whether it was called in this call before.
+            half: the inputs' conditional half.
+            whole: the result for both halves.
         """
-        if fingerprint not in self._ambiguous and (again or any(True for _ in self._module("").parameters())):
-            self._ambiguous.add(fingerprint)
+        args, kwargs = half
+        devices = {leaf.device for leaf in tree_leaves(half) if isinstance(leaf, Tensor) and leaf.is_cuda}
+        current = ModelCall(self._reuse, Stream(), 0, math.nan, halved=True, separate=False)
+        try:
+            # The model is to draw its random numbers once.
+            with torch.random.fork_rng(devices=list(devices)), current.in_force():
+                result = function(*args, **kwargs)
+        except (CacheError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            not_halved = [name for name in kwargs if name not in self._split_names]
+            raise CacheError(
+                f"{self.name} cannot be called with the conditional half alone, as FasterCache does "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Halved were positional arguments of "
+                f"the batch's size and {', '.join(self._split_names)}; not halved: {', '.join(not_halved) or 'none'}. "
+                "Name all that hold both halves in unconditional_conditional_input_kwargs_identifiers"
+            ) from error
+        check_halved(whole, result, self.name)
+
+    # Warnings, each at most once.
+
+    def _warn_of_wrong_streams(self, stream: Stream, timestep: float) -> None:
+        """Warns where several passes seem to share the stream."""
+        if stream.run.repeats and not self._repeated_timestep:
+            self._repeated_timestep = True
             log.warning(
-                "%s: a graph with attention and without parameters is called, so which attention is which cannot be "
-                "told, and none of these is reused. A graph break between the projections and the attention does that",
+                "%s was called twice at timestep %g within one cache stream. If these are the conditional and the "
+                "unconditional pass, or two generations, they now %s: call each within a stream of its own, such as "
+                "attnrewrite.cache_stream('cond') and cache_stream('uncond')",
+                self.name,
+                timestep,
+                "share attention" if self.observer is None else "are compared with each other",
+            )
+        if stream.run.single_calls > 3 and not self._warned_of_no_reuse:
+            self._warned_of_no_reuse = True
+            log.warning(
+                "%s: nothing is reused, as shapes, dtypes or devices of its arguments change at each call, which "
+                "begins a run. If these are several passes of a step, call each within a cache_stream of its own",
                 self.name,
             )
-        return fingerprint in self._ambiguous
 
-    def _visit(self, name: tuple[str, ...], timestep: float) -> tuple[str, ...]:
-        """Tells apart calls of one graph at one timestep, which modules without parameters may share."""
-        here = self._here
-        visits: dict[tuple[str, ...], tuple[float, int]] = here.__dict__.setdefault("visits", {})
-        before, count = visits.get(name, (math.nan, 0))
-        visits[name] = timestep, count + 1 if before == timestep else 0
-        return (f"#{visits[name][1]}",)
-
-    def reserve(self, stream: Stream, sizes: Mapping[Key, int]) -> None:
-        """Counts values, in bytes, before they are stored.
-
-        Raises:
-            CacheMemoryError: it would be more than ``memory_limit``.
-        """
-        new = {key: nbytes for key, nbytes in sizes.items() if stream.reserved.get(key) != nbytes}
-        if not new:
+    def _warn_of_run_without_reuse(self, stream: Stream) -> None:
+        """Warns of a run that is over and had nothing to reuse."""
+        timesteps = stream.timesteps
+        if len(timesteps) < 3 or stream.has_reused or self._warned_of_no_reuse or self.observer is not None:
             return
-        limit, needed = self.config.memory_limit, sum(new.values())
-        taken = self.nbytes - sum(stream.reserved.get(key, 0) for key in new)
-        where = "the host" if self.config.offload else "the device"
-        what = "1 attention value" if len(new) == 1 else f"{len(new)} attention values"
-        log.info("%s: %s, %s of %s's memory", self.name, what, _in_words(needed), where)
-        if limit is not None and taken + needed > limit:
-            others = f", beside {_in_words(taken)} that are stored already" if taken else ""
-            raise CacheMemoryError(
-                f"{what} of {self.name} would take {_in_words(needed)} of {where}'s memory{others}, and "
-                f"memory_limit is {_in_words(limit)}: raise it (None is no limit), keep fewer attentions (a skip range "
-                "of None, or block identifiers), or call disable_cache(model)"
-            )
-        stream.reserved.update(new)
-
-    def path_of(self, path: str, parameter: Tensor | None, known_as: str) -> str:
-        """Where in the model a module is that its own graph knows as ``path``.
-
-        Args:
-            parameter: one that the graph is called with, and knows as ``known_as``.
-        """
-        if parameter is None or self._model is None:
-            return path
-        key = path, known_as, id(parameter)
-        if key not in self._paths:
-            model = self._module("")
-            named = itertools.chain(
-                model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-            )
-            names = [name for name, each in named if each is parameter]
-            # The graph of the whole model knows it by one of its names; that of a part, by the end of one.
-            parents = [name.removesuffix(known_as) for name in names if f".{name}".endswith(f".{known_as}")]
-            self._paths[key] = f"{min(parents, key=len, default='')}{path}".strip(".")
-        return self._paths[key]
-
-    def kind_at(self, path: str, told: SiteKind) -> Kind | None:
-        """The kind under which the attention of a module is kept whose graph serves modules at other paths, too."""
-        key = path, told.kind
-        if key not in self._kinds:
-            kind = told.kind
-            if kind == "spatial" and not told.is_proved and is_named_temporal(path):
-                kind = "temporal"
-            self._kinds[key] = self.method.kind_of(path, kind)
-        return self._kinds[key]
-
-    def weight(self, path: str) -> float:
-        """FasterCache's weight for the attention at a path; 0 for a method that has none."""
-        config = self.config
-        if not isinstance(config, FasterCacheConfig):
-            return 0.0
-        assert config.attention_weight_callback is not None
-        return weight_of(config.attention_weight_callback, self._module(path), "attention_weight_callback")
-
-    def guidance_weights(self) -> tuple[float, float]:
-        """FasterCache's weights for low and high frequencies at this call."""
-        config = self.config
-        assert isinstance(config, FasterCacheConfig)
-        low, high = config.low_frequency_weight_callback, config.high_frequency_weight_callback
-        assert low is not None and high is not None
-        model = self._module("")
-        return (
-            weight_of(low, model, "low_frequency_weight_callback"),
-            weight_of(high, model, "high_frequency_weight_callback"),
+        self._warned_of_no_reuse = True
+        log.warning(
+            "%s: nothing was reused in a run of %d calls, at timesteps from %g to %g; the config reuses %s. %s",
+            self.name,
+            len(timesteps),
+            timesteps[0],
+            timesteps[-1],
+            self._method.describe(),
+            "At each of them the model computed something else than before: other graphs, sizes or parameters"
+            if stream.should_reuse
+            else "Set a skip range of 2 or more, and the timestep ranges to the scheduler's units",
         )
 
-    def _module(self, path: str) -> nn.Module:
-        """The module at a path; the model itself where the path is another one's (of a part that is compiled alone)."""
-        model = None if self._model is None else self._model()
-        if model is None:
-            return nn.Module()
-        try:
-            return model.get_submodule(path)
-        except AttributeError:
-            return model
+    def _warn_of_unmatched_identifiers(self, paths: Collection[str]) -> None:
+        unmatched = self._method.unmatched(paths)
+        if unmatched:
+            log.warning(
+                "%s: block identifiers that match no attention: %s; attentions that are kept: %s",
+                self.name,
+                ", ".join(map(repr, unmatched)),
+                ", ".join(sorted(paths)[:6]),
+            )
+
+
+@contextlib.contextmanager
+def _storing_in(stream: Stream) -> Iterator[None]:
+    """A call of the model, which stores values in a stream."""
+    stream.in_call = True
+    try:
+        yield
+    except BaseException:
+        # Some values are of this call and some of the one before.
+        stream.run.reset()
+        stream.clear()
+        raise
+    finally:
+        stream.in_call = False
 
 
 def _signature(arguments: Any) -> Hashable:
@@ -447,9 +366,9 @@ def _signature(arguments: Any) -> Hashable:
 
 
 def _twin(tensor: Tensor) -> Tensor:
-    """A copy for which no graph is compiled anew that was compiled for the tensor."""
+    """A copy for which a graph that was compiled for the tensor is not compiled anew."""
     if any(not stride and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        return tensor.view_as(tensor)  # Cannot be written to.
+        return tensor.view_as(tensor)  # An expanded tensor cannot be written to.
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
         twin.copy_(tensor).requires_grad_(tensor.requires_grad)
@@ -459,9 +378,3 @@ def _twin(tensor: Tensor) -> Tensor:
 def _mark_batch_static(tensor: Tensor) -> None:
     if tensor.dim():
         mark_static(tensor, 0)
-
-
-def _in_words(nbytes: int) -> str:
-    if nbytes < 2**10:
-        return f"{nbytes} bytes"
-    return f"{nbytes / 2**20:,.1f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:,.1f} KiB"

@@ -1,4 +1,4 @@
-"""What is stored between the calls of a model, for each stream of calls that belong together."""
+"""A stream of calls that belong together, and the values that are stored between them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from attnrewrite.analysis.kinds import Kind
-from attnrewrite.caching.graphs import Value
+from attnrewrite.caching.graphs import AttentionValue
 from attnrewrite.caching.guidance import GuidanceDelta
 from attnrewrite.caching.identity import fits
-from attnrewrite.caching.runs import Run
+from attnrewrite.caching.runs import DenoisingRun
 
 __all__ = [
-    "Constants",
-    "Entry",
+    "CallValue",
     "Key",
     "Observation",
     "Observer",
+    "ParameterVersions",
     "Stream",
     "cache_stream",
     "current_stream",
@@ -30,19 +30,20 @@ __all__ = [
 ]
 
 Key = Hashable
-"""What names a value from call to call, in whichever graph it is computed."""
+"""The name of a value, which is the same at each call, in whichever graph it is computed."""
 
 _stream: ContextVar[tuple[str, ...]] = ContextVar("attnrewrite_cache_stream", default=())
 
 
 @contextlib.contextmanager
 def cache_stream(name: str) -> Iterator[None]:
-    """Keeps what is stored within apart from other streams: one for each sequence of calls that belong together.
+    """Calls within belong to the stream of this name; each stream has stored values of its own.
 
-    Conditional and unconditional passes that are calls of their own need a stream each: call them ``"cond"`` and
-    ``"uncond"``, as diffusers' ``cache_context`` does, which has the same effect on a model with a cache. Streams nest:
-    ``cache_stream("a")`` around ``cache_stream("cond")`` is another one than ``cache_stream("cond")`` alone. It holds
-    in the thread (or asyncio task) that enters it.
+    Use one stream for each sequence of calls that belong together. Conditional and unconditional passes that are calls
+    of their own need a stream each: call them ``"cond"`` and ``"uncond"``. diffusers' ``cache_context`` does so, and
+    has the same effect on a model with a cache. Streams nest: ``cache_stream("a")`` around ``cache_stream("cond")`` is
+    another stream than ``cache_stream("cond")`` alone. A stream is in force in the thread (or asyncio task) that enters
+    it.
     """
     token = _stream.set((*_stream.get(), name))
     try:
@@ -57,9 +58,9 @@ def current_stream() -> tuple[str, ...]:
 
 
 def is_separate(stream: tuple[str, ...]) -> bool:
-    """Whether its calls are of one half of guidance alone, by the names that diffusers gives them.
+    """Whether a stream's calls compute one half of guidance alone, judged by the names that diffusers uses.
 
-    Its pipelines call them "cond" and "uncond", its guiders "pred_cond", "pred_uncond" and the like.
+    diffusers' pipelines call these streams "cond" and "uncond", its guiders "pred_cond", "pred_uncond" and the like.
     """
     return bool(stream) and any(word == "cond" or word.startswith("uncond") for word in stream[-1].split("_"))
 
@@ -74,8 +75,8 @@ class Observation(NamedTuple):
         iteration: how many calls of the run came before; 0 begins a run.
         timestep: of the call, in the scheduler's units.
         value: the new value; not to be changed.
-        earlier: what is stored of the calls before, the latest last. Before ``kept`` values there were, the first one
-            is there several times.
+        earlier: the stored values of earlier calls, the latest last. While fewer than ``history_length`` values were
+            computed, the first one is repeated.
     """
 
     key: Key
@@ -89,25 +90,26 @@ class Observation(NamedTuple):
 
 
 class Observer(Protocol):
-    """Sees every value that a session stores.
+    """Sees every value that is computed for reuse.
 
     Attributes:
-        kept: how many values are stored for a site.
+        history_length: how many values are stored for each attention.
     """
 
-    kept: int
+    history_length: int
 
     def see(self, observation: Observation) -> None:
         """Called in the thread that calls the model."""
 
 
-class Constants:
-    """Parameters and buffers that a stored value was computed of, and whether others are the same."""
+class ParameterVersions:
+    """The parameters and buffers that a stored value was computed from, each at its version then."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._seen = [(weakref.ref(tensor), _version(tensor)) for tensor in tensors]
 
-    def are(self, tensors: Sequence[Tensor]) -> bool:
+    def match(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the same tensors, and nothing was written to them since."""
         return len(tensors) == len(self._seen) and all(
             seen() is tensor and version == _version(tensor)
             for (seen, version), tensor in zip(self._seen, tensors, strict=True)
@@ -115,25 +117,25 @@ class Constants:
 
 
 def _version(tensor: Tensor) -> int:
-    """Counts what is written to the tensor; tensors that were made in inference mode do not count it."""
+    """The number of writes to the tensor; 0 for a tensor that was made in inference mode, which does not count them."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A value in one call of a graph.
+class CallValue:
+    """An attention value in one call of a graph.
 
     Attributes:
-        value: of the graph.
-        kind: under which it is kept there; None if it is not.
+        spec: what the graph says about it.
+        kind: as which it is stored; None if it is not.
         path: of its module.
         key: the same in other calls.
-        shape: that it has.
-        sizes: of the graph's computation.
-        constants: the parameters and buffers that it is computed of.
+        shape: in this call.
+        sizes: of the graph's computation in this call.
+        constants: the parameters and buffers that it is computed from.
     """
 
-    value: Value
+    spec: AttentionValue
     kind: Kind | None
     path: str
     key: Key
@@ -143,109 +145,120 @@ class Entry:
 
 
 class _Stored(NamedTuple):
-    """The values of one attention, the latest last, and what the latest was computed with, in which call of the run."""
+    """The stored values of one attention, the latest last.
+
+    Attributes:
+        kind: as which they are stored.
+        constants, sizes: that the latest one was computed from.
+        halves: whether the latest one is a half of what a call with both halves of guidance computed.
+        iteration: of the run's call that computed the latest one.
+    """
 
     values: list[Tensor]
     kind: Kind | None
-    constants: Constants
+    constants: ParameterVersions
     sizes: Sequence[Any]
     halves: bool
     iteration: int
 
-    def is_of(self, entry: Entry, halves: bool) -> bool:
-        """Whether what is stored was computed as the entry is.
+    def is_of(self, value: CallValue, halves: bool) -> bool:
+        """Whether the latest value comes from the same computation as ``value``.
 
         Args:
-            halves: whether the entry is computed by a call with both halves of guidance.
+            halves: whether ``value`` is computed by a call with both halves of guidance.
         """
-        sizes = self.sizes, entry.sizes
+        sizes = self.sizes, value.sizes
         larger, smaller = sizes if self.halves else sizes[::-1]
-        return fits(larger, smaller, halved=self.halves != halves) and self.constants.are(entry.constants)
+        return fits(larger, smaller, halved=self.halves != halves) and self.constants.match(value.constants)
 
 
 class Stream:
-    """What is stored for one sequence of calls, and where its run stands.
+    """The stored values of one sequence of calls, and the state of its run.
 
     Attributes:
-        reserved: the bytes that values take, or will at the end of the call that is being made, by their keys.
-        guidance: the difference of guidance, where it is predicted.
+        run: the denoising run that the calls are in.
+        reserved: the bytes of each value, by its key; of values that the current call is going to store, too.
+        guidance: predicts the unconditional half; None where it is always computed.
         in_call: whether a call is being made.
-        timesteps: of the calls of the run.
-        asked: whether any of them was to reuse something.
-        reuses: whether any of them did.
+        timesteps: of the run's calls.
+        should_reuse: whether any of these calls was to reuse something.
+        has_reused: whether any of them did.
     """
 
-    def __init__(self, tensor_format: str | None) -> None:
+    def __init__(self, tensor_format: str | None = None) -> None:
         """Args:
-        tensor_format: of the model's output, where guidance is predicted.
+        tensor_format: of the model's output, where its unconditional half may be predicted; None where it may not.
         """
-        self.run = Run()
+        self.run = DenoisingRun()
         self.reserved: dict[Key, int] = {}
         self.guidance = None if tensor_format is None else GuidanceDelta(tensor_format)
         self.in_call = False
         self.timesteps: list[float] = []
-        self.asked = self.reuses = False
+        self.should_reuse = self.has_reused = False
         self._stored: dict[Key, _Stored] = {}
         self._due: dict[Kind, int] = {}
 
     def begin(self, timestep: float, reused: frozenset[Kind], kinds: frozenset[Kind], frees: bool) -> None:
-        """Notes that a call of the run begins, which reuses attentions of some kinds, and computes the others.
+        """Notes that a call of the run begins.
 
         Args:
-            frees: whether values go that were not computed anew when that was due before: their graphs are not called
+            reused: the kinds whose values the call reuses.
+            kinds: all kinds; values of the others are computed.
+            frees: whether to drop values that were not computed when they were last due. Their graphs are not called
                 any more.
         """
         for kind in kinds - reused:
             before, self._due[kind] = self._due.get(kind, 0), len(self.timesteps)
-            gone = [key for key, stored in self._stored.items() if stored.kind == kind and stored.iteration < before]
-            for key in gone if frees else ():
+            stale = [key for key, stored in self._stored.items() if stored.kind == kind and stored.iteration < before]
+            for key in stale if frees else ():
                 del self._stored[key]
                 self.reserved.pop(key, None)
         self.timesteps.append(timestep)
-        self.asked = self.asked or bool(reused)
+        self.should_reuse = self.should_reuse or bool(reused)
 
     def values(self, key: Key) -> list[Tensor]:
-        """What is stored, the latest last."""
+        """The stored values of a key, the latest last."""
         return self._stored[key].values if key in self._stored else []
 
-    def holds(self, entry: Entry, halved: bool) -> bool:
-        """Whether there is a value of the same computation, from when attentions of its kind were last to be computed.
+    def holds(self, value: CallValue, halved: bool) -> bool:
+        """Whether a value of the same computation is stored, and no older than from when its kind was last computed.
 
         Args:
-            halved: whether the call is one of the conditional half, of which a call with both halves stored it, too.
+            halved: whether the model is called with the conditional half alone. Calls with both halves store that
+                half, too.
         """
-        stored = self._stored.get(entry.key)
-        if stored is None or not stored.values or entry.kind is None:
+        stored = self._stored.get(value.key)
+        if stored is None or not stored.values or value.kind is None:
             return False
-        if stored.iteration < self._due.get(entry.kind, 0):
+        if stored.iteration < self._due.get(value.kind, 0):
             return False
         last = stored.values[-1]
-        if last.shape != entry.shape or last.dtype != entry.value.dtype:
+        if last.shape != value.shape or last.dtype != value.spec.dtype:
             return False
-        return stored.is_of(entry, stored.halves and not halved)
+        return stored.is_of(value, stored.halves and not halved)
 
-    def put(self, entry: Entry, value: Tensor, kept: int, halves: bool) -> None:
-        """Stores a value beside those before it, ``kept`` in all; the first one counts as those before, too.
+    def put(self, value: CallValue, computed: Tensor, history_length: int, halves: bool) -> None:
+        """Stores the newest tensor of a value behind the earlier ones, ``history_length`` in all.
 
-        So does one that was computed otherwise than those before.
+        The first tensor fills the whole history. So does one of another computation than those before.
 
         Args:
-            halves: whether it is one half of what a call with both computed.
+            halves: whether it is one half of what a call with both halves of guidance computed.
         """
-        stored = self._stored.get(entry.key)
-        values: list[Tensor] = []
+        stored = self._stored.get(value.key)
+        history: list[Tensor] = []
         if stored is not None and stored.values:
             last = stored.values[-1]
-            if last.shape == value.shape and last.dtype == value.dtype and stored.is_of(entry, halves):
-                values = stored.values
-        values = [*values, value][-kept:] if values else [value] * kept
-        latest = Constants(entry.constants), entry.sizes, halves, len(self.timesteps) - 1
-        self._stored[entry.key] = _Stored(values, entry.kind, *latest)
+            if last.shape == computed.shape and last.dtype == computed.dtype and stored.is_of(value, halves):
+                history = stored.values
+        history = [*history, computed][-history_length:] if history else [computed] * history_length
+        latest = ParameterVersions(value.constants), value.sizes, halves, len(self.timesteps) - 1
+        self._stored[value.key] = _Stored(history, value.kind, *latest)
 
     def clear(self) -> None:
         """Forgets all values; another run begins."""
         self.timesteps.clear()
-        self.asked = self.reuses = False
+        self.should_reuse = self.has_reused = False
         self.reserved.clear()
         self._stored.clear()
         self._due.clear()

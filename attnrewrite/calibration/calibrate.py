@@ -134,7 +134,7 @@ class _Recorder:
     """Compares each value with those before it; numbers stay on the device until the run is over."""
 
     def __init__(self, lags: int) -> None:
-        self.kept = lags
+        self.history_length = lags
         self._runs: list[_Recorded] = []
         self._current: dict[tuple[int, tuple[str, ...], Key], _Recorded] = {}
         self._lock = threading.Lock()
@@ -149,7 +149,7 @@ class _Recorder:
                 self._current[place] = _Recorded(observation.key, observation.path, observation.kind, stream)
                 self._runs.append(self._current[place])
             current = self._current[place]
-        before = [each[0] for each in current.steps[-self.kept :]]
+        before = [each[0] for each in current.steps[-self.history_length :]]
         earlier = observation.earlier[len(observation.earlier) - len(before) :]
         # More than 1, 2, ... where an attention was left out of some calls.
         lags = [iteration - each for each in before]
@@ -191,7 +191,7 @@ class _Recorder:
     def _differences(self, lags: Sequence[int], norms: Sequence[float]) -> tuple[float | None, ...]:
         norm, *changes = norms
         found = {lag: _ratio(change, norm) for lag, change in zip(lags, changes, strict=True)}
-        return tuple(found.get(lag) for lag in range(1, self.kept + 1))
+        return tuple(found.get(lag) for lag in range(1, self.history_length + 1))
 
 
 def _ratio(change: float, norm: float) -> float:

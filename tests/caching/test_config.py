@@ -263,7 +263,8 @@ def test_anything_else_is_refused() -> None:
     refused("pab", [*accepted, "'pab'"])
     refused(None, [*accepted, "None"])
     refused(
-        PyramidAttentionBroadcastConfig, [*accepted, "the class attnrewrite.caching.config.Pyramid", "not an object"]
+        PyramidAttentionBroadcastConfig,
+        [*accepted, "the class attnrewrite.options.cache_config.Pyramid", "not an object"],
     )
     refused(diffusers.FirstBlockCacheConfig(), [*accepted, "FirstBlockCacheConfig", "First-Block Cache, MagCache"])
     refused(diffusers.TaylorSeerCacheConfig(), [*accepted, "TaylorSeerCacheConfig", "TaylorSeer are not supported"])

@@ -195,7 +195,7 @@ def test_values_of_graphs_that_are_not_called_any_more_are_freed(clock: Clock) -
         for number in range(6):
             clock.now -= 1
             fast(tokens(number), number + 2)
-            taken.append(session.nbytes)
+            taken.append(session.memory.nbytes)
     # Of the calls that are due, and of those that are not and find nothing that fits.
     assert taken == [taken[0] * times for times in (1, 2, 3, 4, 3, 4)]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attnrewrite.caching.guidance import GuidanceDelta, halved_inputs
 from attnrewrite.caching.method import method_of
-from attnrewrite.caching.runs import Run
+from attnrewrite.caching.runs import DenoisingRun
 from attnrewrite.errors import CacheError
 from attnrewrite.options.cache_callbacks import timestep_of, weight_of
 from attnrewrite.options.cache_config import FasterCacheConfig, PyramidAttentionBroadcastConfig, validated
@@ -75,7 +75,7 @@ class Cached:
         self.model = copy.deepcopy(model)
         self.config = validated(config)
         self.method = method_of(self.config)
-        self.run = Run()
+        self.run = DenoisingRun()
         self.history: dict[str, list[Tensor]] = {}
         self.delta = GuidanceDelta(getattr(self.config, "tensor_format", "BFCHW"))
         self.computed: list[int] = []
@@ -106,7 +106,7 @@ class Cached:
                 value = module(*inputs)
             if kind not in reused or method.keeps_reused:
                 kept = value if distilled or halved else value.chunk(2)[1]
-                self.history[path] = [*history, kept][-method.kept :]
+                self.history[path] = [*history, kept][-method.history_length :]
             return value
 
         self.model.attend = attend

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from attnrewrite.analysis.kinds import Kind
 from attnrewrite.caching.guidance import GuidanceDelta
-from attnrewrite.caching.method import Method, method_of
-from attnrewrite.caching.runs import Run
+from attnrewrite.caching.method import CacheMethod, method_of
+from attnrewrite.caching.runs import DenoisingRun
 from attnrewrite.errors import AttnRewriteError, CacheError
 from attnrewrite.options.cache_callbacks import timestep_of, weight_of
 from attnrewrite.options.cache_config import FasterCacheConfig, PyramidAttentionBroadcastConfig, validated
@@ -30,11 +30,11 @@ def now() -> int:
     return 500
 
 
-def broadcast(**settings: Any) -> Method:
+def broadcast(**settings: Any) -> CacheMethod:
     return method_of(validated(PyramidAttentionBroadcastConfig(current_timestep_callback=now, **settings)))
 
 
-def faster_cache(**settings: Any) -> Method:
+def faster_cache(**settings: Any) -> CacheMethod:
     settings = {"attention_weight_callback": lambda module: 0.5, "current_timestep_callback": now, **settings}
     return method_of(validated(FasterCacheConfig(**settings)))
 
@@ -46,13 +46,13 @@ class Stream:
     """What a caller of the rules keeps for one stream of calls."""
 
     def __init__(self) -> None:
-        self.run = Run()
+        self.run = DenoisingRun()
         self.history: dict[str, list[Tensor]] = {}
         self.delta = GuidanceDelta("BCHW")
 
 
 def by_the_rules(
-    method: Method, sites: Mapping[str, Kind], calls: Sequence[Call], separate: bool, outputs: Tensor
+    method: CacheMethod, sites: Mapping[str, Kind], calls: Sequence[Call], separate: bool, outputs: Tensor
 ) -> list[tuple[Outcome, dict[str, Tensor], Tensor | None]]:
     """What each call gives: the outcome, what each attention gives, and the predicted half of the output.
 
@@ -87,7 +87,7 @@ def by_the_rules(
             else:
                 values[site] = labels[number]
             if kind not in kinds or method.keeps_reused:
-                stream.history[site] = [*history, values[site]][-method.kept :]
+                stream.history[site] = [*history, values[site]][-method.history_length :]
         predicted = None
         if halved:
             predicted = stream.delta.predict(outputs[number, 1:], float(call.low), float(call.high))
@@ -311,8 +311,8 @@ def test_faster_cache_has_no_cross_attention() -> None:
 
 
 def test_what_the_methods_keep() -> None:
-    assert (broadcast().kept, broadcast().keeps_reused) == (1, False)
-    assert (faster_cache().kept, faster_cache().keeps_reused) == (2, False)
+    assert (broadcast().history_length, broadcast().keeps_reused) == (1, False)
+    assert (faster_cache().history_length, faster_cache().keeps_reused) == (2, False)
     assert faster_cache(follow_diffusers=True).keeps_reused
 
 
@@ -339,7 +339,7 @@ def test_one_half_cannot_stand_in_for_both() -> None:
 # Runs -----------------------------------------------------------------------------------------------------------------
 
 
-def iterations(run: Run, timesteps: Sequence[float], signature: str = "") -> list[int]:
+def iterations(run: DenoisingRun, timesteps: Sequence[float], signature: str = "") -> list[int]:
     return [run.advance(timestep, signature) for timestep in timesteps]
 
 
@@ -356,11 +356,11 @@ def iterations(run: Run, timesteps: Sequence[float], signature: str = "") -> lis
     ],
 )
 def test_a_run_begins_where_the_timestep_turns_back(timesteps: list[float], expected: list[int]) -> None:
-    assert iterations(Run(), timesteps) == expected
+    assert iterations(DenoisingRun(), timesteps) == expected
 
 
 def test_a_run_begins_where_inputs_change_and_by_hand() -> None:
-    run = Run()
+    run = DenoisingRun()
     assert iterations(run, [9, 8]) == [0, 1]
     assert iterations(run, [7, 6], "larger") == [0, 1]
     run.reset()
@@ -369,7 +369,7 @@ def test_a_run_begins_where_inputs_change_and_by_hand() -> None:
 
 
 def test_repeated_timesteps_are_told() -> None:
-    run = Run()
+    run = DenoisingRun()
     repeated = []
     for timestep in (9, 9, 8, 8, 8, 7, 9, 9):
         run.advance(timestep, "")

@@ -569,7 +569,7 @@ def test_a_pipeline_names_its_streams_and_ends_its_runs() -> None:
         session = enabling._session_of(pipe.transformer._orig_mod)
         assert session is not None
         videos = [video(pipe, 2) for _ in range(2)]
-        assert session.nbytes == 0
+        assert session.memory.nbytes == 0
         # One step, which computes everything: without a reset it would go on where the second step was.
         (single,) = (video(pipe, 1),)
     assert len(graphs) == 2
