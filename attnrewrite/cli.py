@@ -160,20 +160,10 @@ def calibrate(
     import torch
 
     from attnrewrite import calibrate as calibrate_model
-    from attnrewrite.calibration.calibration import DEFAULT_THRESHOLD
-    from attnrewrite.calibration.render import print_calibration
-    from attnrewrite.call_layers import compiled_modules
+    from attnrewrite.calibration.calibration import DEFAULT_THRESHOLD, print_calibration
     from attnrewrite.errors import AttnRewriteError
 
-    if not isinstance(model, torch.nn.Module):
-        _bad_return(factory, f"an object of type {type(model).__name__} as the model", _RETURNS_A_RUN)
-    model.eval()
-    if not any(True for _ in compiled_modules(model)):
-        model.compile(backend="attnrewrite", options={"inner_backend": inner_backend or "eager"})
-    elif inner_backend is not None:
-        raise _BadInput(
-            f"--inner-backend {inner_backend}: the model that {factory} returned is compiled already; leave it out"
-        )
+    _compile_in_place(model, factory, inner_backend)
     with _users_code("run()", traceback), torch.no_grad():
         try:
             found = calibrate_model(
@@ -194,6 +184,23 @@ def calibrate(
         click.echo(f"\nThe proposed configuration:\n\n{found.to_python()}")
     _write(path, lambda file: file.write_text(found.to_json() + "\n", encoding="utf-8"))
     _write(plot, found.save_plot)
+
+
+def _compile_in_place(model: Any, factory: str, inner_backend: str | None) -> None:
+    """Puts the factory's model into evaluation mode, and compiles it if nothing in it is compiled."""
+    import torch
+
+    from attnrewrite.call_layers import compiled_modules
+
+    if not isinstance(model, torch.nn.Module):
+        _bad_return(factory, f"an object of type {type(model).__name__} as the model", _RETURNS_A_RUN)
+    model.eval()
+    if not any(True for _ in compiled_modules(model)):
+        model.compile(backend="attnrewrite", options={"inner_backend": inner_backend or "eager"})
+    elif inner_backend is not None:
+        raise _BadInput(
+            f"--inner-backend {inner_backend}: the model that {factory} returned is compiled already; leave it out"
+        )
 
 
 @main.group()

@@ -24,11 +24,12 @@ from attnrewrite.ir.nodes import is_tensor, same, tensor
 from attnrewrite.ir.site import AttentionSite
 from attnrewrite.ir.source import source_location
 
-__all__ = ["Kind", "SiteKind", "begins_with_batch", "is_named_temporal", "kinds_of"]
+__all__ = ["KINDS", "Kind", "SiteKind", "begins_with_batch", "is_named_temporal", "kinds_of"]
 
 _SIZES = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 Kind = Literal["spatial", "temporal", "cross"]
+KINDS: tuple[Kind, ...] = ("spatial", "temporal", "cross")
 
 
 class SiteKind(NamedTuple):

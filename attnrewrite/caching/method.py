@@ -19,12 +19,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attnrewrite.analysis.kinds import Kind
+from attnrewrite.analysis.kinds import KINDS, Kind
 from attnrewrite.options.cache_config import FasterCacheConfig, PyramidAttentionBroadcastConfig
 
 __all__ = ["CacheMethod", "method_of"]
-
-_KINDS: tuple[Kind, ...] = ("spatial", "temporal", "cross")
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ class CacheMethod(ABC):
         for kinds in active:
             for count in range(1, len(kinds) + 1):
                 for skipped in map(frozenset, itertools.combinations(kinds, count)):
-                    # The first call that computes all others. A kind that is computed in it, too, is never skipped alone.
+                    # The first call that computes all others. A kind that is computed in it always is with them.
                     call = math.lcm(*(self._schedules[kind].every for kind in kinds - skipped))
                     if all(call % self._schedules[kind].every for kind in skipped):
                         found.add(skipped)
@@ -257,7 +255,7 @@ def method_of(config: PyramidAttentionBroadcastConfig | FasterCacheConfig) -> Ca
     """
     schedules: dict[Kind, _SkipSchedule] = {}
     identifiers: dict[Kind, tuple[re.Pattern[str], ...] | None] = {}
-    for kind in _KINDS:
+    for kind in KINDS:
         every = getattr(config, f"{kind}_attention_block_skip_range", None)
         if every is not None:
             schedules[kind] = _SkipSchedule(every, *getattr(config, f"{kind}_attention_timestep_skip_range"))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from attnrewrite.analysis.kinds import KINDS
 from attnrewrite.caching.call import ModelCall, ModelReuse
 from attnrewrite.caching.graphs import is_parameter
 from attnrewrite.caching.guidance import check_halved, copied, first_output, halved_inputs
@@ -60,8 +61,7 @@ class Session:
         observer: sees what is computed, and says how many values are stored; default None: as many as the method needs.
         """
         method = method_of(config)
-        kinds = ("spatial", "temporal", "cross")
-        identifiers = (getattr(config, f"{kind}_attention_block_identifiers", None) for kind in kinds)
+        identifiers = (getattr(config, f"{kind}_attention_block_identifiers", None) for kind in KINDS)
         settings = (method.kinds, *identifiers)
         paths = ModelPaths(model, config, method)
         self.memory = CacheMemory(paths.name, config.memory_limit, config.offload)

@@ -1,4 +1,4 @@
-"""``calibrate``: a denoising run in which every attention is computed, and how much each changes from call to call."""
+"""``calibrate``: runs a denoising model without reuse and records how much each attention changes from call to call."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from attnrewrite.analysis.kinds import Kind
+from attnrewrite.analysis.kinds import KINDS, Kind
 from attnrewrite.caching.enabling import disable_cache, enable_session
 from attnrewrite.caching.session import Session
 from attnrewrite.caching.streams import Key, Observation
-from attnrewrite.calibration.calibration import DEFAULT_THRESHOLD, KINDS, Calibration, check_threshold
-from attnrewrite.calibration.proposals import SiteRun, Step
+from attnrewrite.calibration.calibration import DEFAULT_THRESHOLD, Calibration, check_threshold
+from attnrewrite.calibration.proposals import CallDifferences, SiteRun
 from attnrewrite.errors import CacheError, OptionError
-from attnrewrite.options.cache_config import PyramidAttentionBroadcastConfig, validated
+from attnrewrite.options.cache_config import FasterCacheConfig, PyramidAttentionBroadcastConfig, validated
 
 __all__ = ["calibrate"]
 
 _MIXED = (
-    "Calls of one stream were made at one timestep, and are compared with each other. If they are the conditional and "
-    "the unconditional pass, the proposals are wrong: call each within attnrewrite.cache_stream, and calibrate again. "
-    "(Solvers of second order make such calls rightly.)"
+    "One stream has two calls at one timestep, which are compared with each other. If they are the conditional and the "
+    "unconditional pass, the proposals are wrong: call each within attnrewrite.cache_stream, and calibrate again. "
+    "(Second-order solvers make such calls for good reason.)"
 )
 
 
@@ -45,23 +45,23 @@ def calibrate(
 ) -> Calibration:
     """Runs a model for real and records how much each attention changes from one call to the next.
 
-    Nothing is reused meanwhile, so ``run`` gives what it always gives. Its own inputs decide what is measured: take
-    the scheduler, the number of steps and the resolution of later use, and typical prompts.
+    Nothing is reused meanwhile, so ``run`` gives its usual results. What is measured depends on what ``run`` does: let
+    it use typical prompts, and the scheduler, number of steps and resolution that you will use later.
 
     Args:
         model: compiled, as for :func:`attnrewrite.enable_cache`; without a cache.
-        run: makes the calls of one or more denoising runs, such as ``lambda: pipe(prompt)``. Called once.
+        run: makes the calls of one or more denoising runs, such as ``lambda: pipe(prompt)``. It is called once.
         current_timestep_callback: gives the timestep of the call that is being made.
         threshold: the relative difference ``||x_t - x_{t-k}|| / ||x_t||`` that the proposals tolerate. Default 0.1.
-        lags: to how many calls before each call is compared; skip ranges up to one more are tried. As many values are
-            kept for each attention. Default 4.
+        lags: how many earlier calls each call is compared with; as many values are stored for each attention. Skip
+            ranges up to ``lags + 1`` are tried. Default 4.
         spatial_attention_block_identifiers, temporal_attention_block_identifiers, cross_attention_block_identifiers,
             memory_limit, offload: as in :class:`attnrewrite.PyramidAttentionBroadcastConfig`.
 
     Raises:
         OptionError: an argument is wrong.
-        CacheError: the model has a cache already, ``run`` did not call it or called it only once, and whatever calls
-            raise under :func:`attnrewrite.enable_cache`.
+        CacheError: the model has a cache already, or ``run`` did not call it or called it only once. Calls of the model
+            raise what they raise under :func:`attnrewrite.enable_cache`.
         TypeError: nothing in ``model`` is compiled.
 
     Example::
@@ -74,8 +74,8 @@ def calibrate(
     if not callable(run):
         raise OptionError(f"calibrate's run must be a function without arguments that calls the model; got {run!r}")
     if isinstance(lags, bool) or not isinstance(lags, int) or lags < 1:
-        raise OptionError(f"calibrate's lags must be a whole number of at least 1 (calls before); got {lags!r}")
-    # A skip range of 1 computes at every call, and keeps.
+        raise OptionError(f"calibrate's lags must be a whole number of at least 1 (earlier calls); got {lags!r}")
+    # A skip range of 1 computes at every call, and stores.
     config = validated(
         PyramidAttentionBroadcastConfig(
             spatial_attention_block_skip_range=1,
@@ -90,19 +90,39 @@ def calibrate(
         )
     )
     recorder = _Recorder(lags)
+    session = _recorded(model, run, config, recorder)
+    records = recorder.records()
+    _require_differences(records, session.name)
+    names = [f"{kind}_attention_block_identifiers" for kind in KINDS]
+    identifiers = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    return Calibration(session.name, records, threshold, identifiers, (_MIXED,) if session.is_mixed else ())
+
+
+def _recorded(
+    model: nn.Module,
+    run: Callable[[], Any],
+    config: PyramidAttentionBroadcastConfig | FasterCacheConfig,
+    recorder: _Recorder,
+) -> Session:
+    """Runs the model with a recorder and returns the session, which is over."""
     sessions: list[Session] = []
 
-    def session_of(root: nn.Module) -> Session:
+    def make_session(root: nn.Module) -> Session:
         sessions.append(Session(config, root, recorder))
         return sessions[0]
 
-    enable_session(model, session_of, "calibrate")
+    enable_session(model, make_session, "calibrate")
     try:
         run()
     finally:
         disable_cache(model)
-    name = sessions[0].name
-    records = recorder.records()
+    return sessions[0]
+
+
+def _require_differences(records: Sequence[SiteRun], name: str) -> None:
+    """Raises:
+    CacheError: there is nothing to compare. ``name`` is the model's.
+    """
     if not records:
         raise CacheError(
             f"run() did not call {name}, or not as it was given: it must call what calibrate was given (compile "
@@ -113,30 +133,40 @@ def calibrate(
             f"run() made no two calls of {name} that belong to one denoising run, so nothing can be compared: it must "
             "make all calls of a run, with timesteps that rise or fall"
         )
-    names = [f"{kind}_attention_block_identifiers" for kind in KINDS]
-    identifiers = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    return Calibration(name, records, threshold, identifiers, (_MIXED,) if sessions[0].is_mixed else ())
+
+
+class _RecordedCall(NamedTuple):
+    """One attention in one call.
+
+    Attributes:
+        lags: how many calls earlier each value was computed that this one was compared with.
+        norms: of the value, then of its difference from each earlier value.
+    """
+
+    iteration: int
+    timestep: float
+    lags: list[int]
+    norms: Tensor
 
 
 @dataclass
-class _Recorded:
+class _RecordedRun:
     """One attention in one run."""
 
     key: Key
     path: str
     kind: Kind
     stream: str
-    steps: list[tuple[int, float, list[int], Tensor]] = field(default_factory=list)
-    """Iteration, timestep, how many calls before each compared value is, and norms: the value's, then the changes'."""
+    calls: list[_RecordedCall] = field(default_factory=list)
 
 
 class _Recorder:
-    """Compares each value with those before it; numbers stay on the device until the run is over."""
+    """Compares each value with earlier ones. The norms stay on the device until the run is over."""
 
     def __init__(self, lags: int) -> None:
         self.history_length = lags
-        self._runs: list[_Recorded] = []
-        self._current: dict[tuple[int, tuple[str, ...], Key], _Recorded] = {}
+        self._runs: list[_RecordedRun] = []
+        self._current: dict[tuple[int, tuple[str, ...], Key], _RecordedRun] = {}
         self._lock = threading.Lock()
 
     def see(self, observation: Observation) -> None:
@@ -146,29 +176,29 @@ class _Recorder:
         with self._lock:
             if not observation.earlier:  # A run begins.
                 stream = "/".join(observation.stream)
-                self._current[place] = _Recorded(observation.key, observation.path, observation.kind, stream)
+                self._current[place] = _RecordedRun(observation.key, observation.path, observation.kind, stream)
                 self._runs.append(self._current[place])
             current = self._current[place]
-        before = [each[0] for each in current.steps[-self.history_length :]]
+        before = current.calls[-self.history_length :]
         earlier = observation.earlier[len(observation.earlier) - len(before) :]
-        # More than 1, 2, ... where an attention was left out of some calls.
-        lags = [iteration - each for each in before]
+        # Lags are not 1, 2, ... where some calls did not compute the attention.
+        lags = [iteration - each.iteration for each in before]
         dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
         norms = [torch.linalg.vector_norm(value, dtype=dtype)]
         for each in earlier:
             change = value - each.to(value.device, non_blocking=True)
             norms.append(torch.linalg.vector_norm(change, dtype=dtype))
-        current.steps.append((iteration, observation.timestep, lags, torch.stack(norms)))
+        current.calls.append(_RecordedCall(iteration, observation.timestep, lags, torch.stack(norms)))
 
     def records(self) -> tuple[SiteRun, ...]:
-        """Everything that was seen, by kind, stream and the order of the attentions."""
+        """All that was recorded, in the order of kinds, streams and attentions."""
         names = self._names()
         runs: Counter[tuple[str, Key]] = Counter()
         records = []
         for each in self._runs:
             steps = tuple(
-                Step(iteration, timestep, self._differences(lags, norms.tolist()))
-                for iteration, timestep, lags, norms in each.steps
+                CallDifferences(call.iteration, call.timestep, self._differences(call.lags, call.norms.tolist()))
+                for call in each.calls
             )
             number = runs[each.stream, each.key]
             runs[each.stream, each.key] += 1
@@ -195,7 +225,7 @@ class _Recorder:
 
 
 def _ratio(change: float, norm: float) -> float:
-    """A change from nothing to nothing is none."""
+    """The relative difference; 0 where both values are zero."""
     if norm == 0:
         return 0.0 if change == 0 else math.nan if math.isnan(change) else math.inf
     return change / norm

@@ -1,4 +1,4 @@
-"""What a calibration measured, and what follows from it."""
+"""The result of a calibration: what was measured, and the config that is proposed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from attnrewrite.analysis.kinds import Kind
-from attnrewrite.calibration.proposals import SiteRun, Window, least_threshold, mean_runs, proposed
+from rich.console import Console
+
+from attnrewrite.analysis.kinds import KINDS, Kind
+from attnrewrite.calibration.proposals import SiteRun, Window, lag_count, least_threshold, mean_runs, proposed
+from attnrewrite.calibration.render import Measured, plot, print_tables, tables_to_text
 from attnrewrite.errors import CacheError, OptionError
 from attnrewrite.options.cache_config import PyramidAttentionBroadcastConfig, validated
 
-__all__ = ["DEFAULT_THRESHOLD", "Calibration"]
+__all__ = ["DEFAULT_THRESHOLD", "Calibration", "check_threshold", "print_calibration"]
 
 DEFAULT_THRESHOLD = 0.1
-"""About what two of 30 steps change the noisy sample itself; see docs/calibrate.md."""
-
-KINDS: tuple[Kind, ...] = ("spatial", "temporal", "cross")
+"""About as much as two of 30 steps change the noisy sample itself; see docs/calibrate.md."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Calibration:
         threshold: the relative difference that is tolerated. For another one,
             ``dataclasses.replace(calibration, threshold=0.05)``.
         identifiers: the block identifiers that :func:`calibrate` was given, by the names of their settings.
-        notes: what to know before the numbers are believed.
+        notes: cautions about the numbers.
     """
 
     model: str
@@ -45,7 +46,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         """Raises:
-        OptionError: the threshold is no number above 0.
+        OptionError: the threshold is not a number above 0.
         """
         check_threshold(self.threshold)
 
@@ -56,16 +57,16 @@ class Calibration:
 
     @property
     def lags(self) -> int:
-        """To how many calls before each call was compared."""
-        return max((len(step.differences) for record in self.records for step in record.steps), default=0)
+        """How many earlier calls each call was compared with."""
+        return lag_count(self.records)
 
     @functools.cached_property
     def proposals(self) -> dict[Kind, Window | None]:
-        """For each kind of :attr:`kinds` what to reuse; None where all differences are above the threshold."""
+        """What to reuse, for each kind of :attr:`kinds`; None where all differences are above the threshold."""
         return {kind: proposed(mean_runs(self.records, kind), self.threshold) for kind in self.kinds}
 
     def config(self, current_timestep_callback: Callable[[], Any]) -> PyramidAttentionBroadcastConfig:
-        """The proposals as a configuration for :func:`attnrewrite.enable_cache`.
+        """The proposals as a config for :func:`attnrewrite.enable_cache`.
 
         Args:
             current_timestep_callback: gives the timestep of the call that is being made.
@@ -92,7 +93,10 @@ class Calibration:
         )
 
     def to_python(self, callback: str = "lambda: pipe.current_timestep") -> str:
-        """The configuration as Python code; ``callback`` is the source of its ``current_timestep_callback``.
+        """The config as Python code.
+
+        Args:
+            callback: the source of its ``current_timestep_callback``.
 
         Raises:
             CacheError: nothing is proposed.
@@ -113,7 +117,7 @@ class Calibration:
         return {**settings, **self.identifiers}
 
     def to_dict(self) -> dict[str, Any]:
-        """Records and proposals as JSON-ready data; differences that are not finite (of zeros, of NaN) are None."""
+        """Records and proposals as JSON-ready data. Differences that are not finite (of zeros, of NaN) are None."""
         return {
             "model": self.model,
             "threshold": self.threshold,
@@ -143,25 +147,32 @@ class Calibration:
 
     def to_text(self, width: int | None = None) -> str:
         """Tables of the kinds and of the attentions. ``width`` in columns; default: as wide as they need."""
-        from attnrewrite.calibration.render import calibration_to_text
-
-        return calibration_to_text(self, width)
+        return tables_to_text(self._measured, width)
 
     def save_plot(self, path: str | Path) -> Path:
-        """Draws the differences into a file of matplotlib's (.png, .svg, .pdf) and returns its path.
+        """Draws the differences with matplotlib into a file (.png, .svg, .pdf) and returns its path.
 
-        For each kind: the differences of each attention over the timesteps, their means, the threshold and the
-        proposed timesteps; below, each attention at each call.
+        A panel for each kind shows the differences of each attention over the timesteps, their means, the threshold and
+        the proposed timesteps. The last panel shows each attention at each call.
 
         Raises:
             CacheError: matplotlib is not installed.
         """
-        from attnrewrite.calibration.render import plot_calibration
+        return plot(self._measured, Path(path))
 
-        return plot_calibration(self, Path(path))
+    @property
+    def _measured(self) -> Measured:
+        """What tables and plot show."""
+        refusal = [] if any(self.proposals.values()) else [self.refusal]
+        return Measured(self.model, self.records, self.proposals, self.threshold, [*self.notes, *refusal])
 
     def __str__(self) -> str:
         return self.to_text()
+
+
+def print_calibration(calibration: Calibration, console: Console | None = None) -> None:
+    """Prints the tables of :meth:`Calibration.to_text` to a terminal, in color where the terminal has any."""
+    print_tables(calibration._measured, console)
 
 
 def _finite(difference: float | None) -> float | None:

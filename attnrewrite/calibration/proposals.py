@@ -1,7 +1,7 @@
 """Skip ranges and timesteps for Pyramid Attention Broadcast, from how attention changes from call to call.
 
-Plain numbers in, plain numbers out. What a configuration would reuse is taken from the differences of a run in which
-nothing was reused, so what reuse does to the calls behind it is not in them.
+Plain numbers go in and out. The differences come from a run without reuse, so they do not show what reuse does to the
+calls after it.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from dataclasses import dataclass
 
 from attnrewrite.analysis.kinds import Kind
 
-__all__ = ["SiteRun", "Step", "Window", "least_threshold", "mean_runs", "proposed"]
+__all__ = ["CallDifferences", "SiteRun", "Window", "lag_count", "least_threshold", "mean_runs", "proposed"]
 
 
 @dataclass(frozen=True)
-class Step:
-    """One call of the model.
+class CallDifferences:
+    """How much an attention (or the mean over several) differs in one call of the model from earlier calls.
 
     Attributes:
         iteration: how many calls of the run came before.
         timestep: in the scheduler's units.
-        differences: ``||x_t - x_{t-k}|| / ||x_t||`` for k = 1, 2, ...; None where the run has no call so long before.
+        differences: ``||x_t - x_{t-k}|| / ||x_t||`` for k = 1, 2, ...; None where the run had no such earlier call.
     """
 
     iteration: int
@@ -47,18 +47,19 @@ class SiteRun:
     kind: Kind
     stream: str
     run: int
-    steps: tuple[Step, ...]
+    steps: tuple[CallDifferences, ...]
 
 
 @dataclass(frozen=True)
 class Window:
-    """What is proposed for a kind.
+    """The proposal for a kind of attention.
 
     Attributes:
-        skip_range: attention is computed in one call of so many.
-        timestep_skip_range: between which timesteps, both ends excluded.
-        reused: in how many of the ``calls`` that were recorded attention would be reused.
-        mean_difference, largest_difference: of these calls, each the mean over the kind's attentions.
+        skip_range: the attention is computed in one of so many calls.
+        timestep_skip_range: the timesteps between which it is reused, both ends excluded.
+        reused: in how many of the recorded calls it would be reused.
+        calls: how many calls were recorded.
+        mean_difference, largest_difference: over the calls that would reuse it, of the mean over the kind's attentions.
     """
 
     skip_range: int
@@ -69,12 +70,12 @@ class Window:
     largest_difference: float
 
 
-def mean_runs(records: Sequence[SiteRun], kind: Kind) -> list[tuple[Step, ...]]:
-    """For each stream and run the mean differences of the kind's attentions, call by call.
+def mean_runs(records: Sequence[SiteRun], kind: Kind) -> list[tuple[CallDifferences, ...]]:
+    """The mean differences of the kind's attentions, call by call, for each stream and run.
 
-    An attention that has no difference at a call is left out of that call's mean.
+    An attention without a difference at a call is left out of that call's mean.
     """
-    runs: dict[tuple[str, int], dict[int, list[Step]]] = {}
+    runs: dict[tuple[str, int], dict[int, list[CallDifferences]]] = {}
     for record in records:
         if record.kind == kind:
             calls = runs.setdefault((record.stream, record.run), {})
@@ -83,28 +84,28 @@ def mean_runs(records: Sequence[SiteRun], kind: Kind) -> list[tuple[Step, ...]]:
     return [tuple(_mean(calls[iteration]) for iteration in sorted(calls)) for calls in runs.values()]
 
 
-def _mean(steps: Sequence[Step]) -> Step:
+def _mean(steps: Sequence[CallDifferences]) -> CallDifferences:
     first = steps[0]
     by_lag = [[each.differences[lag] for each in steps] for lag in range(len(first.differences))]
     known = [[difference for difference in lag if difference is not None] for lag in by_lag]
     means = tuple(math.fsum(lag) / len(lag) if lag else None for lag in known)
-    return Step(first.iteration, first.timestep, means)
+    return CallDifferences(first.iteration, first.timestep, means)
 
 
-def proposed(runs: Sequence[Sequence[Step]], threshold: float) -> Window | None:
+def proposed(runs: Sequence[Sequence[CallDifferences]], threshold: float) -> Window | None:
     """The skip range and the timesteps that reuse attention in the most calls; None if there are none.
 
-    At each call that would reuse attention, the mean difference over the kind's attentions from what it would reuse
-    is at most ``threshold``. The mean, since one setting holds for all attentions of a kind, whose outputs are added
-    up in the model; at each call, since calls that hardly change may not make up for one where attention jumps. Each
-    stream and run must pass by itself.
+    At each call that would reuse attention, the mean over the kind's attentions of the difference from the reused one
+    is at most ``threshold``. It is the mean because one setting holds for all attentions of a kind, whose outputs are
+    added up in the model. It holds at each call because calls that hardly change cannot make up for one where attention
+    jumps. Each stream and run must pass by itself.
 
-    Of settings that reuse as much, it is the one with the smallest mean difference, then with the fewest timesteps: a
+    Among settings that reuse equally often, the smallest mean difference wins, then the fewest timesteps, so that a
     window ends at calls for which reuse was measured.
 
     Args:
-        runs: of :func:`mean_runs`. Timesteps of a run rise or fall. As many skip ranges are tried as there are
-            differences: up to 1 more than the largest k.
+        runs: from :func:`mean_runs`. Timesteps of a run rise or fall. The skip ranges that are tried go up to 1 more
+            than the largest k.
         threshold: a relative difference.
     """
     calls = [run for run in runs if run]
@@ -114,8 +115,8 @@ def proposed(runs: Sequence[Sequence[Step]], threshold: float) -> Window | None:
     before = [bisect_left(every_call, timestep) for timestep in timesteps] + [len(every_call)]
     best: tuple[tuple[float, ...], int, int, int, _Total] | None = None
     for every in range(2, lags + 2):
-        tried = [_Run(run, every, threshold, timesteps) for run in calls]
-        # The widest first, so that what holds fewer calls than are reused already is passed over.
+        tried = [_RunWindows(run, every, threshold, timesteps) for run in calls]
+        # The widest windows come first, so that those with fewer calls than the best one reuses are passed over.
         for low, high in _widest_first(len(timesteps)):
             if best is not None and before[high + 1] - before[low] < best[0][0]:
                 continue
@@ -138,7 +139,7 @@ def proposed(runs: Sequence[Sequence[Step]], threshold: float) -> Window | None:
     )
 
 
-def least_threshold(runs: Sequence[Sequence[Step]]) -> float | None:
+def least_threshold(runs: Sequence[Sequence[CallDifferences]]) -> float | None:
     """The lowest threshold for which something is :func:`proposed`; None if there is none."""
     known = {each for run in runs for step in run for each in step.differences if each is not None}
     candidates = sorted(each for each in known if math.isfinite(each))
@@ -146,8 +147,15 @@ def least_threshold(runs: Sequence[Sequence[Step]]) -> float | None:
     return candidates[place] if place < len(candidates) else None
 
 
+def lag_count(records: Sequence[SiteRun]) -> int:
+    """How many earlier calls each call was compared with, at most."""
+    return max((len(step.differences) for record in records for step in record.steps), default=0)
+
+
 @dataclass(frozen=True)
 class _Total:
+    """Of the calls that would reuse attention: how many there are, and the sum and the largest of their differences."""
+
     reused: int = 0
     differences: float = 0.0
     largest: float = 0.0
@@ -173,22 +181,24 @@ def _sum(totals: Iterable[_Total | None]) -> _Total | None:
     )
 
 
-class _Run:
-    """What windows of one run reuse, at one skip range."""
+class _RunWindows:
+    """The windows of one run at one skip range, and what each reuses."""
 
-    def __init__(self, steps: Sequence[Step], every: int, threshold: float, timesteps: Sequence[float]) -> None:
+    def __init__(
+        self, steps: Sequence[CallDifferences], every: int, threshold: float, timesteps: Sequence[float]
+    ) -> None:
         self._steps, self._every, self._threshold = steps, every, threshold
         falls = steps[0].timestep > steps[-1].timestep
         self._falls = falls
         order = [-step.timestep if falls else step.timestep for step in steps]
         signed = [-timestep if falls else timestep for timestep in timesteps]
-        # The run's calls by the place of a timestep among all: the first not before it, and the last not behind it.
+        # For each timestep of all runs: this run's first call that is not before it, and its last one not after it.
         self._first = [bisect_left(order, timestep) for timestep in signed]
         self._last = [bisect_right(order, timestep) - 1 for timestep in signed]
         self._totals: dict[int, list[_Total]] = {}
 
     def reuse(self, low: int, high: int) -> _Total | None:
-        """What a window from one timestep to another reuses, both included; None if it may not be."""
+        """What the window between two timesteps, both included, reuses; None if a difference is above the threshold."""
         entry, end = (high, low) if self._falls else (low, high)
         first, last = self._first[entry], self._last[end]
         if first > last:
@@ -199,7 +209,7 @@ class _Run:
         return totals[last - first] if last - first < len(totals) else None
 
     def _from(self, first: int) -> list[_Total]:
-        """For windows that begin at a call and end at that one, the next one, and so on, as long as they may."""
+        """The totals of the windows that begin at a call, by their last call, as far as the threshold allows."""
         totals: list[_Total] = []
         total = _Total()
         # The call before the window computed its attention.
@@ -210,7 +220,7 @@ class _Run:
             else:
                 lag = step.iteration - computed
                 difference = step.differences[lag - 1] if lag <= len(step.differences) else None
-                # So that NaN is too much.
+                # NaN is above any threshold.
                 if difference is None or not difference <= self._threshold:
                     break
                 total = _Total(total.reused + 1, total.differences + difference, max(total.largest, difference))
@@ -219,7 +229,7 @@ class _Run:
 
 
 def _ends(timesteps: Sequence[float], low: int, high: int) -> tuple[float, float]:
-    """Timesteps that enclose a window and nothing else; below the lowest one -1, as in diffusers' configurations."""
+    """Timesteps that enclose a window and nothing else; -1 below the lowest timestep, as in diffusers' configs."""
     first, last = timesteps[low], timesteps[high]
     lowest = -1 if first > -1 else first - 1
     after = _between(timesteps[low - 1], first) if low else lowest

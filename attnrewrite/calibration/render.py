@@ -1,13 +1,14 @@
-"""The renderings of a :class:`~attnrewrite.caching.calibration.Calibration`: tables and a plot."""
+"""Tables and a plot of what was measured in a calibration."""
 
 from __future__ import annotations
 
 import io
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -15,49 +16,69 @@ from rich.table import Table
 from rich.text import Text
 
 from attnrewrite.analysis.kinds import Kind
-from attnrewrite.calibration.proposals import SiteRun, Step, mean_runs
+from attnrewrite.calibration.proposals import CallDifferences, SiteRun, Window, lag_count, mean_runs
 from attnrewrite.errors import CacheError
 
-if TYPE_CHECKING:
-    from attnrewrite.calibration.calibration import Calibration
-
-__all__ = ["calibration_to_text", "plot_calibration", "print_calibration"]
+__all__ = ["Measured", "plot", "print_tables", "tables_to_text"]
 
 _WIDTH = 240
-"""Of text that no terminal bounds; a table is as wide as it needs."""
+"""Columns of text outside of a terminal. A table is as wide as it needs, up to these."""
 
 
-def calibration_to_text(calibration: Calibration, width: int | None = None) -> str:
+@dataclass(frozen=True)
+class Measured:
+    """What the renderings show.
+
+    Attributes:
+        model: the name of its class.
+        records: each attention in each run of each stream.
+        proposals: for each kind of attention that the model has; None where nothing is proposed.
+        threshold: the relative difference that is tolerated.
+        notes: sentences to stand below the tables.
+    """
+
+    model: str
+    records: Sequence[SiteRun]
+    proposals: Mapping[Kind, Window | None]
+    threshold: float
+    notes: Sequence[str]
+
+
+def tables_to_text(measured: Measured, width: int | None = None) -> str:
     """The tables as plain text. ``width`` in columns; default: as wide as they need."""
     out = io.StringIO()
     console = Console(file=out, width=width or _WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
-    console.print(_tables(calibration))
+    console.print(_tables(measured))
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().split("\n")) + "\n"
 
 
-def print_calibration(calibration: Calibration, console: Console | None = None) -> None:
-    """Prints the tables to a terminal, in colour where the terminal has any."""
-    (console or Console()).print(_tables(calibration))
+def print_tables(measured: Measured, console: Console | None = None) -> None:
+    """Prints the tables to a terminal, in color where the terminal has any."""
+    (console or Console()).print(_tables(measured))
 
 
-def _tables(calibration: Calibration) -> RenderableType:
-    streams = {record.stream for record in calibration.records}
-    sites = {record.site for record in calibration.records}
-    calls = sum(len(run) for run in _runs_of_all(calibration))
+def _tables(measured: Measured) -> RenderableType:
+    sites = {record.site for record in measured.records}
+    calls = sum(len(run) for run in _runs_of_all(measured.records))
     summary = (
-        f"{calibration.model}: {len(sites)} attention{'s' * (len(sites) != 1)} in {calls} calls; "
-        f"relative differences from earlier calls, threshold {calibration.threshold:g}"
+        f"{measured.model}: {len(sites)} attention{'s' * (len(sites) != 1)} in {calls} calls; "
+        f"relative differences from earlier calls, threshold {measured.threshold:g}"
     )
-    lags = range(1, calibration.lags + 1)
-    titles = [_calls_before(lag) for lag in lags]
-    kinds = _table("kind", *titles, "computed", "timesteps", "reused", "largest")
-    for kind, window in calibration.proposals.items():
-        means = [_cell(_column(mean_runs(calibration.records, kind), lag)) for lag in lags]
+    notes = [Text(note, style="bold") for note in measured.notes]
+    return Group(Text(summary), _kind_table(measured), _site_table(measured), *notes)
+
+
+def _kind_table(measured: Measured) -> Table:
+    """A row for each kind: the mean differences, and the proposal."""
+    lags = _lags(measured)
+    table = _table("kind", *map(_calls_before, lags), "computed", "timesteps", "reused", "largest")
+    for kind, window in measured.proposals.items():
+        means = [_cell(_column(mean_runs(measured.records, kind), lag)) for lag in lags]
         if window is None:
-            kinds.add_row(kind, *means, "always", "", "", "")
+            table.add_row(kind, *means, "always", "", "", "")
             continue
         after, before = window.timestep_skip_range
-        kinds.add_row(
+        table.add_row(
             kind,
             *means,
             f"1 of {window.skip_range} calls",
@@ -65,22 +86,30 @@ def _tables(calibration: Calibration) -> RenderableType:
             f"{window.reused} of {window.calls} calls",
             f"{window.largest_difference:.3f}",
         )
-    with_stream = ["stream"] if streams != {""} else []
-    rows = _table("attention", "kind", *with_stream, *titles, "largest from the call before")
-    for group in _grouped(calibration.records):
+    return table
+
+
+def _site_table(measured: Measured) -> Table:
+    """A row for each attention in each stream: its mean differences, and the largest one."""
+    lags = _lags(measured)
+    with_stream = {record.stream for record in measured.records} != {""}
+    stream_title = ["stream"] if with_stream else []
+    table = _table("attention", "kind", *stream_title, *map(_calls_before, lags), "largest from the call before")
+    for group in _grouped(measured.records):
         steps = [record.steps for record in group]
         first = group[0]
-        rows.add_row(
+        table.add_row(
             Text(first.site),
             first.kind,
             *([Text(first.stream)] if with_stream else []),
             *(_cell(_column(steps, lag)) for lag in lags),
             _peak(steps),
         )
-    notes = [Text(note, style="bold") for note in calibration.notes]
-    if not any(calibration.proposals.values()):
-        notes.append(Text(calibration.refusal, style="bold"))
-    return Group(Text(summary), kinds, rows, *notes)
+    return table
+
+
+def _lags(measured: Measured) -> range:
+    return range(1, lag_count(measured.records) + 1)
 
 
 def _table(first: str, *others: str) -> Table:
@@ -95,10 +124,10 @@ def _calls_before(lag: int) -> str:
     return "1 call before" if lag == 1 else f"{lag} before"
 
 
-def _runs_of_all(calibration: Calibration) -> list[Sequence[Step]]:
-    """The calls of each stream and run, whatever is called in them."""
-    longest: dict[tuple[str, int], Sequence[Step]] = {}
-    for record in calibration.records:
+def _runs_of_all(records: Sequence[SiteRun]) -> list[Sequence[CallDifferences]]:
+    """The calls of each stream and run: those of its attention with the most calls."""
+    longest: dict[tuple[str, int], Sequence[CallDifferences]] = {}
+    for record in records:
         place = record.stream, record.run
         longest[place] = max(longest.get(place, ()), record.steps, key=len)
     return list(longest.values())
@@ -112,7 +141,7 @@ def _grouped(records: Sequence[SiteRun]) -> list[list[SiteRun]]:
     return list(groups.values())
 
 
-def _column(runs: Sequence[Sequence[Step]], lag: int) -> list[float]:
+def _column(runs: Sequence[Sequence[CallDifferences]], lag: int) -> list[float]:
     differences = [step.differences[lag - 1] for run in runs for step in run]
     return [difference for difference in differences if difference is not None]
 
@@ -122,7 +151,7 @@ def _cell(differences: Sequence[float]) -> str:
     return f"{statistics.fmean(differences):.3f}" if differences else ""
 
 
-def _peak(runs: Sequence[Sequence[Step]]) -> str:
+def _peak(runs: Sequence[Sequence[CallDifferences]]) -> str:
     found = [(step.differences[0], step.timestep) for run in runs for step in run if step.differences[0] is not None]
     known = [(difference, timestep) for difference, timestep in found if not math.isnan(difference)]
     if not known:
@@ -134,37 +163,41 @@ def _peak(runs: Sequence[Sequence[Step]]) -> str:
 # -- the plot ---------------------------------------------------------------------------------------------------------
 
 
-def plot_calibration(calibration: Calibration, path: Path) -> Path:
-    """See :meth:`attnrewrite.caching.calibration.Calibration.save_plot`."""
+def plot(measured: Measured, path: Path) -> Path:
+    """Draws the differences into a file and returns its path.
+
+    Raises:
+        CacheError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise CacheError("a calibration's plot needs matplotlib: pip install 'attnrewrite[plot]'") from error
-    groups = _grouped(calibration.records)
-    heights = [3.0] * len(calibration.kinds) + [1.5 + 0.16 * len(groups)]
+    groups = _grouped(measured.records)
+    heights = [3.0] * len(measured.proposals) + [1.5 + 0.16 * len(groups)]
     figure = Figure(figsize=(10, sum(heights)), layout="constrained")
     panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, kind in zip(panels, calibration.kinds, strict=False):
-        _draw_kind(axes, calibration, kind)
+    for axes, kind in zip(panels, measured.proposals, strict=False):
+        _draw_kind(axes, measured, kind)
     _draw_map(figure, panels[-1], groups)
     figure.savefig(path)
     return path
 
 
-def _draw_kind(axes: Any, calibration: Calibration, kind: Kind) -> None:
-    for record in calibration.records:
+def _draw_kind(axes: Any, measured: Measured, kind: Kind) -> None:
+    for record in measured.records:
         if record.kind == kind:
             axes.plot(*_line(record.steps, 1), color="0.75", linewidth=0.7, zorder=1)
-    runs = mean_runs(calibration.records, kind)
-    for lag in range(1, calibration.lags + 1):
+    runs = mean_runs(measured.records, kind)
+    for lag in _lags(measured):
         for number, run in enumerate(runs):
             label = f"mean, {_calls_before(lag)}" if number == 0 else None
             axes.plot(*_line(run, lag), color=f"C{(lag - 1) % 10}", linewidth=1.6, marker=".", label=label, zorder=2)
-    axes.axhline(calibration.threshold, color="black", linestyle=":", linewidth=1, label="threshold")
-    window = calibration.proposals[kind]
+    axes.axhline(measured.threshold, color="black", linestyle=":", linewidth=1, label="threshold")
+    window = measured.proposals[kind]
     title = f"{kind}: nothing to reuse"
     if window is not None:
-        # Only where there are calls: a window may end far from them.
+        # The span ends at the first and last calls: a window may end far from them.
         timesteps = [step.timestep for run in runs for step in run]
         after, before = window.timestep_skip_range
         axes.axvspan(max(after, min(timesteps)), min(before, max(timesteps)), color="C2", alpha=0.15, zorder=0)
@@ -179,14 +212,14 @@ def _draw_kind(axes: Any, calibration: Calibration, kind: Kind) -> None:
     axes.legend(fontsize=7)
 
 
-def _line(steps: Sequence[Step], lag: int) -> tuple[list[float], list[float]]:
+def _line(steps: Sequence[CallDifferences], lag: int) -> tuple[list[float], list[float]]:
     points = [(step.timestep, step.differences[lag - 1]) for step in steps]
     known = [(timestep, each) for timestep, each in points if each is not None and math.isfinite(each)]
     return [timestep for timestep, _ in known], [each for _, each in known]
 
 
 def _draw_map(figure: Any, axes: Any, groups: Sequence[Sequence[SiteRun]]) -> None:
-    """Each attention's difference from the call before; several runs one behind the other."""
+    """Draws each attention's difference from the call before, its runs one after the other."""
     rows = []
     for group in groups:
         cells = [step.differences[0] for record in group for step in record.steps]

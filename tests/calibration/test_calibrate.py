@@ -21,8 +21,8 @@ import attnrewrite
 from attnrewrite import CacheError, CacheMemoryError, Calibration, OptionError, PyramidAttentionBroadcastConfig
 from attnrewrite.analysis.kinds import Kind
 from attnrewrite.caching.method import method_of
-from attnrewrite.calibration.proposals import SiteRun, Step, least_threshold, mean_runs, proposed
-from attnrewrite.calibration.render import print_calibration
+from attnrewrite.calibration.calibration import print_calibration
+from attnrewrite.calibration.proposals import CallDifferences, SiteRun, least_threshold, mean_runs, proposed
 from attnrewrite.cli import main
 from attnrewrite.options.cache_config import validated
 
@@ -305,7 +305,7 @@ def test_zeros_and_nan_are_never_proposed_and_json_bears_them(clock: Clock) -> N
 # Proposals against the method itself ----------------------------------------------------------------------------------
 
 
-def best_by_trying(runs: Sequence[Sequence[Step]], threshold: float) -> int:
+def best_by_trying(runs: Sequence[Sequence[CallDifferences]], threshold: float) -> int:
     """In how many calls the best of all skip ranges and windows reuses, by the rules of the method that runs."""
     timesteps = sorted({step.timestep for run in runs for step in run})
     best = 0
@@ -318,7 +318,7 @@ def best_by_trying(runs: Sequence[Sequence[Step]], threshold: float) -> int:
 
 
 def reused_by_the_method(
-    runs: Sequence[Sequence[Step]], every: int, window: tuple[float, float], threshold: float
+    runs: Sequence[Sequence[CallDifferences]], every: int, window: tuple[float, float], threshold: float
 ) -> int | None:
     config = PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=every,
@@ -341,7 +341,7 @@ def reused_by_the_method(
 
 
 @st.composite
-def recorded(draw: st.DrawFn) -> list[tuple[Step, ...]]:
+def recorded(draw: st.DrawFn) -> list[tuple[CallDifferences, ...]]:
     lags = draw(st.integers(1, 3))
     runs = []
     for _ in range(draw(st.integers(1, 2))):
@@ -349,14 +349,16 @@ def recorded(draw: st.DrawFn) -> list[tuple[Step, ...]]:
         steps = []
         for iteration, timestep in enumerate(timesteps):
             known = [draw(st.sampled_from([0.0, 0.1, 0.2, 0.3])) for _ in range(min(iteration, lags))]
-            steps.append(Step(iteration, float(timestep), (*known, *[None] * (lags - len(known)))))
+            steps.append(CallDifferences(iteration, float(timestep), (*known, *[None] * (lags - len(known)))))
         runs.append(tuple(steps))
     return runs
 
 
 @settings(max_examples=100, deadline=None)
 @given(recorded())
-def test_the_proposal_reuses_as_much_as_any_that_may_be_and_as_the_method_does(runs: list[tuple[Step, ...]]) -> None:
+def test_the_proposal_reuses_as_much_as_any_that_may_be_and_as_the_method_does(
+    runs: list[tuple[CallDifferences, ...]],
+) -> None:
     window = proposed(runs, 0.15)
     best = best_by_trying(runs, 0.15)
     least = least_threshold(runs)
@@ -451,7 +453,7 @@ def example_of(lags: int = 2) -> Calibration:
     for site, kind in (("blocks.0.attn1", "spatial"), ("blocks[1].attn1", "spatial"), ("blocks.0.attn2", "cross")):
         for stream in ("cond", "uncond"):
             steps = tuple(
-                Step(i, 900.0 - 100 * i, tuple(0.04 * k if k <= i else None for k in range(1, lags + 1)))
+                CallDifferences(i, 900.0 - 100 * i, tuple(0.04 * k if k <= i else None for k in range(1, lags + 1)))
                 for i in range(9)
             )
             records.append(SiteRun(site, kind, stream, 0, steps))  # type: ignore[arg-type]
@@ -584,5 +586,5 @@ def test_passes_that_share_a_stream_are_noted(clock: Clock) -> None:
     mixed = attnrewrite.calibrate(model, lambda: loop(model, clock, twice), clock)
     assert apart.notes == () and mixed.to_dict()["notes"] == list(mixed.notes)
     note = "If they are the conditional and the unconditional pass, the proposals are wrong"
-    assert note in " ".join(mixed.to_text().split()) and mixed.to_python().startswith("# Calls of one stream")
+    assert note in " ".join(mixed.to_text().split()) and mixed.to_python().startswith("# One stream has two calls")
     assert note not in " ".join(apart.to_text().split())
