@@ -17,6 +17,7 @@ from attnrewrite.caching.call import ReusePlan, current_call
 from attnrewrite.inner import CompiledFn
 from attnrewrite.ir.source import name_source, source_name
 from attnrewrite.options.request import Request
+from attnrewrite.selection.decorated_parts import parts_in
 from attnrewrite.selection.requests import request_in_force
 from attnrewrite.torch_private import compile_lock, wrapped_call
 
@@ -43,6 +44,7 @@ class Variants:
         backend: what compiles the graph under the request and the plan that are in force.
         """
         self._gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        self._parts = [*parts_in(gm)]  # Which are asked about at each compilation.
         self._backend = backend
         self._sources = {node.target: source_name(node) for node in gm.graph.find_nodes(op="placeholder")}
         self._dynamic = any(_is_symbolic(value) for value in example_inputs) or None

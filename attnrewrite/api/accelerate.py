@@ -15,7 +15,7 @@ from torch.fx.traceback import annotate
 from attnrewrite.errors import AcceleratedTypeError, OptionError
 from attnrewrite.options.compile_options import tracing_settings
 from attnrewrite.options.request import kernel_names
-from attnrewrite.selection.decorated_parts import annotation_of
+from attnrewrite.selection.decorated_parts import DecoratedPart
 from attnrewrite.torch_private import COMPILED_CALL, TORCHDYNAMO_PREFIX, call_of, dynamo_config, skip_code
 
 __all__ = ["accelerate_attention"]
@@ -86,7 +86,7 @@ def _accelerate(target: Any, arguments: dict[str, Any]) -> Any:
         # nn.Module.__call__ looks here first; a descriptor makes the compiled call for each instance when it is needed.
         # Instances keep it under the same name, which nn.Module.__getstate__ leaves out of copies and pickles.
         setattr(target, COMPILED_CALL, _CompiledCall(arguments))
-        _let_dynamo_look(target, annotation_of(target.__qualname__, arguments))
+        _let_dynamo_look(target, DecoratedPart(target.__qualname__, arguments))
         return target
     if isinstance(target, nn.Module):
         setattr(target, COMPILED_CALL, _compiled(call_of(target), arguments, type(target).__qualname__))
@@ -99,13 +99,14 @@ def _accelerate(target: Any, arguments: dict[str, Any]) -> Any:
     )
 
 
-def _let_dynamo_look(cls: type[nn.Module], annotation: dict[str, str] | None) -> None:
-    """Gives the class a ``__call__`` of its own: with ``nn.Module``'s Dynamo goes to ``forward`` and asks for nothing.
+def _let_dynamo_look(cls: type[nn.Module], part: DecoratedPart | None) -> None:
+    """Gives the class a ``__call__`` of its own: with ``nn.Module``'s, Dynamo would go straight to ``forward``.
 
     Args:
-        annotation: of the class's instances; None leaves it to the ``_compiled_call_impl`` of each.
+        part: what the class's instances are; None leaves it to the ``_compiled_call_impl`` of each.
     """
     before = cls.__call__
+    annotation = None if part is None else part.annotation
     if annotation is None and before is not nn.Module.__call__:
         return
     before = getattr(before, "_undecorated", before)
@@ -120,6 +121,7 @@ def _let_dynamo_look(cls: type[nn.Module], annotation: dict[str, str] | None) ->
             return call_of(self)(*args, **kwargs) if plain else before(self, *args, **kwargs)
 
     call._undecorated = before  # type: ignore[attr-defined]
+    call._decorated_part = part  # type: ignore[attr-defined]  # Which lives as long as the class.
     cls.__call__ = _with_code_of_its_own(call)  # type: ignore[method-assign]
 
 
@@ -163,7 +165,8 @@ def _compiled_for_instance(call: Callable[..., Any], arguments: dict[str, Any]) 
 def _compiled(function: Callable[..., Any], arguments: dict[str, Any], name: str) -> Callable[..., Any]:
     """The function, compiled; where Dynamo comes upon it in a larger graph it is a part of that."""
     compiled = _compiled_alone(function, arguments)
-    annotation = annotation_of(name, arguments)
+    part = DecoratedPart(name, arguments)
+    annotation = part.annotation
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -175,6 +178,7 @@ def _compiled(function: Callable[..., Any], arguments: dict[str, Any], name: str
 
     for attribute in [key for key in vars(call) if key.startswith(TORCHDYNAMO_PREFIX)]:
         delattr(call, attribute)  # Of a function that was compiled before: Dynamo would pass by this one.
+    call._decorated_part = part  # type: ignore[attr-defined]  # Which lives as long as the function.
     result: Callable[..., Any] = _with_code_of_its_own(call)
     return result
 

@@ -7,7 +7,9 @@ So the decorator annotates the part's nodes, and here what it asks for at single
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
+import weakref
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -17,7 +19,7 @@ from torch import fx
 from attnrewrite.options.compile_options import DATA_DEPENDENT_SIZES, OWN_OPTIONS, Policy
 from attnrewrite.torch_private import dynamo_config
 
-__all__ = ["annotation_of", "inner_backend_is_given", "policy_at", "say_what_is_lost"]
+__all__ = ["DecoratedPart", "inner_backend_is_given", "parts_in", "policy_at", "say_what_is_lost"]
 
 log = logging.getLogger("attnrewrite")
 
@@ -30,11 +32,30 @@ inner_backend_is_given: ContextVar[bool] = ContextVar("attnrewrite_inner_backend
 """False where nothing is lost with a part's own inner backend, since ``explain`` takes none of the user's."""
 
 
-@dataclasses.dataclass
-class _Part:
-    name: str
-    arguments: Mapping[str, Any]
-    said: set[str] = dataclasses.field(default_factory=set)
+class DecoratedPart:
+    """A part of a model under :func:`accelerate_attention`.
+
+    The decorated class or function holds it, and so does each graph that it is a part of and that may be compiled again
+    (``variants.py``). It is forgotten with the last of them.
+
+    Attributes:
+        arguments: ``options``, ``mode`` and ``dynamic``, as for ``torch.compile``.
+        annotation: of the part's nodes (``torch.fx.traceback.annotate``).
+        said: the arguments that a warning said are not heard.
+    """
+
+    def __init__(self, name: str, arguments: Mapping[str, Any]) -> None:
+        """Args:
+        name: for messages.
+        arguments: as the attribute.
+        """
+        self.name = name
+        self.arguments = arguments
+        self.said: set[str] = set()
+        number = str(next(_numbers))
+        _parts[number] = self
+        # The key that all parts share names the innermost one. A key of its own keeps it known within inner parts.
+        self.annotation = {f"{_INNERMOST}_{number}": number, _INNERMOST: number}
 
     @property
     def _options(self) -> Mapping[str, Any]:
@@ -69,24 +90,12 @@ class _Part:
         return Policy.from_options(self._options, self.arguments["mode"])
 
 
-_parts: dict[str, _Part] = {}
-"""By their numbers: an annotation is made of strings, which Dynamo takes as constants."""
+_numbers = itertools.count()
+_parts: weakref.WeakValueDictionary[str, DecoratedPart] = weakref.WeakValueDictionary()
+"""The parts by their numbers: an annotation is made of strings, which Dynamo takes as constants."""
 
 
-def annotation_of(name: str, arguments: Mapping[str, Any]) -> dict[str, str]:
-    """The annotation (``torch.fx.traceback.annotate``) for a part that is decorated with these arguments.
-
-    Args:
-        name: of the part, for messages.
-        arguments: ``options``, ``mode`` and ``dynamic``, as for ``torch.compile``.
-    """
-    number = str(len(_parts))
-    _parts[number] = _Part(name, arguments)
-    # The innermost part is told by a key that all share; one of its own keeps those around it in their order.
-    return {f"{_INNERMOST}_{number}": number, _INNERMOST: number}
-
-
-def _parts_at(node: fx.Node) -> list[_Part]:
+def _parts_at(node: fx.Node) -> list[DecoratedPart]:
     """The decorated parts that the node is in, the innermost last."""
     custom = node.meta.get("custom") or {}
     if _INNERMOST not in custom:
@@ -114,7 +123,7 @@ def say_what_is_lost(gm: fx.GraphModule, policy: Policy) -> list[str]:
         OptionError: an option of a part has a wrong value.
     """
     notes = []
-    for part in _parts_in(gm):
+    for part in parts_in(gm):
         names = part.lost(policy)
         if not names:
             continue
@@ -128,8 +137,9 @@ def say_what_is_lost(gm: fx.GraphModule, policy: Policy) -> list[str]:
     return notes
 
 
-def _parts_in(gm: fx.GraphModule) -> Iterator[_Part]:
-    found: dict[int, _Part] = {}
+def parts_in(gm: fx.GraphModule) -> Iterator[DecoratedPart]:
+    """The decorated parts that nodes of a graph are in."""
+    found: dict[int, DecoratedPart] = {}
     for module in gm.modules():
         if isinstance(module, fx.GraphModule):
             found.update((id(part), part) for node in module.graph.nodes for part in _parts_at(node))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -421,3 +423,28 @@ def test_another_backend_compiles_the_decorated_part_as_it_is() -> None:
 def test_kernels_beside_a_mode() -> None:
     with pytest.raises(OptionError, match="or mode"):
         accelerate_attention(kernels="native", mode="max-autotune")
+
+
+def test_options_are_freed_with_the_class_that_is_decorated() -> None:
+    def inner(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return gm.forward
+
+    decorated = accelerate_attention(options={"inner_backend": inner})(type("Own", (Plain,), {}))
+    freed = weakref.ref(inner)
+    del inner
+    gc.collect()
+    assert freed() is not None
+    del decorated
+    gc.collect()
+    assert freed() is None
+
+
+def test_a_part_is_forgotten_with_the_function_that_is_decorated() -> None:
+    """torch.compile keeps the options for ever; the part is attnrewrite's own."""
+    decorated: Any = accelerate_attention(kernels=MATH)(lambda x: attend(x))
+    freed = weakref.ref(decorated._decorated_part)
+    gc.collect()
+    assert freed() is not None
+    del decorated
+    gc.collect()
+    assert freed() is None
