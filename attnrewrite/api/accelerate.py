@@ -1,4 +1,4 @@
-"""``@accelerate_attention``: the backend for one module or one function."""
+"""``@accelerate_attention``: compiles one module or one function with attnrewrite."""
 
 from __future__ import annotations
 
@@ -46,25 +46,25 @@ def accelerate_attention(
 ) -> Any:
     """Compiles a module class, a module or a function with ``backend="attnrewrite"``.
 
-    On a class, every instance is compiled on its first call: subclasses, ``deepcopy``, ``pickle`` and ``state_dict``
-    work as before, and copies are compiled anew. On an instance, that instance is compiled in place and returned;
-    copies of it are plain modules. On a function, a compiled function is returned.
+    A class is returned itself, and each instance is compiled on its first call. Subclasses, ``deepcopy``, ``pickle``
+    and ``state_dict`` work as before, and copies are compiled anew. An instance is compiled in place and returned;
+    copies of it are plain modules. Of a function, a compiled function is returned.
 
     Within a model that is itself compiled with ``backend="attnrewrite"`` the decorated part belongs to the model's
-    graph. What concerns single attentions holds there as well (``kernels`` and, of the options, ``kernels``,
-    ``kernel_rules``, ``strict``, ``assume_attended_rows``, ``checks`` and ``autotune``), the innermost decorator first;
-    of the rest a warning names what differs from the model's own options. Where the part breaks the graph it is
-    compiled by itself, with all that it asks for.
+    graph. Arguments that concern single attentions hold there as well: ``kernels``, and the options ``kernels``,
+    ``kernel_rules``, ``strict``, ``assume_attended_rows``, ``checks`` and ``autotune``. The innermost decorator wins.
+    Where other arguments differ from the model's own options, a warning names them. A part that breaks the graph is
+    compiled by itself, with all its arguments.
 
     Args:
-        target: an ``nn.Module`` class, an ``nn.Module`` or a function. Left out, a decorator is returned.
-        kernels: the kernels to use here, in order of preference, whatever a context manager, the options or the
-            environment ask for. Default None: nothing is asked for here.
+        target: an ``nn.Module`` class, an ``nn.Module`` or a function. Without it, a decorator is returned.
+        kernels: the kernels to use here, in order of preference. They win over context managers, options and the
+            environment. Default None: no wish.
         fullgraph, dynamic, mode, options: as for ``torch.compile``.
 
     Raises:
         TypeError: ``target`` is none of the three.
-        OptionError: ``kernels`` beside ``mode``, which is no more an option than it is for ``torch.compile``.
+        OptionError: both ``kernels`` and ``mode`` are given; ``torch.compile`` takes options or a mode, not both.
     """
     if kernels is not None:
         if mode is not None:
@@ -83,7 +83,7 @@ def accelerate_attention(
 
 def _accelerate(target: Any, arguments: dict[str, Any]) -> Any:
     if isinstance(target, type) and issubclass(target, nn.Module):
-        # nn.Module.__call__ looks here first; a descriptor makes the compiled call for each instance when it is needed.
+        # nn.Module.__call__ looks here first. The descriptor makes the compiled call of an instance when it is needed.
         # Instances keep it under the same name, which nn.Module.__getstate__ leaves out of copies and pickles.
         setattr(target, COMPILED_CALL, _CompiledCall(arguments))
         _let_dynamo_look(target, DecoratedPart(target.__qualname__, arguments))
@@ -115,7 +115,7 @@ def _let_dynamo_look(cls: type[nn.Module], part: DecoratedPart | None) -> None:
     @functools.wraps(before)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if annotation is None or not torch.compiler.is_compiling():
-            # Looked up again, since tracers put their own in its place.
+            # ``nn.Module.__call__`` is looked up again, since tracers replace it.
             return nn.Module.__call__(self, *args, **kwargs) if plain else before(self, *args, **kwargs)
         with annotate(annotation):
             return call_of(self)(*args, **kwargs) if plain else before(self, *args, **kwargs)
@@ -126,7 +126,7 @@ def _let_dynamo_look(cls: type[nn.Module], part: DecoratedPart | None) -> None:
 
 
 def _with_code_of_its_own(function: Any) -> Any:
-    """Dynamo keeps what it compiled, and what it skips, by code object."""
+    """The function with a new code object, by which Dynamo knows what it compiled and what it skips."""
     function.__code__ = function.__code__.replace()
     return function
 
@@ -136,11 +136,11 @@ class _CompiledCall:
         self._arguments = arguments
 
     def __get__(self, instance: nn.Module | None, owner: type) -> Callable[..., Any] | None:
-        # Dynamo has annotated what it inlines (_let_dynamo_look), and goes on to forward.
+        # Dynamo has annotated what it inlines (_let_dynamo_look), and continues with forward.
         if instance is None or torch.compiler.is_compiling():
             return None
         kept = instance.__dict__.get(COMPILED_CALL)
-        # A replica of DataParallel takes over the whole __dict__: what is in it must have been made for this instance.
+        # A DataParallel replica copies the whole __dict__: its compiled call must have been made for this instance.
         if kept is None or kept[0]() is not instance:
             kept = (weakref.ref(instance), _compiled_for_instance(call_of(instance), self._arguments))
             instance.__dict__[COMPILED_CALL] = kept
@@ -148,22 +148,22 @@ class _CompiledCall:
         return compiled
 
     def __set__(self, instance: nn.Module, value: Callable[..., Any] | None) -> None:
-        """``module.compile(...)`` puts its own compiled call here, and so does the decorator on an instance."""
+        """Stores the compiled call of ``module.compile(...)``, or of the decorator on an instance."""
         instance.__dict__[COMPILED_CALL] = (weakref.ref(instance), value)
 
 
-# A frame of it is run as it is, whatever Dynamo compiles around it.
+# Dynamo is not to compile this frame.
 skip_code(_CompiledCall.__get__.__code__)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _compiled_for_instance(call: Callable[..., Any], arguments: dict[str, Any]) -> Callable[..., Any]:
-    """Dynamo would take ``torch.compile`` for the function that it is given."""
+    """:func:`_compiled_alone`, which Dynamo is not to trace: it would take ``torch.compile(f)`` for ``f``."""
     return _compiled_alone(call, arguments)
 
 
 def _compiled(function: Callable[..., Any], arguments: dict[str, Any], name: str) -> Callable[..., Any]:
-    """The function, compiled; where Dynamo comes upon it in a larger graph it is a part of that."""
+    """The function, compiled. Where Dynamo meets it in a larger graph, it becomes a part of that graph."""
     compiled = _compiled_alone(function, arguments)
     part = DecoratedPart(name, arguments)
     annotation = part.annotation
@@ -172,12 +172,12 @@ def _compiled(function: Callable[..., Any], arguments: dict[str, Any], name: str
     def call(*args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             return compiled(*args, **kwargs)
-        # Dynamo breaks no graph within an annotation: what it cannot trace is called as it is, and compiled alone.
+        # Dynamo breaks no graph within an annotation: a function that it cannot trace is called, and compiled alone.
         with annotate(annotation):
             return function(*args, **kwargs)
 
     for attribute in [key for key in vars(call) if key.startswith(TORCHDYNAMO_PREFIX)]:
-        delattr(call, attribute)  # Of a function that was compiled before: Dynamo would pass by this one.
+        delattr(call, attribute)  # A function that was compiled before has these: Dynamo would pass over this one.
     call._decorated_part = part  # type: ignore[attr-defined]  # Which lives as long as the function.
     result: Callable[..., Any] = _with_code_of_its_own(call)
     return result

@@ -1,4 +1,4 @@
-"""The arguments of :func:`attnrewrite.attention_forward`: rearranged, and a sentence where they do not fit together."""
+"""Checks of the arguments of :func:`attnrewrite.attention_forward`, and query, key and value as (b, n, s, d)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from attnrewrite.errors import AttentionInputError
 
-__all__ = ["PLAIN", "ScoreMod", "Settings", "checked", "under_autocast"]
+__all__ = ["PLAIN", "CallSettings", "ScoreMod", "checked", "under_autocast"]
 
 ScoreMod: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 PLAIN = "b n s d"
-"""Batch, heads, sequence, head size."""
+"""Batch, heads, sequence, head_dim."""
 
 
-class Settings(NamedTuple):
-    """Everything of a call that is not a tensor: each has a compiled function of its own."""
+class CallSettings(NamedTuple):
+    """The arguments of a call that are no tensors. For each combination of them one function is compiled."""
 
     q_pattern: str
     k_pattern: str
@@ -36,12 +36,12 @@ class Settings(NamedTuple):
 
 
 def checked(
-    settings: Settings, q: Tensor, k: Tensor, v: Tensor, mask: Any, score_mod: ScoreMod | None
+    settings: CallSettings, q: Tensor, k: Tensor, v: Tensor, mask: Any, score_mod: ScoreMod | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value as (b, n, s, d), checked.
 
     Raises:
-        AttentionInputError: something does not fit.
+        AttentionInputError: the arguments do not fit together.
     """
     _check_settings(settings, score_mod)
     for name, operand in (("q", q), ("k", k), ("v", v)):
@@ -60,7 +60,7 @@ def checked(
     return q, k, v
 
 
-def _check_settings(settings: Settings, score_mod: ScoreMod | None) -> None:
+def _check_settings(settings: CallSettings, score_mod: ScoreMod | None) -> None:
     _check_pattern(settings.q_pattern, "q_pattern")
     _check_pattern(settings.k_pattern, "k_pattern")
     _check_pattern(settings.v_pattern, "v_pattern")
@@ -89,7 +89,7 @@ def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, operand in (("k", k), ("v", v)):
         if operand.device != q.device:
             raise AttentionInputError(f"{name} is on {operand.device} and q on {q.device}; move them to one device")
-        # Autocast brings the dtypes together.
+        # Autocast converts both operands to one dtype.
         if operand.dtype != q.dtype and not under_autocast(q):
             raise AttentionInputError(f"{name} is {operand.dtype} and q {q.dtype}; convert them to one dtype")
     if not q.dtype.is_floating_point:
@@ -97,13 +97,13 @@ def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def under_autocast(q: Tensor) -> bool:
-    """Whether autocast brings the operands of a product to one dtype here."""
+    """Whether autocast converts the operands of a product to one dtype here."""
     kind = q.device.type
-    # Whether a device has autocast cannot be asked within a graph before torch 2.13; this one has none.
+    # The meta device has no autocast. Before torch 2.13 this cannot be asked within a graph.
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
-def _check_sizes(settings: Settings, q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_sizes(settings: CallSettings, q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, operand in (("k", k), ("v", v)):
         if operand.shape[0] != q.shape[0]:
             raise AttentionInputError(
@@ -128,7 +128,7 @@ def _check_sizes(settings: Settings, q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _check_mask(settings: Settings, mask: Any, q: Tensor, k: Tensor) -> None:
+def _check_mask(settings: CallSettings, mask: Any, q: Tensor, k: Tensor) -> None:
     if isinstance(mask, BlockMask):
         if not settings.use_flex:
             raise AttentionInputError("attn_mask is a BlockMask, which only FlexAttention takes; set use_flex=True")
@@ -141,8 +141,8 @@ def _check_mask(settings: Settings, mask: Any, q: Tensor, k: Tensor) -> None:
     additive = mask.dtype in (q.dtype, torch.float32) or (mask.dtype.is_floating_point and under_autocast(q))
     if mask.dtype is not torch.bool and not additive:
         raise AttentionInputError(
-            f"attn_mask is {mask.dtype}; give a boolean one (true where a key counts) or one of q's dtype, {q.dtype}, "
-            "that is added to the scores"
+            f"attn_mask is {mask.dtype}; give a boolean one (true where a key counts), or one of q's dtype, {q.dtype}, "
+            "which is added to the scores"
         )
     scores = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     own = tuple(mask.shape)
@@ -151,8 +151,8 @@ def _check_mask(settings: Settings, mask: Any, q: Tensor, k: Tensor) -> None:
         fits = fits and (size == 1 or size == full)
     if not fits:
         raise AttentionInputError(
-            f"attn_mask has the shape {_shown(own)} and does not broadcast to (batch, heads, queries, keys), "
-            f"{_shown(scores)}; reshape it, for instance mask[:, None, None, :] for key padding"
+            f"attn_mask has the shape {_shape_in_words(own)} and does not broadcast to (batch, heads, queries, keys), "
+            f"{_shape_in_words(scores)}; reshape it, for instance mask[:, None, None, :] for key padding"
         )
 
 
@@ -166,8 +166,8 @@ def _check_block_mask(mask: BlockMask, q: Tensor, k: Tensor) -> None:
     ):
         scores = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         raise AttentionInputError(
-            f"attn_mask is a BlockMask for {_shown(mask.shape)} and the scores are {_shown(scores)}; make it with "
-            "create_block_mask for these sizes"
+            f"attn_mask is a BlockMask for {_shape_in_words(mask.shape)} and the scores are {_shape_in_words(scores)}; "
+            "make it with create_block_mask for these sizes"
         )
     if mask.kv_num_blocks.device != q.device:
         raise AttentionInputError(
@@ -175,7 +175,7 @@ def _check_block_mask(mask: BlockMask, q: Tensor, k: Tensor) -> None:
         )
 
 
-def _shown(shape: Sequence[int]) -> str:
+def _shape_in_words(shape: Sequence[int]) -> str:
     return f"({', '.join([str(int(size)) for size in shape])})"
 
 
@@ -221,14 +221,14 @@ def _arranged(operand: Tensor, pattern: str, dims: Mapping[str, int], name: str)
 
     Args:
         operand: a tensor in ``pattern``.
-        dims: sizes of axes, of which each bracket of the pattern needs all but one.
-        name: what it is called in a message.
+        dims: sizes of axes. Each bracket of the pattern needs all but one of its own.
+        name: of the operand, for messages.
     """
     groups = _groups(pattern)
     if operand.dim() != len(groups):
         raise AttentionInputError(
-            f"{name} has {operand.dim()} dimensions and {name}_pattern={pattern!r} names {len(groups)}; give the "
-            "pattern that it has"
+            f"{name} has {operand.dim()} dimensions and {name}_pattern={pattern!r} names {len(groups)}; correct the "
+            "pattern"
         )
     if pattern == PLAIN:
         return operand

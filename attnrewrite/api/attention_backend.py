@@ -15,16 +15,16 @@ from attnrewrite.selection.requests import attention_backend
 
 __all__ = ["reset_attention_backend", "set_attention_backend"]
 
-
-# The kernels of one model.
+_LAYER = "kernels"
 
 
 def set_attention_backend(model: nn.Module, *names: str | Sequence[str], strict: bool = False) -> None:
-    """Every call of ``model`` runs under :func:`attention_backend` with these kernels, until it is reset.
+    """Runs every call of ``model`` under :func:`attention_backend` with these kernels, until it is reset.
 
     Args:
         model: a compiled module (``torch.compile(module)``, ``module.compile()`` or a class under
-            :func:`accelerate_attention`), or a module that holds compiled ones.
+            :func:`accelerate_attention`), or a module that contains compiled ones.
+        names, strict: as for :func:`attention_backend`.
 
     Raises:
         OptionError: a name is unknown.
@@ -33,8 +33,8 @@ def set_attention_backend(model: nn.Module, *names: str | Sequence[str], strict:
     kernel_names(names, "set_attention_backend")
     if not isinstance(model, nn.Module):
         raise BackendTypeError(
-            f"set_attention_backend takes a compiled nn.Module, not {model!r}; call a compiled function within "
-            "attention_backend(...)"
+            f"set_attention_backend takes a compiled nn.Module, not {model!r}; for a compiled function, use "
+            "attention_backend(...) around its calls"
         )
     reset_attention_backend(model)
     modules = list(compiled_modules(model))
@@ -48,12 +48,9 @@ def set_attention_backend(model: nn.Module, *names: str | Sequence[str], strict:
 
 
 def reset_attention_backend(model: nn.Module) -> None:
-    """Undoes :func:`set_attention_backend`; nothing happens where it was not called."""
+    """Undoes :func:`set_attention_backend`. On other models it does nothing."""
     for module in model.modules():
         unwrap_calls(module, _LAYER)
-
-
-_LAYER = "kernels"
 
 
 def _under(call: Callable[..., Any], names: Sequence[str | Sequence[str]], strict: bool) -> Callable[..., Any]:

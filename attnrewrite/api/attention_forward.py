@@ -1,7 +1,7 @@
-"""``attention_forward``: one attention, with the signature of DiffSynth-Studio's.
+"""``attention_forward``: one attention, with the signature of DiffSynth-Studio's function.
 
-Inside a graph that is compiled it is plain mathematics, a call of ``scaled_dot_product_attention`` with a mask made of
-positions, which the backend finds like any other attention. Called eagerly it runs that same function, compiled with
+Within a graph that is compiled it is plain mathematics: a call of ``scaled_dot_product_attention`` with a mask computed
+from positions, which the backend finds like any other attention. An eager call runs the same function, compiled with
 ``backend="attnrewrite"``.
 
 Source: https://github.com/modelscope/DiffSynth-Studio/blob/16ab67bf/diffsynth/core/attention/attention.py
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx.traceback import annotate
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from attnrewrite.api.arguments import PLAIN, ScoreMod, Settings, checked, under_autocast
+from attnrewrite.api.arguments import PLAIN, CallSettings, ScoreMod, checked, under_autocast
 from attnrewrite.errors import AttentionInputError
 from attnrewrite.ir.source import SourceLocation, called_from, own_files
 from attnrewrite.options.environment import request_of_environment
@@ -53,32 +53,31 @@ def attention_forward(
 ) -> Tensor:
     """``softmax(scale * q @ k^T, masked) @ v``, by the kernel that attnrewrite chooses.
 
-    What masks is combined: a key counts where ``attn_mask``, ``is_causal`` and ``window_size`` all keep it. A row
-    without a key gives zero, as in ``scaled_dot_product_attention``.
+    Masks are combined: a key counts where ``attn_mask``, ``is_causal`` and ``window_size`` all keep it. A query without
+    any key gives zero, as in ``scaled_dot_product_attention``.
 
     Args:
         q: the query; (b, n, s, d) once it is rearranged.
-        k, v: key (b, m, t, d) and value (b, m, t, e), of the query's dtype and device. n is a multiple of m: each
-            head of the key serves n / m neighbouring heads of the query.
-        q_pattern, k_pattern, v_pattern, out_pattern: einops patterns of b (batch), n (heads), s (sequence) and d (head
-            size), such as ``"b s (n d)"``. Default ``"b n s d"``.
-        dims: sizes of axes, for patterns that are not ``"b n s d"``, such as ``{"n": 8}``. It holds for all of them:
-            with fewer heads in the key give ``{"d": 64}``. Default None.
-        attn_mask: boolean, true where a key counts, or additive; broadcast to (b, n, s, t). With ``use_flex`` it may be
-            a ``BlockMask``. Default None.
-        scale: default None, which is ``d ** -0.5``.
-        is_causal: a query attends the keys up to its own position, counted from the first. Default False.
-        compatibility_mode: PyTorch's ``scaled_dot_product_attention`` serves this call, whatever else is asked for
-            (kernel ``native``). Beside ``use_flex`` it says nothing, as in DiffSynth-Studio. Default False.
-        window_size: the keys at most so many positions before or after the query's own count; needs s = t. Default
-            None: all.
-        use_flex: ``torch.nn.attention.flex_attention`` serves this call, whatever else is asked for. On the CPU it has
-            no backward pass. Default False.
-        score_mod: a ``score_mod`` of FlexAttention, ``(score, b, n, s, t) -> score`` of one score and its place; it is
-            applied after the scale and before what masks. Default None.
+        k, v: key (b, m, t, d) and value (b, m, t, e), with the query's dtype and device. n is a multiple of m: each
+            head of the key serves n / m neighboring heads of the query (GQA).
+        q_pattern, k_pattern, v_pattern, out_pattern: einops patterns of b (batch), n (heads), s (sequence) and d
+            (head_dim), such as ``"b s (n d)"``. Default ``"b n s d"``.
+        dims: sizes of axes, for patterns with brackets, such as ``{"n": 8}``. They hold for all patterns: if the key
+            has fewer heads, give ``{"d": 64}``. Default None.
+        attn_mask: boolean (true where a key counts) or additive; it is broadcast to (b, n, s, t). With ``use_flex`` it
+            may be a ``BlockMask``. Default None.
+        scale: of the scores. Default None, which is ``d ** -0.5``.
+        is_causal: whether a query sees only the keys up to its own position, counted from the first. Default False.
+        compatibility_mode: whether PyTorch's ``scaled_dot_product_attention`` (kernel ``native``) must serve this call,
+            whatever else is asked for. It has no effect with ``use_flex``, as in DiffSynth-Studio. Default False.
+        window_size: how many positions before and after its own a query sees; needs s = t. Default None: all.
+        use_flex: whether ``torch.nn.attention.flex_attention`` must serve this call, whatever else is asked for. It has
+            no backward pass on the CPU. Default False.
+        score_mod: a ``score_mod`` as for FlexAttention, ``(score, b, n, s, t) -> score``, of one score and its
+            position. It is applied after the scale and before the masks. Default None.
 
     Returns:
-        The attention in ``out_pattern``, of (b, n, s, e), in the query's dtype.
+        The attention, rearranged from (b, n, s, e) to ``out_pattern``, in the query's dtype.
 
     Raises:
         AttentionInputError: the arguments do not fit together.
@@ -88,10 +87,10 @@ def attention_forward(
         raise AttentionInputError(f"dims takes a dictionary such as {{'n': 8}}, not {type(dims).__name__}")
     sizes = tuple(dims.items()) if dims else ()
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
-    settings = Settings(*patterns, sizes, scale, is_causal, compatibility_mode, window_size, use_flex)
+    settings = CallSettings(*patterns, sizes, scale, is_causal, compatibility_mode, window_size, use_flex)
     if torch.compiler.is_compiling():
         return _attend(settings, q, k, v, attn_mask, score_mod)
-    # Said here and not out of a half-traced graph.
+    # Errors are raised here, and not from a half-traced graph.
     checked(settings, q, k, v, attn_mask, score_mod)
     compiled = _compiled(settings, _kind(q, k, v, attn_mask), request_of_environment())
     caller = sys._getframe(1)
@@ -111,19 +110,24 @@ def attention_forward(
 
 
 def _kind(*tensors: Any) -> tuple[Any, ...]:
-    """What makes Dynamo compile anew, sizes apart: each kind has a function and so a recompilation limit of its own."""
+    """All that Dynamo guards on, except sizes: each kind has its own function, and so its own recompilation limit."""
     own = [(x.dtype, x.device, x.dim(), x.requires_grad) if isinstance(x, Tensor) else type(x) for x in tensors]
     return (*own, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), under_autocast(tensors[0]))
 
 
 @functools.cache
-def _compiled(settings: Settings, kind: tuple[Any, ...], asked: Request | None) -> Callable[..., Tensor]:
-    """The function for these settings. ``asked``: the environment is read when a graph is compiled."""
+def _compiled(settings: CallSettings, kind: tuple[Any, ...], asked: Request | None) -> Callable[..., Tensor]:
+    """The function for these settings.
+
+    Args:
+        kind: of the tensors.
+        asked: what the environment asks for, which is read when a graph is compiled.
+    """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any, score_mod: ScoreMod | None) -> Tensor:
         return _attend(settings, q, k, v, attn_mask, score_mod)
 
-    # Dynamo's cache goes by code object.
+    # Dynamo's cache is keyed by code object.
     attend.__code__ = attend.__code__.replace()
     compiled: Callable[..., Tensor] = torch.compile(attend, backend="attnrewrite", fullgraph=True)
     return compiled
@@ -132,7 +136,9 @@ def _compiled(settings: Settings, kind: tuple[Any, ...], asked: Request | None) 
 # The mathematics.
 
 
-def _attend(settings: Settings, q: Tensor, k: Tensor, v: Tensor, attn_mask: Any, score_mod: ScoreMod | None) -> Tensor:
+def _attend(
+    settings: CallSettings, q: Tensor, k: Tensor, v: Tensor, attn_mask: Any, score_mod: ScoreMod | None
+) -> Tensor:
     q, k, v = checked(settings, q, k, v, attn_mask, score_mod)
     if settings.use_flex:
         out = _by_flex(settings, q, k, v, attn_mask, score_mod)
@@ -148,26 +154,26 @@ def _attend(settings: Settings, q: Tensor, k: Tensor, v: Tensor, attn_mask: Any,
     return rearrange(out, f"{PLAIN} -> {settings.out_pattern}")
 
 
-def _by_sdpa(settings: Settings, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _by_sdpa(settings: CallSettings, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     causal = settings.is_causal and mask is None and settings.window_size is None
     if not causal:
         mask = _masked(mask, _kept(settings, q, k))
     if mask is not None and mask.dim() < 2:
-        mask = mask.expand(1, k.shape[2])  # It wants two dimensions.
+        mask = mask.expand(1, k.shape[2])  # The function needs two dimensions.
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=settings.scale, enable_gqa=_grouped(q, k)
     )
 
 
 def _grouped(q: Tensor, k: Tensor) -> bool:
-    # A branch, since what a comparison of two symbols gives is a symbol, which the call does not take.
+    # A branch: the comparison of two symbolic sizes is a symbol, which the call does not accept.
     if q.shape[1] != k.shape[1]:  # noqa: SIM103
         return True
     return False
 
 
-def _kept(settings: Settings, q: Tensor, k: Tensor) -> Tensor | None:
-    """(s, t), true where causal mask and window keep a key; None where there is neither."""
+def _kept(settings: CallSettings, q: Tensor, k: Tensor) -> Tensor | None:
+    """The mask (s, t) of ``is_causal`` and ``window_size``, true where a key counts; None where there is neither."""
     if not settings.is_causal and settings.window_size is None:
         return None
     rows = torch.arange(q.shape[2], device=q.device)[:, None]
@@ -175,7 +181,7 @@ def _kept(settings: Settings, q: Tensor, k: Tensor) -> Tensor | None:
     return _in_reach(settings, rows, columns)
 
 
-def _in_reach(settings: Settings, row: Tensor, column: Tensor) -> Tensor:
+def _in_reach(settings: CallSettings, row: Tensor, column: Tensor) -> Tensor:
     width = settings.window_size
     if width is None:
         return column <= row
@@ -190,16 +196,16 @@ def _masked(mask: Tensor | None, kept: Tensor | None) -> Tensor | None:
 
 
 def _written_out(
-    settings: Settings, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, score_mod: ScoreMod
+    settings: CallSettings, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, score_mod: ScoreMod
 ) -> Tensor:
-    """The scores in float32 at least, as FlexAttention has them; the backend takes the site if a kernel does."""
+    """Attention written out, with scores in float32 or higher, as in FlexAttention; the backend may rewrite it."""
     groups = q.shape[1] // k.shape[1]
     if groups != 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     precise = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if settings.scale is None else settings.scale
     scores = (q @ k.transpose(-2, -1)).to(precise) * scale
-    # One call of vmap for each dimension, the innermost first, as FlexAttention itself does it.
+    # One vmap for each dimension, the innermost first, as in FlexAttention.
     modified: Any = score_mod
     for place in (4, 3, 2, 1):
         modified = torch.vmap(modified, in_dims=tuple(0 if at in (0, place) else None for at in range(5)))
@@ -216,13 +222,13 @@ def _written_out(
 
 
 def _by_flex(
-    settings: Settings, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, score_mod: ScoreMod | None
+    settings: CallSettings, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, score_mod: ScoreMod | None
 ) -> Tensor:
-    """``flex_attention`` itself: a graph that holds it is compiled with it in place."""
+    """Attention by ``flex_attention``, which stays in the graph as it is."""
     blocks = mask if isinstance(mask, BlockMask) else None
     entries = None
     if isinstance(mask, Tensor):
-        # The compiler's function for the CPU loses a mask of one entry that is read by position.
+        # The CPU code that Inductor generates for flex_attention drops a mask of one element that is read by position.
         one = all(size == 1 for size in mask.shape)
         entries = mask.reshape(()) if one else mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     bounded = settings.is_causal or settings.window_size is not None

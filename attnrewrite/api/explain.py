@@ -1,4 +1,4 @@
-"""``explain``: what attnrewrite does to a model, without keeping the compiled result."""
+"""``explain``: reports what attnrewrite does to a model, without keeping the compiled result."""
 
 from __future__ import annotations
 
@@ -30,16 +30,17 @@ def explain(
     dynamic: bool | None = None,
     **kwargs: Any,
 ) -> RewriteReport:
-    """Runs ``model(*args, **kwargs)`` once through the backend and reports on every graph that it made.
+    """Runs ``model(*args, **kwargs)`` once through the backend, and reports on every graph of it.
 
-    The model runs once, in the grad mode and the training mode that it is called in; its parameters' gradients are not
-    touched. Nothing stays compiled for later calls of ``torch.compile``.
+    The model runs in the grad mode and the training mode of the caller, and its parameters' gradients are not changed.
+    Later calls of ``torch.compile`` find nothing compiled.
 
     Args:
         model: an ``nn.Module`` or a function.
-        options: as for ``torch.compile(model, backend="attnrewrite", options=...)``; the inner backend is "eager"
-            unless it is named here, since only the rewriting is of interest. With ``cache``, a module is explained as
-            :func:`attnrewrite.enable_cache` would have it, without gradients; nothing is reused.
+        args, kwargs: the model's inputs.
+        options: as for ``torch.compile(model, backend="attnrewrite", options=...)``. The inner backend is "eager" by
+            default, since only the rewriting is of interest. With ``cache``, a module runs as in the first call under
+            :func:`attnrewrite.enable_cache`, without gradients; nothing is reused.
         dynamic: as for ``torch.compile``; default None.
     """
     chosen = {"inner_backend": "eager", **(options or {})}
@@ -55,8 +56,8 @@ def explain(
             inner_backend_is_given.reset(token)
 
     breaks_before = graph_breaks()
-    # A new backend means a new entry in Dynamo's cache for the model's code, next to those that are there: the limit on
-    # their number is meant for recompilations.
+    # A new backend adds an entry to Dynamo's cache for the model's code. The limit on entries is meant for
+    # recompilations.
     limits = {"recompile_limit": 2**31, "accumulated_recompile_limit": 2**31}
     settings = {**limits, **tracing_settings(options)}
     with collect_reports() as graphs, dynamo_config.patch(settings), reuse:
@@ -76,7 +77,7 @@ def explain(
 
 @contextlib.contextmanager
 def _planned(model: torch.nn.Module, config: object) -> Iterator[None]:
-    """The first call of a run under a cache, without its rules for what is called."""
+    """Graphs that are compiled within are compiled for the first call of a run with a cache."""
     root = original_module(model)
     if root.training:
         raise CacheError(

@@ -1,4 +1,4 @@
-"""``enable_cache`` and what belongs to it: a compiled model whose calls reuse attention."""
+"""``enable_cache`` and its companions: a compiled model whose calls reuse attention."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _HANDLE = "_attnrewrite_cache"
 
 
 class _Handle:
-    """What is called, and its session; an attribute of the model as it was before it was compiled.
+    """The callable and its session, as an attribute of the model that was compiled.
 
-    Held by nothing else: a config's callback mostly holds the pipeline, and that the model. Copies of the model have an
-    empty one.
+    Nothing else refers to the session: a config's callback usually refers to the pipeline, and the pipeline to the
+    model. Copies of the model have an empty handle.
     """
 
     def __init__(self, called: nn.Module | None = None, session: Session | None = None) -> None:
@@ -45,7 +45,7 @@ class _Handle:
 
 
 class _BoundMethod:
-    """A function bound to a model, in the place of its class's method of that name; copies do what that does."""
+    """A function bound to a model, which replaces a method of its class. In copies of the model the method is back."""
 
     def __init__(self, function: Callable[..., Any], model: nn.Module) -> None:
         self._function, self._model = function, model
@@ -64,7 +64,8 @@ def _is_enabled(root: nn.Module) -> bool:
     return called is not None and has_layer(called, _LAYER)
 
 
-def _session_of(root: nn.Module) -> Session | None:
+def session_of(root: nn.Module) -> Session | None:
+    """The session of a model (as it was before it was compiled); None without a cache."""
     handle = root.__dict__.get(_HANDLE)
     return None if handle is None else handle.session
 
@@ -72,10 +73,11 @@ def _session_of(root: nn.Module) -> Session | None:
 def enable_cache(model: nn.Module, config: object) -> None:
     """Lets a compiled model reuse attention from one denoising step to the next.
 
-    The next calls of the model compute attention or take it from an earlier step, as ``config`` says; graphs that take
-    it are compiled beside those that compute it, and nothing is compiled from step to step. A run begins at the first
-    call, where shapes, dtypes or devices change, where timesteps turn back, at the end of a call of a diffusers
-    pipeline, and at :func:`reset_cache`.
+    The model's next calls compute attention or reuse that of an earlier step, as ``config`` says. Graphs that reuse it
+    are compiled together with those that compute it, so nothing is compiled from step to step.
+
+    A denoising run begins at the first call, when shapes, dtypes or devices change, when the timestep goes back, after
+    a call of a diffusers pipeline, and after :func:`reset_cache`.
 
     Args:
         model: a compiled module (``torch.compile(module, backend="attnrewrite")``, ``module.compile(...)`` or a class
@@ -84,8 +86,8 @@ def enable_cache(model: nn.Module, config: object) -> None:
 
     Raises:
         OptionError: a setting of ``config`` is wrong.
-        CacheError: the model has a cache already. From calls of the model: in training mode, where the timestep is not
-            known, where ``config`` matches no attention, and (as CacheMemoryError) over its memory limit.
+        CacheError: the model has a cache already. Calls of the model raise it in training mode, with gradients, without
+            a timestep, where ``config`` matches no attention, and (as CacheMemoryError) over its memory limit.
         TypeError: nothing in ``model`` is compiled.
 
     Example::
@@ -99,20 +101,19 @@ def enable_cache(model: nn.Module, config: object) -> None:
     enable_session(model, lambda root: Session(validated(config), root), "enable_cache")
 
 
-def enable_session(model: nn.Module, session_of: Callable[[nn.Module], Session], function: str) -> None:
+def enable_session(model: nn.Module, make_session: Callable[[nn.Module], Session], function: str) -> None:
     """Puts a session around a compiled model's calls; :func:`disable_cache` undoes it.
 
     Args:
-        model: as for :func:`enable_cache`, which names the errors.
-        session_of: makes the session for the model as it was before it was compiled.
-        function: what the caller called, for the messages.
+        model: as for :func:`enable_cache`, which lists the errors.
+        make_session: makes the session for the model as it was before it was compiled.
+        function: the name of the function that the user called, for messages.
     """
     root = _root(model, function)
     if not any(True for _ in compiled_modules(model)):
         raise CacheTypeError(
-            f"{function} takes a compiled module, and nothing in {type(model).__name__} is compiled: call "
-            "torch.compile(model, backend='attnrewrite') or model.compile(backend='attnrewrite') first, and give what "
-            "that returns"
+            f"{function} takes a compiled module, and nothing in {type(model).__name__} is compiled: first call "
+            "model.compile(backend='attnrewrite'), or give what torch.compile(model, backend='attnrewrite') returns"
         )
     if _is_enabled(root):
         raise CacheError(f"{type(root).__name__} has a cache already: call disable_cache(model) first")
@@ -121,26 +122,26 @@ def enable_session(model: nn.Module, session_of: Callable[[nn.Module], Session],
             f"{type(root).__name__} has diffusers' own cache enabled, whose hooks break graphs: call its "
             "disable_cache() first"
         )
-    session = session_of(root)
+    session = make_session(root)
     wrap_calls(model, _LAYER, session.around)
     root.__dict__[_HANDLE] = _Handle(model, session)
-    # diffusers' pipelines name their streams and say when a run is over. Methods are bound anew in copies of the model.
+    # diffusers' pipelines name their streams and say when a run is over.
     if hasattr(type(root), "cache_context"):
         root.__dict__["cache_context"] = _BoundMethod(_cache_context, root)
     root.__dict__["_reset_stateful_cache"] = _BoundMethod(_reset_stateful_cache, root)
 
 
 def disable_cache(model: nn.Module) -> None:
-    """Undoes :func:`enable_cache` and frees what was stored; nothing happens where it was not called."""
+    """Undoes :func:`enable_cache` and frees what was stored. Without a cache it does nothing."""
     root = _root(model, "disable_cache")
-    session = _session_of(root)
+    session = session_of(root)
     if session is None:
         return
     session.reset()
     if not session.called and session.observer is None:
         log.warning(
-            "the cache of %s is disabled, and was never used: no call of %s was made, or only calls within another "
-            "compiled function, of whose graph they became a part (enable the cache on what is compiled)",
+            "the cache of %s is disabled, and was never used: %s was not called, or only within another compiled "
+            "function, whose graph its calls became a part of (enable the cache on what is compiled)",
             session.name,
             session.name,
         )
@@ -152,21 +153,21 @@ def disable_cache(model: nn.Module) -> None:
 
 
 def reset_cache(model: nn.Module) -> None:
-    """Forgets what was stored, in every stream and thread: the next call of each is the first of a run.
+    """Forgets all stored values, in every stream and thread, so that the next call of each stream begins a run.
 
-    Nothing happens where the model has no cache.
+    Without a cache it does nothing.
     """
-    session = _session_of(_root(model, "reset_cache"))
+    session = session_of(_root(model, "reset_cache"))
     if session is not None:
         session.reset()
 
 
 @contextlib.contextmanager
 def attention_cache(model: nn.Module, config: object) -> Iterator[None]:
-    """:func:`enable_cache` for the calls inside.
+    """Enables a cache for the calls within.
 
     Args:
-        model, config: as for :func:`enable_cache`, which names the errors.
+        model, config: as for :func:`enable_cache`, which lists the errors.
     """
     enable_cache(model, config)
     try:
@@ -177,20 +178,20 @@ def attention_cache(model: nn.Module, config: object) -> Iterator[None]:
 
 def _root(model: nn.Module, function: str) -> nn.Module:
     if not isinstance(model, nn.Module):
-        advice = ": of a pipeline, give its denoiser, such as pipe.transformer" if hasattr(model, "components") else ""
+        advice = ": give the pipeline's denoiser, such as pipe.transformer" if hasattr(model, "components") else ""
         raise CacheTypeError(f"{function} takes a compiled nn.Module, not an object of {type(model).__name__}{advice}")
     return original_module(model)
 
 
 @contextlib.contextmanager
 def _cache_context(self: Any, name: str, **kwargs: Any) -> Iterator[None]:
-    """In the place of ``CacheMixin.cache_context``."""
+    """Replaces ``CacheMixin.cache_context``."""
     with type(self).cache_context(self, name, **kwargs), cache_stream(name):
         yield
 
 
 def _reset_stateful_cache(self: Any, *args: Any, **kwargs: Any) -> None:
-    """In the place of ``CacheMixin._reset_stateful_cache``, which pipelines call at their end on what has it."""
+    """Replaces ``CacheMixin._reset_stateful_cache``, which a pipeline calls at its end on models that have it."""
     reset_cache(self)
     _inherited_reset(self, *args, **kwargs)
 

@@ -121,17 +121,7 @@ def find_values(
         affine: whether values are affine functions of the attentions' results. Default: any functions.
     """
     sources = _sources(gm, attentions, affine)
-    results = {attention.result for attention in attentions}
-    # Another attention's result begins a value of its own: this one ends before it.
-    frontier = {node: None for node in sources if any(user not in sources or user in results for user in node.users)}
-    _merge_views(frontier, sources)
-    for node in [node for node in frontier if free_unbacked_symbols(tensor(node).shape)]:
-        del frontier[node]
-    if allowed is not None:
-        for node in [node for node in frontier if node not in allowed]:
-            del frontier[node]
-            computed_of = [attentions[number].result for number in sources[node]]
-            frontier.update(dict.fromkeys(result for result in computed_of if result in allowed))
+    frontier = _frontier(sources, attentions, allowed)
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
     parameters = parameters_of(gm)
     numbers: Counter[tuple[str, ...]] = Counter()
@@ -159,6 +149,29 @@ def find_values(
         )
         numbers[computed_from] += 1
     return values
+
+
+def _frontier(
+    sources: dict[fx.Node, frozenset[int]], attentions: Sequence[CachedAttention], allowed: frozenset[fx.Node] | None
+) -> dict[fx.Node, None]:
+    """The nodes that are values: the last ones that depend on attentions and constants alone.
+
+    Args:
+        sources: from :func:`_sources`.
+        allowed: as for :func:`find_values`.
+    """
+    results = {attention.result for attention in attentions}
+    # Another attention's result begins a value of its own: this one ends before it.
+    frontier = {node: None for node in sources if any(user not in sources or user in results for user in node.users)}
+    _merge_views(frontier, sources)
+    for node in [node for node in frontier if free_unbacked_symbols(tensor(node).shape)]:
+        del frontier[node]
+    if allowed is not None:
+        for node in [node for node in frontier if node not in allowed]:
+            del frontier[node]
+            computed_from = [attentions[number].result for number in sources[node]]
+            frontier.update(dict.fromkeys(result for result in computed_from if result in allowed))
+    return frontier
 
 
 def _formula(gm: fx.GraphModule, node: fx.Node, results: Mapping[fx.Node, str]) -> tuple[str, list[fx.Node]]:

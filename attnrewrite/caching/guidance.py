@@ -1,9 +1,9 @@
 """FasterCache's prediction of the unconditional half of a model's output from the conditional one.
 
-Equations 9 to 11 of https://arxiv.org/abs/2410.19355. Where both halves are computed, their difference is learned,
-with its low and its high spatial frequencies apart. Where the unconditional half is skipped, it is the conditional one
-plus both differences, each multiplied by its weight. As in the published code
-(https://github.com/Vchitect/FasterCache), the weights of successive skipped calls multiply up.
+Equations 9 to 11 of https://arxiv.org/abs/2410.19355. A call that computes both halves learns their difference, low and
+high spatial frequencies apart. In a call that skips the unconditional half, it is predicted as the conditional one plus
+both differences, each multiplied by its weight. As in the published code (https://github.com/Vchitect/FasterCache), the
+weights of successive skipped calls are multiplied with each other.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ log = logging.getLogger("attnrewrite")
 class GuidanceDelta:
     """The difference between the unconditional and the conditional half of a model's output.
 
-    Computed in float32, as published. The Fourier transform is linear and the disc of low frequencies symmetric, so the
-    transform of the difference, of which half is kept, is all that is stored: as many bytes as one half in float32.
+    It is computed in float32, as published. The Fourier transform is linear and the disc of low frequencies symmetric,
+    so half of the difference's transform is enough: it takes as many bytes as one half of the output in float32.
     """
 
     def __init__(self, tensor_format: str) -> None:
@@ -57,15 +57,15 @@ class GuidanceDelta:
         self._low = self._high = 1.0
 
     def to(self, device: torch.device | str) -> None:
-        """Moves what is stored. A prediction fetches it to where it is needed, and leaves it where it is."""
+        """Moves the difference to a device. Predictions copy it to where it is needed."""
         if self._delta is not None:
             self._delta = self._delta.to(device)
 
     def learn(self, output: Tensor) -> None:
-        """Learns from a full output, the unconditional half first along dimension 0.
+        """Learns from a full output, whose dimension 0 has the unconditional half first.
 
         Raises:
-            CacheError: the output is not of the tensor format, or has no two halves.
+            CacheError: the output does not have the tensor format, or its batch size is odd.
         """
         self._check(output)
         if output.shape[0] % 2:
@@ -75,16 +75,16 @@ class GuidanceDelta:
 
     @torch.no_grad()
     def learn_from(self, unconditional: Tensor, conditional: Tensor) -> None:
-        """Learns from two outputs of one shape, which came from calls of their own.
+        """Learns from two outputs of separate calls.
 
         Raises:
-            CacheError: they are not of the tensor format, or not of one shape.
+            CacheError: they do not have the tensor format, or differ in shape.
         """
         self._check(unconditional)
         if unconditional.shape != conditional.shape:
             raise CacheError(
                 f"the unconditional output has the shape {tuple(unconditional.shape)} and the conditional one "
-                f"{tuple(conditional.shape)}; FasterCache needs both of one shape"
+                f"{tuple(conditional.shape)}; FasterCache needs the same shape for both"
             )
         self._delta = torch.fft.rfft2(unconditional.float() - conditional.float())
         self._shape = tuple(conditional.shape)
@@ -92,15 +92,14 @@ class GuidanceDelta:
 
     @torch.no_grad()
     def predict(self, conditional: Tensor, low_weight: float, high_weight: float) -> Tensor:
-        """The unconditional output that goes with a conditional one, in its shape and dtype.
+        """The unconditional output that belongs to a conditional one, in its shape and dtype.
 
         Args:
-            conditional: the conditional output.
-            low_weight, high_weight: what the low and the high frequencies of the difference are multiplied by, from
+            low_weight, high_weight: factors for the low and the high frequencies of the difference, which hold from
                 this call on until :meth:`learn`.
 
         Raises:
-            CacheError: nothing was learned yet, or the shape is another one than was learned.
+            CacheError: nothing was learned yet, or the shape differs from the learned one.
         """
         self._check(conditional)
         if self._delta is None:
@@ -123,7 +122,7 @@ class GuidanceDelta:
         return unconditional.to(conditional.dtype)
 
     def complete(self, conditional: Tensor, low_weight: float, high_weight: float) -> Tensor:
-        """The full output: the unconditional half as :meth:`predict` has it, then the conditional one as it is."""
+        """The full output: the unconditional half from :meth:`predict`, then the conditional one, unchanged."""
         return torch.cat([self.predict(conditional, low_weight, high_weight), conditional])
 
     def _check(self, output: Tensor) -> None:
@@ -139,7 +138,7 @@ class GuidanceDelta:
 
 
 def _low_frequencies(height: int, width: int, device: torch.device) -> Tensor:
-    """Where the half spectrum ``[height, width // 2 + 1]`` of a real image is within the published radius."""
+    """True within the published radius, for the half spectrum ``[height, width // 2 + 1]`` of a real image."""
     radius = min(height, width) // 5
     vertical = torch.fft.fftfreq(height, 1 / height, device=device).round()
     horizontal = torch.arange(width // 2 + 1, device=device)
@@ -150,24 +149,24 @@ def _low_frequencies(height: int, width: int, device: torch.device) -> Tensor:
 def halved_inputs(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Collection[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a model is called with, for the conditional half alone: the second half of dimension 0.
+    """A model's arguments for the conditional half alone, which is the second half of dimension 0.
 
-    What is no tensor, tensors without dimensions, and those of size 1 beside a larger batch serve both halves. The
-    batch's size is that of the tensor with the most dimensions.
+    The tensor with the most dimensions has the batch size. Some arguments serve both halves and are left as they are:
+    other objects than tensors, tensors without dimensions, and tensors of size 1 where the batch is larger.
 
     Args:
-        args: halved where they are tensors of the batch's size, or lists, tuples or dictionaries of them.
-        kwargs: halved are those that are named, whatever their size.
+        args: tensors of the batch size are halved, also those within lists, tuples and dictionaries.
+        kwargs: those in ``names`` are halved, whatever their size.
         names: of the keyword arguments that hold both halves.
 
     Raises:
-        CacheError: an odd dimension 0, or nothing to halve.
+        CacheError: dimension 0 is odd, or there is nothing to halve.
     """
-    taken = {f"positional argument {index}": arg for index, arg in enumerate(args)}
-    taken |= {f"argument {key!r}": arg for key, arg in kwargs.items() if key in names}
+    candidates = {f"positional argument {index}": arg for index, arg in enumerate(args)}
+    candidates |= {f"argument {key!r}": arg for key, arg in kwargs.items() if key in names}
     tensors = [
         (leaf, name)
-        for name, arg in taken.items()
+        for name, arg in candidates.items()
         for leaf in tree_leaves(arg)
         if isinstance(leaf, Tensor) and leaf.dim()
     ]
@@ -177,7 +176,7 @@ def halved_inputs(
             f"unconditional_conditional_input_kwargs_identifiers (now {', '.join(names) or 'empty'}; "
             f"the call's keywords are {', '.join(kwargs) or 'none'})"
         )
-    # Rows for all come first, so that any larger batch is preferred.
+    # A tensor of size 1, which serves both halves, is the last choice.
     largest, name = max(tensors, key=lambda each: (each[0].shape[0] > 1, each[0].dim()))
     batch = largest.shape[0]
     if batch % 2:
@@ -210,10 +209,10 @@ def _odd(tensor: Tensor, name: str) -> NoReturn:
 
 
 def first_output(result: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """The tensor that a denoiser gives, and a function from another tensor to the result with that in its place.
+    """The first tensor of a denoiser's result, and a function that puts another tensor in its place.
 
     Raises:
-        CacheError: it is no tensor, tuple that begins with one, or object with one as its ``sample``.
+        CacheError: the result is not a tensor, a tuple that begins with one, or a dataclass with one as ``.sample``.
     """
     if isinstance(result, Tensor):
         return result, lambda output: output
@@ -231,7 +230,7 @@ def first_output(result: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
 
 
 def copied(result: Any) -> Any:
-    """A model's result with tensors of its own."""
+    """A model's result with all tensors copied."""
     if dataclasses.is_dataclass(result) and not isinstance(result, type):
         fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
         return dataclasses.replace(result, **copied(fields))
@@ -239,7 +238,7 @@ def copied(result: Any) -> Any:
 
 
 def _relative_difference(found: Tensor, expected: Tensor) -> float:
-    """Of the whole tensors, in the 2-norm; elements that are no numbers in both count as equal."""
+    """The relative difference of two tensors in the 2-norm. Elements that are NaN in both count as equal."""
     found, expected = found.double().nan_to_num(), expected.double().nan_to_num()
     return float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
@@ -252,17 +251,17 @@ def _outputs_of(result: Any) -> list[Tensor]:
 
 
 def check_halved(whole: Any, halved: Any, name: str) -> None:
-    """Checks that a model's first output for the conditional half is half of that for both.
+    """Checks that a model's result for the conditional half alone is half of the result for both halves.
 
-    It warns where that has other numbers, and where there are other outputs.
+    It warns where the first output differs in value, and where there are other outputs.
 
     Args:
         whole: the result for both halves.
         halved: the result for the conditional half.
-        name: the model's, for the message.
+        name: the model's, for messages.
 
     Raises:
-        CacheError: it is not.
+        CacheError: the first output does not have half the batch size.
     """
     output, _ = first_output(whole)
     expected = (output.shape[0] // 2, *output.shape[1:])
@@ -275,7 +274,7 @@ def check_halved(whole: Any, halved: Any, name: str) -> None:
         )
     conditional = output[output.shape[0] // 2 :]
     difference = _relative_difference(first_output(halved)[0], conditional)
-    # Kernels round otherwise for another batch.
+    # Rounding depends on the batch size.
     if not difference <= (0.1 if torch.finfo(output.dtype).bits < 32 else 0.01):
         log.warning(
             "%s gives another result for the conditional half alone than it has in both halves (relative difference "

@@ -1,8 +1,8 @@
-"""What tells one attention from another, in whichever graph it is computed.
+"""The identity of a graph's computation, by which an attention is known again in other graphs.
 
-A model's graphs may change from one call to the next: a layer is left out, a flag takes another part of a tensor,
-Dynamo makes a size dynamic. A stored value belongs to an attention at the same place of the same computation.
-Sizes are apart from that, since FasterCache's calls with one half of the batch are the same computation.
+A model's graphs may change from one call to the next: a layer is left out, a flag selects another part of a tensor,
+Dynamo makes a size dynamic. A stored value belongs to an attention at the same place of the same computation. Sizes are
+kept apart, since FasterCache's calls with one half of the batch are the same computation.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ __all__ = ["Identity", "content_of", "fits", "identity_of", "is_copy", "is_size"
 aten = torch.ops.aten
 
 _SIZES = frozenset({"shape", "size", "sizes", "split_size", "split_sizes", "end", "length", "output_size", "repeats"})
-"""Arguments of ATen operators that say how large a result is, and not what it is made of."""
+"""Arguments of ATen operators that say how large a result is, and not what it is computed from."""
 
 _POSITIONS = frozenset({"start", "index", "shifts"})
-"""Arguments that say which part is read. They stand beside the sizes: Dynamo may make a variable of any of them."""
+"""Arguments that say which part is read. They count as sizes: Dynamo may make a variable of any of them."""
 
 _INDEXED = (
     aten.index.Tensor,
@@ -42,15 +42,15 @@ _LEFT_OUT = "#"
 
 _COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default)
 _VIEWS = (aten._unsafe_view.default, aten.reshape.default)
-"""What is written as ``view``: whether a reshaped tensor is copied first depends on its sizes."""
+"""Operators that are written as ``view``: whether a reshaped tensor is copied first depends on its sizes."""
 
 
 class Identity(NamedTuple):
     """A graph's computation.
 
     Attributes:
-        fingerprint: of its operators, what each reads, and which parts of it; without sizes and numbers.
-        sizes: that were left out, in order.
+        fingerprint: of its operators and what each of them reads; without sizes and numbers.
+        sizes: those that the fingerprint leaves out, in order.
     """
 
     fingerprint: str
@@ -58,7 +58,7 @@ class Identity(NamedTuple):
 
 
 def identity_of(gm: fx.GraphModule) -> Identity:
-    """The identity of an IR graph as it was captured: it does not depend on the kernels that are chosen later."""
+    """The identity of an IR graph as it was captured, which does not depend on the kernels that are chosen later."""
     names: dict[fx.Node, str] = {}
     sizes: list[Size] = []
     text = hashlib.sha256()
@@ -76,7 +76,7 @@ def identity_of(gm: fx.GraphModule) -> Identity:
         elif node.op == "get_attr":
             names[node] = content_of(gm, node)
         else:
-            # The order of the inputs is not the same in all graphs.
+            # The order of the inputs differs from graph to graph; their names do not.
             names[node] = source_name(node) or str(node.target)
     return Identity(text.hexdigest(), tuple(sizes))
 
@@ -88,9 +88,9 @@ def written(
 
     Args:
         names: of the nodes that it reads; others are left out.
-        sizes: receives those that are left out, and which parts are read.
-        numbers: whether scalars are in the text. Which attention it is does not depend on them; what is computed does.
-        chooses: whether the result says which part of something else is read, so that its whole numbers count as such.
+        sizes: receives the sizes that are left out, and the numbers that say which part is read.
+        numbers: whether scalars are in the text. The value depends on them; which attention it is does not.
+        chooses: whether the result is an index into another tensor, so that its whole numbers say which part is read.
     """
     text = [str(aten.view.default if node.target in _VIEWS else node.target)]
     for name, kind, value in _arguments(node):
@@ -105,14 +105,14 @@ def written(
 
 
 def _are_sizes(value: Any) -> bool:
-    """Whether these are whole numbers, or what the graph computes of them."""
+    """Whether these are whole numbers, or computed from whole numbers by the graph."""
     return all(each is None or isinstance(_size(each), (int, torch.SymInt, torch.SymFloat)) for each in _flat(value))
 
 
 def _index_numbers(gm: fx.GraphModule) -> set[fx.Node]:
-    """The nodes that indices are computed by of numbers, of what is more than parameters.
+    """The nodes that compute an index into data from numbers.
 
-    Others are numbers that are used as such: a timestep, say, of which a table gives the embedding.
+    An index into parameters alone does not count, such as a timestep that selects an embedding.
     """
     given: set[fx.Node] = set()
     data: set[fx.Node] = set()
@@ -139,7 +139,7 @@ def _index_numbers(gm: fx.GraphModule) -> set[fx.Node]:
 
 
 def content_of(gm: fx.GraphModule, node: fx.Node) -> str:
-    """A tensor that the graph holds itself, by its numbers: its name is the same in graphs with others."""
+    """A tensor that the graph holds itself, as a hash: its attribute name may be another tensor's in another graph."""
     value: Any = gm
     for name in str(node.target).split("."):
         value = getattr(value, name)
@@ -150,7 +150,7 @@ def content_of(gm: fx.GraphModule, node: fx.Node) -> str:
 
 
 def fits(stored: Sequence[Any], wanted: Sequence[Any], *, halved: bool) -> bool:
-    """Whether sizes are those that a value was stored with; ``halved``: or half of them."""
+    """Whether ``wanted`` are the sizes that a value was stored with; with ``halved``, each may be half of that."""
     if not halved:
         return stored == wanted
     return len(stored) == len(wanted) and all(
@@ -159,7 +159,7 @@ def fits(stored: Sequence[Any], wanted: Sequence[Any], *, halved: bool) -> bool:
 
 
 def is_copy(node: fx.Node) -> bool:
-    """Whether the node is its argument, at most at another place in memory. There are fewer where sizes are known."""
+    """Whether the node equals its argument, at most copied. A graph with static sizes has fewer of these."""
     if node.target is aten.slice.Tensor:
         bounds = {name: value for name, _, value in _arguments(node)}
         whole = bounds.get("start") in (0, None) and bounds.get("end") in (sys.maxsize, None)
@@ -173,7 +173,7 @@ def is_size(node: fx.Node) -> bool:
 
 
 def _arguments(node: fx.Node) -> Iterator[tuple[str, str | None, Any]]:
-    """Names, types as the operator's schema has them, and values, in the schema's order where there is one."""
+    """The name, type and value of each argument, in the order of the operator's schema; types are None without one."""
     if not isinstance(node.target, OpOverload):
         yield from ((str(number), None, value) for number, value in enumerate(node.args))
         yield from ((name, None, value) for name, value in node.kwargs.items())

@@ -470,7 +470,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"k_pattern": 3}, "k_pattern takes an einops pattern"),
     ({"dims": {"h": 8}}, "dims takes sizes of b, n, s and d, such as {'n': 8}; got 'h'"),
     ({"dims": 8}, "dims takes a dictionary such as {'n': 8}, not int"),
-    ({"q_pattern": "b s (n d)"}, "q has 4 dimensions and q_pattern='b s (n d)' names 3; give the pattern that it has"),
+    ({"q_pattern": "b s (n d)"}, "q has 4 dimensions and q_pattern='b s (n d)' names 3; correct the pattern"),
     (
         {"q": torch.zeros(2, 10, 64), "q_pattern": "b s (n d)"},
         "q_pattern='b s (n d)' leaves the sizes of n and d open; give one of them in dims, such as dims={'n': 8}",

@@ -189,7 +189,7 @@ def test_values_of_graphs_that_are_not_called_any_more_are_freed(clock: Clock) -
     """A number of the code that is another one at each step, so that each has a graph of its own."""
     fast = compiled(seeded(Numbered), dynamic=False)
     with attnrewrite.attention_cache(fast, broadcast(clock, every=2)):
-        session = enabling._session_of(fast._orig_mod)
+        session = enabling.session_of(fast._orig_mod)
         assert session is not None
         taken = []
         for number in range(6):

@@ -566,7 +566,7 @@ def test_a_pipeline_names_its_streams_and_ends_its_runs() -> None:
     inner, graphs = recording()
     pipe.transformer = torch.compile(pipe.transformer, backend="attnrewrite", options={"inner_backend": inner})
     with attnrewrite.attention_cache(pipe.transformer, config):
-        session = enabling._session_of(pipe.transformer._orig_mod)
+        session = enabling.session_of(pipe.transformer._orig_mod)
         assert session is not None
         videos = [video(pipe, 2) for _ in range(2)]
         assert session.memory.nbytes == 0
@@ -597,7 +597,7 @@ def test_a_model_is_freed_with_its_cache(whole: bool) -> None:
             pipe.model = module
         attnrewrite.enable_cache(pipe.model, broadcast(lambda: pipe.now))
         pipe.model(**inputs(0))
-        session = enabling._session_of(module)
+        session = enabling.session_of(module)
         assert session is not None
         return weakref.ref(session)
 
