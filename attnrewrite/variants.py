@@ -34,7 +34,7 @@ class Variants:
     """A compiled graph that is compiled once more for each :class:`Request` and :class:`ReusePlan` that is in force.
 
     The first was compiled by Dynamo with the guards of the user's code. Another is Dynamo's own compilation of the
-    graph, with guards of its own: sizes that it specialises are checked, and nothing is assumed of inputs that the
+    graph, with guards of its own: sizes that it specializes are checked, and nothing is assumed of inputs that the
     first did not see. Any thread may call it; variants are made one at a time.
     """
 

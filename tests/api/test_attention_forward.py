@@ -450,7 +450,7 @@ def test_without_a_window_it_is_that_of_diffsynth(mask: str | None) -> None:
     result = attention_forward(
         q_in, k_in, v_in, *JOINED, dims={"d": 16}, attn_mask=given, scale=0.5, is_causal=mask is None
     )
-    # As scaled_dot_product_attention does it, with key heads repeated for their neighbours.
+    # As scaled_dot_product_attention does it, with key heads repeated for their neighbors.
     k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
     expected = nn.functional.scaled_dot_product_attention(q, k, v, given, scale=0.5, is_causal=mask is None)
     assert relative_error(result, rearrange(expected, "b n s d -> b s (n d)")) <= 1e-5
