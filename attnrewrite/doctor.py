@@ -210,7 +210,7 @@ def _kernels() -> Iterator[KernelCheck]:
     for kernel in registered_kernels():
         found = kernel.availability()
         name, how = "", kernel.needs
-        vendor = getattr(kernel, "vendor", None)
+        vendor = kernel.vendor
         if vendor is not None and vendor.package.distribution != "torch":
             name, how = vendor.package.distribution, vendor.package.how_to_get
         yield KernelCheck(kernel.name, found.available, found.detail, name, how)

@@ -6,18 +6,16 @@ into the graph. The example runs on the CPU and prints the report and the error 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 import attnrewrite
-from attnrewrite.ir.axes import Dim, Operand
 from attnrewrite.ir.builder import Builder
-from attnrewrite.ir.nodes import same, tensor
-from attnrewrite.ir.site import AttentionSite, WeightMod
-from attnrewrite.kernels import Availability, Mask, Plan, Verdict, lay_out, modified
+from attnrewrite.ir.nodes import same
+from attnrewrite.ir.site import AttentionSite
+from attnrewrite.kernels import Availability, Kernel, KernelLayout, Mask, Verdict
 
 # The function: an operator, so that it is one node in a graph, whatever it does inside.
 
@@ -121,11 +119,10 @@ chunked_attention.register_autograd(_backward, setup_context=_save)
 # The kernel: when the function may stand for an attention, and its call.
 
 
-class Chunked:
+class Chunked(Kernel):
     """What it cannot honour it refuses, with a sentence that tells a user what to do about it."""
 
     name = "chunked"
-    automatic = False
     needs = "PyTorch"
 
     def availability(self) -> Availability:
@@ -146,7 +143,7 @@ class Chunked:
             return Verdict.no("has no dropout (call model.eval(), or ask for another kernel)")
         if site.sink is not None:
             return Verdict.no("takes no sink")
-        if Plan.of(site).grouped:
+        if KernelLayout.of(site).grouped:
             return Verdict.no("takes as many key heads as query heads")
         if site.is_causal and scores.terms:
             return Verdict.no("the call has a mask and is_causal, and what both together mean is PyTorch's own")
@@ -160,25 +157,13 @@ class Chunked:
     def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
         scores = site.scores
         assert scores is not None
-        plan = Plan.of(site)
-        query = self._operand(builder, site, site.query, plan.query_dims, scores.query_factors)
-        key = self._operand(builder, site, site.key, plan.key_dims, scores.key_factors)
-        value = self._operand(builder, site, site.value, plan.value_dims, scores.value_mods)
-        mask = Mask(builder, site, plan.score_dims)
+        layout = KernelLayout.of(site)
+        query, key, value = layout.operands(builder, site)
+        mask = Mask(builder, site, layout.score_dims)
         assert mask.opened_rows is None, "rows without a key were refused"
         target = torch.ops.example.chunked_attention.default
         output = builder.call(target, query, key, value, mask.node, scores.scale, scores.is_causal)
-        return plan.as_result(builder, site, output)
-
-    def _operand(
-        self, builder: Builder, site: AttentionSite, operand: Operand, dims: tuple[Dim, ...], mods: Sequence[WeightMod]
-    ) -> fx.Node:
-        node = lay_out(builder, operand.node, operand.layout, dims, expand=True)
-        for mod in mods:
-            node = modified(builder, node, mod, dims)
-        if tensor(node).dtype is not site.compute_dtype:
-            node = builder.call(torch.ops.aten.to.dtype, node, site.compute_dtype)
-        return node
+        return layout.as_result(builder, site, output)
 
 
 attnrewrite.register_kernel(Chunked())

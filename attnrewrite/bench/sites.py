@@ -199,7 +199,7 @@ class _Prepared:
             times = {
                 kernel: row[f"{what}_ms"]
                 for kernel, row in self.kernels.items()
-                if row.get(f"{what}_ms") is not None and not _is_coarse(kernel)
+                if row.get(f"{what}_ms") is not None and not kernel_named(kernel).lower_precision
             }
             best = min(times, key=times.__getitem__, default=None)
             found[what] = {"kernel": name, "best": best}
@@ -253,11 +253,7 @@ def _in_words(error: Exception) -> str:
 def _candidates(names: Sequence[str]) -> list[Kernel]:
     if names:
         return [kernel_named(name, "bench sites") for name in names]
-    return [kernel for kernel in registered_kernels() if not _is_coarse(kernel.name) and "hub" not in kernel.name]
-
-
-def _is_coarse(name: str) -> bool:
-    return bool(getattr(kernel_named(name), "lower_precision", False))
+    return [kernel for kernel in registered_kernels() if not kernel.lower_precision and "hub" not in kernel.name]
 
 
 def _captured(case: Case, inputs: Sequence[Tensor], policy: Policy) -> tuple[fx.GraphModule, AttentionSite]:

@@ -5,28 +5,24 @@ What a kernel of one's own is made with is here, too: docs/own_kernel.md.
 
 from __future__ import annotations
 
-from attnrewrite.kernels.base import Availability, Kernel, Verdict
-from attnrewrite.kernels.common.layout import Plan, lay_out, modified
+from attnrewrite.kernels.base import Kernel
+from attnrewrite.kernels.common.layout import KernelLayout, lay_out, modified
 from attnrewrite.kernels.common.mask import Mask
-from attnrewrite.kernels.registry import (
-    is_fetched,
-    kernel_named,
-    made_ready,
-    register_kernel,
-    registered_kernels,
-    unregister_kernel,
-)
+from attnrewrite.kernels.registry import kernel_named, register_kernel, registered_kernels, unregister_kernel
+from attnrewrite.kernels.verdict import Availability, Verdict
+
+Plan = KernelLayout
+"""Its earlier name, for the kernels of users that were written with it."""
 
 __all__ = [
     "Availability",
     "Kernel",
+    "KernelLayout",
     "Mask",
     "Plan",
     "Verdict",
-    "is_fetched",
     "kernel_named",
     "lay_out",
-    "made_ready",
     "modified",
     "register_kernel",
     "registered_kernels",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from attnrewrite.kernels.common.limits import Limits
+from attnrewrite.kernels.common.packages import HubKernel, Vendor
+from attnrewrite.kernels.verdict import Availability, Verdict
 
 if TYPE_CHECKING:
     from torch import fx
@@ -11,55 +15,90 @@ if TYPE_CHECKING:
     from attnrewrite.ir.builder import Builder
     from attnrewrite.ir.site import AttentionSite
 
-__all__ = ["Availability", "Kernel", "Verdict"]
+__all__ = ["Kernel"]
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Yes, or no with a sentence that a user can act on."""
+class Kernel(ABC):
+    """A fused attention kernel. A subclass sets ``name`` and ``needs``, and writes the three abstract methods.
 
-    willing: bool
-    reason: str = ""
-
-    @staticmethod
-    def yes(reason: str = "") -> Verdict:
-        return Verdict(True, reason)
-
-    @staticmethod
-    def no(reason: str) -> Verdict:
-        return Verdict(False, reason)
-
-
-@dataclass(frozen=True)
-class Availability:
-    """Whether a kernel can run on this machine at all; ``detail`` says what was found or what is missing."""
-
-    available: bool
-    detail: str
-
-
-class Kernel(Protocol):
-    """A fused attention kernel.
-
-    ``automatic``: it is asked for sites that nobody asked for another kernel at; otherwise it serves by name only.
-    It may have an attribute ``lower_precision``, true of a kernel that computes in fewer bits than its operands have:
-    such a one is not ``automatic``, and serves by name or within ``options["tolerance"]``.
-    Another is ``keeps_scores``, true of one that writes the scores to memory: it is chosen unasked only where no other
-    kernel is willing. A third is a method ``concerns(site)``: where it gives False the kernel is asked only by name.
-    ``takes_unbacked``, if true, lets it be asked where a number of queries or keys depends on the data (``nonzero``).
-    A method ``skips_masked(site)`` says whether it leaves out the blocks of scores that the mask takes away altogether;
-    one without it is not asked to compute whole what the source computes in windows.
-    ``needs`` says in a few words what must be there for it to run.
-    ``supports`` decides from the site alone and touches no data. ``emit`` writes the call at the builder's insertion
-    point and returns the output with the shape and dtype of the source's result.
+    The attributes below, and the public methods, are all that attnrewrite reads of a kernel. ``register_kernel`` checks
+    them (:mod:`attnrewrite.kernels.contract`).
     """
 
     name: str
-    automatic: bool
+    """What users ask for and reports show."""
+
     needs: str
+    """What must be there for it to run, in a few words."""
 
-    def availability(self) -> Availability: ...
+    automatic: bool = False
+    """It is asked for sites that nobody asked for another kernel at; otherwise it serves by name only."""
 
-    def supports(self, site: AttentionSite) -> Verdict: ...
+    lower_precision: bool = False
+    """It computes in fewer bits than its operands have: not ``automatic``, it serves by name or within
+    ``options["tolerance"]``."""
 
-    def emit(self, site: AttentionSite, builder: Builder) -> fx.Node: ...
+    keeps_scores: bool = False
+    """It writes the scores to memory, so it is chosen unasked only where no other kernel is willing."""
+
+    takes_unbacked: bool = False
+    """It may be asked where a number of queries or keys depends on the data (``nonzero``)."""
+
+    computes_less: bool = False
+    """It is for special cases in which it computes less than any other kernel: unasked it comes first, unmeasured."""
+
+    source: str = ""
+    """Where its code is."""
+
+    proved: str = ""
+    """The version of the vendor's published signature that its call was held against."""
+
+    run_on: str = ""
+    """The hardware that it was run on."""
+
+    limits: Limits | None = None
+    """What it cannot do, as data, for ``docs/kernels.md``."""
+
+    older: Limits | None = None
+    """The limits of an older version, if it may be installed."""
+
+    vendor: Vendor | None = None
+    """The package that its functions come from; None for PyTorch, and for one's own."""
+
+    @property
+    def is_fetched(self) -> bool:
+        """Whether it comes over a network, for which it must be asked for by name."""
+        return isinstance(self.vendor, HubKernel)
+
+    @abstractmethod
+    def availability(self) -> Availability:
+        """Whether it can run on this machine at all."""
+
+    def prepare(self) -> Availability:
+        """:meth:`availability` for a kernel that was asked for by name; fetches one that ``is_fetched``."""
+        return self.vendor.fetch() if isinstance(self.vendor, HubKernel) else self.availability()
+
+    def concerns(self, site: AttentionSite) -> bool:
+        """Whether it is asked at all unless by name; where it is not, the report does not mention it."""
+        return True
+
+    @abstractmethod
+    def supports(self, site: AttentionSite) -> Verdict:
+        """Whether it takes the site. Decides from the site alone and touches no data."""
+
+    def skips_masked(self, site: AttentionSite) -> bool:
+        """Whether it leaves out the blocks of scores that the mask takes away altogether.
+
+        A kernel that does not is not asked to compute as a whole what the source computes within windows of keys.
+        """
+        return False
+
+    @abstractmethod
+    def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
+        """Writes the call at the builder's insertion point.
+
+        Called only after :meth:`supports` has said yes.
+
+        Returns:
+            The output, with the shape and dtype of the source's result.
+        """

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,10 +24,10 @@ from attnrewrite.analysis.values import ABSORBING, constant_value
 from attnrewrite.ir.axes import Dim, Operand
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import is_tensor, same, tensor
-from attnrewrite.ir.site import AttentionSite, Bias, Elementwise, Fill, Floor, Narrow, Scale, Shift, WeightMod
-from attnrewrite.kernels.base import Availability, Verdict
+from attnrewrite.ir.site import AttentionSite, Bias, Elementwise, Fill, Floor, Narrow, Scale, Shift
+from attnrewrite.kernels.base import Kernel
 from attnrewrite.kernels.common.keep_mask import KeepMask
-from attnrewrite.kernels.common.layout import Plan, lay_out, modified, padded
+from attnrewrite.kernels.common.layout import KernelLayout, lay_out, padded
 from attnrewrite.kernels.common.library_kernel import RUN_ON
 from attnrewrite.kernels.common.limits import Asked, Capability, Limits, capability_of
 from attnrewrite.kernels.common.mask import Mask
@@ -43,6 +43,7 @@ from attnrewrite.kernels.flex_blocks import (
 )
 from attnrewrite.kernels.torch_limits import FLEX, FLEX_BLOCKS, FLEX_FLASH, FLEX_SMALLEST_HEAD
 from attnrewrite.kernels.torch_sdpa import TESTED_ON
+from attnrewrite.kernels.verdict import Availability, Verdict
 from attnrewrite.torch_private import block_mask_of_everything, cpu_flex_supported, disable_current_modes, dynamo_config
 
 __all__ = ["Flex", "FlexFlash"]
@@ -50,7 +51,7 @@ __all__ = ["Flex", "FlexFlash"]
 aten = torch.ops.aten
 
 
-class Flex:
+class Flex(Kernel):
     """FlexAttention.
 
     Rows whose keys are all masked: scores are kept above the range that fused kernels lose, so that such a row gives
@@ -124,21 +125,14 @@ class Flex:
         """The mask as a block mask, the scale as a number."""
         scores = site.scores
         assert scores is not None and scores.scale is not None
-        plan = Plan.of(site)
-        query, key, value = (
-            self._operand(builder, site, operand, dims, factors)
-            for operand, dims, factors in (
-                (site.query, plan.query_dims, scores.query_factors),
-                (site.key, plan.key_dims, scores.key_factors),
-                (site.value, plan.value_dims, scores.value_mods),
-            )
-        )
+        layout = KernelLayout.of(site)
+        query, key, value = layout.operands(builder, site, finish=_contiguous)
         mask = None
         isolated = scores.isolated
         if isolated is not None and isinstance(isolated[0], int) and isinstance(isolated[1], int):
             blocks = blocks_of_isolated(builder, site, isolated[0], isolated[1])
         elif asked.mask != "none":
-            mask = KeepMask(builder, site, plan.score_dims)
+            mask = KeepMask(builder, site, layout.score_dims)
             assert mask.node is not None
             if mask.opened_rows is not None:
                 query = builder.call(aten.where.ScalarSelf, mask.opened_rows, 0.0, query)
@@ -150,26 +144,19 @@ class Flex:
         call = _Call((query, key, value), _softcap(scores.softcap), blocks, scores.scale)
         output = self._in_graph(builder, site, call)
         if mask is not None and asked.restores_rows:
-            output = mask.with_source_rows(output, value, plan)
-        return plan.as_result(builder, site, output)
+            output = mask.with_source_rows(output, value, layout)
+        return layout.as_result(builder, site, output)
 
     def _emit_steps(self, site: AttentionSite, builder: Builder) -> fx.Node:
         """The source's steps, one by one, as the function of the scores."""
         scores = site.scores
         assert scores is not None
-        plan = Plan.of(site)
-        query, key, value = (
-            self._operand(builder, site, operand, dims, factors)
-            for operand, dims, factors in (
-                (site.query, plan.query_dims, ()),
-                (site.key, plan.key_dims, ()),
-                (site.value, plan.value_dims, scores.value_mods),
-            )
-        )
+        layout = KernelLayout.of(site)
+        query, key, value = layout.operands(builder, site, score_factors=False, finish=_contiguous)
         if site.sink is not None:
             # One more key, whose score is the sink's and whose value adds nothing.
             key, value = padded(builder, key, -2, 0.0), padded(builder, value, -2, 0.0)
-        score_mod, buffers = _score_mod(builder, site, plan.score_dims)
+        score_mod, buffers = _score_mod(builder, site, layout.score_dims)
         if site.device.type == "cpu" and site.for_inductor:
             # Inductor's C++ template fails where it meets operands that the graph computes.
             _no_block_mask()  # Not to be made within the call: that may come from where vmap does not work.
@@ -181,26 +168,8 @@ class Flex:
             call = _Call((query, key, value), score_mod, blocks, 1.0, tuple(buffers))
             node = self._in_graph(builder, site, call)
         if scores.masked_rows not in ("none", "mean of value"):
-            node = Mask(builder, site, plan.score_dims).with_source_rows(node, value, plan)
-        return plan.as_result(builder, site, node)
-
-    def _operand(
-        self,
-        builder: Builder,
-        site: AttentionSite,
-        operand: Operand,
-        dims: tuple[Dim, ...],
-        factors: Sequence[WeightMod],
-    ) -> fx.Node:
-        node = lay_out(builder, operand.node, operand.layout, dims, expand=True)
-        for factor in factors:
-            node = modified(builder, node, factor, dims)
-        if tensor(node).dtype is not site.compute_dtype:
-            node = builder.call(aten.to.dtype, node, site.compute_dtype)
-        static = all(isinstance(size, int) for size in (*tensor(node).shape, *tensor(node).stride()))
-        if static and tensor(node).is_contiguous():
-            return node
-        return builder.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+            node = Mask(builder, site, layout.score_dims).with_source_rows(node, value, layout)
+        return layout.as_result(builder, site, node)
 
     def _in_graph(self, builder: Builder, site: AttentionSite, call: _Call) -> fx.Node:
         """The higher-order operator, as it stands in a graph that was traced with ``flex_attention`` in it."""
@@ -281,6 +250,13 @@ class _Call:
     blocks: Blocks
     scale: float
     buffers: tuple[fx.Node, ...] = ()
+
+
+def _contiguous(builder: Builder, node: fx.Node) -> fx.Node:
+    static = all(isinstance(size, int) for size in (*tensor(node).shape, *tensor(node).stride()))
+    if static and tensor(node).is_contiguous():
+        return node
+    return builder.call(aten.clone.default, node, memory_format=torch.contiguous_format)
 
 
 def _by_blocks(site: AttentionSite) -> Asked | None:

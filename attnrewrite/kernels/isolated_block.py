@@ -22,19 +22,21 @@ from attnrewrite.ir.axes import size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import Size, same, tensor
 from attnrewrite.ir.site import AttentionSite
-from attnrewrite.kernels.base import Availability, Verdict
-from attnrewrite.kernels.common.layout import Plan, lay_out, modified, with_unit_stride
+from attnrewrite.kernels.base import Kernel
+from attnrewrite.kernels.common.layout import KernelLayout, with_unit_stride
+from attnrewrite.kernels.verdict import Availability, Verdict
 
 __all__ = ["IsolatedBlock"]
 
 aten = torch.ops.aten
 
 
-class IsolatedBlock:
+class IsolatedBlock(Kernel):
     """Two calls without a mask, and one score for each position of the block."""
 
     name = "isolated_block"
     automatic = True
+    computes_less = True
     needs = "PyTorch, a CPU"
     run_on = "x86 CPU, torch 2.13"
 
@@ -42,7 +44,6 @@ class IsolatedBlock:
         return Availability(True, f"part of torch {torch.__version__}")
 
     def concerns(self, site: AttentionSite) -> bool:
-        """Whether it is asked at all, unless by name."""
         return site.scores is not None and site.scores.isolated is not None
 
     def supports(self, site: AttentionSite) -> Verdict:
@@ -75,26 +76,13 @@ class IsolatedBlock:
     def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
         scores = site.scores
         assert scores is not None and scores.isolated is not None and scores.scale is not None
-        plan = Plan.of(site)
-        operands = (
-            (site.query, plan.query_dims, scores.query_factors),
-            (site.key, plan.key_dims, scores.key_factors),
-            (site.value, plan.value_dims, scores.value_mods),
-        )
-        nodes: list[fx.Node] = []
-        for operand, dims, mods in operands:
-            node = lay_out(builder, operand.node, operand.layout, dims, expand=True)
-            for mod in mods:
-                node = modified(builder, node, mod, dims)
-            if tensor(node).dtype is not site.compute_dtype:
-                node = builder.call(aten.to.dtype, node, site.compute_dtype)
-            nodes.append(node)
-        query, key, value = nodes
+        layout = KernelLayout.of(site)
+        query, key, value = layout.operands(builder, site)
         parts = _Parts(builder, *scores.isolated, length=size_of(site.key_axes))
         outside = self._attended(builder, parts.outside(query), key, value, scores.scale)
         block = parts.block(query), parts.block(key), parts.block(value)
         inside = self._isolated(builder, block, parts.outside(key), parts.outside(value), scores.scale)
-        return plan.as_result(builder, site, parts.joined(inside, outside))
+        return layout.as_result(builder, site, parts.joined(inside, outside))
 
     def _attended(self, builder: Builder, query: fx.Node, key: fx.Node, value: fx.Node, scale: float) -> fx.Node:
         operands = [with_unit_stride(builder, node) for node in (query, key, value)]

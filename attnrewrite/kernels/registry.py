@@ -1,21 +1,46 @@
-"""Every kernel by its name, in the order in which the automatic choice asks them."""
+"""Every kernel by its name, in the order in which the automatic choice asks them.
+
+Importing this imports none of the other packages that kernels are from.
+"""
 
 from __future__ import annotations
 
 import difflib
 
 from attnrewrite.errors import OptionError
-from attnrewrite.kernels.base import Availability, Kernel
+from attnrewrite.kernels.aiter import AITER_KERNELS
+from attnrewrite.kernels.base import Kernel
+from attnrewrite.kernels.common.custom_ops import define_operators
 from attnrewrite.kernels.common.library_kernel import LibraryKernel
-from attnrewrite.kernels.common.packages import HubKernel
+from attnrewrite.kernels.contract import KernelLike, checked
+from attnrewrite.kernels.flash import FLASH_KERNELS
 from attnrewrite.kernels.flex import Flex, FlexFlash
 from attnrewrite.kernels.isolated_block import IsolatedBlock
-from attnrewrite.kernels.library_kernels import LIBRARY_KERNELS
+from attnrewrite.kernels.npu import NPU_KERNELS
+from attnrewrite.kernels.sage import SAGE_KERNELS
 from attnrewrite.kernels.single_key import SingleKey
 from attnrewrite.kernels.torch_backends import CudnnAttention, EfficientAttention, FlashAttention
 from attnrewrite.kernels.torch_sdpa import TorchMath, TorchSDPA
+from attnrewrite.kernels.torch_varlen import VARLEN_KERNELS
+from attnrewrite.kernels.xformers import XFORMERS_KERNELS
+from attnrewrite.kernels.xla import XLA_KERNELS
 
-__all__ = ["is_fetched", "kernel_named", "made_ready", "register_kernel", "registered_kernels", "unregister_kernel"]
+__all__ = ["LIBRARY_KERNELS", "kernel_named", "register_kernel", "registered_kernels", "unregister_kernel"]
+
+LIBRARY_KERNELS: tuple[LibraryKernel, ...] = (
+    *FLASH_KERNELS,
+    *VARLEN_KERNELS,
+    *XFORMERS_KERNELS,
+    *AITER_KERNELS,
+    *NPU_KERNELS,
+    *XLA_KERNELS,
+    *SAGE_KERNELS,
+)
+"""The kernels of other packages."""
+
+# At import, so that a compiled graph that was stored can be loaded without this process having compiled one.
+for _kernel in LIBRARY_KERNELS:
+    define_operators(_kernel)
 
 _BUILT_IN: tuple[Kernel, ...] = (
     SingleKey(),
@@ -30,7 +55,6 @@ _BUILT_IN: tuple[Kernel, ...] = (
     *LIBRARY_KERNELS,
 )
 _KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _BUILT_IN}
-_CONTRACT = ("name", "automatic", "needs", "availability", "supports", "emit")
 _OWN = frozenset(_KERNELS)
 
 
@@ -69,33 +93,16 @@ def _by_needs() -> str:
     return "\n".join(f"  {', '.join(kernels)}: {needs}" for needs, kernels in names.items())
 
 
-def made_ready(kernel: Kernel, asked: bool) -> Availability:
-    """Whether the kernel can be called now; one that was ``asked`` for by name is fetched if need be."""
-    return kernel.prepare() if asked and isinstance(kernel, LibraryKernel) else kernel.availability()
-
-
-def is_fetched(kernel: Kernel) -> bool:
-    """Whether the kernel comes over a network, for which it must be asked for by name."""
-    return isinstance(kernel, LibraryKernel) and isinstance(kernel.vendor, HubKernel)
-
-
-def register_kernel(kernel: Kernel) -> None:
-    """Adds a kernel of your own: an object that keeps the contract :class:`attnrewrite.kernels.Kernel`.
+def register_kernel(kernel: Kernel | KernelLike) -> None:
+    """Adds a kernel of your own: a subclass of :class:`attnrewrite.kernels.Kernel`, or an object with the same parts.
 
     It is asked before all others if its ``automatic`` is true, and otherwise where it is named.
 
     Raises:
-        OptionError: the name is taken, or is "auto", or the object lacks a part of the contract, or it computes in
-            lower precision and would be asked unasked.
+        OptionError: the name is taken, or is "auto"; an attribute is missing, misspelled or of a wrong type; a method
+            takes other arguments; or the kernel computes in lower precision and would be asked unasked.
     """
-    missing = [name for name in _CONTRACT if not hasattr(kernel, name)]
-    if missing:
-        raise OptionError(f"register_kernel takes an object with {', '.join(_CONTRACT)}; {kernel!r} lacks {missing[0]}")
-    if kernel.automatic and getattr(kernel, "lower_precision", False):
-        raise OptionError(
-            f"the kernel {kernel.name!r} has both automatic and lower_precision; set automatic to False, and let "
-            "options['tolerance'] or its name choose it"
-        )
+    kernel = checked(kernel)
     if kernel.name in _KERNELS or kernel.name == "auto":
         raise OptionError(f"the kernel name {kernel.name!r} is taken; choose another, or unregister_kernel it first")
     others = dict(_KERNELS)

@@ -14,19 +14,21 @@ from attnrewrite.ir.axes import Operand
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import same_shape, tensor
 from attnrewrite.ir.site import AttentionSite
-from attnrewrite.kernels.base import Availability, Verdict
+from attnrewrite.kernels.base import Kernel
 from attnrewrite.kernels.common.layout import lay_out, modified
+from attnrewrite.kernels.verdict import Availability, Verdict
 
 __all__ = ["SingleKey"]
 
 aten = torch.ops.aten
 
 
-class SingleKey:
+class SingleKey(Kernel):
     """The value, broadcast over the queries."""
 
     name = "single_key"
     automatic = True
+    computes_less = True
     needs = "PyTorch"
     run_on = "x86 CPU, torch 2.13"
 
@@ -34,7 +36,6 @@ class SingleKey:
         return Availability(True, f"part of torch {torch.__version__}")
 
     def concerns(self, site: AttentionSite) -> bool:
-        """Whether it is asked at all, unless by name."""
         return not site.key_axes and site.sink is None
 
     def supports(self, site: AttentionSite) -> Verdict:

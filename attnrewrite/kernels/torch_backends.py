@@ -21,12 +21,12 @@ from attnrewrite.ir.axes import size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import Size, same, tensor
 from attnrewrite.ir.site import AttentionSite
-from attnrewrite.kernels.base import Availability, Verdict
-from attnrewrite.kernels.common.layout import Plan, padded_to
+from attnrewrite.kernels.common.layout import KernelLayout, padded_to
 from attnrewrite.kernels.common.library_kernel import RUN_ON
 from attnrewrite.kernels.common.limits import Asked, Capability
 from attnrewrite.kernels.torch_limits import CUDNN, EFFICIENT, FLASH, PADDED_TO
 from attnrewrite.kernels.torch_sdpa import TorchSDPA
+from attnrewrite.kernels.verdict import Availability, Verdict
 from attnrewrite.torch_private import FakeTensorMode, TorchDispatchMode
 
 __all__ = ["CudnnAttention", "EfficientAttention", "FlashAttention"]
@@ -52,7 +52,7 @@ class _Backend(TorchSDPA):
         verdict = super().supports(site)
         if not verdict.willing:
             return verdict
-        refusal = self._torch_refuses(site, Plan.of(site))
+        refusal = self._torch_refuses(site, KernelLayout.of(site))
         return Verdict.no(refusal) if refusal else verdict
 
     def verdict(self, site: AttentionSite, capability: Capability | None) -> Verdict:
@@ -83,7 +83,7 @@ class _Backend(TorchSDPA):
     def check(self, parameters: Any, debug: bool) -> bool:
         raise NotImplementedError
 
-    def _torch_refuses(self, site: AttentionSite, plan: Plan) -> str:
+    def _torch_refuses(self, site: AttentionSite, layout: KernelLayout) -> str:
         """What PyTorch's own check says of tensors of these sizes; a symbol stands for a size that it was seen with."""
         assert site.scores is not None
         with FakeTensorMode():
@@ -94,13 +94,13 @@ class _Backend(TorchSDPA):
                     device=site.device,
                     requires_grad=site.differentiable,
                 )
-                for dims in (plan.query_dims, plan.key_dims, plan.value_dims)
+                for dims in (layout.query_dims, layout.key_dims, layout.value_dims)
             )
             mask = None
             if site.scores.terms or site.sink is not None:
                 mask = query.new_empty([*query.shape[:3], key.shape[2]])
         parameters = torch.backends.cuda.SDPAParams(
-            query, key, value, mask, site.dropout, site.scores.is_causal, plan.grouped
+            query, key, value, mask, site.dropout, site.scores.is_causal, layout.grouped
         )
         if self.check(parameters, False):
             return ""

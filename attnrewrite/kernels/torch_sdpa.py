@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from attnrewrite.analysis.values import ORDINARY, Kind, possible_values
-from attnrewrite.ir.axes import Dim, Operand
+from attnrewrite.ir.axes import Operand
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import same, tensor
-from attnrewrite.ir.site import AttentionSite, Bias, Fill, WeightMod
-from attnrewrite.kernels.base import Availability, Verdict
-from attnrewrite.kernels.common.layout import Plan, lay_out, modified, padded, with_unit_stride
+from attnrewrite.ir.site import AttentionSite, Bias, Fill
+from attnrewrite.kernels.base import Kernel
+from attnrewrite.kernels.common.layout import KernelLayout, padded, with_unit_stride
 from attnrewrite.kernels.common.limits import Capability, Limits, capability_of
 from attnrewrite.kernels.common.mask import Mask
 from attnrewrite.kernels.torch_limits import MATH, NATIVE
+from attnrewrite.kernels.verdict import Availability, Verdict
 
 __all__ = ["TESTED_ON", "TorchMath", "TorchSDPA"]
 
@@ -31,7 +31,7 @@ aten = torch.ops.aten
 TESTED_ON = "NVIDIA H100, torch 2.11; x86 CPU, torch 2.13"
 
 
-class TorchSDPA:
+class TorchSDPA(Kernel):
     """PyTorch's own fused attention.
 
     Rows whose keys are all masked (measured, torch 2.13 on CPU, 2.11 on an H200): with minus infinity every back end
@@ -128,11 +128,9 @@ class TorchSDPA:
     def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
         scores = site.scores
         assert scores is not None
-        plan = Plan.of(site)
-        query = self._operand(builder, site, site.query, plan.query_dims, scores.query_factors)
-        key = self._operand(builder, site, site.key, plan.key_dims, scores.key_factors)
-        value = self._operand(builder, site, site.value, plan.value_dims, scores.value_mods)
-        mask = Mask(builder, site, plan.score_dims)
+        layout = KernelLayout.of(site)
+        query, key, value = layout.operands(builder, site, finish=with_unit_stride)
+        mask = Mask(builder, site, layout.score_dims)
         if site.sink is not None:
             # One more key of zeros, whose score is the sink's and whose value adds nothing.
             key, value = (padded(builder, part, -2, 0.0) for part in (key, value))
@@ -147,25 +145,15 @@ class TorchSDPA:
         output = self._call(
             builder,
             (query, key, value, mask.node, site.dropout, scores.is_causal),
-            {"scale": scores.scale, "enable_gqa": plan.grouped},
+            {"scale": scores.scale, "enable_gqa": layout.grouped},
             fake,
         )
         if not site.fused and mask.node is not None:
-            output = mask.with_source_rows(output, value, plan)
-        return plan.as_result(builder, site, output)
+            output = mask.with_source_rows(output, value, layout)
+        return layout.as_result(builder, site, output)
 
     def _call(self, builder: Builder, args: tuple[Any, ...], kwargs: dict[str, Any], fake: torch.Tensor) -> fx.Node:
         return builder.insert(aten.scaled_dot_product_attention.default, args, kwargs, fake)
-
-    def _operand(
-        self, builder: Builder, site: AttentionSite, operand: Operand, dims: tuple[Dim, ...], mods: Sequence[WeightMod]
-    ) -> fx.Node:
-        node = lay_out(builder, operand.node, operand.layout, dims, expand=True)
-        for mod in mods:
-            node = modified(builder, node, mod, dims)
-        if tensor(node).dtype is not site.compute_dtype:
-            node = builder.call(aten.to.dtype, node, site.compute_dtype)
-        return with_unit_stride(builder, node)
 
 
 class TorchMath(TorchSDPA):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import fx
 
 from attnrewrite.ir.site import AttentionSite
-from attnrewrite.kernels import Kernel, is_fetched, made_ready, registered_kernels
+from attnrewrite.kernels import Kernel, registered_kernels
 from attnrewrite.numerics.outcome import SiteCheck, Verification
 from attnrewrite.numerics.verify import Original
 from attnrewrite.options.compile_options import Policy
@@ -26,6 +27,7 @@ from attnrewrite.options.request import Request
 from attnrewrite.passes.pipeline import as_asked, rewrite
 from attnrewrite.passes.result import Rewritten
 from attnrewrite.report.rows import KernelVerdict, SiteReport
+from attnrewrite.selection.ask import ask, refusals
 from attnrewrite.torch_private import FakeTensor, tracing
 
 __all__ = ["Admission", "admitted"]
@@ -90,7 +92,8 @@ def admitted(gm: fx.GraphModule, policy: Policy, inputs: Sequence[Any], toleranc
         return admission
     willing = survey.willing()
     if not willing:
-        admission.notes.append(f"{said}: no kernel of lower precision takes a site: {survey.refusals()}")
+        refused = itertools.chain.from_iterable(at.values() for at in survey.answers.values())
+        admission.notes.append(f"{said}: no kernel of lower precision takes a site: {refusals(refused)}")
         return admission
     trials = _Trials(gm, policy, values, exact, exactly)
     # In the order of registration.
@@ -108,11 +111,7 @@ def admitted(gm: fx.GraphModule, policy: Policy, inputs: Sequence[Any], toleranc
 
 def _candidates() -> list[Kernel]:
     """What needs a network serves by name only."""
-    return [
-        kernel
-        for kernel in registered_kernels()
-        if getattr(kernel, "lower_precision", False) and not is_fetched(kernel)
-    ]
+    return [kernel for kernel in registered_kernels() if kernel.lower_precision and not kernel.is_fetched]
 
 
 def _with(request: Request | None, kernel: str) -> Request:
@@ -146,7 +145,7 @@ class _Survey:
             self.excluded.setdefault(reason, []).append(name)
         else:
             kernels = [kernel for kernel in self._kernels if kernel.name not in asked]
-            self.answers[name] = {kernel.name: _answer(kernel, site) for kernel in kernels}
+            self.answers[name] = {kernel.name: ask(site, kernel) for kernel in kernels}
         return request
 
     def willing(self) -> list[str]:
@@ -162,14 +161,6 @@ class _Survey:
             if kernel in answers and answers[kernel].willing and admission.kernel_at(name) is None
         )
 
-    def refusals(self) -> str:
-        """Each reason once, behind the kernels that gave it."""
-        kernels: dict[str, dict[str, None]] = {}
-        for answers in self.answers.values():
-            for verdict in answers.values():
-                kernels.setdefault(verdict.reason, {})[verdict.kernel] = None
-        return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in kernels.items())
-
 
 def _incomparable(site: AttentionSite) -> str:
     if site.differentiable:
@@ -177,15 +168,6 @@ def _incomparable(site: AttentionSite) -> str:
     if site.dropout:
         return "weights are dropped at random, so that results cannot be compared"
     return ""
-
-
-def _answer(kernel: Kernel, site: AttentionSite) -> KernelVerdict:
-    verdict = kernel.supports(site)
-    if verdict.willing:
-        available = made_ready(kernel, asked=False)
-        if not available.available:
-            return KernelVerdict(kernel.name, False, f"not available: {available.detail}")
-    return KernelVerdict(kernel.name, verdict.willing, verdict.reason)
 
 
 class _Trials:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from attnrewrite.ir.axes import Axis, Operand
 from attnrewrite.ir.nodes import Size, same, tensor
 from attnrewrite.ir.site import AttentionSite
-from attnrewrite.kernels.common.layout import Plan
+from attnrewrite.kernels.common.layout import KernelLayout
 
 __all__ = ["fold_batches"]
 
@@ -35,7 +35,7 @@ def fold_batches(site: AttentionSite) -> None:
     if not groups or site.is_causal or scores.is_causal or scores.band is not None or scores.isolated is not None:
         return
     strides = _strides(site.query)
-    if _is_one_dimension(Plan.of(site).query_dims[1], strides):
+    if _is_one_dimension(KernelLayout.of(site).query_dims[1], strides):
         return
     folded, positions = _beside(groups, site.query_axes, strides)
     if not folded:

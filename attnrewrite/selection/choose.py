@@ -5,17 +5,16 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable
 
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
 from attnrewrite.errors import KernelError
 from attnrewrite.ir.site import AttentionSite
-from attnrewrite.kernels import Kernel, Verdict, made_ready
+from attnrewrite.kernels import Kernel
 from attnrewrite.options.compile_options import Policy
 from attnrewrite.options.request import Request
 from attnrewrite.report.rows import KernelVerdict, SiteReport
+from attnrewrite.selection.ask import ask, refusals
 from attnrewrite.selection.autotune import tuned
 from attnrewrite.selection.cost_table import CostTable, Workload, cost_table
 from attnrewrite.selection.requests import named, standing
@@ -48,7 +47,7 @@ def choose(
         row.requested = f"{', '.join(request.names)} by {request.origin}"
         _check_request(request, row, kernel)
     if kernel is None:
-        row.reason = _refusals(row.verdicts)
+        row.reason = refusals(row.verdicts)
     return kernel
 
 
@@ -56,39 +55,20 @@ def _first_willing(
     site: AttentionSite, kernels: list[Kernel], verdicts: dict[str, KernelVerdict], by_name: bool = False
 ) -> Kernel | None:
     for kernel in kernels:
-        if _ask(site, kernel, verdicts, by_name):
+        if _is_willing(site, kernel, verdicts, by_name):
             return kernel
     return None
 
 
-def _ask(site: AttentionSite, kernel: Kernel, verdicts: dict[str, KernelVerdict], by_name: bool = False) -> bool:
+def _is_willing(site: AttentionSite, kernel: Kernel, verdicts: dict[str, KernelVerdict], by_name: bool = False) -> bool:
     if kernel.name not in verdicts:
-        verdict = _verdict(site, kernel)
-        if verdict.willing:
-            available = made_ready(kernel, asked=by_name)
-            verdict = verdict if available.available else Verdict.no(f"not available: {available.detail}")
-        verdicts[kernel.name] = KernelVerdict(kernel.name, verdict.willing, verdict.reason)
+        verdicts[kernel.name] = ask(site, kernel, by_name)
     return verdicts[kernel.name].willing
-
-
-def _verdict(site: AttentionSite, kernel: Kernel) -> Verdict:
-    """What the kernel says; one that decides by numbers is not asked where they are known only with the data."""
-    counts = [axis.size for axis in (*site.query_axes, *site.key_axes)]
-    if has_free_unbacked_symbols(counts) and not getattr(kernel, "takes_unbacked", False):
-        return Verdict.no("takes no number of positions that depends on the data")
-    if site.windowed and not _skips_masked(kernel, site):
-        return Verdict.no("would compute all scores, where the source computes those within windows of keys")
-    return kernel.supports(site)
-
-
-def _skips_masked(kernel: Kernel, site: AttentionSite) -> bool:
-    skips: Callable[[AttentionSite], bool] | None = getattr(kernel, "skips_masked", None)
-    return skips is not None and skips(site)
 
 
 def willing_kernels(site: AttentionSite, kernels: list[Kernel], verdicts: dict[str, KernelVerdict]) -> list[Kernel]:
     """Those of ``kernels`` that take the site; every answer goes into ``verdicts``."""
-    return [kernel for kernel in kernels if _ask(site, kernel, verdicts)]
+    return [kernel for kernel in kernels if _is_willing(site, kernel, verdicts)]
 
 
 def _automatic(
@@ -96,16 +76,16 @@ def _automatic(
 ) -> Kernel | None:
     """The fastest willing kernel, by measurement: here and now, or in the table for devices of this kind."""
     table = cost_table(site.device) if site.for_inductor else None
-    asked = [kernel for kernel in standing(table) if _concerns(kernel, site)]
+    asked = [kernel for kernel in standing(table) if kernel.concerns(site)]
     # What computes less needs no measurement.
-    kernel = _first_willing(site, [kernel for kernel in asked if hasattr(kernel, "concerns")], verdicts)
+    kernel = _first_willing(site, [kernel for kernel in asked if kernel.computes_less], verdicts)
     if kernel is not None:
         return kernel
     if not policy.autotune and table is None:
         return _first_willing(site, asked, verdicts)
     willing = willing_kernels(site, asked, verdicts)
     # Time is not bought with memory: what keeps the scores serves where nothing else does.
-    willing = [kernel for kernel in willing if not getattr(kernel, "keeps_scores", False)] or willing
+    willing = [kernel for kernel in willing if not kernel.keeps_scores] or willing
     if len(willing) < 2:
         return willing[0] if willing else None
     workload = Workload.of(site)
@@ -127,11 +107,6 @@ def _automatic(
     return next(kernel for kernel in willing if milliseconds.get(kernel.name, math.inf) <= fastest)
 
 
-def _concerns(kernel: Kernel, site: AttentionSite) -> bool:
-    concerns: Callable[[AttentionSite], bool] | None = getattr(kernel, "concerns", None)
-    return concerns is None or concerns(site)
-
-
 def _estimates(table: CostTable, kernels: list[Kernel], workload: Workload, cuda_graphs: bool) -> dict[str, float]:
     found = {kernel.name: table.milliseconds(kernel.name, workload, cuda_graphs) for kernel in kernels}
     return {name: time for name, time in found.items() if time is not None}
@@ -145,7 +120,7 @@ def _check_request(request: Request, row: SiteReport, kernel: Kernel | None) -> 
     """
     asked = [verdict for verdict in row.verdicts if verdict.kernel in request.names]
     if not any(verdict.willing for verdict in asked):
-        say_unserved(request, row, _refusals(tuple(asked)), kernel)
+        say_unserved(request, row, refusals(asked), kernel)
 
 
 def say_unserved(request: Request, row: SiteReport, why: str, kernel: Kernel | None = None) -> None:
@@ -169,11 +144,3 @@ def say_unserved(request: Request, row: SiteReport, why: str, kernel: Kernel | N
 @functools.cache
 def _warn_once(message: str) -> None:
     log.warning("%s", message)
-
-
-def _refusals(verdicts: tuple[KernelVerdict, ...]) -> str:
-    """Each reason once, behind the kernels that gave it."""
-    kernels: dict[str, list[str]] = {}
-    for verdict in verdicts:
-        kernels.setdefault(verdict.reason, []).append(verdict.kernel)
-    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in kernels.items())

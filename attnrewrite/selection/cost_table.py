@@ -20,7 +20,7 @@ from attnrewrite.ir.axes import size_of
 from attnrewrite.ir.nodes import Size
 from attnrewrite.ir.site import AttentionSite
 from attnrewrite.kernels.common.keep_mask import mask_kind
-from attnrewrite.kernels.common.layout import Plan
+from attnrewrite.kernels.common.layout import KernelLayout
 from attnrewrite.kernels.common.limits import platform_of
 
 __all__ = ["CostTable", "Workload", "cost_table", "device_family", "families_with", "packaged_table"]
@@ -53,9 +53,9 @@ class Workload:
 
     @staticmethod
     def of(site: AttentionSite) -> Workload:
-        plan = Plan.of(site)
-        batch, heads, queries, head_dim = (_hint(size_of(dim)) for dim in plan.query_dims)
-        key_heads, keys, value_head_dim = (_hint(size_of(dim)) for dim in plan.value_dims[1:])
+        layout = KernelLayout.of(site)
+        batch, heads, queries, head_dim = (_hint(size_of(dim)) for dim in layout.query_dims)
+        key_heads, keys, value_head_dim = (_hint(size_of(dim)) for dim in layout.value_dims[1:])
         return Workload(
             str(site.compute_dtype).removeprefix("torch."),
             _mask(site),

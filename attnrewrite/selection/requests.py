@@ -128,5 +128,5 @@ def standing(table: CostTable | None) -> list[Kernel]:
     """
     kernels = registered_kernels()
     measured = [] if table is None else [kernel for kernel in kernels if kernel.name in table.rows]
-    exact = [kernel for kernel in measured if not getattr(kernel, "lower_precision", False)]
+    exact = [kernel for kernel in measured if not kernel.lower_precision]
     return list(dict.fromkeys([*(kernel for kernel in kernels if kernel.automatic), *exact]))

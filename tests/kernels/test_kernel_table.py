@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from attnrewrite.kernels import registered_kernels
-from attnrewrite.kernels.library_kernels import LIBRARY_KERNELS
+from attnrewrite.kernels.registry import LIBRARY_KERNELS
 from tests.support.kernel_table import kernel_table
 
 _FILE = Path(__file__).parents[2] / "docs" / "kernels.md"

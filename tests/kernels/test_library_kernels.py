@@ -23,7 +23,7 @@ from attnrewrite.ir.site import AttentionSite
 from attnrewrite.kernels.common.library_kernel import LibraryKernel, Request, Saved
 from attnrewrite.kernels.common.packages import HubKernel, Package, VendorCall, is_older
 from attnrewrite.kernels.common.packing import Packed
-from attnrewrite.kernels.library_kernels import LIBRARY_KERNELS
+from attnrewrite.kernels.registry import LIBRARY_KERNELS
 from attnrewrite.kernels.sage import Sage
 from tests.support.helpers import cast, gradients, relative_error, rewritten, rows
 from tests.support.library_functions import CASES, Case
@@ -598,7 +598,7 @@ def test_packing() -> None:
 
 
 LISTED = (
-    "import sys; from attnrewrite.kernels.library_kernels import LIBRARY_KERNELS\n"
+    "import sys; from attnrewrite.kernels.registry import LIBRARY_KERNELS\n"
     "packages = ('flash_attn', 'sageattention', 'xformers', 'kernels', 'torch_xla', 'aiter')\n"
     "print([name for name in packages if name in sys.modules])\n"
     "for kernel in LIBRARY_KERNELS: print(kernel.name, kernel.availability().detail, sep=': ')\n"
@@ -633,7 +633,7 @@ def test_hub_kernels_do_not_touch_the_network_to_say_whether_they_are_available(
     )
     script = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from attnrewrite.kernels.library_kernels import LIBRARY_KERNELS\n"
+        "from attnrewrite.kernels.registry import LIBRARY_KERNELS\n"
         "(kernel,) = (kernel for kernel in LIBRARY_KERNELS if kernel.name == 'flash_hub')\n"
         "print(kernel.availability())\nprint(kernel.prepare())"
     )

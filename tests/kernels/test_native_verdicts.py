@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnrewrite.ir.site import AttentionSite
 from attnrewrite.kernels import Verdict, kernel_named
-from attnrewrite.kernels.common.layout import Plan
-from attnrewrite.kernels.common.limits import Asked, capability_of
+from attnrewrite.kernels.common.layout import KernelLayout
+from attnrewrite.kernels.common.limits import Asked, Limits, capability_of
 from attnrewrite.kernels.torch_backends import CudnnAttention, EfficientAttention, FlashAttention
 from tests.support.helpers import gradients, relative_error, rewritten, rows
 from tests.support.library_sites import served_by, site_of, site_where_it_is
@@ -445,9 +445,15 @@ def test_masks_have_the_dtype_of_the_query_on_a_gpu(name: str, case: str) -> Non
 # Limits.
 
 
+def limits_of(name: str) -> Limits:
+    limits = kernel_named(name).limits
+    assert limits is not None
+    return limits
+
+
 @pytest.mark.parametrize("name", NATIVE)
 def test_every_limit_has_its_source(name: str) -> None:
-    limits = kernel_named(name).limits  # type: ignore[attr-defined]
+    limits = limits_of(name)
     stated = {"devices", "dtypes", "heads", "value_heads", "masks", "alignments", "dropout", "grouped"}
     for field in ("mask_gradient", "min_capability", "max_capability", "window", "softcap", "deterministic"):
         stated |= {field} if getattr(limits, field) else set()
@@ -458,7 +464,7 @@ def test_every_limit_has_its_source(name: str) -> None:
 @pytest.mark.parametrize("name", NATIVE)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_dtypes_are_those_of_the_table(name: str, dtype: torch.dtype) -> None:
-    limits = kernel_named(name).limits  # type: ignore[attr-defined]
+    limits = limits_of(name)
     assert asked(name, Case(dtype=dtype).site(), AMPERE).willing == (dtype in limits.dtypes)
 
 
@@ -474,7 +480,7 @@ ASKED_OF_ALL = {
 @pytest.mark.parametrize("name", NATIVE)
 @pytest.mark.parametrize("field", ASKED_OF_ALL)
 def test_what_the_table_says_is_what_they_take(name: str, field: str) -> None:
-    limits = kernel_named(name).limits  # type: ignore[attr-defined]
+    limits = limits_of(name)
     assert asked(name, ASKED_OF_ALL[field].site(), AMPERE).willing == getattr(limits, field)
 
 
@@ -518,7 +524,7 @@ def test_no_limit_is_narrower_than_pytorchs_check(backend: Any) -> None:
         )
         if limit:
             refused += 1
-            assert backend._torch_refuses(site, Plan.of(site)).startswith("PyTorch's check says"), (case, limit)
+            assert backend._torch_refuses(site, KernelLayout.of(site)).startswith("PyTorch's check says"), (case, limit)
     assert refused > len(GRID) // 5
 
 

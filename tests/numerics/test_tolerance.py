@@ -21,7 +21,7 @@ from attnrewrite.ir.axes import size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.site import AttentionSite
 from attnrewrite.kernels import Availability, Verdict
-from attnrewrite.kernels.common.layout import Plan, lay_out
+from attnrewrite.kernels.common.layout import KernelLayout
 from attnrewrite.report.rows import GraphReport, SiteReport
 from tests.support.helpers import gradients, relative_error, rewritten
 
@@ -81,20 +81,13 @@ class Rounding:
     def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
         scores = site.scores
         assert scores is not None
-        plan = Plan.of(site)
-        query, key, value = (
-            lay_out(builder, operand.node, operand.layout, dims, expand=True)
-            for operand, dims in (
-                (site.query, plan.query_dims),
-                (site.key, plan.key_dims),
-                (site.value, plan.value_dims),
-            )
-        )
-        scale = float(size_of(plan.query_dims[-1])) ** -0.5 if scores.scale is None else scores.scale
+        layout = KernelLayout.of(site)
+        query, key, value = layout.operands(builder, site)
+        scale = float(size_of(layout.query_dims[-1])) ** -0.5 if scores.scale is None else scores.scale
         causal = scores.is_causal or site.is_causal
         target = torch.ops.attnrewrite_test.rounded_attention.default
         output = builder.call(target, query, key, value, scale, causal, self._levels)
-        return plan.as_result(builder, site, output)
+        return layout.as_result(builder, site, output)
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def test_every_row_of_them_is_of_a_kernel_that_is_exact() -> None:
     own = packaged_table("sm_90")
     assert own is not None
     for name, measured_rows in own.rows.items():
-        assert not getattr(kernel_named(name), "lower_precision", False)
+        assert not kernel_named(name).lower_precision
         assert all(row.call > 0 for row in measured_rows)
     # What needs no request: PyTorch's own in their order, then what was measured.
     names = [kernel.name for kernel in standing(own)]

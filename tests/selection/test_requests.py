@@ -99,7 +99,7 @@ def test_rules_for_modules_and_lines(reports: list[GraphReport]) -> None:
     assert kernels(reports) == ["native", "_native_math"]
     line = reports[0].sites[0].location
     assert line is not None
-    compiled(kernel_rules={f"test_selection.py:{line.line}": "flex"})(inputs())
+    compiled(kernel_rules={f"test_requests.py:{line.line}": "flex"})(inputs())
     assert kernels(reports)[2:] == ["flex", "flex"]
 
 
@@ -133,7 +133,7 @@ def test_the_next_willing_kernel_serves_with_a_warning(caplog: pytest.LogCapture
     assert row.kernel == "native"
     assert [(v.kernel, v.willing) for v in row.verdicts] == [("flex", False), ("native", True)]
     (message,) = [record.message for record in caplog.records if "was asked for" in record.message]
-    assert "options['kernels']" in message and "test_selection.py" in message and "not float64" in message
+    assert "options['kernels']" in message and "test_requests.py" in message and "not float64" in message
     assert message.endswith("native takes it")
 
 
@@ -248,7 +248,7 @@ def test_the_context_manager_switches_a_compiled_model_and_back(reports: list[Gr
     assert kernels(reports) == [name for name in names for _ in range(2)]
     rows = [site for report in reports for site in report.sites]
     assert {row.location.module for row in rows if row.location} == {"first", "second"}
-    assert all(row.location and row.location.file.endswith("test_selection.py") for row in rows)
+    assert all(row.location and row.location.file.endswith("test_requests.py") for row in rows)
 
 
 def test_contexts_nest_and_are_restored_after_an_error(reports: list[GraphReport]) -> None:

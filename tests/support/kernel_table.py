@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 
+from attnrewrite.kernels import Kernel
 from attnrewrite.kernels.common.limits import Limits
+from attnrewrite.kernels.common.packages import Package
 from attnrewrite.selection.cost_table import families_with
 
 __all__ = ["kernel_table"]
 
 _HEADER = """# Kernels
 
-Made by `attnrewrite.kernels.table.kernel_table`; a test holds it against the kernels. A kernel that is asked for
+Made by `tests/support/kernel_table.py`; a test compares it with the kernels. A kernel that is asked for
 something beyond its limits refuses, and says which limit; nothing is dropped. Names are those of diffusers' attention
 dispatcher, where it has one. A kernel of your own: [own_kernel.md](own_kernel.md).
 
@@ -81,12 +82,8 @@ _LINK = re.compile(r"(https?://[^\s#]+(?:#(?!L\d)[^\s:]+)?)(?<!:)[:,]?\s*(.*)")
 """A source that begins with a file or a page, and what stands there: a line, a function, words."""
 
 
-def kernel_table(kernels: Iterable[Any]) -> str:
-    """docs/kernels.md for ``kernels``, any objects with a name; what they say beyond that is taken where they say it.
-
-    Read are ``limits`` (:class:`attnrewrite.kernels.limits.Limits`), ``older`` (those of an older version), ``needs``,
-    ``source``, ``automatic``, ``lower_precision``, ``proved`` and ``run_on``.
-    """
+def kernel_table(kernels: Iterable[Kernel]) -> str:
+    """docs/kernels.md for ``kernels``."""
     kernels = list(kernels)
     rows = [_row(kernel) for kernel in kernels]
     lines = [_HEADER, _line(_COLUMNS), _line(["---"] * len(_COLUMNS)), *map(_line, rows)]
@@ -100,9 +97,8 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _row(kernel: Any) -> list[str]:
-    limits: Limits | None = getattr(kernel, "limits", None)
-    known = [""] * 11 if limits is None else _cells(limits)
+def _row(kernel: Kernel) -> list[str]:
+    known = [""] * 11 if kernel.limits is None else _cells(kernel.limits)
     return [f"[`{kernel.name}`](#{kernel.name})", _package(kernel), *known, _chosen(kernel), _state(kernel)]
 
 
@@ -125,23 +121,21 @@ def _cells(limits: Limits) -> list[str]:
     ]
 
 
-def _details(kernel: Any, before: Sequence[Any]) -> list[str]:
+def _details(kernel: Kernel, before: Sequence[Kernel]) -> list[str]:
     lines = ["", f"### {kernel.name}", ""]
-    for words, name in (("To get it", "needs"), ("Code", "source")):
-        text = getattr(kernel, name, "")
+    for words, text in (("To get it", kernel.needs), ("Code", kernel.source)):
         lines += [f"- {words}: {text}"] if text else []
-    if getattr(kernel, "lower_precision", False):
+    if kernel.lower_precision:
         lines.append("- Computes in fewer bits than its operands have.")
-    limits: Limits | None = getattr(kernel, "limits", None)
+    limits, older = kernel.limits, kernel.older
     if limits is None:
         return lines
     lines += _further(limits)
-    older: Limits | None = getattr(kernel, "older", None)
     if older is not None:
         lines.append(f"- Before version 2 ({older.minimum_version} is the oldest taken): {_differences(older, limits)}")
         lines += _grouped(_of_fields(_changed(older.sources, limits.sources)))
-    like = _like(kernel, before)
-    sources = _of_fields(limits.sources if like is None else _changed(limits.sources, like.limits.sources))
+    like, shared = _like(limits, before)
+    sources = _of_fields(_changed(limits.sources, shared))
     sources += [(rule.words, rule.source) for rule in limits.rules]
     if like is None:
         lines.append("- Sources:")
@@ -152,19 +146,22 @@ def _details(kernel: Any, before: Sequence[Any]) -> list[str]:
     return lines + _grouped(sources)
 
 
-def _like(kernel: Any, before: Sequence[Any]) -> Any:
-    """The earlier kernel that shares most of its sources; None if none shares half of them."""
-    own: Mapping[str, str] = kernel.limits.sources
+def _like(limits: Limits, before: Sequence[Kernel]) -> tuple[Kernel | None, Mapping[str, str]]:
+    """The earlier kernel that shares most of these sources, and its own; None if none shares half of them."""
 
-    def shared(other: Any) -> int:
-        limits: Limits | None = getattr(other, "limits", None)
+    def sources_of(kernel: Kernel) -> Mapping[str, str]:
+        return {} if kernel.limits is None else kernel.limits.sources
+
+    def shared(kernel: Kernel) -> int:
         # One with a source for what this kernel says nothing of would be quoted for it.
-        if limits is None or not set(limits.sources) <= set(own):
+        if not set(sources_of(kernel)) <= set(limits.sources):
             return 0
-        return sum(own[field] == text for field, text in limits.sources.items())
+        return sum(limits.sources[field] == text for field, text in sources_of(kernel).items())
 
     best = max(before, key=shared, default=None)
-    return best if best is not None and 2 * shared(best) >= len(own) else None
+    if best is None or 2 * shared(best) < len(limits.sources):
+        return None, {}
+    return best, sources_of(best)
 
 
 def _changed(sources: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:
@@ -224,23 +221,23 @@ def _differences(older: Limits, newer: Limits) -> str:
     return "; ".join(words)
 
 
-def _package(kernel: Any) -> str:
-    vendor = getattr(kernel, "vendor", None)
-    return getattr(vendor, "distribution", None) or getattr(vendor, "module", None) or "torch"
+def _package(kernel: Kernel) -> str:
+    if kernel.vendor is None:
+        return "torch"
+    return kernel.vendor.distribution if isinstance(kernel.vendor, Package) else kernel.vendor.module
 
 
-def _chosen(kernel: Any) -> str:
-    if getattr(kernel, "automatic", True):
+def _chosen(kernel: Kernel) -> str:
+    if kernel.automatic:
         return "automatic"
-    families = [] if getattr(kernel, "lower_precision", False) else families_with(kernel.name)
+    families = [] if kernel.lower_precision else families_with(kernel.name)
     return f"automatic on {', '.join(families)}" if families else "by name"
 
 
-def _state(kernel: Any) -> str:
-    run_on, proved = getattr(kernel, "run_on", ""), getattr(kernel, "proved", "")
-    if run_on:
-        return f"*run on real hardware* ({run_on})"
-    return f"*call proved against the published signature* ({proved})" if proved else ""
+def _state(kernel: Kernel) -> str:
+    if kernel.run_on:
+        return f"*run on real hardware* ({kernel.run_on})"
+    return f"*call proved against the published signature* ({kernel.proved})" if kernel.proved else ""
 
 
 def _yes(value: bool) -> str:

@@ -37,7 +37,7 @@ def placed(site: AttentionSite, place: str) -> Placed:
     return Placed(**own, place=place)
 
 
-class _Recorder:
+class _Recorder(Kernel):
     """Takes no site and keeps them all."""
 
     name = "recorder"
@@ -87,7 +87,7 @@ def site_of(function: Callable[..., Any], *inputs: Any, place: str = "cuda", **s
     return placed(site_where_it_is(function, *inputs, **settings), place)
 
 
-class _Forced:
+class _Forced(Kernel):
     """A kernel that is asked what it would say on a device that is not here, and emits if it is willing."""
 
     automatic = True

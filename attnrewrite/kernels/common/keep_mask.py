@@ -15,7 +15,7 @@ from torch import fx
 
 from attnrewrite.analysis.values import ABSORBING, Kind, is_far_below, is_ordinary, possible_values
 from attnrewrite.ir.site import AttentionSite, Bias, Fill, Floor
-from attnrewrite.kernels.common.layout import Plan
+from attnrewrite.kernels.common.layout import KernelLayout
 from attnrewrite.kernels.common.mask import Mask
 
 __all__ = ["KeepMask", "MaskKind", "mask_kind", "why_rows_stay_lost"]
@@ -35,7 +35,7 @@ def mask_kind(site: AttentionSite) -> MaskKind:
     assert scores is not None
     if not scores.terms:
         return "none"
-    batch = set(Plan.of(site).score_dims[0])
+    batch = set(KernelLayout.of(site).score_dims[0])
     only_keys = True
     for term in scores.terms:
         if isinstance(term, Fill) and is_far_below(term.value, term.dtype):
@@ -130,9 +130,9 @@ class KeepMask(Mask):
             self.opened_rows = call(aten.logical_not.default, any_kept)
             self.node = call(aten.logical_or.default, self.node, self.opened_rows)
 
-    def with_source_rows(self, output: fx.Node, value: fx.Node, plan: Plan) -> fx.Node:
+    def with_source_rows(self, output: fx.Node, value: fx.Node, layout: KernelLayout) -> fx.Node:
         """The output, (batch, heads, length, features), with what the source gives rows without a key."""
         if self._site.fused and self.opened_rows is not None:
             # PyTorch's own rule: https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/transformers/attention.cpp
             return self._builder.call(aten.where.ScalarSelf, self.opened_rows, 0.0, output)
-        return super().with_source_rows(output, value, plan)
+        return super().with_source_rows(output, value, layout)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import Size, same, same_shape, tensor
 from attnrewrite.ir.site import AttentionSite, Scale, WeightMod
 
-__all__ = ["Plan", "in_memory_order_of", "lay_out", "modified", "with_unit_stride"]
+__all__ = ["KernelLayout", "in_memory_order_of", "lay_out", "modified", "padded", "padded_to", "with_unit_stride"]
 
 aten = torch.ops.aten
 
@@ -137,7 +137,7 @@ def modified(builder: Builder, node: fx.Node, mod: WeightMod, dims: tuple[Dim, .
 
 
 @dataclass(frozen=True)
-class Plan:
+class KernelLayout:
     """The four dimensions of each operand: (batch, heads, length, features)."""
 
     query_dims: tuple[Dim, ...]
@@ -148,20 +148,55 @@ class Plan:
     grouped: bool
 
     @staticmethod
-    def of(site: AttentionSite) -> Plan:
+    def of(site: AttentionSite) -> KernelLayout:
         """The last shared axis is the head, unless groups of query heads share the only one; the others are batch."""
         shared, group = site.shared_axes, site.group_axes
         split = len(shared) - 1 if len(shared) > 1 else len(shared) if group else min(len(shared), 1)
         batch: tuple[Axis, ...] = shared[:split]
         heads: tuple[Axis, ...] = shared[split:]
         query_heads = (*heads, *group)
-        return Plan(
+        return KernelLayout(
             query_dims=(batch, query_heads, site.query_axes, site.feature_axes),
             key_dims=(batch, heads, site.key_axes, site.feature_axes),
             value_dims=(batch, heads, site.key_axes, site.value_axes),
             score_dims=(batch, query_heads, site.query_axes, site.key_axes),
             output_dims=(batch, query_heads, site.query_axes, site.value_axes),
             grouped=bool(group),
+        )
+
+    def operands(
+        self,
+        builder: Builder,
+        site: AttentionSite,
+        *,
+        order: Sequence[int] = (0, 1, 2, 3),
+        score_factors: bool = True,
+        finish: Callable[[Builder, fx.Node], fx.Node] | None = None,
+    ) -> tuple[fx.Node, fx.Node, fx.Node]:
+        """Query, key and value as the kernel takes them: laid out, with their factors applied, in the compute dtype.
+
+        Args:
+            order: which of (batch, heads, length, features) comes first, second, ...
+            score_factors: whether factors of the scores that are query's or key's are applied; without it the kernel
+                applies all that is done to the scores by itself.
+            finish: done to each at last, such as :func:`with_unit_stride`.
+        """
+        scores = site.scores
+        assert scores is not None
+
+        def operand(part: Operand, dims: tuple[Dim, ...], mods: Sequence[WeightMod]) -> fx.Node:
+            dims = tuple(dims[place] for place in order)
+            node = lay_out(builder, part.node, part.layout, dims, expand=True)
+            for mod in mods:
+                node = modified(builder, node, mod, dims)
+            if tensor(node).dtype is not site.compute_dtype:
+                node = builder.call(aten.to.dtype, node, site.compute_dtype)
+            return node if finish is None else finish(builder, node)
+
+        return (
+            operand(site.query, self.query_dims, scores.query_factors if score_factors else ()),
+            operand(site.key, self.key_dims, scores.key_factors if score_factors else ()),
+            operand(site.value, self.value_dims, scores.value_mods),
         )
 
     def as_result(self, builder: Builder, site: AttentionSite, output: fx.Node) -> fx.Node:

@@ -8,23 +8,23 @@ a pure function of the operands, so that the call can be held against the vendor
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
-from attnrewrite.ir.axes import Dim, Operand, size_of
+from attnrewrite.ir.axes import size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import tensor
-from attnrewrite.ir.site import AttentionSite, WeightMod
-from attnrewrite.kernels.base import Availability, Verdict
+from attnrewrite.ir.site import AttentionSite
+from attnrewrite.kernels.base import Kernel
 from attnrewrite.kernels.common.keep_mask import KeepMask
-from attnrewrite.kernels.common.layout import Plan, lay_out, modified, with_unit_stride
+from attnrewrite.kernels.common.layout import KernelLayout, with_unit_stride
 from attnrewrite.kernels.common.limits import Asked, Capability, Limits, capability_of
 from attnrewrite.kernels.common.mask import Mask
-from attnrewrite.kernels.common.packages import HubKernel, Vendor, VendorCall
+from attnrewrite.kernels.common.packages import Vendor, VendorCall
+from attnrewrite.kernels.verdict import Availability, Verdict
 
 __all__ = ["RUN_ON", "LibraryKernel", "Request", "Saved", "no_state"]
 
@@ -32,8 +32,9 @@ aten = torch.ops.aten
 
 RUN_ON = "NVIDIA H100, torch 2.11"
 
-_BSHD = (0, 2, 1, 3)
-"""(batch, heads, length, features), which a plan's dimensions are, as (batch, length, heads, features); and back."""
+_SAME = (0, 1, 2, 3)
+_EXCHANGED = (0, 2, 1, 3)
+"""Heads and length exchanged: (batch, heads, length, features) as (batch, length, heads, features), and back."""
 
 
 class Request(NamedTuple):
@@ -73,7 +74,7 @@ def no_state(like: Tensor) -> Tensor:
 
 
 @dataclass(eq=False)
-class LibraryKernel:
+class LibraryKernel(Kernel):
     """A kernel of another package.
 
     Attributes:
@@ -90,15 +91,16 @@ class LibraryKernel:
     """
 
     name: str
-    vendor: Vendor
-    limits: Limits
-    needs: str
-    source: str
+    # `field()`: the defaults of `Kernel` would become these fields'.
+    vendor: Vendor = field()
+    limits: Limits = field()
+    needs: str = field()
+    source: str = field()
     automatic: bool = False
     lower_precision: bool = False
     proved: str = ""
     run_on: str = ""
-    order: str = "BSHD"
+    order: Literal["BSHD", "BHSD"] = "BSHD"
 
     # What a family says.
 
@@ -141,10 +143,6 @@ class LibraryKernel:
     def availability(self) -> Availability:
         return self.vendor.availability()
 
-    def prepare(self) -> Availability:
-        """Fetches what was asked for by name and is not installed; else the same as :meth:`availability`."""
-        return self.vendor.fetch() if isinstance(self.vendor, HubKernel) else self.availability()
-
     def supports(self, site: AttentionSite) -> Verdict:
         # No package is imported for a device that it has nothing for.
         elsewhere = self.limits.device_refusal(site)
@@ -161,28 +159,21 @@ class LibraryKernel:
 
     def verdict(self, site: AttentionSite, capability: Capability | None) -> Verdict:
         """What the kernel would say of the site on a GPU of this compute capability, were it available."""
-        reason = self.limits_now().refusal(site, capability)
-        return Verdict.yes() if reason is None else Verdict.no(reason)
+        return Verdict.of(self.limits_now().refusal(site, capability))
 
     def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
         scores = site.scores
         asked = self.limits_now().asked(site)
         assert scores is not None and isinstance(asked, Asked)
-        plan = Plan.of(site)
-        query, key, value = (
-            self._operand(builder, site, operand, self._ordered(dims), mods)
-            for operand, dims, mods in (
-                (site.query, plan.query_dims, scores.query_factors),
-                (site.key, plan.key_dims, scores.key_factors),
-                (site.value, plan.value_dims, scores.value_mods),
-            )
-        )
-        mask = self._mask(builder, site, asked, plan)
+        layout = KernelLayout.of(site)
+        order = _EXCHANGED if self.order == "BSHD" else _SAME
+        query, key, value = layout.operands(builder, site, order=order, finish=with_unit_stride)
+        mask = self._mask(builder, site, asked, layout)
         if mask is not None and mask.opened_rows is not None:
             opened = self._permuted(builder, mask.opened_rows)
             query = builder.call(aten.where.ScalarSelf, opened, 0.0, query)
         request = Request(
-            scale=float(size_of(plan.query_dims[-1])) ** -0.5 if scores.scale is None else scores.scale,
+            scale=float(size_of(layout.query_dims[-1])) ** -0.5 if scores.scale is None else scores.scale,
             dropout=site.dropout,
             left=asked.left,
             right=asked.right,
@@ -196,24 +187,14 @@ class LibraryKernel:
             output = builder.insert(operator.getitem, (output, 0), {}, output.meta["val"][0])
         output = self._permuted(builder, output)
         if mask is not None and asked.restores_rows:
-            output = mask.with_source_rows(output, self._permuted(builder, value), plan)
-        return plan.as_result(builder, site, output)
+            output = mask.with_source_rows(output, self._permuted(builder, value), layout)
+        return layout.as_result(builder, site, output)
 
-    def _operand(
-        self, builder: Builder, site: AttentionSite, operand: Operand, dims: tuple[Dim, ...], mods: Sequence[WeightMod]
-    ) -> fx.Node:
-        node = lay_out(builder, operand.node, operand.layout, dims, expand=True)
-        for mod in mods:
-            node = modified(builder, node, mod, dims)
-        if tensor(node).dtype is not site.compute_dtype:
-            node = builder.call(aten.to.dtype, node, site.compute_dtype)
-        return with_unit_stride(builder, node)
-
-    def _mask(self, builder: Builder, site: AttentionSite, asked: Asked, plan: Plan) -> Mask | None:
+    def _mask(self, builder: Builder, site: AttentionSite, asked: Asked, layout: KernelLayout) -> Mask | None:
         if asked.mask == "none":
             return None
         kind = Mask if asked.mask == "additive" else KeepMask
-        return kind(builder, site, plan.score_dims)
+        return kind(builder, site, layout.score_dims)
 
     def _mask_argument(
         self, builder: Builder, site: AttentionSite, asked: Asked, mask: Mask, key: Tensor
@@ -229,12 +210,9 @@ class LibraryKernel:
         node = builder.call(aten.reshape.default, node, [tensor(node).shape[0], tensor(node).shape[-1]])
         return builder.call(aten.expand.default, node, [batch, keys])
 
-    def _ordered(self, dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
-        return tuple(dims[place] for place in _BSHD) if self.order == "BSHD" else dims
-
     def _permuted(self, builder: Builder, node: fx.Node) -> fx.Node:
-        """From the vendor's order to the plan's, or back: it is the same exchange."""
-        return builder.call(aten.permute.default, node, list(_BSHD)) if self.order == "BSHD" else node
+        """From the vendor's order to (batch, heads, length, features), or back: it is the same exchange."""
+        return builder.call(aten.permute.default, node, list(_EXCHANGED)) if self.order == "BSHD" else node
 
     def _as_bshd(self) -> tuple[int, ...]:
-        return (0, 1, 2, 3) if self.order == "BSHD" else _BSHD
+        return _SAME if self.order == "BSHD" else _EXCHANGED

@@ -14,7 +14,7 @@ from attnrewrite.ir.axes import Dim, Operand, size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import same, tensor
 from attnrewrite.ir.site import AttentionSite, Bias, Fill, Floor
-from attnrewrite.kernels.common.layout import Plan, lay_out, modified, padded
+from attnrewrite.kernels.common.layout import KernelLayout, lay_out, modified, padded
 
 __all__ = ["Mask"]
 
@@ -192,7 +192,7 @@ class Mask:
             where = aten.where.ScalarSelf if nothing == 0.0 else aten.where.self
             self.node = call(where, self.opened_rows, nothing, self.node)
 
-    def with_source_rows(self, output: fx.Node, value: fx.Node, plan: Plan) -> fx.Node:
+    def with_source_rows(self, output: fx.Node, value: fx.Node, layout: KernelLayout) -> fx.Node:
         """The output with what the source gives rows that have no key, where that is NaN or zero."""
         site, call = self._site, self._builder.call
         assert site.scores is not None
@@ -220,7 +220,7 @@ class Mask:
             return call(aten.where.ScalarSelf, self.opened_rows, math.nan, output)
         # The source's gradient of such a row is NaN for every value and nothing for query and key.
         total = call(aten.sum.dim_IntList, value, [-2], True)
-        if plan.grouped:
+        if layout.grouped:
             groups = size_of(site.group_axes)
             total = call(aten.repeat_interleave.self_int, total, groups, 1)
         poison = call(aten.where.Scalar, self.opened_rows, math.nan, 0.0)

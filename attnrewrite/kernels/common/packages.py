@@ -12,17 +12,19 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch.torch_version import TorchVersion
 
 from attnrewrite.kernels.base import Availability
+from attnrewrite.kernels.verdict import Availability
 from attnrewrite.torch_private import custom_op_function
 
 __all__ = ["HubKernel", "Package", "Vendor", "VendorCall", "is_older"]
 
 
+@runtime_checkable
 class Vendor(Protocol):
     """What holds a vendor's functions."""
 

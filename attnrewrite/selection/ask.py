@@ -1,0 +1,44 @@
+"""Asking a kernel whether it takes a site: the one way, whoever asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
+
+from attnrewrite.ir.site import AttentionSite
+from attnrewrite.kernels import Kernel, Verdict
+from attnrewrite.report.rows import KernelVerdict
+
+__all__ = ["ask", "refusals"]
+
+
+def ask(site: AttentionSite, kernel: Kernel, by_name: bool = False) -> KernelVerdict:
+    """Whether the kernel takes the site and can run here.
+
+    Args:
+        by_name: it was asked for by name, so that a willing one is fetched if need be.
+    """
+    verdict = _verdict(site, kernel)
+    if verdict.willing:
+        available = kernel.prepare() if by_name else kernel.availability()
+        verdict = verdict if available.available else Verdict.no(f"not available: {available.detail}")
+    return KernelVerdict(kernel.name, verdict.willing, verdict.reason)
+
+
+def _verdict(site: AttentionSite, kernel: Kernel) -> Verdict:
+    """What the kernel says; one that decides by numbers is not asked where they are known only with the data."""
+    counts = [axis.size for axis in (*site.query_axes, *site.key_axes)]
+    if has_free_unbacked_symbols(counts) and not kernel.takes_unbacked:
+        return Verdict.no("takes no number of positions that depends on the data")
+    if site.windowed and not kernel.skips_masked(site):
+        return Verdict.no("would compute all scores, where the source computes those within windows of keys")
+    return kernel.supports(site)
+
+
+def refusals(verdicts: Iterable[KernelVerdict]) -> str:
+    """Each reason once, behind the kernels that gave it."""
+    kernels: dict[str, dict[str, None]] = {}
+    for verdict in verdicts:
+        kernels.setdefault(verdict.reason, {})[verdict.kernel] = None
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in kernels.items())
