@@ -33,7 +33,7 @@ from attnrewrite.ir.bounds import BEHIND_DIVISOR, BETWEEN_PRODUCTS, Ended, searc
 from attnrewrite.ir.finding import Finding, NearMiss
 from attnrewrite.ir.graph_view import GraphView, reader_in_words
 from attnrewrite.ir.linear_site import LinearAttention, Order
-from attnrewrite.ir.nodes import is_tensor, same_shape, scalar, tensor
+from attnrewrite.ir.nodes import dtype_name, is_tensor, same_shape, scalar, tensor
 from attnrewrite.ir.ops import is_cast
 from attnrewrite.ir.products import Product, factors_of, is_product, product_from_result
 from attnrewrite.ir.site import Scale
@@ -318,7 +318,7 @@ class _Reader:
         first, last = between.first.node, site.result
         dtypes = {tensor(node).dtype for node in (first, *between.nodes, last)}
         if dtypes - {torch.float32, torch.float64}:
-            narrow = min(str(dtype).removeprefix("torch.") for dtype in dtypes - {torch.float32, torch.float64})
+            narrow = min(dtype_name(dtype) for dtype in dtypes - {torch.float32, torch.float64})
             return f"products in {narrow} round, and may overflow, where the other order does not"
         if between.casts or len(dtypes) > 1:
             return "the dtype changes between the products"

@@ -63,7 +63,7 @@ class SitesBenchmark:
         path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     def save_table(self, path: Path) -> None:
-        """Only what :class:`attnrewrite.kernels.costs.CostTable` reads."""
+        """Only what :class:`attnrewrite.selection.cost_table.CostTable` reads."""
         kept = ("device", "torch", "command", "commit")
         times = ("call_ms", "graph_ms")
         sites = [

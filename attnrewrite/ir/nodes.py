@@ -12,7 +12,17 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from attnrewrite.ir.source import SOURCE_ATTRIBUTE
 from attnrewrite.torch_private import PLACEHOLDER_PREFIXES, enter_autocast, exit_autocast, set_grad_enabled
 
-__all__ = ["Size", "copy_attributes", "regions", "same", "same_shape", "tensor"]
+__all__ = [
+    "Size",
+    "copy_attributes",
+    "dtype_name",
+    "hint",
+    "known_number",
+    "regions",
+    "same",
+    "same_shape",
+    "tensor",
+]
 
 aten = torch.ops.aten
 
@@ -36,6 +46,23 @@ def tensor(node: Any) -> torch.Tensor:
 
 def is_tensor(node: Any) -> bool:
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def known_number(value: Any) -> Any:
+    """A symbolic number as it was in the call that is compiled, None if unknown; any other value as it is.
+
+    Asking for it adds no guard.
+    """
+    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
+
+
+def hint(size: Size) -> int:
+    """The size in the call that is compiled. Asking for it adds no guard."""
+    return int(known_number(size))
 
 
 def same(a: Size, b: Size) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnrewrite.kernels.common.library_kernel import LibraryKernel, Request
+from attnrewrite.kernels.common.library_kernel import CallParameters, LibraryKernel
 from attnrewrite.kernels.common.limits import HALF, HeadSizes, Limits
 from attnrewrite.kernels.common.packages import HubKernel, Package, VendorCall
 
@@ -33,11 +33,11 @@ class Aiter(LibraryKernel):
     windows: bool = True
 
     def forward_call(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: Request
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parameters: CallParameters
     ) -> VendorCall:
-        kwargs: dict[str, Any] = {"softmax_scale": request.scale, "causal": request.is_causal}
+        kwargs: dict[str, Any] = {"softmax_scale": parameters.scale, "causal": parameters.is_causal}
         if self.windows:
-            kwargs["window_size"] = (-1, -1) if request.is_causal else (request.left, request.right)
+            kwargs["window_size"] = (-1, -1) if parameters.is_causal else (parameters.left, parameters.right)
 
         def read(result: Any) -> tuple[Tensor, ...]:
             # Builds differ in whether one result comes in a tuple.

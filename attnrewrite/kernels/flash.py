@@ -17,10 +17,11 @@ from torch import Tensor
 
 from attnrewrite.ir.axes import size_of
 from attnrewrite.ir.site import AttentionSite
-from attnrewrite.kernels.common.library_kernel import RUN_ON, LibraryKernel, Request, Saved, no_state
-from attnrewrite.kernels.common.limits import HALF, Asked, Capability, HeadSizes, Limits, Rule
+from attnrewrite.kernels.common.library_kernel import RUN_ON, CallParameters, LibraryKernel, Saved, no_state
+from attnrewrite.kernels.common.limits import HALF, Asked, Capability, HeadSizes, LimitRule, Limits
 from attnrewrite.kernels.common.packages import HubKernel, Package, VendorCall
 from attnrewrite.kernels.common.packing import Packed
+from attnrewrite.kernels.verdict import Refusal
 
 __all__ = ["FLASH_4_PACKAGE", "FLASH_KERNELS"]
 
@@ -35,9 +36,9 @@ _FA4_WHEEL = "https://pypi.org/project/flash-attn-4/4.0.0b36/ flash_attn/cute/in
 _DISPATCH = "https://github.com/huggingface/diffusers/blob/main/src/diffusers/models/attention_dispatch.py"
 
 
-def _flash_window(request: Request) -> tuple[bool, int, int]:
+def _flash_window(parameters: CallParameters) -> tuple[bool, int, int]:
     """(causal, left, right): a causal mask is asked for by name, which takes faster paths."""
-    return (True, -1, -1) if request.is_causal else (False, request.left, request.right)
+    return (True, -1, -1) if parameters.is_causal else (False, parameters.left, parameters.right)
 
 
 def _deterministic() -> bool:
@@ -59,10 +60,10 @@ class Flash2(_Flash):
     pass needs."""
 
     def forward_call(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: Request
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parameters: CallParameters
     ) -> VendorCall:
-        causal, left, right = _flash_window(request)
-        numbers = (request.dropout, request.scale, causal, left, right, request.softcap)
+        causal, left, right = _flash_window(parameters)
+        numbers = (parameters.dropout, parameters.scale, causal, left, right, parameters.softcap)
         # No ALiBi slopes, and no weights handed back.
         args = (query, key, value, *numbers, None, False)
         return VendorCall(self.vendor, f"{self.prefix}_flash_attn_forward", args, read=_output_lse_state)
@@ -75,10 +76,10 @@ class Flash2(_Flash):
         value: Tensor,
         mask: Tensor | None,
         saved: Saved,
-        request: Request,
+        parameters: CallParameters,
     ) -> VendorCall:
-        causal, left, right = _flash_window(request)
-        numbers = (request.dropout, request.scale, causal, left, right, request.softcap)
+        causal, left, right = _flash_window(parameters)
+        numbers = (parameters.dropout, parameters.scale, causal, left, right, parameters.softcap)
         gradients = tuple(part.new_empty(part.shape) for part in (query, key, value))
         args = (gradient, query, key, value, saved.output, saved.logsumexp, *gradients, *numbers, None)
         return VendorCall(
@@ -104,11 +105,11 @@ class Flash2Varlen(Flash2):
     """The form for sequences of many lengths, which takes key padding by leaving the keys out."""
 
     def forward_call(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: Request
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parameters: CallParameters
     ) -> VendorCall:
         packed = Packed.of(query, key, value, mask)
-        causal, left, right = _flash_window(request)
-        numbers = (request.dropout, request.scale, causal, left, right, request.softcap)
+        causal, left, right = _flash_window(parameters)
+        numbers = (parameters.dropout, parameters.scale, causal, left, right, parameters.softcap)
         lengths = (packed.starts_q, packed.starts_k, packed.longest_q, packed.longest_k)
         args = (packed.query, packed.key, packed.value, *lengths, *numbers, None, False)
 
@@ -126,11 +127,11 @@ class Flash2Varlen(Flash2):
         value: Tensor,
         mask: Tensor | None,
         saved: Saved,
-        request: Request,
+        parameters: CallParameters,
     ) -> VendorCall:
         packed = Packed.of(query, key, value, mask)
-        causal, left, right = _flash_window(request)
-        numbers = (request.dropout, request.scale, causal, left, right, request.softcap)
+        causal, left, right = _flash_window(parameters)
+        numbers = (parameters.dropout, parameters.scale, causal, left, right, parameters.softcap)
         operands = (packed.query, packed.key, packed.value)
         gradients = [part.new_empty(part.shape) for part in operands]
         lengths = (packed.starts_q, packed.starts_k, packed.longest_q, packed.longest_k)
@@ -154,14 +155,14 @@ class Flash3(_Flash):
     """``_flash_attn_forward`` of the Hopper build, which serves both forms."""
 
     def forward_call(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: Request
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parameters: CallParameters
     ) -> VendorCall:
-        return self._forward(request, (query, key, value), (None, None, None, None), query)
+        return self._forward(parameters, (query, key, value), (None, None, None, None), query)
 
     def _forward(
-        self, request: Request, operands: tuple[Tensor, ...], lengths: tuple[Any, ...], like: Tensor
+        self, parameters: CallParameters, operands: tuple[Tensor, ...], lengths: tuple[Any, ...], like: Tensor
     ) -> VendorCall:
-        causal, left, right = _flash_window(request)
+        causal, left, right = _flash_window(parameters)
         starts_q, starts_k, longest_q, longest_k = lengths
         # By place, as diffusers calls it: the names of these arguments have changed from build to build.
         args = (
@@ -171,13 +172,13 @@ class Flash3(_Flash):
             *(None, None),  # seqused_q, seqused_k
             *(longest_q, longest_k),
             *(None,) * 9,  # page_table, kv_batch_idx, leftpad_k, rotary_cos, rotary_sin, seqlens_rotary, descales
-            request.scale,
+            parameters.scale,
         )
         kwargs = {
             "causal": causal,
             "window_size_left": left,
             "window_size_right": right,
-            "softcap": request.softcap,
+            "softcap": parameters.softcap,
             # One split: the number of them would depend on the device, and with it the result.
             "num_splits": 1,
         }
@@ -196,28 +197,28 @@ class Flash3(_Flash):
         value: Tensor,
         mask: Tensor | None,
         saved: Saved,
-        request: Request,
+        parameters: CallParameters,
     ) -> VendorCall:
         gradients = [part.new_empty(part.shape) for part in (query, key, value)]
         flat = (gradient, query, key, value, saved.output, saved.logsumexp)
-        args = self._backward_args(request, flat, (None, None, None, None), gradients)
+        args = self._backward_args(parameters, flat, (None, None, None, None), gradients)
         return VendorCall(self.vendor, f"{self.prefix}_flash_attn_backward", args, read=lambda _: tuple(gradients))
 
     def _backward_args(
-        self, request: Request, flat: tuple[Tensor, ...], lengths: tuple[Any, ...], gradients: list[Tensor]
+        self, parameters: CallParameters, flat: tuple[Tensor, ...], lengths: tuple[Any, ...], gradients: list[Tensor]
     ) -> tuple[Any, ...]:
-        causal, left, right = _flash_window(request)
+        causal, left, right = _flash_window(parameters)
         starts_q, starts_k, longest_q, longest_k = lengths
         sequences = (starts_q, starts_k, None, None, longest_q, longest_k)
         return (
             *flat,
             *sequences,
             *gradients,
-            request.scale,
+            parameters.scale,
             causal,
             left,
             right,
-            request.softcap,
+            parameters.softcap,
             _deterministic(),
             0,  # sm_margin
         )
@@ -228,11 +229,11 @@ class Flash3Varlen(Flash3):
     """The same for sequences of many lengths, which takes key padding by leaving the keys out."""
 
     def forward_call(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: Request
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parameters: CallParameters
     ) -> VendorCall:
         packed = Packed.of(query, key, value, mask)
         lengths = (packed.starts_q, packed.starts_k, packed.longest_q, packed.longest_k)
-        return self._forward(request, (packed.query, packed.key, packed.value), lengths, query)
+        return self._forward(parameters, (packed.query, packed.key, packed.value), lengths, query)
 
     def backward_call(
         self,
@@ -242,14 +243,14 @@ class Flash3Varlen(Flash3):
         value: Tensor,
         mask: Tensor | None,
         saved: Saved,
-        request: Request,
+        parameters: CallParameters,
     ) -> VendorCall:
         packed = Packed.of(query, key, value, mask)
         operands = (packed.query, packed.key, packed.value)
         gradients = [part.new_empty(part.shape) for part in operands]
         lengths = (packed.starts_q, packed.starts_k, packed.longest_q, packed.longest_k)
         flat = (gradient.flatten(0, 1), *operands, saved.output.flatten(0, 1), saved.logsumexp)
-        args = self._backward_args(request, flat, lengths, gradients)
+        args = self._backward_args(parameters, flat, lengths, gradients)
 
         def read(_: Any) -> tuple[Tensor, ...]:
             return packed.unpacked_gradients(gradients, like=(query, key, value))
@@ -266,13 +267,13 @@ class Flash4(_Flash):
     """FlashAttention 4, written in CuTe. Called bare it breaks graphs three times, hence the operator."""
 
     def forward_call(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: Request
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parameters: CallParameters
     ) -> VendorCall:
         kwargs = {
-            "softmax_scale": request.scale,
-            "causal": request.is_causal,
-            "window_size": self._window(request),
-            "softcap": request.softcap,
+            "softmax_scale": parameters.scale,
+            "causal": parameters.is_causal,
+            "window_size": self._window(parameters),
+            "softcap": parameters.softcap,
             "return_lse": True,
         }
 
@@ -290,13 +291,13 @@ class Flash4(_Flash):
         value: Tensor,
         mask: Tensor | None,
         saved: Saved,
-        request: Request,
+        parameters: CallParameters,
     ) -> VendorCall:
-        left, right = self._window(request)
+        left, right = self._window(parameters)
         kwargs = {
-            "softmax_scale": request.scale,
-            "causal": request.is_causal,
-            "softcap": request.softcap,
+            "softmax_scale": parameters.scale,
+            "causal": parameters.is_causal,
+            "softcap": parameters.softcap,
             "window_size_left": left,
             "window_size_right": right,
             "deterministic": _deterministic(),
@@ -308,11 +309,11 @@ class Flash4(_Flash):
 
         return VendorCall(self.vendor, f"{self.prefix}_flash_attn_bwd", args, kwargs, read)
 
-    def _window(self, request: Request) -> tuple[int | None, int | None]:
+    def _window(self, parameters: CallParameters) -> tuple[int | None, int | None]:
         """No bound is None, and a causal mask is no window."""
-        if request.is_causal:
+        if parameters.is_causal:
             return None, None
-        return (None if request.left < 0 else request.left), (None if request.right < 0 else request.right)
+        return (None if parameters.left < 0 else parameters.left), (None if parameters.right < 0 else parameters.right)
 
 
 @dataclasses.dataclass(eq=False)
@@ -320,9 +321,9 @@ class Flash4Hub(_Flash):
     """FlashAttention 4 from the Hub, called with no more than diffusers calls it with."""
 
     def forward_call(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: Request
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parameters: CallParameters
     ) -> VendorCall:
-        kwargs = {"softmax_scale": request.scale, "causal": request.is_causal}
+        kwargs = {"softmax_scale": parameters.scale, "causal": parameters.is_causal}
 
         def read(result: Any) -> tuple[Tensor, ...]:
             # The builds differ in whether they hand out the logarithms of sums.
@@ -401,14 +402,14 @@ _FLASH_3 = Limits(
 _FLASH_3_VARLEN = dataclasses.replace(_FLASH_3, masks="key padding", sources={**_FLASH_3.sources, **_VARLEN_SOURCES})
 
 
-def _wrong_gradient(site: AttentionSite, asked: Asked, capability: Capability | None) -> str | None:
+def _wrong_gradient(site: AttentionSite, asked: Asked, capability: Capability | None) -> Refusal:
     width = size_of(site.feature_axes)
     if not site.differentiable or (isinstance(width, int) and width % 32 == 0):
         return None
     return f"its backward pass is wrong for head sizes that are no multiple of 32, such as {width}"
 
 
-def _no_capped_gradient(site: AttentionSite, asked: Asked, capability: Capability | None) -> str | None:
+def _no_capped_gradient(site: AttentionSite, asked: Asked, capability: Capability | None) -> Refusal:
     wide = size_of(site.feature_axes) == 256 and capability is not None and capability[0] in (10, 11)
     if wide and site.differentiable and site.scores is not None and site.scores.softcap is not None:
         return "has no backward pass with a soft cap for the head size 256 on this GPU"
@@ -430,12 +431,12 @@ _FLASH_4 = Limits(
     deterministic=True,
     minimum_version="4.0.0b36",
     rules=(
-        Rule(
+        LimitRule(
             "no backward pass with a soft cap for the head size 256 on compute capability 10 and 11",
             _no_capped_gradient,
             f"{_FA4_WHEEL}:2958",
         ),
-        Rule(
+        LimitRule(
             "a backward pass only for head sizes that are a multiple of 32",
             _wrong_gradient,
             "measured on an H100: wrong by more than half at 40 and 80, right at 64, 128, 160 and 256",

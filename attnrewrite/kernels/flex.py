@@ -141,7 +141,7 @@ class Flex(Kernel):
             blocks = blocks_of_band(builder, site, asked)
         else:
             blocks = whole_block(builder, site.device)
-        call = _Call((query, key, value), _softcap(scores.softcap), blocks, scores.scale)
+        call = _FlexCall((query, key, value), _softcap(scores.softcap), blocks, scores.scale)
         output = self._in_graph(builder, site, call)
         if mask is not None and asked.restores_rows:
             output = mask.with_source_rows(output, value, layout)
@@ -165,13 +165,13 @@ class Flex(Kernel):
             node = builder.insert(operator_, (query, key, value, buffers, score_mod.code), {}, output)
         else:
             blocks = whole_block(builder, site.device)
-            call = _Call((query, key, value), score_mod, blocks, 1.0, tuple(buffers))
+            call = _FlexCall((query, key, value), score_mod, blocks, 1.0, tuple(buffers))
             node = self._in_graph(builder, site, call)
         if scores.masked_rows not in ("none", "mean of value"):
             node = Mask(builder, site, layout.score_dims).with_source_rows(node, value, layout)
         return layout.as_result(builder, site, node)
 
-    def _in_graph(self, builder: Builder, site: AttentionSite, call: _Call) -> fx.Node:
+    def _in_graph(self, builder: Builder, site: AttentionSite, call: _FlexCall) -> fx.Node:
         """The higher-order operator, as it stands in a graph that was traced with ``flex_attention`` in it."""
         options: dict[str, Any] = {
             "PRESCALE_QK": False,
@@ -234,7 +234,7 @@ class FlexFlash(Flex):
 
 
 @dataclass(frozen=True)
-class _Call:
+class _FlexCall:
     """What the operator is called with.
 
     Attributes:

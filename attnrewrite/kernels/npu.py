@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnrewrite.kernels.common.library_kernel import LibraryKernel, Request, Saved
+from attnrewrite.kernels.common.library_kernel import CallParameters, LibraryKernel, Saved
 from attnrewrite.kernels.common.limits import HALF, HeadSizes, Limits
 from attnrewrite.kernels.common.packages import Package, VendorCall
 
@@ -32,11 +32,11 @@ _TRIANGLE = 2048
 """Causal masks are told by one compressed mask of this size, whatever the lengths."""
 
 
-def _mask_arguments(query: Tensor, key: Tensor, mask: Tensor | None, request: Request) -> dict[str, Any]:
+def _mask_arguments(query: Tensor, key: Tensor, mask: Tensor | None, parameters: CallParameters) -> dict[str, Any]:
     """``atten_mask``, which is true where a key is masked, and ``sparse_mode``."""
-    if request.is_causal:
+    if parameters.is_causal:
         square = torch.ones((_TRIANGLE, _TRIANGLE), dtype=torch.bool, device=query.device)
-        mode = _LAST_ALIGNED if request.from_last else _FIRST_ALIGNED
+        mode = _LAST_ALIGNED if parameters.from_last else _FIRST_ALIGNED
         return {"atten_mask": square.triu(1), "sparse_mode": mode}
     if mask is None:
         return {"atten_mask": None, "sparse_mode": 0}
@@ -50,12 +50,12 @@ class NpuFusion(LibraryKernel):
     """``npu_fusion_attention`` and ``npu_fusion_attention_grad``."""
 
     def forward_call(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: Request
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parameters: CallParameters
     ) -> VendorCall:
         kwargs = {
-            "scale": request.scale,
-            "keep_prob": 1.0 - request.dropout,
-            **_mask_arguments(query, key, mask, request),
+            "scale": parameters.scale,
+            "keep_prob": 1.0 - parameters.dropout,
+            **_mask_arguments(query, key, mask, parameters),
         }
 
         def read(result: Any) -> tuple[Tensor, ...]:
@@ -73,7 +73,7 @@ class NpuFusion(LibraryKernel):
         value: Tensor,
         mask: Tensor | None,
         saved: Saved,
-        request: Request,
+        parameters: CallParameters,
     ) -> VendorCall:
         highest, total = saved.logsumexp.unbind(0)
         seed, offset, numels = saved.state.tolist()
@@ -81,12 +81,12 @@ class NpuFusion(LibraryKernel):
             "softmax_max": highest,
             "softmax_sum": total,
             "attention_in": saved.output,
-            "scale_value": request.scale,
-            "keep_prob": 1.0 - request.dropout,
+            "scale_value": parameters.scale,
+            "keep_prob": 1.0 - parameters.dropout,
             "seed": seed,
             "offset": offset,
             "numels": numels,
-            **_mask_arguments(query, key, mask, request),
+            **_mask_arguments(query, key, mask, parameters),
         }
         args = (query, key, value, gradient, query.shape[2], "BSND")
 
@@ -106,14 +106,14 @@ class NpuInference(LibraryKernel):
     """``npu_fused_infer_attention_score``: without a backward pass, and with a path of its own for one query."""
 
     def forward_call(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: Request
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parameters: CallParameters
     ) -> VendorCall:
         kwargs = {
             "num_heads": query.shape[2],
             "num_key_value_heads": key.shape[2],
             "input_layout": "BSND",
-            "scale": request.scale,
-            **_mask_arguments(query, key, mask, request),
+            "scale": parameters.scale,
+            **_mask_arguments(query, key, mask, parameters),
         }
         # "Tensors that are not contiguous are not supported."
         operands = tuple(part.contiguous() for part in (query, key, value))

@@ -16,10 +16,11 @@ from torch import Tensor
 from attnrewrite.ir.axes import size_of
 from attnrewrite.ir.nodes import same
 from attnrewrite.ir.site import AttentionSite
-from attnrewrite.kernels.common.library_kernel import RUN_ON, LibraryKernel, Request
-from attnrewrite.kernels.common.limits import HALF, Asked, Capability, HeadSizes, Limits, Rule
+from attnrewrite.kernels.common.library_kernel import RUN_ON, CallParameters, LibraryKernel
+from attnrewrite.kernels.common.limits import HALF, Asked, Capability, HeadSizes, LimitRule, Limits
 from attnrewrite.kernels.common.packages import HubKernel, Package, VendorCall, is_older
 from attnrewrite.kernels.common.packing import Packed
+from attnrewrite.kernels.verdict import Refusal
 
 __all__ = ["SAGE_KERNELS"]
 
@@ -63,12 +64,12 @@ class Sage(LibraryKernel):
         return bool(version) and is_older(version, _SECOND)
 
     def forward_call(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: Request
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parameters: CallParameters
     ) -> VendorCall:
         if self._is_first():
             # Smoothing subtracts the mean from the key in place: `k -= km` in core.py of 1.0.6.
             key = key.clone()
-        kwargs = {"tensor_layout": "NHD", "is_causal": request.is_causal, "sm_scale": request.scale}
+        kwargs = {"tensor_layout": "NHD", "is_causal": parameters.is_causal, "sm_scale": parameters.scale}
         return VendorCall(self.vendor, self.function, (query, key, value), kwargs)
 
 
@@ -77,7 +78,7 @@ class SageVarlen(Sage):
     """``sageattn_varlen``, which takes key padding by leaving the keys out."""
 
     def forward_call(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: Request
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parameters: CallParameters
     ) -> VendorCall:
         packed = Packed.of(query, key, value, mask)
         # The packed key is a view of the site's where nothing was left out, and smoothing subtracts in place.
@@ -87,8 +88,8 @@ class SageVarlen(Sage):
             "cu_seqlens_k": packed.starts_k,
             "max_seqlen_q": packed.longest_q,
             "max_seqlen_k": packed.longest_k,
-            "is_causal": request.is_causal,
-            "sm_scale": request.scale,
+            "is_causal": parameters.is_causal,
+            "sm_scale": parameters.scale,
         }
 
         def read(result: Any) -> tuple[Tensor, ...]:
@@ -102,12 +103,12 @@ class Sage3(LibraryKernel):
     """``sageattn3_blackwell``: scores and weights in four bits."""
 
     def forward_call(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: Request
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parameters: CallParameters
     ) -> VendorCall:
         # It subtracts the mean from the key in place: `k -= k.mean(...)` in `preprocess_qkv`. Unknown keywords are
         # swallowed, so that none is passed for what it has not.
         return VendorCall(
-            self.vendor, "sageattn3_blackwell", (query, key.clone(), value), {"is_causal": request.is_causal}
+            self.vendor, "sageattn3_blackwell", (query, key.clone(), value), {"is_causal": parameters.is_causal}
         )
 
 
@@ -149,7 +150,7 @@ _FIRST_VARLEN = dataclasses.replace(
 )
 
 
-def _sm86_is_triton(site: AttentionSite, asked: Asked, capability: Capability | None) -> str | None:
+def _sm86_is_triton(site: AttentionSite, asked: Asked, capability: Capability | None) -> Refusal:
     if capability == (8, 6) and not same(size_of(site.key_axes) % 64, 0):
         return "is right on this GPU only where the number of keys is known to be a multiple of 64"
     return None
@@ -164,7 +165,7 @@ _SECOND_LIMITS = Limits(
     grouped=True,
     minimum_version="2.1.1",
     rules=(
-        Rule(
+        LimitRule(
             "on compute capability 8.6, whose kernel is the Triton one: the number of keys a multiple of 64",
             _sm86_is_triton,
             f"{_SAGE2} sageattn, {_SAGE2_TRITON}#L24-L35",

@@ -19,14 +19,14 @@ from torch import fx
 
 from attnrewrite.ir.axes import size_of
 from attnrewrite.ir.builder import Builder
-from attnrewrite.ir.nodes import Size, same, tensor
+from attnrewrite.ir.nodes import hint, same, tensor
 from attnrewrite.ir.site import AttentionSite
 from attnrewrite.kernels.common.layout import KernelLayout, padded_to
 from attnrewrite.kernels.common.library_kernel import RUN_ON
 from attnrewrite.kernels.common.limits import Asked, Capability
 from attnrewrite.kernels.torch_limits import CUDNN, EFFICIENT, FLASH, PADDED_TO
 from attnrewrite.kernels.torch_sdpa import TorchSDPA
-from attnrewrite.kernels.verdict import Availability, Verdict
+from attnrewrite.kernels.verdict import Availability, Refusal, Verdict
 from attnrewrite.torch_private import FakeTensorMode, TorchDispatchMode
 
 __all__ = ["CudnnAttention", "EfficientAttention", "FlashAttention"]
@@ -52,8 +52,7 @@ class _Backend(TorchSDPA):
         verdict = super().supports(site)
         if not verdict.willing:
             return verdict
-        refusal = self._torch_refuses(site, KernelLayout.of(site))
-        return Verdict.no(refusal) if refusal else verdict
+        return Verdict.of(self._torch_refuses(site, KernelLayout.of(site)))
 
     def verdict(self, site: AttentionSite, capability: Capability | None) -> Verdict:
         """All but PyTorch's own check, which asks the GPU that is here."""
@@ -83,13 +82,13 @@ class _Backend(TorchSDPA):
     def check(self, parameters: Any, debug: bool) -> bool:
         raise NotImplementedError
 
-    def _torch_refuses(self, site: AttentionSite, layout: KernelLayout) -> str:
+    def _torch_refuses(self, site: AttentionSite, layout: KernelLayout) -> Refusal:
         """What PyTorch's own check says of tensors of these sizes; a symbol stands for a size that it was seen with."""
         assert site.scores is not None
         with FakeTensorMode():
             query, key, value = (
                 torch.empty(
-                    [_hint(size_of(dim)) for dim in dims[:-1]] + [_up(_hint(size_of(dims[-1])), PADDED_TO)],
+                    [hint(size_of(dim)) for dim in dims[:-1]] + [_up(hint(size_of(dims[-1])), PADDED_TO)],
                     dtype=site.compute_dtype,
                     device=site.device,
                     requires_grad=site.differentiable,
@@ -103,7 +102,7 @@ class _Backend(TorchSDPA):
             query, key, value, mask, site.dropout, site.scores.is_causal, layout.grouped
         )
         if self.check(parameters, False):
-            return ""
+            return None
         reasons = _heard(lambda: self.check(parameters, True))
         return f"PyTorch's check says: {reasons[-1] if reasons else 'no'}"
 
@@ -210,10 +209,6 @@ def _heard(check: Callable[[], bool]) -> list[str]:
         with Within():  # type: ignore[no-untyped-call]
             torch.empty(0)
     return [str(message.message).split(" (Triggered")[0].strip() for message in said]
-
-
-def _hint(size: Size) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
 
 
 def _up(size: int, multiple: int) -> int:

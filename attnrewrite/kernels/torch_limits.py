@@ -14,7 +14,8 @@ import torch
 
 from attnrewrite.ir.axes import size_of
 from attnrewrite.ir.site import AttentionSite
-from attnrewrite.kernels.common.limits import HALF, Asked, Capability, HeadSizes, Limits, Rule
+from attnrewrite.kernels.common.limits import HALF, Asked, Capability, HeadSizes, LimitRule, Limits
+from attnrewrite.kernels.verdict import Refusal
 
 __all__ = [
     "CUDNN",
@@ -49,13 +50,13 @@ _FLEX_CUDA = f"{_TORCH}/torch/_inductor/kernel/flex/flex_attention.py"
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def _one_head_size(site: AttentionSite, asked: Asked, capability: Capability | None) -> str | None:
+def _one_head_size(site: AttentionSite, asked: Asked, capability: Capability | None) -> Refusal:
     size, value_size = size_of(site.feature_axes), size_of(site.value_axes)
     up = [-(-one // PADDED_TO) for one in (size, value_size)]
     return None if up[0] == up[1] else f"takes values of the query's head size, {size}, not {value_size}"
 
 
-def _no_bfloat16_before_ampere(site: AttentionSite, asked: Asked, capability: Capability | None) -> str | None:
+def _no_bfloat16_before_ampere(site: AttentionSite, asked: Asked, capability: Capability | None) -> Refusal:
     if site.compute_dtype is not torch.bfloat16 or capability is None or capability >= (8, 0):
         return None
     own = ".".join(map(str, capability))
@@ -124,12 +125,12 @@ FLASH = Limits(
     backward=True,
     deterministic=True,
     rules=(
-        Rule(
+        LimitRule(
             f"the value head size is the query's, both padded to a multiple of {PADDED_TO}",
             _one_head_size,
             f"{_CHECKS} check_head_dim_size_flash",
         ),
-        Rule(
+        LimitRule(
             "no training of head sizes over 192 on some GPUs that are not those of data centres",
             None,
             f"{_CHECKS} check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120",
@@ -165,7 +166,7 @@ EFFICIENT = Limits(
     backward=True,
     deterministic=True,
     rules=(
-        Rule(
+        LimitRule(
             "no bfloat16 before compute capability 8.0",
             _no_bfloat16_before_ampere,
             f"{_CHECKS} can_use_mem_efficient_attention",
@@ -200,7 +201,7 @@ CUDNN = Limits(
     dropout=True,
     grouped=True,
     rules=(
-        Rule(
+        LimitRule(
             "head sizes over 128, one key, and dropout: as far as the version of cuDNN goes",
             None,
             f"{_CHECKS} check_cudnn_tensor_shapes",
@@ -236,7 +237,7 @@ FLEX = Limits(
     grouped=True,
     backward=True,
     rules=(
-        Rule(
+        LimitRule(
             "on the CPU: any head size, no backward pass, and AVX2",
             None,
             f"{_FLEX_CPU}#L98-L103",

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnrewrite.kernels.common.library_kernel import RUN_ON, LibraryKernel, Request, Saved, no_state
+from attnrewrite.kernels.common.library_kernel import RUN_ON, CallParameters, LibraryKernel, Saved, no_state
 from attnrewrite.kernels.common.limits import HALF, HeadSizes, Limits
 from attnrewrite.kernels.common.packages import Package, VendorCall
 from attnrewrite.kernels.common.packing import Packed
+from attnrewrite.kernels.verdict import Refusal
 
 __all__ = ["VARLEN_KERNELS"]
 
@@ -32,13 +33,13 @@ class TorchVarlen(LibraryKernel):
     """``aten._flash_attention_forward`` and its backward pass, with cumulative lengths."""
 
     def forward_call(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: Request
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parameters: CallParameters
     ) -> VendorCall:
         packed = Packed.of(query, key, value, mask)
-        kwargs = {"scale": request.scale, "window_size_left": request.left, "window_size_right": request.right}
+        kwargs = {"scale": parameters.scale, "window_size_left": parameters.left, "window_size_right": parameters.right}
         args = (
             *(packed.query, packed.key, packed.value, packed.starts_q, packed.starts_k),
-            *(packed.longest_q, packed.longest_k, 0.0, request.is_causal, False),
+            *(packed.longest_q, packed.longest_k, 0.0, parameters.is_causal, False),
         )
 
         def read(result: Any) -> tuple[Tensor, ...]:
@@ -54,16 +55,16 @@ class TorchVarlen(LibraryKernel):
         value: Tensor,
         mask: Tensor | None,
         saved: Saved,
-        request: Request,
+        parameters: CallParameters,
     ) -> VendorCall:
         packed = Packed.of(query, key, value, mask)
-        kwargs = {"scale": request.scale, "window_size_left": request.left, "window_size_right": request.right}
+        kwargs = {"scale": parameters.scale, "window_size_left": parameters.left, "window_size_right": parameters.right}
         # The state of a dropout that there is none of.
         state = torch.zeros((2,), dtype=torch.uint64, device=query.device)
         args = (
             *(gradient.flatten(0, 1), packed.query, packed.key, packed.value),
             *(saved.output.flatten(0, 1), saved.logsumexp, packed.starts_q, packed.starts_k),
-            *(packed.longest_q, packed.longest_k, 0.0, request.is_causal, state, query.new_empty((0,))),
+            *(packed.longest_q, packed.longest_k, 0.0, parameters.is_causal, state, query.new_empty((0,))),
         )
 
         def read(result: Any) -> tuple[Tensor, ...]:
@@ -106,7 +107,7 @@ _LIMITS = Limits(
 )
 
 
-def _why_broken(module: Any) -> str | None:
+def _why_broken(module: Any) -> Refusal:
     return None if torch.backends.cuda.is_flash_attention_available() else "it was built without FlashAttention"
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from attnrewrite.ir.site import AttentionSite
-from attnrewrite.kernels.common.library_kernel import LibraryKernel, Request, Saved, no_state
-from attnrewrite.kernels.common.limits import HALF, Asked, Capability, HeadSizes, Limits, Rule
+from attnrewrite.kernels.common.library_kernel import CallParameters, LibraryKernel, Saved, no_state
+from attnrewrite.kernels.common.limits import HALF, Asked, Capability, HeadSizes, LimitRule, Limits
 from attnrewrite.kernels.common.packages import Package, VendorCall
+from attnrewrite.kernels.verdict import Refusal
 
 __all__ = ["XFORMERS_KERNELS"]
 
@@ -30,9 +31,9 @@ class XFormers(LibraryKernel):
     """The package chooses between its own operators by what it is given."""
 
     def forward_call(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: Request
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parameters: CallParameters
     ) -> VendorCall:
-        kwargs = {"attn_bias": self._bias(query, key, mask, request), "p": 0.0, "scale": request.scale}
+        kwargs = {"attn_bias": self._bias(query, key, mask, parameters), "p": 0.0, "scale": parameters.scale}
 
         def read(result: Any) -> tuple[Tensor, ...]:
             output, logsumexp = result
@@ -50,15 +51,15 @@ class XFormers(LibraryKernel):
         value: Tensor,
         mask: Tensor | None,
         saved: Saved,
-        request: Request,
+        parameters: CallParameters,
     ) -> VendorCall:
-        kwargs = {"attn_bias": self._bias(query, key, mask, request), "p": 0.0, "scale": request.scale}
+        kwargs = {"attn_bias": self._bias(query, key, mask, parameters), "p": 0.0, "scale": parameters.scale}
         args = (gradient, saved.output, saved.logsumexp, query, key, value)
         return VendorCall(self.vendor, "memory_efficient_attention_backward", args, kwargs, read=tuple)
 
-    def _bias(self, query: Tensor, key: Tensor, mask: Tensor | None, request: Request) -> Any:
-        if request.is_causal:
-            name = "LowerTriangularFromBottomRightMask" if request.from_last else "LowerTriangularMask"
+    def _bias(self, query: Tensor, key: Tensor, mask: Tensor | None, parameters: CallParameters) -> Any:
+        if parameters.is_causal:
+            name = "LowerTriangularFromBottomRightMask" if parameters.from_last else "LowerTriangularMask"
             return VendorCall(self.vendor, f"attn_bias.{name}")
         if mask is None:
             return None
@@ -70,7 +71,7 @@ class XFormers(LibraryKernel):
         return rows[..., :keys].expand(batch, heads, queries, keys)
 
 
-def _why_broken(module: Any) -> str | None:
+def _why_broken(module: Any) -> Refusal:
     """The package imports without its compiled part, and every operator raises then."""
     library: Any = importlib.import_module("xformers._cpp_lib")
     error = getattr(library, "_cpp_library_load_exception", None)
@@ -79,7 +80,7 @@ def _why_broken(module: Any) -> str | None:
     return None if library._build_metadata is not None else "its compiled part could not be loaded"
 
 
-def _only_flash_after_hopper(site: AttentionSite, asked: Asked, capability: Capability | None) -> str | None:
+def _only_flash_after_hopper(site: AttentionSite, asked: Asked, capability: Capability | None) -> Refusal:
     if capability is None or capability <= (9, 0):
         return None
     if asked.mask != "none" or site.compute_dtype is torch.float32:
@@ -97,7 +98,7 @@ _LIMITS = Limits(
     backward=True,
     minimum_version="0.0.35",
     rules=(
-        Rule(
+        LimitRule(
             "after compute capability 9.0 neither a mask nor float32",
             _only_flash_after_hopper,
             f"{_FMHA}/cutlass.py#L170: CUDA_MAXIMUM_COMPUTE_CAPABILITY",

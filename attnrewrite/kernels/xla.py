@@ -13,9 +13,10 @@ from torch import Tensor
 
 from attnrewrite.ir.axes import size_of
 from attnrewrite.ir.site import AttentionSite
-from attnrewrite.kernels.common.library_kernel import LibraryKernel, Request
-from attnrewrite.kernels.common.limits import Asked, Capability, HeadSizes, Limits, Rule
+from attnrewrite.kernels.common.library_kernel import CallParameters, LibraryKernel
+from attnrewrite.kernels.common.limits import Asked, Capability, HeadSizes, LimitRule, Limits
 from attnrewrite.kernels.common.packages import Package, VendorCall
+from attnrewrite.kernels.verdict import Refusal
 
 __all__ = ["XLA_KERNELS"]
 
@@ -34,13 +35,13 @@ class XlaFlash(LibraryKernel):
     """The forward pass; its scale is 1 unless it is given one."""
 
     def forward_call(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: Request
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parameters: CallParameters
     ) -> VendorCall:
-        kwargs = {"causal": request.is_causal, "sm_scale": request.scale}
+        kwargs = {"causal": parameters.is_causal, "sm_scale": parameters.scale}
         return VendorCall(self.vendor, "flash_attention", (query, key, value), kwargs)
 
 
-def _no_ragged_block(site: AttentionSite, asked: Asked, capability: Capability | None) -> str | None:
+def _no_ragged_block(site: AttentionSite, asked: Asked, capability: Capability | None) -> Refusal:
     keys = size_of(site.key_axes)
     if not isinstance(keys, int) or (keys > _BLOCK and keys % _BLOCK):
         return f"pads more than {_BLOCK} keys to a multiple of that, with a mask of the query's length: {keys} keys"
@@ -57,7 +58,9 @@ _LIMITS = Limits(
     cuda_graphs=False,
     minimum_version="2.9.0",
     rules=(
-        Rule(f"more than {_BLOCK} keys: a multiple of {_BLOCK}", _no_ragged_block, f"{_KERNEL} _pad_to_block_size"),
+        LimitRule(
+            f"more than {_BLOCK} keys: a multiple of {_BLOCK}", _no_ragged_block, f"{_KERNEL} _pad_to_block_size"
+        ),
     ),
     sources={
         "devices": _KERNEL,

@@ -24,7 +24,7 @@ log = logging.getLogger("attnrewrite")
 
 
 @dataclass
-class _Site:
+class _ReplacedSite:
     """A rewritten site.
 
     Attributes:
@@ -46,14 +46,14 @@ class _Site:
 
 
 @dataclass
-class _Step:
+class _ReplayStep:
     """A call, or with ``site`` the comparison of that site. Nodes among the arguments are keys of the values."""
 
     node: fx.Node
     args: Any = ()
     kwargs: Any = field(default_factory=dict)
     module: fx.GraphModule | None = None
-    site: _Site | None = None
+    site: _ReplacedSite | None = None
     ours: bool = False
 
     def reads(self) -> list[fx.Node]:
@@ -89,16 +89,16 @@ class ReplayPlan:
         self._value_of: dict[fx.Node, fx.Node] = {}
         self._twins = twins
         ours = self._own_steps(rewritten)
-        self.steps: list[_Step] = []
+        self.steps: list[_ReplayStep] = []
         for node in source.graph.nodes:
             if node.op != "output":
-                self.steps.append(_Step(node, node.args, node.kwargs, source))
+                self.steps.append(_ReplayStep(node, node.args, node.kwargs, source))
             self.steps.extend(ours.get(node, ()))
         self.outputs = self._own_outputs(rewritten)
 
     def _matched(
         self, rewritten: fx.GraphModule, results: dict[str, fx.Node | None], rows: Sequence[SiteReport]
-    ) -> list[_Site]:
+    ) -> list[_ReplacedSite]:
         nodes = {node.name: node for node in rewritten.graph.nodes}
         sites = []
         for row in rows:
@@ -110,13 +110,13 @@ class ReplayPlan:
             if output is None or result is None:
                 self.skipped.append(SiteCheck(row, row.name, skipped="its nodes could not be matched, not compared"))
                 continue
-            sites.append(_Site(row, result, output, created))
+            sites.append(_ReplacedSite(row, result, output, created))
         return sites
 
-    def _own_steps(self, rewritten: fx.GraphModule) -> dict[fx.Node, list[_Step]]:
+    def _own_steps(self, rewritten: fx.GraphModule) -> dict[fx.Node, list[_ReplayStep]]:
         """For nodes of the source the steps that follow on them, and where the value of each of our nodes is found."""
         site_of = {node: site for site in self._sites for node in site.created}
-        steps: dict[fx.Node, list[_Step]] = {}
+        steps: dict[fx.Node, list[_ReplayStep]] = {}
         first = next(iter(self.source.graph.nodes))
         position: dict[fx.Node, fx.Node] = {}
         for node in rewritten.graph.nodes:
@@ -127,7 +127,7 @@ class ReplayPlan:
             if twin is not None and (_is_random(node) or _same_call(node, args, kwargs, twin)):
                 self._value_of[node] = twin
                 continue
-            step = _Step(node, args, kwargs, rewritten, ours=True)
+            step = _ReplayStep(node, args, kwargs, rewritten, ours=True)
             before = [position.get(read, read) for read in step.reads()]
             site = site_of.get(node)
             if site is not None:
@@ -140,7 +140,7 @@ class ReplayPlan:
             if site is not None and node is site.replacement:
                 self._value_of[node] = site.result
         for site in self._sites:
-            steps[site.result].append(_Step(site.replacement, site=site))
+            steps[site.result].append(_ReplayStep(site.replacement, site=site))
         return steps
 
     def _own_outputs(self, rewritten: fx.GraphModule) -> list[tuple[str, fx.Node, fx.Node]]:
@@ -234,7 +234,7 @@ class Replay:
                 found = self._difference(ours, expected)
                 self._result.checks.append(SiteCheck(None, what, found, allowed_difference(expected)))
 
-    def _call(self, step: _Step) -> None:
+    def _call(self, step: _ReplayStep) -> None:
         broken = (
             next((self._errors[node] for node in step.reads() if node in self._errors), None) if step.ours else None
         )
@@ -250,7 +250,7 @@ class Replay:
                 raise SourceError(message) from error
             self._errors[step.node] = message
 
-    def _evaluate(self, step: _Step) -> Any:
+    def _evaluate(self, step: _ReplayStep) -> Any:
         node = step.node
         if node.op == "get_attr":
             value: Any = step.module
@@ -267,7 +267,7 @@ class Replay:
             return self._autocast.exit(*args)
         return node.target(*_unwritten(node.target, args), **kwargs)
 
-    def _compare(self, site: _Site) -> None:
+    def _compare(self, site: _ReplacedSite) -> None:
         if site.row.dropout:
             reason = f"drops weights at random (dropout {site.row.dropout}), not compared"
             self._result.checks.append(SiteCheck(site.row, site.what, skipped=reason))

@@ -2,8 +2,8 @@
 
 Dynamo hands a backend the inputs of the very call that it compiles for. Before the graph is rewritten, each kernel of
 lower precision is put into a copy of it, wherever it is willing, and the copy is compared with the source site by site
-(:mod:`attnrewrite.verify`). The first kernel within the tolerance takes the site, as if it had been asked for there;
-a request by name is stronger.
+(:mod:`attnrewrite.numerics.verify`). The first kernel within the tolerance takes the site, as if it had been asked for
+there; a request by name is stronger.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
+from attnrewrite.ir.nodes import known_number
 from attnrewrite.ir.site import AttentionSite
 from attnrewrite.kernels import Kernel, registered_kernels
 from attnrewrite.numerics.outcome import SiteCheck, Verification
@@ -238,8 +238,5 @@ def _copied(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _at_hand(inputs: Sequence[Any]) -> list[Any] | None:
     """The inputs with symbolic numbers as those of the call; None where there are no real ones."""
-    values = [value.node.hint if isinstance(value, _SYMBOLIC) else value for value in inputs]
+    values = [known_number(value) for value in inputs]
     return None if any(value is None or isinstance(value, FakeTensor) for value in values) else values
-
-
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)

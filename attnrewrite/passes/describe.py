@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx
-
 from attnrewrite.ir.axes import Axis, Operand, shape_of
 from attnrewrite.ir.bounds import Ended
 from attnrewrite.ir.linear_site import LinearAttention, Order
-from attnrewrite.ir.nodes import is_tensor, tensor
+from attnrewrite.ir.nodes import dtype_name, is_tensor, tensor
 from attnrewrite.ir.site import (
     AttentionSite,
     Bias,
@@ -38,7 +36,7 @@ def row_of_near_miss(name: str, miss: NearMiss) -> SiteReport:
         "kept",
         source_location(miss.anchor),
         reason=miss.reason,
-        dtype=_dtype_name(miss.anchor),
+        dtype=dtype_name(tensor(miss.anchor).dtype) if is_tensor(miss.anchor) else "",
         device=tensor(miss.anchor).device.type if is_tensor(miss.anchor) else "",
         nodes_before=tuple(node.name for node in miss.nodes),
     )
@@ -58,7 +56,7 @@ def row_of_attention(name: str, site: AttentionSite) -> SiteReport:
         query_shape=shape(site.query.axes, site.query_axes, site.feature_axes),
         key_shape=shape(site.key.axes, site.key_axes, site.feature_axes),
         value_shape=shape(site.value.axes, site.key_axes, site.value_axes),
-        dtype=str(site.compute_dtype).removeprefix("torch."),
+        dtype=dtype_name(site.compute_dtype),
         device=site.device.type,
         scale=site.describe_scale(),
         mask=_mask_in_words(site),
@@ -91,7 +89,7 @@ def row_of_linear(name: str, site: LinearAttention) -> SiteReport:
         query_shape=shape(site.query, site.query_axes, site.feature_axes),
         key_shape=shape(site.key, site.key_axes, site.feature_axes),
         value_shape=shape(site.value, site.key_axes, site.value_axes),
-        dtype=str(site.dtype).removeprefix("torch."),
+        dtype=dtype_name(site.dtype),
         device=tensor(site.result).device.type,
         scale=" * ".join(scale_in_words(scale) for scale in site.scales if isinstance(scale.factor, (int, float))),
         score_mods=(*site.features, *([f"divided by {site.normaliser}"] if site.normaliser else [])),
@@ -114,10 +112,6 @@ def _slices_in_words(site: AttentionSite) -> str:
     if site.parts:
         return f"merged from {len(site.parts)} slices"
     return f"slices are not merged: {site.unmerged}" if site.unmerged else ""
-
-
-def _dtype_name(node: fx.Node) -> str:
-    return str(tensor(node).dtype).removeprefix("torch.") if is_tensor(node) else ""
 
 
 def _mask_in_words(site: AttentionSite) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from attnrewrite.errors import AttentionCheckError
 from attnrewrite.ir.axes import Axis, Operand, size_of
 from attnrewrite.ir.builder import Builder
-from attnrewrite.ir.nodes import same, tensor
+from attnrewrite.ir.nodes import dtype_name, same, tensor
 from attnrewrite.ir.site import AttentionSite, Bias, Scale
 from attnrewrite.ir.source import SourceLocation
 from attnrewrite.torch_private import FakeTensor
@@ -107,7 +107,7 @@ def _expected(name: str, operand: Operand, axes: dict[Axis, int]) -> _Expected:
             if same(size_of(dim), value.shape[place]):
                 dims[place] = tuple(axes.setdefault(axis, len(axes)) for axis in dim)
     dense = value.dim() > 0 and same(value.stride(-1), 1)
-    return _Expected(name, str(value.device), _dtype_name(value.dtype), tuple(dims), dense)
+    return _Expected(name, str(value.device), dtype_name(value.dtype), tuple(dims), dense)
 
 
 def _role(axis: Axis, site: AttentionSite) -> str:
@@ -124,10 +124,6 @@ def _in_words(location: SourceLocation | None) -> str:
     if location is None:
         return "attention"
     return f"attention at {location}" + (f" ({location.module})" if location.module else "")
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # The operator.
@@ -170,9 +166,9 @@ def _wrong(
             f"{name} is on {value.device}, and the graph was compiled for {expected.device}; move it, or call the "
             "model through torch.compile, which compiles anew"
         )
-    if _dtype_name(value.dtype) != expected.dtype:
+    if dtype_name(value.dtype) != expected.dtype:
         return (
-            f"{name} is {_dtype_name(value.dtype)}, and the graph was compiled for {expected.dtype}; convert it, or "
+            f"{name} is {dtype_name(value.dtype)}, and the graph was compiled for {expected.dtype}; convert it, or "
             "call the model through torch.compile, which compiles anew"
         )
     if value.dim() != len(expected.dims):

@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols, sta
 from attnrewrite.ir.axes import Axis, Dim, Operand, axes_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.linear_site import LinearAttention, Order
-from attnrewrite.ir.nodes import Size, product
+from attnrewrite.ir.nodes import Size, hint, product
 from attnrewrite.kernels.common.layout import lay_out, modified
 
 __all__ = ["Choice", "choose_order", "emit_result", "emit_sum", "operations"]
@@ -73,16 +73,11 @@ def choose_order(site: LinearAttention) -> Choice:
                 "which order is the cheaper one depends on symbolic sizes, and the linear one needs no "
                 "matrix of all pairs",
             )
-        if not _hint(after) < _hint(before):
+        if not hint(after) < hint(before):
             return Choice(own, f"the {own} order is the cheaper one for the sizes of the first call")
     if site.fixed:
         return Choice(own, f"the {other} order would be cheaper: {site.fixed}", refused=True)
     return Choice(other)
-
-
-def _hint(size: Size) -> int:
-    """The size for which the graph is compiled; asking for it adds no guard."""
-    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def emit_result(site: LinearAttention, builder: Builder) -> fx.Node:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from attnrewrite.ir.nodes import dtype_name, known_number
 from attnrewrite.torch_private import FakeTensor, is_traceable_wrapper_subclass
 
 # -- tensors ----------------------------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ class DumpTensors:
     def _settle_plain(self, entry: DumpEntry) -> None:
         value = entry.value
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            hint = _hint(value)
+            hint = known_number(value)
             entry.comment = f"the symbolic value {value} of the compiled call"
             value = hint
             if hint is None:
@@ -96,7 +97,7 @@ class DumpTensors:
         """Whether the tensor holds data of its own that can be stored; notes the problem where nothing can be done."""
         value = entry.value
         if isinstance(value, FakeTensor):
-            sizes = [*map(_hint, value.shape), *map(_hint, value.stride())]
+            sizes = [*map(known_number, value.shape), *map(known_number, value.stride())]
             if None in sizes:
                 entry.problem = f"the size {tuple(value.shape)} of a tensor is known only at run time"
         elif is_traceable_wrapper_subclass(value) or value.layout is not torch.strided or value.is_quantized:
@@ -113,7 +114,7 @@ class DumpTensors:
         for entry, tensor in zip(group, compact, strict=True):
             entry.stored = tensor
             entry.expression = f"stored[{entry.key[1]!r}]"
-            entry.comment = f"{_dtype_name(tensor)} {tuple(tensor.shape)}"
+            entry.comment = f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}"
             self._finish(entry)
 
     def _draw(self, group: list[DumpEntry]) -> None:
@@ -122,7 +123,7 @@ class DumpTensors:
         first, end = min(map(_offset, values)), max(map(_end, values))
         for entry in group:
             value = entry.value
-            shape, stride = tuple(map(_hint, value.shape)), tuple(map(_hint, value.stride()))
+            shape, stride = tuple(map(known_number, value.shape)), tuple(map(known_number, value.stride()))
             arguments = [str(shape), str(stride), str(value.dtype), repr(str(value.device))]
             if shared:
                 arguments.append(f"storage={group[0].key!r}, size={end - first}, offset={_offset(value) - first}")
@@ -141,15 +142,6 @@ def _is_floating(tensor: torch.Tensor) -> bool:
     return tensor.dtype.is_floating_point or tensor.dtype.is_complex
 
 
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _hint(value: Any) -> Any:
-    """A number as it is; for a symbolic one what it was in the compiled call, None if not known. Adds no guard."""
-    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
-
-
 def _storage_key(tensor: torch.Tensor) -> object:
     storage = tensor.untyped_storage()
     # An empty storage has no address to compare.
@@ -157,12 +149,12 @@ def _storage_key(tensor: torch.Tensor) -> object:
 
 
 def _offset(tensor: torch.Tensor) -> int:
-    return int(_hint(tensor.storage_offset()) or 0)
+    return int(known_number(tensor.storage_offset()) or 0)
 
 
 def _end(tensor: torch.Tensor) -> int:
     """One past the last element of the storage that the tensor reaches."""
-    shape, strides = [_hint(n) for n in tensor.shape], [_hint(n) for n in tensor.stride()]
+    shape, strides = [known_number(n) for n in tensor.shape], [known_number(n) for n in tensor.stride()]
     if 0 in shape:
         return _offset(tensor)
     return int(_offset(tensor) + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)))

@@ -21,7 +21,7 @@ __all__ = ["report_to_html"]
 
 
 @dataclass
-class _Line:
+class _CodeLine:
     """One line of highlighted code.
 
     ``anchors``: the sites whose first line on this side it is. ``first``: the line before it is of another site, or
@@ -30,13 +30,13 @@ class _Line:
 
     number: int
     html: Markup
-    site: _Row | None = None
+    site: _SiteView | None = None
     anchors: list[str] = field(default_factory=list)
     first: bool = False
 
 
 @dataclass
-class _Row:
+class _SiteView:
     """One site as the template shows it."""
 
     site: SiteReport
@@ -55,15 +55,15 @@ class _Row:
 
 
 @dataclass
-class _GraphView:
+class _GraphPanel:
     """One graph as the template shows it."""
 
     graph: GraphReport
     id: str
     summary: str
-    rows: list[_Row]
-    before: list[_Line]
-    after: list[_Line]
+    rows: list[_SiteView]
+    before: list[_CodeLine]
+    after: list[_CodeLine]
 
 
 # Hues of rewritten sites: greens, blues and purples, neighbours far apart. Kept sites are all of one orange.
@@ -89,19 +89,21 @@ def report_to_html(report: ReportData) -> str:
     return page.render(report=report, graphs=graphs, versions=versions(report))
 
 
-def _graph_view(graph: GraphReport, id: str) -> _GraphView:
+def _graph_view(graph: GraphReport, id: str) -> _GraphPanel:
     rows = []
     for index, site in enumerate(graph.sites):
         hue = _KEPT_HUE if site.status == "kept" else _REWRITTEN_HUES[index % len(_REWRITTEN_HUES)]
-        rows.append(_Row(site, f"{id}-s{index}", hue, where(site.location), meaning(site), why(site), became(site)))
+        rows.append(
+            _SiteView(site, f"{id}-s{index}", hue, where(site.location), meaning(site), why(site), became(site))
+        )
     before = _code(graph.before_code, "before", rows)
     unchanged = not graph.after_code or graph.after_code == graph.before_code
     # What was kept stands on the right as well, under the names that it had.
     after = [] if unchanged else _code(graph.after_code, "after", rows)
-    return _GraphView(graph, id, graph_summary(graph), rows, before, after)
+    return _GraphPanel(graph, id, graph_summary(graph), rows, before, after)
 
 
-def _code(source: str, side: str, rows: Sequence[_Row]) -> list[_Line]:
+def _code(source: str, side: str, rows: Sequence[_SiteView]) -> list[_CodeLine]:
     """The source in lines, each with the site it belongs to; sets the anchors that the rows link to."""
     from markupsafe import Markup
     from pygments import highlight
@@ -111,16 +113,16 @@ def _code(source: str, side: str, rows: Sequence[_Row]) -> list[_Line]:
     source = source.strip("\n")
     if not source:
         return []
-    owners: dict[str, list[_Row]] = {}
+    owners: dict[str, list[_SiteView]] = {}
     for row in rows:
         for name in row.site.nodes_before if side == "before" else row.site.nodes_after:
             owners.setdefault(name, []).append(row)
     html = highlight(source, PythonLexer(stripnl=False, ensurenl=False), HtmlFormatter(nowrap=True))
-    lines: list[_Line] = []
+    lines: list[_CodeLine] = []
     functions = 0
-    previous: _Row | None = None
+    previous: _SiteView | None = None
     for number, (text, markup) in enumerate(zip(source.split("\n"), html.split("\n"), strict=False), start=1):
-        line = _Line(number, Markup(markup))
+        line = _CodeLine(number, Markup(markup))
         functions += text.startswith("def ")
         assigned = ASSIGNMENT.match(text)
         # Names are of the first function; those of nested graphs, which follow, are a world of their own.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from attnrewrite.ir.axes import size_of
-from attnrewrite.ir.nodes import Size
+from attnrewrite.ir.nodes import dtype_name, hint
 from attnrewrite.ir.site import AttentionSite
 from attnrewrite.kernels.common.keep_mask import mask_kind
 from attnrewrite.kernels.common.layout import KernelLayout
@@ -54,10 +54,10 @@ class Workload:
     @staticmethod
     def of(site: AttentionSite) -> Workload:
         layout = KernelLayout.of(site)
-        batch, heads, queries, head_dim = (_hint(size_of(dim)) for dim in layout.query_dims)
-        key_heads, keys, value_head_dim = (_hint(size_of(dim)) for dim in layout.value_dims[1:])
+        batch, heads, queries, head_dim = (hint(size_of(dim)) for dim in layout.query_dims)
+        key_heads, keys, value_head_dim = (hint(size_of(dim)) for dim in layout.value_dims[1:])
         return Workload(
-            str(site.compute_dtype).removeprefix("torch."),
+            dtype_name(site.compute_dtype),
             _mask(site),
             site.differentiable,
             batch,
@@ -94,10 +94,6 @@ class Workload:
         return steps + (0.5 if self.dtype != other.dtype else 0.0)
 
 
-def _hint(size: Size) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
-
-
 def _mask(site: AttentionSite) -> str:
     scores = site.scores
     assert scores is not None
@@ -110,7 +106,7 @@ def _mask(site: AttentionSite) -> str:
 
 
 @dataclass(frozen=True)
-class _Row:
+class _Measurement:
     workload: Workload
     call: float
     graph: float | None
@@ -131,19 +127,19 @@ class CostTable:
     """
 
     device: str
-    rows: dict[str, list[_Row]]
+    rows: dict[str, list[_Measurement]]
 
     @staticmethod
     def from_json(text: str) -> CostTable:
         """From what ``attnrewrite bench sites --table`` writes."""
         data = json.loads(text)
-        rows: dict[str, list[_Row]] = {}
+        rows: dict[str, list[_Measurement]] = {}
         for site in data["sites"]:
             workload = Workload(**site["workload"])
             for kernel, times in site["kernels"].items():
                 if "call_ms" in times:
                     graph = times.get("graph_ms")
-                    rows.setdefault(kernel, []).append(_Row(workload, times["call_ms"], graph))
+                    rows.setdefault(kernel, []).append(_Measurement(workload, times["call_ms"], graph))
         return CostTable(data["device"], rows)
 
     def milliseconds(self, kernel: str, workload: Workload, cuda_graphs: bool) -> float | None:

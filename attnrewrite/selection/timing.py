@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from attnrewrite.inner import InnerCompiler
 from attnrewrite.ir.builder import Builder
-from attnrewrite.ir.nodes import is_tensor, tensor
+from attnrewrite.ir.nodes import is_tensor, known_number, tensor
 from attnrewrite.ir.site import AttentionSite
 from attnrewrite.kernels import Kernel
 from attnrewrite.options.compile_options import Policy
@@ -60,7 +60,7 @@ class Standalone:
         values = []
         for node in self.inputs:
             like = tensor(node)
-            size, stride = ([_number(part) for part in parts] for parts in (like.shape, like.stride()))
+            size, stride = ([known_number(part) for part in parts] for parts in (like.shape, like.stride()))
             length = 1 + sum((count - 1) * step for count, step in zip(size, stride, strict=True))
             kind: Any = {"dtype": like.dtype, "device": like.device}
             if like.dtype.is_floating_point:
@@ -98,7 +98,7 @@ def _as_graph(gm: fx.GraphModule, site: AttentionSite, output: fx.Node, created:
         if node not in copies:
             value = node.meta.get("val")
             if isinstance(value, (torch.SymInt, torch.SymFloat)):
-                copies[node] = _number(value)
+                copies[node] = known_number(value)
             elif node in created or _is_constant(node, constants):
                 for read in node.all_input_nodes:
                     copy(read)
@@ -114,10 +114,6 @@ def _as_graph(gm: fx.GraphModule, site: AttentionSite, output: fx.Node, created:
     graph.output(copy(output))
     _inputs_first(graph)
     return Standalone(fx.GraphModule(gm, graph), tuple(inputs), frozenset(operands))
-
-
-def _number(size: Any) -> Any:
-    return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat)) else size
 
 
 def _is_constant(node: fx.Node, known: dict[fx.Node, bool]) -> bool:

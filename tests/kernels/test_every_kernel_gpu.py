@@ -201,7 +201,7 @@ def test_symbolic_lengths(name: str) -> None:
 @every_runnable
 def test_the_operators_checks(name: str) -> None:
     """Schema, fake and autograd registration of the operator, by PyTorch's own checks."""
-    from attnrewrite.kernels.common.library_kernel import Request
+    from attnrewrite.kernels.common.library_kernel import CallParameters
 
     if not isinstance(KERNELS[name], LibraryKernel):
         pytest.skip(f"{name} has no operator of its own")
@@ -216,4 +216,4 @@ def test_the_operators_checks(name: str) -> None:
             pytest.skip(f"{name} is not for this GPU")
         operator = getattr(torch.ops.attnrewrite, name).default
         utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
-        torch.library.opcheck(operator, (*operands, None, *Request(0.125)), test_utils=utilities)
+        torch.library.opcheck(operator, (*operands, None, *CallParameters(0.125)), test_utils=utilities)

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnrewrite.backend import collect_reports
 from attnrewrite.ir.site import AttentionSite
-from attnrewrite.kernels.common.library_kernel import LibraryKernel, Request, Saved
+from attnrewrite.kernels.common.library_kernel import CallParameters, LibraryKernel, Saved
 from attnrewrite.kernels.common.packages import HubKernel, Package, VendorCall, is_older
 from attnrewrite.kernels.common.packing import Packed
 from attnrewrite.kernels.registry import LIBRARY_KERNELS
@@ -436,7 +436,7 @@ def test_the_operators_fakes(name: str) -> None:
     operator = getattr(torch.ops.attnrewrite, name)
     with FakeTensorMode():
         q, k, v = (torch.empty(order, dtype=HALF, requires_grad=kernel.limits.backward) for _ in range(3))
-        results = operator(q, k, v, None, *Request(0.1))
+        results = operator(q, k, v, None, *CallParameters(0.1))
         output = results[0] if kernel.limits.backward else results
         assert output.shape == order and output.is_contiguous() and output.dtype is HALF
         if kernel.limits.backward:
@@ -467,12 +467,12 @@ def operands(kernel: LibraryKernel, keys: int = 48, key_heads: int = 4) -> tuple
 
 
 REQUESTS = {
-    "plain": Request(0.25),
-    "dropout": Request(0.25, dropout=0.1),
-    "causal from first": Request(0.25, right=0),
-    "causal from last": Request(0.25, right=0, from_last=True),
-    "window": Request(0.25, left=7, right=3, from_last=True),
-    "softcap": Request(0.25, softcap=30.0),
+    "plain": CallParameters(0.25),
+    "dropout": CallParameters(0.25, dropout=0.1),
+    "causal from first": CallParameters(0.25, right=0),
+    "causal from last": CallParameters(0.25, right=0, from_last=True),
+    "window": CallParameters(0.25, left=7, right=3, from_last=True),
+    "softcap": CallParameters(0.25, softcap=30.0),
 }
 
 
@@ -510,7 +510,7 @@ def test_the_call_fits_the_published_signature(name: str, wanted: str) -> None:
             check(name, arguments, request, (q, k, v))
 
 
-def check(name: str, arguments: dict[str, Any], request: Request, parts: tuple[Tensor, ...]) -> None:
+def check(name: str, arguments: dict[str, Any], request: CallParameters, parts: tuple[Tensor, ...]) -> None:
     """That the vendor is asked for what the request says, and for nothing else."""
     for own, names in zip(parts, (("q", "query"), ("k", "key"), ("v", "value")), strict=True):
         assert torch.equal(first_of(arguments, *names).flatten(), own.flatten())
@@ -549,7 +549,7 @@ def test_asks_for_a_deterministic_backward_pass(name: str, request: pytest.Fixtu
     saved = Saved(q, torch.zeros(2, 4, 48), torch.zeros(2, dtype=torch.int64))
     for wanted in (False, True):
         torch.use_deterministic_algorithms(wanted)
-        call = kernel.backward_call(q, q, k, v, None, saved, Request(0.25))
+        call = kernel.backward_call(q, q, k, v, None, saved, CallParameters(0.25))
         assert bound(name, call)[0]["deterministic"] is wanted
 
 
@@ -563,9 +563,9 @@ def test_first_sage_gets_a_key_of_its_own(name: str, monkeypatch: pytest.MonkeyP
     """Its smoothing subtracts the mean in place."""
     kernel = KERNELS[name]
     q, k, v = operands(kernel)
-    assert bound(name, kernel.forward_call(q, k, v, None, Request(1.0)))[0]["k"].data_ptr() == k.data_ptr()
+    assert bound(name, kernel.forward_call(q, k, v, None, CallParameters(1.0)))[0]["k"].data_ptr() == k.data_ptr()
     monkeypatch.setattr(Package, "version", lambda package: "1.0.6")
-    assert bound(name, kernel.forward_call(q, k, v, None, Request(1.0)))[0]["k"].data_ptr() != k.data_ptr()
+    assert bound(name, kernel.forward_call(q, k, v, None, CallParameters(1.0)))[0]["k"].data_ptr() != k.data_ptr()
 
 
 def test_varlen_binds_to_the_operator_of_this_pytorch() -> None:

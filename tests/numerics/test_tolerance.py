@@ -309,6 +309,22 @@ def test_a_graph_in_which_no_kernel_is_willing() -> None:
 
 
 @pytest.mark.usefixtures("int8")
+def test_a_number_of_keys_that_depends_on_the_data() -> None:
+    """What the choice does not ask a kernel, the tolerance does not ask it either."""
+
+    def function(q: Tensor, x: Tensor, keep: Tensor) -> Tensor:
+        keys = torch.cat([q, x[:, torch.nonzero(keep).flatten()]], dim=1)
+        return (q @ keys.mT).softmax(-1) @ keys
+
+    q, x = torch.randn(2, 8, 16), torch.randn(2, 8, 16)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        _, graph = run(function, q, x, torch.arange(8) < 5, tolerance=0.1)
+    assert kernels(graph) == ["native"]
+    (note,) = notes(graph)
+    assert "int8" in note.partition(": takes no number of positions that depends on the data")[0]
+
+
+@pytest.mark.usefixtures("int8")
 def test_a_graph_without_attention() -> None:
     _, graph = run(lambda x: x.sin(), torch.randn(3), tolerance=1e-2)
     assert graph.notes == []

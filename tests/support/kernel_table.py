@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
-
+from attnrewrite.ir.nodes import dtype_name
 from attnrewrite.kernels import Kernel
 from attnrewrite.kernels.common.limits import Limits
 from attnrewrite.kernels.common.packages import Package
@@ -107,7 +106,7 @@ def _cells(limits: Limits) -> list[str]:
     if limits.heads.only and len(limits.heads.only) > 4:
         heads = f"{limits.heads.only[0]} to {limits.heads.only[-1]}, see below"
     return [
-        ", ".join(_name(dtype) for dtype in limits.dtypes),
+        ", ".join(dtype_name(dtype) for dtype in limits.dtypes),
         heads,
         limits.capability_in_words() or "any",
         limits.masks + (", learned" if limits.mask_gradient else ""),
@@ -242,7 +241,3 @@ def _state(kernel: Kernel) -> str:
 
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -3,7 +3,8 @@
     <kernel>(query, key, value, mask, scale, dropout, left, right, from_last, softcap) -> output
     <kernel>(...) -> (output, logsumexp, state), and <kernel>_backward, where the package has a backward pass
 
-Tensors are in the kernel's order of dimensions; for the numbers see :class:`attnrewrite.kernels.library.Request`.
+Tensors are in the kernel's order of dimensions; the numbers are
+:class:`attnrewrite.kernels.common.library_kernel.CallParameters`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnrewrite.kernels.common.library_kernel import LibraryKernel, Request, Saved
+from attnrewrite.kernels.common.library_kernel import CallParameters, LibraryKernel, Saved
 
 __all__ = ["define_operators"]
 
@@ -34,7 +35,7 @@ def define_operators(kernel: LibraryKernel) -> None:
     def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *numbers: Any) -> Any:
         with torch.no_grad():
             query, key, value = (_aligned(part) for part in (query, key, value))
-            results = kernel.forward_call(query, key, value, mask, Request(*numbers)).run()
+            results = kernel.forward_call(query, key, value, mask, CallParameters(*numbers)).run()
         # The layout that the fake promises; nothing is copied where the vendor's is that one already.
         results = tuple(result.contiguous() for result in results)
         return results if backward else results[0]
@@ -68,7 +69,7 @@ def _define_backward(kernel: LibraryKernel, name: str, tags: list[torch.Tag]) ->
         saved = Saved(output, logsumexp, state)
         with torch.no_grad():
             query, key, value = (_aligned(part) for part in (query, key, value))
-            call = kernel.backward_call(gradient.contiguous(), query, key, value, mask, saved, Request(*numbers))
+            call = kernel.backward_call(gradient.contiguous(), query, key, value, mask, saved, CallParameters(*numbers))
             return tuple(result.contiguous() for result in call.run())
 
     def fake_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, ...]:

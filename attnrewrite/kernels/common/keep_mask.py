@@ -17,6 +17,7 @@ from attnrewrite.analysis.values import ABSORBING, Kind, is_far_below, is_ordina
 from attnrewrite.ir.site import AttentionSite, Bias, Fill, Floor
 from attnrewrite.kernels.common.layout import KernelLayout
 from attnrewrite.kernels.common.mask import Mask
+from attnrewrite.kernels.verdict import Refusal
 
 __all__ = ["KeepMask", "MaskKind", "mask_kind", "why_rows_stay_lost"]
 
@@ -62,7 +63,7 @@ def _masked_by(term: Bias) -> float | None:
     return max(number for number in low if number is not None)
 
 
-def why_rows_stay_lost(site: AttentionSite, kind: MaskKind) -> str | None:
+def why_rows_stay_lost(site: AttentionSite, kind: MaskKind) -> Refusal:
     """Why a row that loses its keys cannot be given what the source gives it; None if it can."""
     scores = site.scores
     assert scores is not None

@@ -26,7 +26,7 @@ from attnrewrite.kernels.common.mask import Mask
 from attnrewrite.kernels.common.packages import Vendor, VendorCall
 from attnrewrite.kernels.verdict import Availability, Verdict
 
-__all__ = ["RUN_ON", "LibraryKernel", "Request", "Saved", "no_state"]
+__all__ = ["RUN_ON", "CallParameters", "LibraryKernel", "Saved", "no_state"]
 
 aten = torch.ops.aten
 
@@ -37,7 +37,7 @@ _EXCHANGED = (0, 2, 1, 3)
 """Heads and length exchanged: (batch, heads, length, features) as (batch, length, heads, features), and back."""
 
 
-class Request(NamedTuple):
+class CallParameters(NamedTuple):
     """The numbers of a call.
 
     Attributes:
@@ -109,7 +109,7 @@ class LibraryKernel(Kernel):
         return self.limits
 
     def forward_call(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: Request
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parameters: CallParameters
     ) -> VendorCall:
         """The vendor's call; it reads as (output,), or as the fields of ``Saved`` where there is a backward pass.
 
@@ -128,7 +128,7 @@ class LibraryKernel(Kernel):
         value: Tensor,
         mask: Tensor | None,
         saved: Saved,
-        request: Request,
+        parameters: CallParameters,
     ) -> VendorCall:
         """The vendor's call, which reads as the gradients of query, key and value."""
         raise NotImplementedError
@@ -172,7 +172,7 @@ class LibraryKernel(Kernel):
         if mask is not None and mask.opened_rows is not None:
             opened = self._permuted(builder, mask.opened_rows)
             query = builder.call(aten.where.ScalarSelf, opened, 0.0, query)
-        request = Request(
+        parameters = CallParameters(
             scale=float(size_of(layout.query_dims[-1])) ** -0.5 if scores.scale is None else scores.scale,
             dropout=site.dropout,
             left=asked.left,
@@ -182,7 +182,7 @@ class LibraryKernel(Kernel):
         )
         tensor_mask = None if mask is None else self._mask_argument(builder, site, asked, mask, tensor(key))
         target = getattr(torch.ops.attnrewrite, self.name).default
-        output = builder.call(target, query, key, value, tensor_mask, *request)
+        output = builder.call(target, query, key, value, tensor_mask, *parameters)
         if self.limits.backward:
             output = builder.insert(operator.getitem, (output, 0), {}, output.meta["val"][0])
         output = self._permuted(builder, output)

@@ -13,11 +13,12 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.ir.axes import Axis, size_of
-from attnrewrite.ir.nodes import Size, same
+from attnrewrite.ir.nodes import Size, dtype_name, same
 from attnrewrite.ir.site import AttentionSite, Band, Bias, Reach
 from attnrewrite.kernels.common.keep_mask import MaskKind, mask_kind, why_rows_stay_lost
+from attnrewrite.kernels.verdict import Refusal
 
-__all__ = ["Asked", "Capability", "HeadSizes", "Limits", "Rule", "capability_of", "platform_of"]
+__all__ = ["Asked", "Capability", "HeadSizes", "LimitRule", "Limits", "capability_of", "platform_of"]
 
 Capability = tuple[int, int]
 """A CUDA compute capability, (major, minor)."""
@@ -48,7 +49,7 @@ class HeadSizes:
     smallest: int = 1
     only: tuple[int, ...] = ()
 
-    def refusal(self, size: Size, what: str = "head size") -> str | None:
+    def refusal(self, size: Size, what: str = "head size") -> Refusal:
         if not isinstance(size, int):
             return f"the {what} is not known in numbers"
         if self.only:
@@ -72,7 +73,7 @@ class HeadSizes:
 
 
 @dataclass(frozen=True)
-class Rule:
+class LimitRule:
     """A limit that no field can say.
 
     Attributes:
@@ -82,7 +83,7 @@ class Rule:
     """
 
     words: str
-    refusal: Callable[[AttentionSite, Asked, Capability | None], str | None] | None
+    refusal: Callable[[AttentionSite, Asked, Capability | None], Refusal] | None
     source: str
 
 
@@ -94,7 +95,7 @@ class Asked:
         left, right: how many positions before and after its own a query attends, both included; -1 for no bound.
         from_last: the last query stands beside the last key; else the first beside the first.
         mask: which kind of tensor says what the two bounds do not.
-        restores_rows: rows without a key can come, and get what the source gives them: see ``keeping.py``.
+        restores_rows: rows without a key can come, and get what the source gives them: see ``keep_mask.py``.
     """
 
     left: int = -1
@@ -171,15 +172,15 @@ class Limits:
     cuda_graphs: bool = True
     symbolic: bool = True
     minimum_version: str = ""
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[LimitRule, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
 
-    def device_refusal(self, site: AttentionSite) -> str | None:
+    def device_refusal(self, site: AttentionSite) -> Refusal:
         """Whether the site is on another kind of device; needs no package and asks no driver."""
         platform = platform_of(site.device)
         return None if platform in self.devices else f"runs on {', '.join(self.devices)}, not on {platform}"
 
-    def refusal(self, site: AttentionSite, capability: Capability | None) -> str | None:
+    def refusal(self, site: AttentionSite, capability: Capability | None) -> Refusal:
         """The first limit that the site is beyond, as a sentence; None if there is none.
 
         Args:
@@ -194,7 +195,7 @@ class Limits:
             or self._rule_refusal(site, capability)
         )
 
-    def machine_refusal(self, site: AttentionSite, capability: Capability | None) -> str | None:
+    def machine_refusal(self, site: AttentionSite, capability: Capability | None) -> Refusal:
         """The first limit of hardware, dtype or head size that the site is beyond, whatever its scores are."""
         return (
             self.device_refusal(site)
@@ -203,7 +204,7 @@ class Limits:
             or self._head_refusal(site, capability)
         )
 
-    def rule_refusal(self, site: AttentionSite, asked: Asked, capability: Capability | None) -> str | None:
+    def rule_refusal(self, site: AttentionSite, asked: Asked, capability: Capability | None) -> Refusal:
         refusals = (rule.refusal(site, asked, capability) for rule in self.rules if rule.refusal)
         return next((refusal for refusal in refusals if refusal), None)
 
@@ -238,9 +239,8 @@ class Limits:
         if kind == "additive":
             for term in scores.terms:
                 if isinstance(term, Bias) and term.dtype.itemsize > site.compute_dtype.itemsize:
-                    return (
-                        f"a bias is added in {_name(term.dtype)}, and would be rounded to {_name(site.compute_dtype)}"
-                    )
+                    wide, narrow = dtype_name(term.dtype), dtype_name(site.compute_dtype)
+                    return f"a bias is added in {wide}, and would be rounded to {narrow}"
             if site.differentiable and not self.mask_gradient:
                 return "gives no gradient for an additive mask"
         if scores.masked_rows == "none":
@@ -279,7 +279,7 @@ class Limits:
         counts = " or ".join(where[name] for name in self.alignments)
         return f"counts causal masks and windows from {counts}, and this one is not known to be one from there"
 
-    def _capability_refusal(self, site: AttentionSite, capability: Capability | None) -> str | None:
+    def _capability_refusal(self, site: AttentionSite, capability: Capability | None) -> Refusal:
         if not (self.min_capability or self.max_capability or self.capabilities) or platform_of(site.device) != "cuda":
             return None
         wanted = self.capability_in_words()
@@ -300,12 +300,12 @@ class Limits:
             return low
         return f"{low} to {high}" if low and high else f"{low} or later" if low else f"up to {high}"
 
-    def _dtype_refusal(self, site: AttentionSite) -> str | None:
+    def _dtype_refusal(self, site: AttentionSite) -> Refusal:
         if site.compute_dtype in self.dtypes:
             return None
-        return f"takes {', '.join(map(_name, self.dtypes))}, not {_name(site.compute_dtype)}"
+        return f"takes {', '.join(map(dtype_name, self.dtypes))}, not {dtype_name(site.compute_dtype)}"
 
-    def _head_refusal(self, site: AttentionSite, capability: Capability | None) -> str | None:
+    def _head_refusal(self, site: AttentionSite, capability: Capability | None) -> Refusal:
         heads = self.heads_by_major.get(capability[0], self.heads) if capability else self.heads
         size, value_size = size_of(site.feature_axes), size_of(site.value_axes)
         refusal = heads.refusal(size)
@@ -317,7 +317,7 @@ class Limits:
             return f"takes values of the query's head size, {size}, not {value_size}"
         return None
 
-    def _operand_refusal(self, site: AttentionSite, capability: Capability | None) -> str | None:
+    def _operand_refusal(self, site: AttentionSite, capability: Capability | None) -> Refusal:
         refusal = self._dtype_refusal(site) or self._head_refusal(site, capability)
         if refusal:
             return refusal
@@ -334,7 +334,7 @@ class Limits:
             return "takes as many key heads as query heads"
         return None
 
-    def _scores_refusal(self, site: AttentionSite) -> str | None:
+    def _scores_refusal(self, site: AttentionSite) -> Refusal:
         scores = site.scores
         assert scores is not None
         if scores.inexpressible and scores.softcap is None:
@@ -362,7 +362,7 @@ class Limits:
             return f"a row may have no key, and what this kernel gives it is not known {_ATTENDED}"
         return None
 
-    def _training_refusal(self, site: AttentionSite) -> str | None:
+    def _training_refusal(self, site: AttentionSite) -> Refusal:
         if not site.differentiable:
             return None
         if not self.backward:
@@ -371,7 +371,7 @@ class Limits:
             return "has no deterministic backward pass, and torch.use_deterministic_algorithms asks for one"
         return None
 
-    def _rule_refusal(self, site: AttentionSite, capability: Capability | None) -> str | None:
+    def _rule_refusal(self, site: AttentionSite, capability: Capability | None) -> Refusal:
         asked = self.asked(site)
         assert isinstance(asked, Asked)
         return self.rule_refusal(site, asked, capability)
@@ -389,10 +389,6 @@ def _dropped(right: int, site: AttentionSite) -> bool:
 
 def _axes(site: AttentionSite) -> tuple[Axis, ...]:
     return tuple(dict.fromkeys((*site.query.axes, *site.key.axes, *site.value.axes)))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _in_words(kind: MaskKind) -> str:

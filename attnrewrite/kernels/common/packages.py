@@ -17,8 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch.torch_version import TorchVersion
 
-from attnrewrite.kernels.base import Availability
-from attnrewrite.kernels.verdict import Availability
+from attnrewrite.kernels.verdict import Availability, Refusal
 from attnrewrite.torch_private import custom_op_function
 
 __all__ = ["HubKernel", "Package", "Vendor", "VendorCall", "is_older"]
@@ -104,7 +103,7 @@ class Package:
     how_to_get: str
     minimum_version: str = ""
     parameters: tuple[tuple[str, str], ...] = ()
-    broken: Callable[[Any], str | None] | None = None
+    broken: Callable[[Any], Refusal] | None = None
     within: str = ""
 
     @property
