@@ -5,11 +5,11 @@ What a kernel of one's own is made with is here, too: docs/own_kernel.md.
 
 from __future__ import annotations
 
-from attnrewrite.kernels.base import Kernel
+from attnrewrite.kernels.common.base import Kernel
 from attnrewrite.kernels.common.layout import KernelLayout, lay_out, modified
 from attnrewrite.kernels.common.mask import Mask
+from attnrewrite.kernels.common.verdict import Availability, Verdict
 from attnrewrite.kernels.registry import kernel_named, register_kernel, registered_kernels, unregister_kernel
-from attnrewrite.kernels.verdict import Availability, Verdict
 
 Plan = KernelLayout
 """Its earlier name, for the kernels of users that were written with it."""

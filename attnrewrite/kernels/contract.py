@@ -9,8 +9,8 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, Protocol, get_args, get_type_hints
 
 from attnrewrite.errors import OptionError
-from attnrewrite.kernels.base import Kernel
-from attnrewrite.kernels.verdict import Availability, Verdict
+from attnrewrite.kernels.common.base import Kernel
+from attnrewrite.kernels.common.verdict import Availability, Verdict
 
 if TYPE_CHECKING:
     from torch import fx

@@ -21,7 +21,7 @@ from attnrewrite.kernels.common.library_kernel import RUN_ON, CallParameters, Li
 from attnrewrite.kernels.common.limits import HALF, Asked, Capability, HeadSizes, LimitRule, Limits
 from attnrewrite.kernels.common.packages import HubKernel, Package, VendorCall
 from attnrewrite.kernels.common.packing import Packed
-from attnrewrite.kernels.verdict import Refusal
+from attnrewrite.kernels.common.verdict import Refusal
 
 __all__ = ["FLASH_4_PACKAGE", "FLASH_KERNELS"]
 

@@ -25,12 +25,13 @@ from attnrewrite.ir.axes import Dim, Operand
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import is_tensor, same, tensor
 from attnrewrite.ir.site import AttentionSite, Bias, Elementwise, Fill, Floor, Narrow, Scale, Shift
-from attnrewrite.kernels.base import Kernel
+from attnrewrite.kernels.common.base import Kernel
 from attnrewrite.kernels.common.keep_mask import KeepMask
 from attnrewrite.kernels.common.layout import KernelLayout, lay_out, padded
 from attnrewrite.kernels.common.library_kernel import RUN_ON
 from attnrewrite.kernels.common.limits import Asked, Capability, Limits, capability_of
 from attnrewrite.kernels.common.mask import Mask
+from attnrewrite.kernels.common.verdict import Availability, Verdict
 from attnrewrite.kernels.flash import FLASH_4_PACKAGE
 from attnrewrite.kernels.flex_blocks import (
     Blocks,
@@ -43,7 +44,6 @@ from attnrewrite.kernels.flex_blocks import (
 )
 from attnrewrite.kernels.torch_limits import FLEX, FLEX_BLOCKS, FLEX_FLASH, FLEX_SMALLEST_HEAD
 from attnrewrite.kernels.torch_sdpa import TESTED_ON
-from attnrewrite.kernels.verdict import Availability, Verdict
 from attnrewrite.torch_private import block_mask_of_everything, cpu_flex_supported, disable_current_modes, dynamo_config
 
 __all__ = ["Flex", "FlexFlash"]

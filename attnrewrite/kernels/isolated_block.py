@@ -22,9 +22,9 @@ from attnrewrite.ir.axes import size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import Size, same, tensor
 from attnrewrite.ir.site import AttentionSite
-from attnrewrite.kernels.base import Kernel
+from attnrewrite.kernels.common.base import Kernel
 from attnrewrite.kernels.common.layout import KernelLayout, with_unit_stride
-from attnrewrite.kernels.verdict import Availability, Verdict
+from attnrewrite.kernels.common.verdict import Availability, Verdict
 
 __all__ = ["IsolatedBlock"]
 

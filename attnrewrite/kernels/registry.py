@@ -9,7 +9,7 @@ import difflib
 
 from attnrewrite.errors import OptionError
 from attnrewrite.kernels.aiter import AITER_KERNELS
-from attnrewrite.kernels.base import Kernel
+from attnrewrite.kernels.common.base import Kernel
 from attnrewrite.kernels.common.custom_ops import define_operators
 from attnrewrite.kernels.common.library_kernel import LibraryKernel
 from attnrewrite.kernels.contract import KernelLike, checked

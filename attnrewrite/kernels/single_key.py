@@ -14,9 +14,9 @@ from attnrewrite.ir.axes import Operand
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import same_shape, tensor
 from attnrewrite.ir.site import AttentionSite
-from attnrewrite.kernels.base import Kernel
+from attnrewrite.kernels.common.base import Kernel
 from attnrewrite.kernels.common.layout import lay_out, modified
-from attnrewrite.kernels.verdict import Availability, Verdict
+from attnrewrite.kernels.common.verdict import Availability, Verdict
 
 __all__ = ["SingleKey"]
 

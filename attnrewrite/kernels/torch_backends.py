@@ -24,9 +24,9 @@ from attnrewrite.ir.site import AttentionSite
 from attnrewrite.kernels.common.layout import KernelLayout, padded_to
 from attnrewrite.kernels.common.library_kernel import RUN_ON
 from attnrewrite.kernels.common.limits import Asked, Capability
+from attnrewrite.kernels.common.verdict import Availability, Refusal, Verdict
 from attnrewrite.kernels.torch_limits import CUDNN, EFFICIENT, FLASH, PADDED_TO
 from attnrewrite.kernels.torch_sdpa import TorchSDPA
-from attnrewrite.kernels.verdict import Availability, Refusal, Verdict
 from attnrewrite.torch_private import FakeTensorMode, TorchDispatchMode
 
 __all__ = ["CudnnAttention", "EfficientAttention", "FlashAttention"]

@@ -15,7 +15,7 @@ import torch
 from attnrewrite.ir.axes import size_of
 from attnrewrite.ir.site import AttentionSite
 from attnrewrite.kernels.common.limits import HALF, Asked, Capability, HeadSizes, LimitRule, Limits
-from attnrewrite.kernels.verdict import Refusal
+from attnrewrite.kernels.common.verdict import Refusal
 
 __all__ = [
     "CUDNN",

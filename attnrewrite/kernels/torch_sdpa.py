@@ -17,12 +17,12 @@ from attnrewrite.ir.axes import Operand
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import same, tensor
 from attnrewrite.ir.site import AttentionSite, Bias, Fill
-from attnrewrite.kernels.base import Kernel
+from attnrewrite.kernels.common.base import Kernel
 from attnrewrite.kernels.common.layout import KernelLayout, padded, with_unit_stride
 from attnrewrite.kernels.common.limits import Capability, Limits, capability_of
 from attnrewrite.kernels.common.mask import Mask
+from attnrewrite.kernels.common.verdict import Availability, Verdict
 from attnrewrite.kernels.torch_limits import MATH, NATIVE
-from attnrewrite.kernels.verdict import Availability, Verdict
 
 __all__ = ["TESTED_ON", "TorchMath", "TorchSDPA"]
 

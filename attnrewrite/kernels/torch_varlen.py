@@ -18,7 +18,7 @@ from attnrewrite.kernels.common.library_kernel import RUN_ON, CallParameters, Li
 from attnrewrite.kernels.common.limits import HALF, HeadSizes, Limits
 from attnrewrite.kernels.common.packages import Package, VendorCall
 from attnrewrite.kernels.common.packing import Packed
-from attnrewrite.kernels.verdict import Refusal
+from attnrewrite.kernels.common.verdict import Refusal
 
 __all__ = ["VARLEN_KERNELS"]
 

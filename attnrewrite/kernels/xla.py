@@ -16,7 +16,7 @@ from attnrewrite.ir.site import AttentionSite
 from attnrewrite.kernels.common.library_kernel import CallParameters, LibraryKernel
 from attnrewrite.kernels.common.limits import Asked, Capability, HeadSizes, LimitRule, Limits
 from attnrewrite.kernels.common.packages import Package, VendorCall
-from attnrewrite.kernels.verdict import Refusal
+from attnrewrite.kernels.common.verdict import Refusal
 
 __all__ = ["XLA_KERNELS"]
 

@@ -17,7 +17,7 @@ from attnrewrite.analysis.values import ABSORBING, Kind, is_far_below, is_ordina
 from attnrewrite.ir.site import AttentionSite, Bias, Fill, Floor
 from attnrewrite.kernels.common.layout import KernelLayout
 from attnrewrite.kernels.common.mask import Mask
-from attnrewrite.kernels.verdict import Refusal
+from attnrewrite.kernels.common.verdict import Refusal
 
 __all__ = ["KeepMask", "MaskKind", "mask_kind", "why_rows_stay_lost"]
 

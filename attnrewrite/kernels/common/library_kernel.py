@@ -18,13 +18,13 @@ from attnrewrite.ir.axes import size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import tensor
 from attnrewrite.ir.site import AttentionSite
-from attnrewrite.kernels.base import Kernel
+from attnrewrite.kernels.common.base import Kernel
 from attnrewrite.kernels.common.keep_mask import KeepMask
 from attnrewrite.kernels.common.layout import KernelLayout, with_unit_stride
 from attnrewrite.kernels.common.limits import Asked, Capability, Limits, capability_of
 from attnrewrite.kernels.common.mask import Mask
 from attnrewrite.kernels.common.packages import Vendor, VendorCall
-from attnrewrite.kernels.verdict import Availability, Verdict
+from attnrewrite.kernels.common.verdict import Availability, Verdict
 
 __all__ = ["RUN_ON", "CallParameters", "LibraryKernel", "Saved", "no_state"]
 

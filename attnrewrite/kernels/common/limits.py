@@ -16,7 +16,7 @@ from attnrewrite.ir.axes import Axis, size_of
 from attnrewrite.ir.nodes import Size, dtype_name, same
 from attnrewrite.ir.site import AttentionSite, Band, Bias, Reach
 from attnrewrite.kernels.common.keep_mask import MaskKind, mask_kind, why_rows_stay_lost
-from attnrewrite.kernels.verdict import Refusal
+from attnrewrite.kernels.common.verdict import Refusal
 
 __all__ = ["Asked", "Capability", "HeadSizes", "LimitRule", "Limits", "capability_of", "platform_of"]
 

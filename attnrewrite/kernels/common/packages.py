@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch.torch_version import TorchVersion
 
-from attnrewrite.kernels.verdict import Availability, Refusal
+from attnrewrite.kernels.common.verdict import Availability, Refusal
 from attnrewrite.torch_private import custom_op_function
 
 __all__ = ["HubKernel", "Package", "Vendor", "VendorCall", "is_older"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from attnrewrite.kernels.common.limits import Limits
 from attnrewrite.kernels.common.packages import HubKernel, Vendor
-from attnrewrite.kernels.verdict import Availability, Verdict
+from attnrewrite.kernels.common.verdict import Availability, Verdict
 
 if TYPE_CHECKING:
     from torch import fx
