@@ -142,7 +142,7 @@ def test_an_operator_that_does_not_keep_its_word(inner: str) -> None:
     compiled = rewritten(lambda: model["block"](q, k, v), inner, checks=True)
     with torch.no_grad(), pytest.raises(AttentionCheckError) as error:
         compiled()
-    assert "test_checks.py:" in str(error.value) and "(block)" in str(error.value)
+    assert "test_insert_checks.py:" in str(error.value) and "(block)" in str(error.value)
     assert "key is float64, and the graph was compiled for float32" in str(error.value)
 
 
