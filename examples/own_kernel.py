@@ -147,7 +147,7 @@ class Chunked(Kernel):
             return Verdict.no("takes as many key heads as query heads")
         if site.is_causal and scores.terms:
             return Verdict.no("the call has a mask and is_causal, and what both together mean is PyTorch's own")
-        if scores.masked_rows != "none":
+        if scores.masked_rows.may_occur:
             return Verdict.no(
                 "a row may lose all its keys, and the softmax here knows no such row (if none occurs, say so: "
                 "options={'assume_attended_rows': True})"

@@ -8,6 +8,17 @@ from __future__ import annotations
 from attnrewrite.ir.axes import Axis, Layout, Operand
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import Size, same, same_shape, tensor
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import AttentionSite, MaskedRows
 
-__all__ = ["AttentionSite", "Axis", "Builder", "Layout", "Operand", "Size", "same", "same_shape", "tensor"]
+__all__ = [
+    "AttentionSite",
+    "Axis",
+    "Builder",
+    "Layout",
+    "MaskedRows",
+    "Operand",
+    "Size",
+    "same",
+    "same_shape",
+    "tensor",
+]

@@ -7,6 +7,7 @@ it is gone: which tensor dimension is a batch, a head, a position or a feature i
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = [
     "Elementwise",
     "Fill",
     "Floor",
+    "MaskedRows",
     "Narrow",
     "NotAttention",
     "Reach",
@@ -163,6 +165,54 @@ class Band:
         return self.from_first == (None, 0)
 
 
+class MaskedRows(str, enum.Enum):
+    """What the source gives rows whose keys are all masked. The value is what reports say.
+
+    Members are strings as well: in kernels of one's own that compare with the words, ``== "NaN"`` says what it said.
+    """
+
+    NONE = "none"
+    """There are no such rows."""
+    MEAN_OF_VALUE = "mean of value"
+    """The mean of the values: softmax of scores that are all the same, and finite."""
+    NAN = "NaN"
+    """NaN where the mask is infinite, as softmax gives there; else the mean of the values."""
+    ZERO = "zero"
+    """Zero, whatever the mask is."""
+    ZERO_UNLESS_NAN = "zero unless NaN"
+    """NaN where the mask is infinite, else zero: weights that were multiplied by the mask."""
+    ZERO_WHERE_NAN = "zero where NaN"
+    """Zero where the mask is infinite, else the mean of the values."""
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def may_occur(self) -> bool:
+        """Whether there may be such rows at all."""
+        return self is not MaskedRows.NONE
+
+    @property
+    def may_be_nan(self) -> bool:
+        """Whether the source gives NaN where the mask is infinite."""
+        return self in (MaskedRows.NAN, MaskedRows.ZERO_UNLESS_NAN)
+
+    @property
+    def tells_nan(self) -> bool:
+        """Whether the source gives rows in which softmax is NaN something else than the others."""
+        return self.may_be_nan or self is MaskedRows.ZERO_WHERE_NAN
+
+    @property
+    def is_zero_unless_nan(self) -> bool:
+        """Whether all such rows that are not NaN are zero."""
+        return self in (MaskedRows.ZERO, MaskedRows.ZERO_UNLESS_NAN)
+
+    @property
+    def is_mean_of_value(self) -> bool:
+        """Whether all such rows, if there are any, are the mean of the values."""
+        return self in (MaskedRows.NONE, MaskedRows.MEAN_OF_VALUE)
+
+
 @dataclass(frozen=True)
 class CanonicalScores:
     """``scale * query_factors * key_factors * (query @ key) + replay(terms)``.
@@ -175,8 +225,7 @@ class CanonicalScores:
         dtype: the dtype in which the source adds the terms.
         rounded_to: the dtype that the masked scores are rounded to at last; None where that is no narrower one.
         attended: how it was proved that every row keeps a key, or None.
-        masked_rows: what the source gives rows that have no key: "none" if there are none, "mean of value", "NaN",
-            "zero", "zero unless NaN", or "zero where NaN" (zero if the mask is infinite, else the mean of the values).
+        masked_rows: what the source gives rows that have no key.
         fills_decide: rows without a key can come from fills alone, and all fill in the same value: the kernel is
             given such rows as rows that attend every key with a score of zero, and what the source gives them (the
             mean of the values, zero or NaN) is made from that.
@@ -198,7 +247,7 @@ class CanonicalScores:
     terms: tuple[Bias | Fill | Floor, ...]
     dtype: torch.dtype
     attended: str | None
-    masked_rows: str
+    masked_rows: MaskedRows
     rounded_to: torch.dtype | None = None
     fills_decide: bool = False
     is_causal: bool = False

@@ -101,16 +101,16 @@ class Flex(Kernel):
         """Whether the source's steps can be its function of the scores."""
         scores = site.scores
         assert scores is not None
-        if site.is_causal or (site.fused and scores.masked_rows != "none"):
+        if site.is_causal or (site.fused and scores.masked_rows.may_occur):
             return Verdict.no("an existing fused call with a mask or is_causal has rules that are not written out here")
-        if site.rounds_rows and scores.masked_rows != "none":
+        if site.rounds_rows and scores.masked_rows.may_occur:
             return Verdict.no("what a row without a key gives is a matter of rounding here")
         if any(isinstance(mod, Scale) and _is_symbolic(mod.factor) for mod in site.mods):
             return Verdict.no("a factor of the scores is a symbolic number, which a score_mod does not take")
         if site.sink is not None and not all(isinstance(axis.size, int) for axis in site.key_axes):
             return Verdict.no("a sink beside a function of the scores needs a number of keys that is known")
-        floored = any(isinstance(mod, Floor) for mod in site.mods) and scores.masked_rows != "none"
-        if site.differentiable and (floored or scores.masked_rows not in ("none", "mean of value")):
+        floored = any(isinstance(mod, Floor) for mod in site.mods) and scores.masked_rows.may_occur
+        if site.differentiable and (floored or not scores.masked_rows.is_mean_of_value):
             return Verdict.no(
                 "a row may have no key, and the gradient of such a row is not known here (if none occurs, say so: "
                 "options={'assume_attended_rows': True})"
@@ -167,7 +167,7 @@ class Flex(Kernel):
             blocks = whole_block(builder, site.device)
             call = _FlexCall((query, key, value), score_mod, blocks, 1.0, tuple(buffers))
             node = self._in_graph(builder, site, call)
-        if scores.masked_rows not in ("none", "mean of value"):
+        if not scores.masked_rows.is_mean_of_value:
             node = Mask(builder, site, layout.score_dims).with_source_rows(node, value, layout)
         return layout.as_result(builder, site, node)
 
@@ -268,7 +268,7 @@ def _by_blocks(site: AttentionSite) -> Asked | None:
     if site.sink is not None or scores.scale is None or (scores.inexpressible and scores.softcap is None):
         return None
     asked = FLEX_BLOCKS.asked(site)
-    if not isinstance(asked, Asked) or (scores.masked_rows != "none" and not asked.restores_rows):
+    if not isinstance(asked, Asked) or (scores.masked_rows.may_occur and not asked.restores_rows):
         return None
     return asked
 
@@ -431,7 +431,7 @@ def _score_mod(builder: Builder, site: AttentionSite, dims: tuple[Dim, ...]) -> 
             score = graph.call_function(aten.where.ScalarSelf, (last, sink, score))
     scores = site.scores
     assert scores is not None
-    if scores.masked_rows != "none" or scores.inexpressible:
+    if scores.masked_rows.may_occur or scores.inexpressible:
         infinite = graph.call_function(aten.eq.Scalar, (score, -math.inf))
         bounded = graph.call_function(aten.clamp.default, (score, ABSORBING))
         score = graph.call_function(aten.where.self, (infinite, score, bounded))

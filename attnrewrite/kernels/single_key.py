@@ -46,7 +46,7 @@ class SingleKey(Kernel):
         if site.dropout:
             return Verdict.no("the one weight of each query is dropped at random")
         # A finite number that masks the only key leaves it the weight 1; a fused call has its own rules.
-        if scores.masked_rows != "none" and (site.fused or scores.masked_rows != "mean of value"):
+        if scores.masked_rows.may_occur and (site.fused or not scores.masked_rows.is_mean_of_value):
             return Verdict.no(
                 "the only key may be masked, and the value is not what the source gives then (if it never is, say so: "
                 "options={'assume_attended_rows': True})"

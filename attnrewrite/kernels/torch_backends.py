@@ -72,7 +72,7 @@ class _Backend(TorchSDPA):
             return Verdict.no("takes as many key heads as query heads, and keys are not repeated here")
         if site.sink is not None and self.limits.masks == "none":
             return Verdict.no("takes no mask, by which a sink is made")
-        if site.fused and site.scores.masked_rows != "none":
+        if site.fused and site.scores.masked_rows.may_occur:
             return Verdict.no(
                 "what the call gives rows whose keys are all masked depends on the back end that PyTorch's selector "
                 "picks (if none occurs, say so: options={'assume_attended_rows': True})"

@@ -64,7 +64,7 @@ class TorchSDPA(Kernel):
             return Verdict.no(f"takes floating-point operands, not {site.compute_dtype}")
         if any(same(axis.size, 0) for axis in site.key_axes):
             return Verdict.no("there is no key to attend to")
-        if site.fused and tensor(site.result).dim() != 4 and site.device.type != "cpu" and scores.masked_rows != "none":
+        if site.fused and tensor(site.result).dim() != 4 and site.device.type != "cpu" and scores.masked_rows.may_occur:
             return Verdict.no(
                 "the call has not four dimensions, so PyTorch's MATH serves it, and what the fused kernels give rows "
                 "whose keys are all masked is something else"
@@ -87,7 +87,7 @@ class TorchSDPA(Kernel):
         assert scores is not None
         if (
             site.device.type not in NATIVE.devices
-            and scores.masked_rows != "none"
+            and scores.masked_rows.may_occur
             and not site.fused
             and not scores.fills_decide
         ):
@@ -115,7 +115,7 @@ class TorchSDPA(Kernel):
                 isinstance(term, Fill)
                 and term.value != -math.inf
                 and site.compute_dtype is torch.float16
-                and site.scores.masked_rows != "none"
+                and site.scores.masked_rows.may_occur
                 and not site.scores.fills_decide
             ):
                 return Verdict.no(

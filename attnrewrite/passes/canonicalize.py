@@ -46,6 +46,7 @@ from attnrewrite.ir.site import (
     Elementwise,
     Fill,
     Floor,
+    MaskedRows,
     Narrow,
     NotAttention,
     RoundingDecides,
@@ -130,7 +131,7 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
         inexpressible = inexpressible or refused
     masked = _kept_by_all(terms, kept)
     value_mods, output_mods, masked_rows = _placed_weight_mods(
-        site, positions, masked, _rows_without_key(site, terms) if attended is None else "none"
+        site, positions, masked, _rows_without_key(site, terms) if attended is None else MaskedRows.NONE
     )
     band = isolated = None
     if site.is_causal:
@@ -191,13 +192,13 @@ def _as_written_out(site: AttentionSite, terms: list[Term]) -> list[Term]:
     return terms
 
 
-def _rows_without_key(site: AttentionSite, terms: list[Term]) -> str:
+def _rows_without_key(site: AttentionSite, terms: list[Term]) -> MaskedRows:
     """What the source gives rows that have no key, as far as softmax goes."""
     infinite = _may_be_infinite(terms) or _sum_may_overflow(terms)
     floored = bool(terms) and isinstance(terms[-1], Floor)
     if floored or not (infinite or site.underflows):
-        return "mean of value"
-    return "zero where NaN" if site.nan_to_zero else "NaN"
+        return MaskedRows.MEAN_OF_VALUE
+    return MaskedRows.ZERO_WHERE_NAN if site.nan_to_zero else MaskedRows.NAN
 
 
 def _may_be_infinite(terms: Sequence[Term]) -> bool:
@@ -443,8 +444,8 @@ def _isolated(kept: Formula, positions: Positions, site: AttentionSite) -> tuple
 
 
 def _placed_weight_mods(
-    site: AttentionSite, positions: Positions, kept: Formula | None, masked_rows: str
-) -> tuple[tuple[WeightMod, ...], tuple[WeightMod, ...], str]:
+    site: AttentionSite, positions: Positions, kept: Formula | None, masked_rows: MaskedRows
+) -> tuple[tuple[WeightMod, ...], tuple[WeightMod, ...], MaskedRows]:
     """What of it is done to the value, what to the output, and what rows without a key come to."""
     value_mods: list[WeightMod] = []
     output_mods: list[WeightMod] = []
@@ -454,18 +455,18 @@ def _placed_weight_mods(
             zeroed = None if zeroed is None else negation(zeroed) if mod.invert else zeroed
             if zeroed is not None and kept is not None and conjunction([zeroed, kept]) is False:
                 # What is zeroed was masked: it is zero already, except in rows that have no key.
-                if masked_rows == "none":
+                if not masked_rows.may_occur:
                     continue
                 if conjunction([negation(zeroed), negation(kept)]) is False:
-                    stays = mod.multiplied and masked_rows in ("NaN", "zero unless NaN")
-                    masked_rows = "zero unless NaN" if stays else "zero"
+                    stays = mod.multiplied and masked_rows.may_be_nan
+                    masked_rows = MaskedRows.ZERO_UNLESS_NAN if stays else MaskedRows.ZERO
                     continue
         operand = mod.condition if isinstance(mod, Zero) else mod.factor
         axes = set(operand.axes) if isinstance(operand, Operand) else set()
         if not axes & set(site.key_axes) and axes <= {*site.query.axes, *site.value.axes}:
             output_mods.append(mod)
         elif axes <= set(site.value.axes):
-            if isinstance(mod, Zero) and not mod.multiplied and "NaN" in masked_rows:
+            if isinstance(mod, Zero) and not mod.multiplied and masked_rows.tells_nan:
                 raise NotAttention("weights are zeroed by a mask that was not applied before softmax, and may be NaN")
             value_mods.append(mod)
         else:

@@ -156,4 +156,4 @@ def _proof(site: AttentionSite, scores: CanonicalScores) -> tuple[str, ...]:
         return (f"every row keeps a key: {scores.attended}",)
     if site.fused:
         return ("rows without a key: as in the call that was there",)
-    return (f"rows without a key cannot be ruled out and keep the source's value ({scores.masked_rows})",)
+    return (f"rows without a key cannot be ruled out and keep the source's value ({scores.masked_rows.value})",)

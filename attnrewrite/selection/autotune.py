@@ -124,7 +124,7 @@ def _file(site: AttentionSite, policy: Policy) -> Path:
 def _described(site: AttentionSite) -> str:
     assert site.scores is not None
     strides = [tuple(map(str, part.node.meta["val"].stride())) for part in (site.query, site.key, site.value)]
-    return f"{site.scores.structure} {site.scores.masked_rows} {site.scores.band} {strides}"
+    return f"{site.scores.structure} {site.scores.masked_rows.value} {site.scores.band} {strides}"
 
 
 def _read(file: Path) -> dict[str, float | None]:

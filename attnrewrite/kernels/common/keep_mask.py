@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.values import ABSORBING, Kind, is_far_below, is_ordinary, possible_values
-from attnrewrite.ir.site import AttentionSite, Bias, Fill, Floor
+from attnrewrite.ir.site import AttentionSite, Bias, Fill, Floor, MaskedRows
 from attnrewrite.kernels.common.layout import KernelLayout
 from attnrewrite.kernels.common.mask import Mask
 from attnrewrite.kernels.common.verdict import Refusal
@@ -76,7 +76,7 @@ def why_rows_stay_lost(site: AttentionSite, kind: MaskKind) -> Refusal:
         return _words(site)
     if kind == "additive":
         # NaN times whatever the kernel gives is NaN; finite numbers that mask would leave it to the kernel.
-        if scores.masked_rows == "NaN" and all(map(_is_ordinary_or_infinite, scores.terms)):
+        if scores.masked_rows is MaskedRows.NAN and all(map(_is_ordinary_or_infinite, scores.terms)):
             return None
     else:
         # One bias that swallows the scores of a whole row leaves them all the same: the mean of the values. With
@@ -84,14 +84,15 @@ def why_rows_stay_lost(site: AttentionSite, kind: MaskKind) -> Refusal:
         (first, *more) = scores.terms
         low = _masked_by(first) if isinstance(first, Bias) and not more else None
         single = isinstance(first, Bias) and len(possible_values(first.operand.node) - {0.0}) == 1
-        if low is not None and single and -math.inf < low <= ABSORBING and scores.masked_rows == "mean of value":
+        mean = scores.masked_rows is MaskedRows.MEAN_OF_VALUE
+        if low is not None and single and -math.inf < low <= ABSORBING and mean:
             return None
     return _words(site)
 
 
 def _words(site: AttentionSite) -> str:
     assert site.scores is not None
-    rows = site.scores.masked_rows
+    rows = site.scores.masked_rows.value
     return f"a row may have no key, and what the source gives it ({rows}) is not restored for this kernel"
 
 
@@ -126,7 +127,7 @@ class KeepMask(Mask):
                 keep = condition if term.invert else call(aten.logical_not.default, condition)
             self.node = keep if self.node is None else call(aten.logical_and.default, self.node, keep)
         assert self.node is not None
-        if site.scores.masked_rows != "none":
+        if site.scores.masked_rows.may_occur:
             any_kept = call(aten.any.dim, self.node, -1, True)
             self.opened_rows = call(aten.logical_not.default, any_kept)
             self.node = call(aten.logical_or.default, self.node, self.opened_rows)

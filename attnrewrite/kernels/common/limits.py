@@ -243,7 +243,7 @@ class Limits:
                     return f"a bias is added in {wide}, and would be rounded to {narrow}"
             if site.differentiable and not self.mask_gradient:
                 return "gives no gradient for an additive mask"
-        if scores.masked_rows == "none":
+        if not scores.masked_rows.may_occur:
             return Asked(mask=kind)
         lost = why_rows_stay_lost(site, kind)
         return Asked(mask=kind, restores_rows=True) if lost is None else f"{lost} {_ATTENDED}"
@@ -358,7 +358,7 @@ class Limits:
         if isinstance(asked, str):
             return asked
         # A row can lose its keys to a mask only; what else could come of it is not known here.
-        if scores.masked_rows != "none" and not asked.restores_rows:
+        if scores.masked_rows.may_occur and not asked.restores_rows:
             return f"a row may have no key, and what this kernel gives it is not known {_ATTENDED}"
         return None
 

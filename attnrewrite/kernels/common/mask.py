@@ -13,7 +13,7 @@ from attnrewrite.analysis.values import ABSORBING, FAR_BELOW, UNDERFLOW, Kind, p
 from attnrewrite.ir.axes import Dim, Operand, size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import same, tensor
-from attnrewrite.ir.site import AttentionSite, Bias, Fill, Floor
+from attnrewrite.ir.site import AttentionSite, Bias, Fill, Floor, MaskedRows
 from attnrewrite.kernels.common.layout import KernelLayout, lay_out, modified, padded
 
 __all__ = ["Mask"]
@@ -155,7 +155,7 @@ class Mask:
     def _within_range(self, mask: fx.Node) -> fx.Node:
         """CUDA kernels multiply by log2(e): what overflows there would turn a mean of the values into 0."""
         assert self._site.scores is not None
-        if self._site.device.type == "cpu" or self._site.fused or self._site.scores.masked_rows == "none":
+        if self._site.device.type == "cpu" or self._site.fused or not self._site.scores.masked_rows.may_occur:
             return mask
         if not any(_may_be_below_absorbing(term) for term in self._terms):
             return mask
@@ -197,18 +197,18 @@ class Mask:
         site, call = self._site, self._builder.call
         assert site.scores is not None
         rows = site.scores.masked_rows
-        if site.rounds_rows and rows != "none":
+        if site.rounds_rows and rows.may_occur:
             output = call(aten.mul.Tensor, output, self._keys_where_rounded(site.compute_dtype))
-        if rows == "zero where NaN":
+        if rows is MaskedRows.ZERO_WHERE_NAN:
             # Rows that minus infinity masks are zero with every kernel, unless they were opened.
             infinite = any(isinstance(term, Fill) and term.value == -math.inf for term in self._terms)
             if self.opened_rows is None or not infinite:
                 return output
             return call(aten.where.ScalarSelf, self.opened_rows, 0.0, output)
-        if rows in ("zero", "zero unless NaN"):
+        if rows.is_zero_unless_nan:
             lost = self._rows_without_key() if self.opened_rows is None else self.opened_rows
             output = call(aten.where.ScalarSelf, lost, 0.0, output)
-        if rows not in ("NaN", "zero unless NaN"):
+        if not rows.may_be_nan:
             return output
         if self.opened_rows is None:
             return call(aten.mul.Tensor, output, self._nan_where_no_key(site.compute_dtype))
