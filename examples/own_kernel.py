@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 import attnrewrite
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import same
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels import Availability, Kernel, KernelLayout, Mask, Verdict
 
 # The function: an operator, so that it is one node in a graph, whatever it does inside.
@@ -128,9 +128,8 @@ class Chunked(Kernel):
     def availability(self) -> Availability:
         return Availability(True, f"runs wherever torch {torch.__version__} does")
 
-    def supports(self, site: AttentionSite) -> Verdict:
+    def supports(self, site: CanonicalAttention) -> Verdict:
         scores = site.scores
-        assert scores is not None
         if scores.inexpressible:
             return Verdict.no(scores.inexpressible)
         if not site.compute_dtype.is_floating_point:
@@ -154,9 +153,8 @@ class Chunked(Kernel):
             )
         return Verdict.yes()
 
-    def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
+    def emit(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
         scores = site.scores
-        assert scores is not None
         layout = KernelLayout.of(site)
         query, key, value = layout.operands(builder, site)
         mask = Mask(builder, site, layout.score_dims)

@@ -29,7 +29,7 @@ from torch import Tensor, fx
 from attnrewrite.bench.cases import Case, reference
 from attnrewrite.bench.pass_times import environment
 from attnrewrite.capture.trace import capture
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels import Kernel, kernel_named, registered_kernels
 from attnrewrite.options.compile_options import Policy
 from attnrewrite.passes.pipeline import read_sites
@@ -256,7 +256,7 @@ def _candidates(names: Sequence[str]) -> list[Kernel]:
     return [kernel for kernel in registered_kernels() if not kernel.lower_precision and "hub" not in kernel.name]
 
 
-def _captured(case: Case, inputs: Sequence[Tensor], policy: Policy) -> tuple[fx.GraphModule, AttentionSite]:
+def _captured(case: Case, inputs: Sequence[Tensor], policy: Policy) -> tuple[fx.GraphModule, CanonicalAttention]:
     found: list[fx.GraphModule] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

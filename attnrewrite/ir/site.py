@@ -1,4 +1,4 @@
-"""What an attention means, as one value: the contract between patterns and kernels.
+"""What an attention means, as one value: the contract between patterns, which find it, and kernels, which compute it.
 
 ``result = dropout(softmax(mods(query @ key))) @ value``, where softmax runs over the key axes. How the source spelled
 it is gone: which tensor dimension is a batch, a head, a position or a feature is told by axes
@@ -8,8 +8,8 @@ it is gone: which tensor dimension is a batch, a head, a position or a feature i
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ __all__ = [
     "AttentionSite",
     "Band",
     "Bias",
+    "CanonicalAttention",
     "CanonicalScores",
     "Elementwise",
     "Fill",
@@ -260,9 +261,9 @@ class CanonicalScores:
     inexpressible: str = ""
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class AttentionSite:
-    """One attention, found.
+    """One attention, found. It does not change: what a pass makes of it is another.
 
     Attributes:
         pattern: the name of the pattern that found it.
@@ -292,7 +293,6 @@ class AttentionSite:
         interior: the nodes that go when the site is replaced, in graph order.
         for_inductor: the graph goes on to Inductor.
         in_autocast: whether an autocast region is in force around the site.
-        scores: the modifications in the form that kernels read, once simplified.
         parts: the sites of the slices that this one was merged from; they stand for it where no kernel takes the whole.
         written: nodes that hold operands of a merged site and were not in the source.
         windowed: the slices that it was merged from had a window of the keys each, and computed no more.
@@ -329,7 +329,6 @@ class AttentionSite:
     nan_to_zero: bool = False
     underflows: bool = False
     rounds_rows: bool = False
-    scores: CanonicalScores | None = None
     parts: tuple[AttentionSite, ...] = ()
     written: tuple[fx.Node, ...] = ()
     windowed: bool = False
@@ -337,24 +336,23 @@ class AttentionSite:
     still_repeated: str = ""
     folded: tuple[Axis, ...] = ()
 
-    def change_operands(self, change: Callable[[Operand], Operand]) -> None:
-        """Replaces query, key, value, and every tensor that modifies scores or weights."""
+    def with_operands(self, change: Callable[[Operand], Operand]) -> AttentionSite:
+        """The site with query, key, value, and every tensor that modifies scores or weights, changed."""
+        return replace(
+            self,
+            query=change(self.query),
+            key=change(self.key),
+            value=change(self.value),
+            mods=tuple(_with_operands(mod, change) for mod in self.mods),
+            weight_mods=tuple(_with_operands(mod, change) for mod in self.weight_mods),
+            sink=change(self.sink) if isinstance(self.sink, Operand) else self.sink,
+        )
 
-        def scaled(scale: Scale) -> Scale:
-            return Scale(change(scale.factor), scale.divide) if isinstance(scale.factor, Operand) else scale
-
-        def changed(mod: Any) -> Any:
-            if isinstance(mod, Scale):
-                return scaled(mod)
-            if isinstance(mod, Bias):
-                return replace(mod, operand=change(mod.operand), scales=tuple(map(scaled, mod.scales)))
-            return replace(mod, condition=change(mod.condition)) if isinstance(mod, (Fill, Zero)) else mod
-
-        self.query, self.key, self.value = map(change, (self.query, self.key, self.value))
-        self.mods = tuple(map(changed, self.mods))
-        self.weight_mods = tuple(map(changed, self.weight_mods))
-        if isinstance(self.sink, Operand):
-            self.sink = change(self.sink)
+    @property
+    def modifiers(self) -> tuple[Operand, ...]:
+        """The tensors that modify scores or weights."""
+        found = [operand for mod in (*self.mods, *self.weight_mods) for operand in _operands_of(mod)]
+        return (*found, self.sink) if isinstance(self.sink, Operand) else tuple(found)
 
     @property
     def device(self) -> torch.device:
@@ -392,6 +390,38 @@ class AttentionSite:
             if isinstance(mod, Scale):
                 parts.append(scale_in_words(mod))
         return " * ".join(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class CanonicalAttention(AttentionSite):
+    """A site with its modifications in the form that kernels read."""
+
+    scores: CanonicalScores = field(kw_only=True)
+
+    @staticmethod
+    def of(site: AttentionSite, scores: CanonicalScores) -> CanonicalAttention:
+        return CanonicalAttention(
+            **{each.name: getattr(site, each.name) for each in fields(AttentionSite)}, scores=scores
+        )
+
+
+def _operands_of(mod: ScoreMod | WeightMod) -> Iterator[Operand]:
+    if isinstance(mod, Bias):
+        yield mod.operand
+    elif isinstance(mod, (Fill, Zero)):
+        yield mod.condition
+    for scale in mod.scales if isinstance(mod, Bias) else (mod,):
+        if isinstance(scale, Scale) and isinstance(scale.factor, Operand):
+            yield scale.factor
+
+
+def _with_operands(mod: Any, change: Callable[[Operand], Operand]) -> Any:
+    if isinstance(mod, Scale):
+        return replace(mod, factor=change(mod.factor)) if isinstance(mod.factor, Operand) else mod
+    if isinstance(mod, Bias):
+        scales = tuple(_with_operands(scale, change) for scale in mod.scales)
+        return replace(mod, operand=change(mod.operand), scales=scales)
+    return replace(mod, condition=change(mod.condition)) if isinstance(mod, (Fill, Zero)) else mod
 
 
 def scale_in_words(scale: Scale) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import fx
 
     from attnrewrite.ir.builder import Builder
-    from attnrewrite.ir.site import AttentionSite
+    from attnrewrite.ir.site import CanonicalAttention
 
 __all__ = ["KernelLike", "checked"]
 
@@ -30,9 +30,9 @@ class KernelLike(Protocol):
 
     def availability(self) -> Availability: ...
 
-    def supports(self, site: AttentionSite) -> Verdict: ...
+    def supports(self, site: CanonicalAttention) -> Verdict: ...
 
-    def emit(self, site: AttentionSite, builder: Builder) -> fx.Node: ...
+    def emit(self, site: CanonicalAttention, builder: Builder) -> fx.Node: ...
 
 
 _FIELDS: dict[str, Any] = get_type_hints(Kernel)
@@ -136,10 +136,10 @@ class _Wrapped(Kernel):
         found: Availability = self._own.availability()
         return found
 
-    def supports(self, site: AttentionSite) -> Verdict:
+    def supports(self, site: CanonicalAttention) -> Verdict:
         verdict: Verdict = self._own.supports(site)
         return verdict
 
-    def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
+    def emit(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
         node: fx.Node = self._own.emit(site, builder)
         return node

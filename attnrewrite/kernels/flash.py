@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnrewrite.ir.axes import size_of
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels.common.library_kernel import RUN_ON, CallParameters, LibraryKernel, Saved, no_state
 from attnrewrite.kernels.common.limits import HALF, Asked, Capability, HeadSizes, LimitRule, Limits
 from attnrewrite.kernels.common.packages import HubKernel, Package, VendorCall
@@ -402,16 +402,16 @@ _FLASH_3 = Limits(
 _FLASH_3_VARLEN = dataclasses.replace(_FLASH_3, masks="key padding", sources={**_FLASH_3.sources, **_VARLEN_SOURCES})
 
 
-def _wrong_gradient(site: AttentionSite, asked: Asked, capability: Capability | None) -> Refusal:
+def _wrong_gradient(site: CanonicalAttention, asked: Asked, capability: Capability | None) -> Refusal:
     width = size_of(site.feature_axes)
     if not site.differentiable or (isinstance(width, int) and width % 32 == 0):
         return None
     return f"its backward pass is wrong for head sizes that are no multiple of 32, such as {width}"
 
 
-def _no_capped_gradient(site: AttentionSite, asked: Asked, capability: Capability | None) -> Refusal:
+def _no_capped_gradient(site: CanonicalAttention, asked: Asked, capability: Capability | None) -> Refusal:
     wide = size_of(site.feature_axes) == 256 and capability is not None and capability[0] in (10, 11)
-    if wide and site.differentiable and site.scores is not None and site.scores.softcap is not None:
+    if wide and site.differentiable and site.scores.softcap is not None:
         return "has no backward pass with a soft cap for the head size 256 on this GPU"
     return None
 

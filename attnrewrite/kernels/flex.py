@@ -24,7 +24,7 @@ from attnrewrite.analysis.values import ABSORBING, constant_value
 from attnrewrite.ir.axes import Dim, Operand
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import is_tensor, same, tensor
-from attnrewrite.ir.site import AttentionSite, Bias, Elementwise, Fill, Floor, Narrow, Scale, Shift
+from attnrewrite.ir.site import Bias, CanonicalAttention, Elementwise, Fill, Floor, Narrow, Scale, Shift
 from attnrewrite.kernels.common.base import Kernel
 from attnrewrite.kernels.common.keep_mask import KeepMask
 from attnrewrite.kernels.common.layout import KernelLayout, lay_out, padded
@@ -72,7 +72,7 @@ class Flex(Kernel):
             return Availability(False, "Inductor's FlexAttention needs AVX2 or better on this CPU")
         return Availability(True, f"part of torch {torch.__version__}; without a backward pass on the CPU")
 
-    def supports(self, site: AttentionSite) -> Verdict:
+    def supports(self, site: CanonicalAttention) -> Verdict:
         if any(same(axis.size, 0) for axis in site.key_axes):
             return Verdict.no("there is no key to attend to")
         if site.compute_dtype not in FLEX.dtypes:
@@ -94,13 +94,12 @@ class Flex(Kernel):
             return Verdict.no("a mask or a bias has 2**31 entries or more, and the kernel counts them in 32 bits")
         return Verdict.yes() if _by_blocks(site) is not None else self._supports_steps(site)
 
-    def skips_masked(self, site: AttentionSite) -> bool:
+    def skips_masked(self, site: CanonicalAttention) -> bool:
         return _by_blocks(site) is not None
 
-    def _supports_steps(self, site: AttentionSite) -> Verdict:
+    def _supports_steps(self, site: CanonicalAttention) -> Verdict:
         """Whether the source's steps can be its function of the scores."""
         scores = site.scores
-        assert scores is not None
         if site.is_causal or (site.fused and scores.masked_rows.may_occur):
             return Verdict.no("an existing fused call with a mask or is_causal has rules that are not written out here")
         if site.rounds_rows and scores.masked_rows.may_occur:
@@ -117,14 +116,14 @@ class Flex(Kernel):
             )
         return Verdict.yes()
 
-    def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
+    def emit(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
         asked = _by_blocks(site)
         return self._emit_steps(site, builder) if asked is None else self._emit_blocks(site, builder, asked)
 
-    def _emit_blocks(self, site: AttentionSite, builder: Builder, asked: Asked) -> fx.Node:
+    def _emit_blocks(self, site: CanonicalAttention, builder: Builder, asked: Asked) -> fx.Node:
         """The mask as a block mask, the scale as a number."""
         scores = site.scores
-        assert scores is not None and scores.scale is not None
+        assert scores.scale is not None
         layout = KernelLayout.of(site)
         query, key, value = layout.operands(builder, site, finish=_contiguous)
         mask = None
@@ -147,10 +146,9 @@ class Flex(Kernel):
             output = mask.with_source_rows(output, value, layout)
         return layout.as_result(builder, site, output)
 
-    def _emit_steps(self, site: AttentionSite, builder: Builder) -> fx.Node:
+    def _emit_steps(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
         """The source's steps, one by one, as the function of the scores."""
         scores = site.scores
-        assert scores is not None
         layout = KernelLayout.of(site)
         query, key, value = layout.operands(builder, site, score_factors=False, finish=_contiguous)
         if site.sink is not None:
@@ -171,7 +169,7 @@ class Flex(Kernel):
             node = Mask(builder, site, layout.score_dims).with_source_rows(node, value, layout)
         return layout.as_result(builder, site, node)
 
-    def _in_graph(self, builder: Builder, site: AttentionSite, call: _FlexCall) -> fx.Node:
+    def _in_graph(self, builder: Builder, site: CanonicalAttention, call: _FlexCall) -> fx.Node:
         """The higher-order operator, as it stands in a graph that was traced with ``flex_attention`` in it."""
         options: dict[str, Any] = {
             "PRESCALE_QK": False,
@@ -214,7 +212,7 @@ class FlexFlash(Flex):
     def availability(self) -> Availability:
         return self.vendor.availability()
 
-    def supports(self, site: AttentionSite) -> Verdict:
+    def supports(self, site: CanonicalAttention) -> Verdict:
         elsewhere = self.limits.device_refusal(site)
         if elsewhere:
             return Verdict.no(elsewhere)
@@ -225,7 +223,7 @@ class FlexFlash(Flex):
             return Verdict.no("is made by Inductor (use options={'inner_backend': 'inductor'})")
         return self.verdict(site, capability_of(site.device))
 
-    def verdict(self, site: AttentionSite, capability: Capability | None) -> Verdict:
+    def verdict(self, site: CanonicalAttention, capability: Capability | None) -> Verdict:
         """What it would say of the site on a GPU of this compute capability, were the package installed."""
         refusal = self.limits.refusal(site, capability)
         if refusal:
@@ -259,10 +257,9 @@ def _contiguous(builder: Builder, node: fx.Node) -> fx.Node:
     return builder.call(aten.clone.default, node, memory_format=torch.contiguous_format)
 
 
-def _by_blocks(site: AttentionSite) -> Asked | None:
+def _by_blocks(site: CanonicalAttention) -> Asked | None:
     """What a block mask is asked for in place of the site's terms; None where the source's steps must be repeated."""
     scores = site.scores
-    assert scores is not None
     if site.device.type == "cpu" and site.for_inductor:
         return None  # That goes another way, see `emit`.
     if site.sink is not None or scores.scale is None or (scores.inexpressible and scores.softcap is None):
@@ -273,7 +270,7 @@ def _by_blocks(site: AttentionSite) -> Asked | None:
     return asked
 
 
-def _read_by_position(site: AttentionSite) -> list[Operand]:
+def _read_by_position(site: CanonicalAttention) -> list[Operand]:
     """What the functions of the scores may read."""
     operands: list[Operand] = [site.sink] if isinstance(site.sink, Operand) else []
     for mod in site.mods:
@@ -291,7 +288,7 @@ def _indexed_in_32_bits(operand: Operand) -> bool:
     return bool(math.prod(axis.size for axis in operand.resolved().axes) < 2**31)
 
 
-def _blocks_that_fit(site: AttentionSite) -> dict[str, Any]:
+def _blocks_that_fit(site: CanonicalAttention) -> dict[str, Any]:
     """Smaller blocks of keys for head sizes that Inductor has no measured blocks for, and that fill the shared memory.
 
     Its general ones did not fit at 160 features with a bias (torch 2.11, H100). ``get_flex_attn_fwd_configs`` of
@@ -370,7 +367,7 @@ def _is_symbolic(factor: Any) -> bool:
     return not isinstance(factor, (int, float, Operand)) and not (isinstance(factor, fx.Node) and is_tensor(factor))
 
 
-def _narrow(site: AttentionSite) -> bool:
+def _narrow(site: CanonicalAttention) -> bool:
     sizes = [math.prod(int(axis.size) for axis in axes) for axes in (site.feature_axes, site.value_axes)]
     return any(size < FLEX_SMALLEST_HEAD for size in sizes)
 
@@ -385,7 +382,9 @@ def _no_block_mask() -> Any:
 # The function of the scores.
 
 
-def _score_mod(builder: Builder, site: AttentionSite, dims: tuple[Dim, ...]) -> tuple[fx.GraphModule, list[fx.Node]]:
+def _score_mod(
+    builder: Builder, site: CanonicalAttention, dims: tuple[Dim, ...]
+) -> tuple[fx.GraphModule, list[fx.Node]]:
     """``score_mod(score, batch, head, query, key, *buffers)``, and the buffers: the source's steps, one by one."""
     graph = fx.Graph()
     score = graph.placeholder("score")
@@ -430,7 +429,6 @@ def _score_mod(builder: Builder, site: AttentionSite, dims: tuple[Dim, ...]) -> 
         else:
             score = graph.call_function(aten.where.ScalarSelf, (last, sink, score))
     scores = site.scores
-    assert scores is not None
     if scores.masked_rows.may_occur or scores.inexpressible:
         infinite = graph.call_function(aten.eq.Scalar, (score, -math.inf))
         bounded = graph.call_function(aten.clamp.default, (score, ABSORBING))

@@ -18,7 +18,7 @@ from torch import fx
 from attnrewrite.ir.axes import size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import Size, same, tensor
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels.common.layout import padded_to
 from attnrewrite.kernels.common.limits import Asked
 
@@ -121,7 +121,7 @@ def whole_block(builder: Builder, device: torch.device) -> Blocks:
     return Blocks(tables, (1, 1), (1 << 30, 1 << 30), fx.GraphModule(torch.nn.Module(), graph))
 
 
-def blocks_of_mask(builder: Builder, site: AttentionSite, keep: fx.Node) -> Blocks:
+def blocks_of_mask(builder: Builder, site: CanonicalAttention, keep: fx.Node) -> Blocks:
     """The blocks of a tensor.
 
     Args:
@@ -152,7 +152,7 @@ def blocks_of_mask(builder: Builder, site: AttentionSite, keep: fx.Node) -> Bloc
     return Blocks(tables, (queries, keys), (BLOCK, BLOCK), _reading(own), (buffer,))
 
 
-def blocks_of_band(builder: Builder, site: AttentionSite, asked: Asked) -> Blocks:
+def blocks_of_band(builder: Builder, site: CanonicalAttention, asked: Asked) -> Blocks:
     """The blocks around the diagonal, from their positions alone."""
     queries, keys = size_of(site.query_axes), size_of(site.key_axes)
     shift = keys - queries if asked.from_last else 0
@@ -199,7 +199,7 @@ def blocks_of_band(builder: Builder, site: AttentionSite, asked: Asked) -> Block
     return Blocks(tables, (queries, keys), (BLOCK, BLOCK), mask_mod, buffers)
 
 
-def blocks_of_isolated(builder: Builder, site: AttentionSite, start: int, stop: int) -> Blocks:
+def blocks_of_isolated(builder: Builder, site: CanonicalAttention, start: int, stop: int) -> Blocks:
     """The blocks of a mask that keeps positions from ``start`` up to and without ``stop`` from each other.
 
     From their positions alone; within the isolated part the blocks on the diagonal are left.
@@ -234,7 +234,7 @@ def blocks_of_isolated(builder: Builder, site: AttentionSite, start: int, stop: 
     return Blocks(tables, (queries, keys), (BLOCK, BLOCK), fx.GraphModule(torch.nn.Module(), graph))
 
 
-def _first_positions(builder: Builder, site: AttentionSite) -> tuple[fx.Node, fx.Node]:
+def _first_positions(builder: Builder, site: CanonicalAttention) -> tuple[fx.Node, fx.Node]:
     """The first query and the first key of each block, as a column and as a row."""
 
     def starts(length: Size, shape: list[int]) -> fx.Node:
@@ -249,7 +249,7 @@ def _blocks(length: Size) -> Size:
 
 
 def _tables(
-    builder: Builder, site: AttentionSite, partial: fx.Node, full: fx.Node, rows: Size | None
+    builder: Builder, site: CanonicalAttention, partial: fx.Node, full: fx.Node, rows: Size | None
 ) -> dict[str, fx.Node]:
     """How many blocks there are for each row of blocks, and which; for the backward pass for each column, too.
 

@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from attnrewrite.ir.axes import size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import Size, same, tensor
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels.common.base import Kernel
 from attnrewrite.kernels.common.layout import KernelLayout, with_unit_stride
 from attnrewrite.kernels.common.verdict import Availability, Verdict
@@ -43,12 +43,11 @@ class IsolatedBlock(Kernel):
     def availability(self) -> Availability:
         return Availability(True, f"part of torch {torch.__version__}")
 
-    def concerns(self, site: AttentionSite) -> bool:
-        return site.scores is not None and site.scores.isolated is not None
+    def concerns(self, site: CanonicalAttention) -> bool:
+        return site.scores.isolated is not None
 
-    def supports(self, site: AttentionSite) -> Verdict:
+    def supports(self, site: CanonicalAttention) -> Verdict:
         scores = site.scores
-        assert scores is not None
         if scores.isolated is None:
             return Verdict.no("the mask is not one within which a block of positions is isolated")
         if site.device.type != "cpu":
@@ -73,9 +72,9 @@ class IsolatedBlock(Kernel):
             return Verdict.no("a position and a key outside the block are not known to exist")
         return Verdict.yes()
 
-    def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
+    def emit(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
         scores = site.scores
-        assert scores is not None and scores.isolated is not None and scores.scale is not None
+        assert scores.isolated is not None and scores.scale is not None
         layout = KernelLayout.of(site)
         query, key, value = layout.operands(builder, site)
         parts = _Parts(builder, *scores.isolated, length=size_of(site.key_axes))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnrewrite.ir.axes import size_of
 from attnrewrite.ir.nodes import same
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels.common.library_kernel import RUN_ON, CallParameters, LibraryKernel
 from attnrewrite.kernels.common.limits import HALF, Asked, Capability, HeadSizes, LimitRule, Limits
 from attnrewrite.kernels.common.packages import HubKernel, Package, VendorCall, is_older
@@ -150,7 +150,7 @@ _FIRST_VARLEN = dataclasses.replace(
 )
 
 
-def _sm86_is_triton(site: AttentionSite, asked: Asked, capability: Capability | None) -> Refusal:
+def _sm86_is_triton(site: CanonicalAttention, asked: Asked, capability: Capability | None) -> Refusal:
     if capability == (8, 6) and not same(size_of(site.key_axes) % 64, 0):
         return "is right on this GPU only where the number of keys is known to be a multiple of 64"
     return None

@@ -10,10 +10,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from attnrewrite.ir.axes import Operand
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import same_shape, tensor
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels.common.base import Kernel
 from attnrewrite.kernels.common.layout import lay_out, modified
 from attnrewrite.kernels.common.verdict import Availability, Verdict
@@ -35,12 +34,11 @@ class SingleKey(Kernel):
     def availability(self) -> Availability:
         return Availability(True, f"part of torch {torch.__version__}")
 
-    def concerns(self, site: AttentionSite) -> bool:
+    def concerns(self, site: CanonicalAttention) -> bool:
         return not site.key_axes and site.sink is None
 
-    def supports(self, site: AttentionSite) -> Verdict:
+    def supports(self, site: CanonicalAttention) -> Verdict:
         scores = site.scores
-        assert scores is not None
         if not self.concerns(site):
             return Verdict.no("softmax runs over more than one key")
         if site.dropout:
@@ -53,9 +51,8 @@ class SingleKey(Kernel):
             )
         return Verdict.yes()
 
-    def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
+    def emit(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
         scores = site.scores
-        assert scores is not None
         dims = site.result_layout
         result = tensor(site.result)
         output = lay_out(builder, site.value.node, site.value.layout, dims)
@@ -74,19 +71,13 @@ class SingleKey(Kernel):
         return builder.call(aten.expand.default, output, list(result.shape))
 
 
-def _without_influence(site: AttentionSite) -> list[fx.Node]:
+def _without_influence(site: CanonicalAttention) -> list[fx.Node]:
     """The operands that only the score depends on: the source gives them gradients of zeros, and not none at all.
 
     An optimizer lets a parameter decay whose gradient is zero, and leaves one alone that has none. The sum of no
     elements is a zero with such a gradient.
     """
-    found: dict[fx.Node, None] = {}
-
-    def note(operand: Operand) -> Operand:
-        found.setdefault(operand.node)
-        return operand
-
-    site.change_operands(note)
+    found = dict.fromkeys(operand.node for operand in (site.query, site.key, *site.modifiers))
     return [node for node in found if node is not site.value.node and tensor(node).dtype.is_floating_point]
 
 

@@ -20,7 +20,7 @@ from torch import fx
 from attnrewrite.ir.axes import size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import hint, same, tensor
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels.common.layout import KernelLayout, padded_to
 from attnrewrite.kernels.common.library_kernel import RUN_ON
 from attnrewrite.kernels.common.limits import Asked, Capability
@@ -48,13 +48,13 @@ class _Backend(TorchSDPA):
             return Availability(False, "PyTorch sees no NVIDIA GPU")
         return Availability(True, f"part of torch {torch.__version__}")
 
-    def supports(self, site: AttentionSite) -> Verdict:
+    def supports(self, site: CanonicalAttention) -> Verdict:
         verdict = super().supports(site)
         if not verdict.willing:
             return verdict
         return Verdict.of(self._torch_refuses(site, KernelLayout.of(site)))
 
-    def verdict(self, site: AttentionSite, capability: Capability | None) -> Verdict:
+    def verdict(self, site: CanonicalAttention, capability: Capability | None) -> Verdict:
         """All but PyTorch's own check, which asks the GPU that is here."""
         verdict = super().verdict(site, capability)
         if not verdict.willing:
@@ -63,7 +63,6 @@ class _Backend(TorchSDPA):
         refusal = self.limits.machine_refusal(site, capability) or self.limits.rule_refusal(site, Asked(), capability)
         if refusal:
             return Verdict.no(refusal)
-        assert site.scores is not None
         if site.scores.scale is None:
             return Verdict.no("the scale is not known in numbers")
         if site.scores.terms and self.limits.masks == "none":
@@ -82,9 +81,8 @@ class _Backend(TorchSDPA):
     def check(self, parameters: Any, debug: bool) -> bool:
         raise NotImplementedError
 
-    def _torch_refuses(self, site: AttentionSite, layout: KernelLayout) -> Refusal:
+    def _torch_refuses(self, site: CanonicalAttention, layout: KernelLayout) -> Refusal:
         """What PyTorch's own check says of tensors of these sizes; a symbol stands for a size that it was seen with."""
-        assert site.scores is not None
         with FakeTensorMode():
             query, key, value = (
                 torch.empty(
@@ -143,8 +141,7 @@ class FlashAttention(_Backend):
     name = "_native_flash"
     limits = FLASH
 
-    def verdict(self, site: AttentionSite, capability: Capability | None) -> Verdict:
-        assert site.scores is not None
+    def verdict(self, site: CanonicalAttention, capability: Capability | None) -> Verdict:
         if site.scores.is_causal and not same(size_of(site.query_axes), size_of(site.key_axes)):
             # PyTorch's check sees one pair of lengths, and this kernel counts from the last key.
             return Verdict.no("takes a causal mask only where there are known to be as many keys as queries")
@@ -177,7 +174,7 @@ class CudnnAttention(_Backend):
     automatic = False
     limits = CUDNN
 
-    def verdict(self, site: AttentionSite, capability: Capability | None) -> Verdict:
+    def verdict(self, site: CanonicalAttention, capability: Capability | None) -> Verdict:
         if site.differentiable:
             # See `_cudnn_may_serve` of torch_sdpa.py.
             return Verdict.no(

@@ -13,7 +13,7 @@ import dataclasses
 import torch
 
 from attnrewrite.ir.axes import size_of
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels.common.limits import HALF, Asked, Capability, HeadSizes, LimitRule, Limits
 from attnrewrite.kernels.common.verdict import Refusal
 
@@ -50,13 +50,13 @@ _FLEX_CUDA = f"{_TORCH}/torch/_inductor/kernel/flex/flex_attention.py"
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def _one_head_size(site: AttentionSite, asked: Asked, capability: Capability | None) -> Refusal:
+def _one_head_size(site: CanonicalAttention, asked: Asked, capability: Capability | None) -> Refusal:
     size, value_size = size_of(site.feature_axes), size_of(site.value_axes)
     up = [-(-one // PADDED_TO) for one in (size, value_size)]
     return None if up[0] == up[1] else f"takes values of the query's head size, {size}, not {value_size}"
 
 
-def _no_bfloat16_before_ampere(site: AttentionSite, asked: Asked, capability: Capability | None) -> Refusal:
+def _no_bfloat16_before_ampere(site: CanonicalAttention, asked: Asked, capability: Capability | None) -> Refusal:
     if site.compute_dtype is not torch.bfloat16 or capability is None or capability >= (8, 0):
         return None
     own = ".".join(map(str, capability))

@@ -16,7 +16,7 @@ from attnrewrite.analysis.values import ORDINARY, Kind, possible_values
 from attnrewrite.ir.axes import Operand
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import same, tensor
-from attnrewrite.ir.site import AttentionSite, Bias, Fill
+from attnrewrite.ir.site import Bias, CanonicalAttention, Fill
 from attnrewrite.kernels.common.base import Kernel
 from attnrewrite.kernels.common.layout import KernelLayout, padded, with_unit_stride
 from attnrewrite.kernels.common.limits import Capability, Limits, capability_of
@@ -51,13 +51,12 @@ class TorchSDPA(Kernel):
     def availability(self) -> Availability:
         return Availability(True, f"part of torch {torch.__version__}")
 
-    def supports(self, site: AttentionSite) -> Verdict:
+    def supports(self, site: CanonicalAttention) -> Verdict:
         return self.verdict(site, capability_of(site.device))
 
-    def verdict(self, site: AttentionSite, capability: Capability | None) -> Verdict:
+    def verdict(self, site: CanonicalAttention, capability: Capability | None) -> Verdict:
         """What the kernel would say of the site on a GPU of this compute capability; None if it is none, or unknown."""
         scores = site.scores
-        assert scores is not None
         if scores.inexpressible:
             return Verdict.no(scores.inexpressible)
         if not site.compute_dtype.is_floating_point:
@@ -82,9 +81,8 @@ class TorchSDPA(Kernel):
             )
         return self._supports_device(site)
 
-    def _supports_device(self, site: AttentionSite) -> Verdict:
+    def _supports_device(self, site: CanonicalAttention) -> Verdict:
         scores = site.scores
-        assert scores is not None
         if (
             site.device.type not in NATIVE.devices
             and scores.masked_rows.may_occur
@@ -99,9 +97,8 @@ class TorchSDPA(Kernel):
             return self._supports_half(site)
         return Verdict.yes()
 
-    def _supports_half(self, site: AttentionSite) -> Verdict:
+    def _supports_half(self, site: CanonicalAttention) -> Verdict:
         """Off the CPU the mask must have the query's dtype; a wider one would be rounded, or give NaN in cuDNN."""
-        assert site.scores is not None
         if isinstance(site.sink, Operand) and site.sink.dtype.itemsize > site.compute_dtype.itemsize:
             return Verdict.no(
                 f"the sink is in {site.sink.dtype}, and the kernels here round it to {site.compute_dtype}"
@@ -125,9 +122,8 @@ class TorchSDPA(Kernel):
                 )
         return Verdict.yes()
 
-    def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
+    def emit(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
         scores = site.scores
-        assert scores is not None
         layout = KernelLayout.of(site)
         query, key, value = layout.operands(builder, site, finish=with_unit_stride)
         mask = Mask(builder, site, layout.score_dims)
@@ -167,8 +163,7 @@ class TorchMath(TorchSDPA):
     takes_unbacked = False
     limits = MATH
 
-    def verdict(self, site: AttentionSite, capability: Capability | None) -> Verdict:
-        assert site.scores is not None
+    def verdict(self, site: CanonicalAttention, capability: Capability | None) -> Verdict:
         if site.scores.inexpressible:
             return Verdict.no(site.scores.inexpressible)
         if any(same(axis.size, 0) for axis in site.key_axes):
@@ -188,7 +183,7 @@ class TorchMath(TorchSDPA):
         return builder.insert(operator.getitem, (result, 0), {}, fake)
 
 
-def _cudnn_may_serve(site: AttentionSite, capability: Capability | None) -> bool:
+def _cudnn_may_serve(site: CanonicalAttention, capability: Capability | None) -> bool:
     """Training in half precision on GPUs where PyTorch prefers cuDNN.
 
     Its plans are kept by shape and by the layouts of query, key and value, and not by that of the output's gradient
@@ -202,7 +197,7 @@ def _cudnn_may_serve(site: AttentionSite, capability: Capability | None) -> bool
     return enabled and (capability is None or capability[0] >= 9)
 
 
-def _backward_loses_rows(site: AttentionSite) -> bool:
+def _backward_loses_rows(site: CanonicalAttention) -> bool:
     """Fused backward passes restore softmax as exp(score - logsumexp), and logsumexp = max + log(sum) in float32.
 
     Where the largest score of a row is far from zero the logarithm is rounded away, and the row's weights no longer
@@ -210,7 +205,6 @@ def _backward_loses_rows(site: AttentionSite) -> bool:
     source has this already.
     """
     scores = site.scores
-    assert scores is not None
     if not site.differentiable or (site.fused and tensor(site.result).dim() == 4):
         return False
     for term in scores.terms:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels.common.library_kernel import CallParameters, LibraryKernel, Saved, no_state
 from attnrewrite.kernels.common.limits import HALF, Asked, Capability, HeadSizes, LimitRule, Limits
 from attnrewrite.kernels.common.packages import Package, VendorCall
@@ -80,7 +80,7 @@ def _why_broken(module: Any) -> Refusal:
     return None if library._build_metadata is not None else "its compiled part could not be loaded"
 
 
-def _only_flash_after_hopper(site: AttentionSite, asked: Asked, capability: Capability | None) -> Refusal:
+def _only_flash_after_hopper(site: CanonicalAttention, asked: Asked, capability: Capability | None) -> Refusal:
     if capability is None or capability <= (9, 0):
         return None
     if asked.mask != "none" or site.compute_dtype is torch.float32:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnrewrite.ir.axes import size_of
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels.common.library_kernel import CallParameters, LibraryKernel
 from attnrewrite.kernels.common.limits import Asked, Capability, HeadSizes, LimitRule, Limits
 from attnrewrite.kernels.common.packages import Package, VendorCall
@@ -41,7 +41,7 @@ class XlaFlash(LibraryKernel):
         return VendorCall(self.vendor, "flash_attention", (query, key, value), kwargs)
 
 
-def _no_ragged_block(site: AttentionSite, asked: Asked, capability: Capability | None) -> Refusal:
+def _no_ragged_block(site: CanonicalAttention, asked: Asked, capability: Capability | None) -> Refusal:
     keys = size_of(site.key_axes)
     if not isinstance(keys, int) or (keys > _BLOCK and keys % _BLOCK):
         return f"pads more than {_BLOCK} keys to a multiple of that, with a mask of the query's length: {keys} keys"

@@ -18,7 +18,7 @@ from typing import Any
 from torch import fx
 
 from attnrewrite.ir.nodes import known_number
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels import Kernel, registered_kernels
 from attnrewrite.numerics.outcome import SiteCheck, Verification
 from attnrewrite.numerics.verify import Original
@@ -52,7 +52,7 @@ class Admission:
     def kernel_at(self, name: str) -> str | None:
         return next((verdict.kernel for verdict in self.verdicts.get(name, ()) if verdict.willing), None)
 
-    def asking(self, name: str, site: AttentionSite, request: Request | None) -> Request | None:
+    def asking(self, name: str, site: CanonicalAttention, request: Request | None) -> Request | None:
         """What is asked for at a site, with the kernel that was let in."""
         kernel = self.kernel_at(name)
         return request if kernel is None else _with(request, kernel)
@@ -136,7 +136,7 @@ class _Survey:
         self.excluded: dict[str, list[str]] = {}
         self._kernels = _candidates()
 
-    def asking(self, name: str, site: AttentionSite, request: Request | None) -> Request | None:
+    def asking(self, name: str, site: CanonicalAttention, request: Request | None) -> Request | None:
         asked = request.names if request is not None else ("auto",)
         reason = _incomparable(site)
         if "auto" not in asked:
@@ -162,7 +162,7 @@ class _Survey:
         )
 
 
-def _incomparable(site: AttentionSite) -> str:
+def _incomparable(site: CanonicalAttention) -> str:
     if site.differentiable:
         return "a backward pass may follow, and gradients are not compared (torch.no_grad() rules it out)"
     if site.dropout:
@@ -186,7 +186,7 @@ class _Trials:
         if not sites:
             return {}
 
-        def asking(name: str, site: AttentionSite, request: Request | None) -> Request | None:
+        def asking(name: str, site: CanonicalAttention, request: Request | None) -> Request | None:
             return _with(request, kernel) if name in sites else as_asked(name, site, request)
 
         trial = _copied(self._gm)

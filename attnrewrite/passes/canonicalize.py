@@ -42,6 +42,7 @@ from attnrewrite.ir.site import (
     AttentionSite,
     Band,
     Bias,
+    CanonicalAttention,
     CanonicalScores,
     Elementwise,
     Fill,
@@ -59,7 +60,7 @@ from attnrewrite.ir.site import (
 from attnrewrite.options.compile_options import Policy
 from attnrewrite.torch_private import operator_name
 
-__all__ = ["canonical_scores"]
+__all__ = ["canonical_scores", "canonicalized"]
 
 aten = torch.ops.aten
 
@@ -90,6 +91,15 @@ class _Reading:
     def take_function(self, reason: str) -> None:
         """The scores are no longer what a scale and a mask can say."""
         self.inexpressible, self.softcap = reason, None
+
+
+def canonicalized(site: AttentionSite, policy: Policy) -> CanonicalAttention:
+    """The site with its modifications in canonical form.
+
+    Raises:
+        NotAttention: there is none that gives the source's values for every input.
+    """
+    return CanonicalAttention.of(site, canonical_scores(site, policy))
 
 
 def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:

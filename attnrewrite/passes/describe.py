@@ -11,7 +11,7 @@ from attnrewrite.ir.nodes import dtype_name, is_tensor, tensor
 from attnrewrite.ir.site import (
     AttentionSite,
     Bias,
-    CanonicalScores,
+    CanonicalAttention,
     Fill,
     Floor,
     Narrow,
@@ -139,15 +139,15 @@ def _mod_in_words(mod: Any) -> str:
     return operator_name(mod.node.target)
 
 
-def describe_proof(site: AttentionSite, ended: Ended) -> tuple[str, ...]:
+def describe_proof(site: CanonicalAttention, ended: Ended) -> tuple[str, ...]:
     """What was proved of the mask; where its structure was not, at which bounds searches for it ended."""
-    assert site.scores is not None
-    proof = _proof(site, site.scores)
+    proof = _proof(site)
     shaped = site.scores.is_causal or site.scores.band is not None or site.scores.isolated is not None
     return proof if shaped else tuple(map(ended.added_to, proof))
 
 
-def _proof(site: AttentionSite, scores: CanonicalScores) -> tuple[str, ...]:
+def _proof(site: CanonicalAttention) -> tuple[str, ...]:
+    scores = site.scores
     if scores.is_causal and not site.is_causal:
         return (f"the mask is causal, and every row keeps a key: {scores.attended}",)
     if not scores.terms:

@@ -27,9 +27,7 @@ def find(gm: fx.GraphModule) -> list[Finding]:
             claimed.update(dict.fromkeys(nodes, finding.pattern))
             found.append(finding)
     found.sort(key=lambda each: order[each.anchor])
-    found = merge_slices(found, view)
-    undo_repetitions(found, view)
-    return found
+    return undo_repetitions(merge_slices(found, view), view)
 
 
 def _nodes_of(finding: Finding) -> Sequence[fx.Node]:

@@ -16,33 +16,34 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 from attnrewrite.ir.axes import Axis, Operand
 from attnrewrite.ir.nodes import Size, same, tensor
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels.common.layout import KernelLayout
 
-__all__ = ["fold_batches"]
+__all__ = ["with_folded_batches"]
 
 
-def fold_batches(site: AttentionSite) -> None:
-    """Makes query positions of those axes that key and value lack, where the rule says so: the site's ``folded``.
+def with_folded_batches(site: CanonicalAttention) -> CanonicalAttention:
+    """The site in which axes that key and value lack are query positions, where the rule says so: its ``folded``.
 
-    The site must be simplified: what was proved of its mask holds for every row by itself.
+    What was proved of its mask holds for every row by itself, and so for those of all batches.
     """
     scores, groups = site.scores, site.group_axes
-    assert scores is not None
     if not groups or site.is_causal or scores.is_causal or scores.band is not None or scores.isolated is not None:
-        return
+        return site
     strides = _strides(site.query)
     if _is_one_dimension(KernelLayout.of(site).query_dims[1], strides):
-        return
+        return site
     folded, positions = _beside(groups, site.query_axes, strides)
     if not folded:
         # They are copied either way; kernels that take no grouped heads take these.
         folded, positions = groups, (*groups, *site.query_axes)
-    if all(_has_all_or_none(operand, positions) for operand in _operands_of_scores(site)):
-        site.query_axes, site.folded = positions, folded
+    if all(_has_all_or_none(operand, positions) for operand in site.modifiers):
+        return replace(site, query_axes=positions, folded=folded)
+    return site
 
 
 def _strides(operand: Operand) -> dict[Axis, Size]:
@@ -84,19 +85,6 @@ def _beside(
         folded = (*folded, axis)
         left.remove(axis)
     return folded, positions
-
-
-def _operands_of_scores(site: AttentionSite) -> list[Operand]:
-    """The tensors over query and key positions that a kernel may be given."""
-    found: list[Operand] = []
-    attended = {site.query, site.key, site.value}
-
-    def note(operand: Operand) -> Operand:
-        found.append(operand)
-        return operand
-
-    site.change_operands(note)
-    return [operand for operand in found if operand not in attended]
 
 
 def _has_all_or_none(operand: Operand, positions: tuple[Axis, ...]) -> bool:

@@ -47,6 +47,7 @@ def merge_slices(findings: Sequence[Finding], view: GraphView) -> list[Finding]:
     """
     sites = {finding.result: finding for finding in findings if isinstance(finding, AttentionSite)}
     merged: dict[fx.Node, AttentionSite] = {}
+    unmerged: dict[fx.Node, str] = {}
     # The largest whole first: it may be made of others.
     for node, assembly in reversed(assemblies(view.graph).items() if sites else ()):
         parts = _sites_of(assembly, sites)
@@ -59,14 +60,17 @@ def merge_slices(findings: Sequence[Finding], view: GraphView) -> list[Finding]:
             except NotSlices as reason:
                 alike = len(parts) > 1 and _same_origin([part.query.node for part in parts])
                 for part in parts if alike else ():
-                    part.unmerged = part.unmerged or ended.added_to(str(reason))
+                    unmerged.setdefault(part.result, ended.added_to(str(reason)))
             else:
                 merged.update(dict.fromkeys((part.result for part in parts), whole))
     result: list[Finding] = []
     for finding in findings:
-        stands = merged.get(finding.result) if isinstance(finding, AttentionSite) else None
-        if stands is None:
+        if not isinstance(finding, AttentionSite):
             result.append(finding)
+            continue
+        stands = merged.get(finding.result)
+        if stands is None:
+            result.append(dataclasses.replace(finding, unmerged=unmerged.get(finding.result, "")))
         elif finding is stands.parts[0]:
             result.append(stands)
     return result
@@ -299,12 +303,6 @@ class _Merge:
         query_axes = self._renamed((model.query_axes,))[0] or lone
         if model.is_causal and set(query_axes) & set(self._axes.values()):
             raise NotSlices("each slice counts its causal mask from its own first query")
-        weighed: list[Axis] = []
-
-        def weigh(operand: Operand) -> Operand:
-            weighed.extend(operand.axes if operand is not value else ())
-            return operand
-
         site = dataclasses.replace(
             model,
             anchor=min(site.anchor for site in sites),
@@ -327,14 +325,13 @@ class _Merge:
         )
         if self._windows:
             self._require_band(site)
-        site.change_operands(weigh)
-        if model.dropout and not set(self._axes.values()) <= set(weighed):
+        weighed = {axis for operand in (query, key, *site.modifiers) for axis in operand.axes}
+        if model.dropout and not set(self._axes.values()) <= weighed:
             raise NotSlices("each slice of the value drops weights of its own")
-        added = tuple((axis,) for axis in self._axes.values() if axis in unseen & set(weighed))
-        site.weight_layout = (*added, *self._renamed(model.weight_layout))
+        added = tuple((axis,) for axis in self._axes.values() if axis in unseen & weighed)
+        site = dataclasses.replace(site, weight_layout=(*added, *self._renamed(model.weight_layout)))
         # Now that all is compared axes may be divided: the whole may be a view itself.
-        site.change_operands(self._behind_views)
-        return site
+        return site.with_operands(self._behind_views)
 
     # Keys.
 

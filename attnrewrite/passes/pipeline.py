@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -17,6 +18,7 @@ from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.linear_site import LinearAttention
 from attnrewrite.ir.site import (
     AttentionSite,
+    CanonicalAttention,
     NotAttention,
     RoundingDecides,
 )
@@ -24,7 +26,7 @@ from attnrewrite.ir.source import source_location
 from attnrewrite.kernels import Kernel
 from attnrewrite.options.compile_options import Policy
 from attnrewrite.options.request import Request
-from attnrewrite.passes.canonicalize import canonical_scores
+from attnrewrite.passes.canonicalize import canonicalized
 from attnrewrite.passes.describe import (
     describe_grouping,
     describe_proof,
@@ -33,7 +35,7 @@ from attnrewrite.passes.describe import (
     row_of_near_miss,
 )
 from attnrewrite.passes.find import find
-from attnrewrite.passes.fold_batches import fold_batches
+from attnrewrite.passes.fold_batches import with_folded_batches
 from attnrewrite.passes.fuse_projections import fuse_projections
 from attnrewrite.passes.insert_checks import insert_check
 from attnrewrite.passes.join_projections import join_projections
@@ -43,7 +45,7 @@ from attnrewrite.passes.splice import (
     WrittenByRegion,
     current_operand,
     latest,
-    redirect,
+    redirected,
     remove_unused,
     replace_node,
     splice,
@@ -60,10 +62,10 @@ __all__ = ["as_asked", "read_sites", "rewrite"]
 aten = torch.ops.aten
 
 
-Asking = Callable[[str, AttentionSite, Request | None], Request | None]
+Asking = Callable[[str, CanonicalAttention, Request | None], Request | None]
 
 
-def as_asked(name: str, site: AttentionSite, request: Request | None) -> Request | None:
+def as_asked(name: str, site: CanonicalAttention, request: Request | None) -> Request | None:
     """Nothing is asked for beyond what the user asked for."""
     return request
 
@@ -100,26 +102,26 @@ def rewrite(
             attentions.append(served[-1])
             continue
         start = time.perf_counter()
-        redirect(finding, replaced)
-        finding.for_inductor = policy.inner_backend == "inductor"
+        finding = _up_to_date(finding, replaced, policy)
         row = row_of_attention(name, finding)
-        kernel = _simplify_and_choose(gm, finding, row, policy, asking, result)
-        if kernel is None and finding.parts:
+        served_by = _simplify_and_choose(gm, finding, row, policy, asking, result)
+        if served_by is None and finding.parts:
             parts = enumerate(_unmerged(finding, row.reason))
             findings.extendleft(reversed([(f"{name}_{number}", part) for number, part in parts]))
             remove_unused(gm.graph, finding.written)
             continue
         result.sites.append(row)
         attentions.append((finding, row))
-        if kernel is None:
+        if served_by is None:
             # Operands that were written for a kernel that did not come.
             remove_unused(gm.graph, finding.written)
             continue
         start = time.perf_counter()
+        attention, kernel = served_by
         row.status, row.kernel = "rewritten", kernel.name
-        created = splice(gm, finding, kernel, replaced, written)
+        created = splice(gm, attention, kernel, replaced, written)
         if policy_at(policy, finding.anchor).checks:
-            check = insert_check(gm, finding, created, row.location)
+            check = insert_check(gm, attention, created, row.location)
             created = created if check is None else (check, *created)
         # A mask that was proved is not read.
         remove_unused(gm.graph, finding.written)
@@ -206,13 +208,13 @@ def _fuse_projections(
 
 def _simplify_and_choose(
     gm: fx.GraphModule, site: AttentionSite, row: SiteReport, graph_policy: Policy, asking: Asking, result: Rewritten
-) -> Kernel | None:
-    """The kernel that takes the site; None if none does, and the row says why."""
+) -> tuple[CanonicalAttention, Kernel] | None:
+    """The site in canonical form and the kernel that takes it; None if none does, and the row says why."""
     start = time.perf_counter()
     policy = policy_at(graph_policy, site.anchor)
     try:
         with searching() as ended:
-            _simplify(site, policy)
+            attention = _simplified(site, policy)
     except NotAttention as reason:
         row.reason = ended.added_to(str(reason))
         # The slices of a whole speak for themselves.
@@ -223,10 +225,9 @@ def _simplify_and_choose(
                 say_unserved(request, row, row.reason)
         result.add_time("simplify", start)
         return None
-    row.proof = describe_proof(site, ended)
-    row.grouping = describe_grouping(site)
-    assert site.scores is not None
-    row.mask = " + ".join(site.scores.structure) or "none"
+    row.proof = describe_proof(attention, ended)
+    row.grouping = describe_grouping(attention)
+    row.mask = " + ".join(attention.scores.structure) or "none"
     result.add_time("simplify", start)
     start = time.perf_counter()
     result.offered = True
@@ -234,9 +235,10 @@ def _simplify_and_choose(
         row.reason = "its slices are not asked for alike (kernels, or other options of single sites)"
         result.add_time("choose", start)
         return None
-    request = asking(row.name, site, request_for(policy, row.location, site.anchor))
+    request = asking(row.name, attention, request_for(policy, row.location, site.anchor))
     try:
-        return choose(gm, site, request, row, policy)
+        kernel = choose(gm, attention, request, row, policy)
+        return None if kernel is None else (attention, kernel)
     except KernelError as refusal:
         if not site.parts:
             raise
@@ -255,30 +257,28 @@ def _asked_alike(site: AttentionSite, policy: Policy) -> bool:
     return all(each == asked[0] for each in asked)
 
 
-def _simplify(site: AttentionSite, policy: Policy) -> None:
+def _up_to_date(site: AttentionSite, replaced: dict[fx.Node, fx.Node], policy: Policy) -> AttentionSite:
+    """The site of the graph as it stands now."""
+    return replace(redirected(site, replaced), for_inductor=policy.inner_backend == "inductor")
+
+
+def _simplified(site: AttentionSite, policy: Policy) -> CanonicalAttention:
     _require_sizes(site)
-    site.scores = canonical_scores(site, policy)
-    fold_batches(site)
+    return with_folded_batches(canonicalized(site, policy))
 
 
 def _unmerged(site: AttentionSite, reason: str) -> list[AttentionSite]:
-    for part in site.parts:
-        part.unmerged = f"the whole is not taken: {reason}"
-    return list(site.parts)
+    return [replace(part, unmerged=f"the whole is not taken: {reason}") for part in site.parts]
 
 
-def read_sites(gm: fx.GraphModule, policy: Policy) -> list[AttentionSite]:
-    """The attentions of the IR graph, simplified, without rewriting them.
+def read_sites(gm: fx.GraphModule, policy: Policy) -> list[CanonicalAttention]:
+    """The attentions of the IR graph in canonical form, without rewriting them.
 
     Raises:
         NotAttention: one is not what it looked like.
     """
     sites = [finding for finding in find(gm) if isinstance(finding, AttentionSite)]
-    for site in sites:
-        redirect(site, {})
-        site.for_inductor = policy.inner_backend == "inductor"
-        _simplify(site, policy)
-    return sites
+    return [_simplified(_up_to_date(site, {}, policy), policy) for site in sites]
 
 
 def _require_sizes(site: AttentionSite) -> None:

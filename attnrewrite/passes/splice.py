@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,9 +14,7 @@ from attnrewrite.ir.axes import Operand, axes_of
 from attnrewrite.ir.builder import Builder, Written
 from attnrewrite.ir.nodes import regions, same_shape, tensor
 from attnrewrite.ir.ops import is_cast
-from attnrewrite.ir.site import (
-    AttentionSite,
-)
+from attnrewrite.ir.site import AttentionSite, CanonicalAttention
 from attnrewrite.ir.views import is_layout_op
 from attnrewrite.kernels import Kernel
 from attnrewrite.kernels.common.layout import in_memory_order_of
@@ -30,13 +29,14 @@ def latest(node: fx.Node, replaced: dict[fx.Node, fx.Node]) -> fx.Node:
     return node
 
 
-def redirect(site: AttentionSite, replaced: dict[fx.Node, fx.Node]) -> None:
-    """An operand that was the result of an earlier site is now that site's replacement."""
+def redirected(site: AttentionSite, replaced: dict[fx.Node, fx.Node]) -> AttentionSite:
+    """The site in which an operand that was the result of an earlier site is that site's replacement."""
     # Other sites, found later, may have divided the axes.
-    site.query_axes, site.key_axes, site.feature_axes = (
+    query_axes, key_axes, feature_axes = (
         axes_of((axes,)) for axes in (site.query_axes, site.key_axes, site.feature_axes)
     )
-    site.change_operands(lambda operand: current_operand(operand, replaced))
+    site = replace(site, query_axes=query_axes, key_axes=key_axes, feature_axes=feature_axes)
+    return site.with_operands(lambda operand: current_operand(operand, replaced))
 
 
 def current_operand(operand: Operand, replaced: dict[fx.Node, fx.Node]) -> Operand:
@@ -70,7 +70,7 @@ class WrittenByRegion:
 
 def splice(
     gm: fx.GraphModule,
-    site: AttentionSite,
+    site: CanonicalAttention,
     kernel: Kernel,
     replaced: dict[fx.Node, fx.Node],
     written: WrittenByRegion,

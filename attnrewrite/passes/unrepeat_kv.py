@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,17 +35,15 @@ __all__ = ["undo_repetitions"]
 aten = torch.ops.aten
 
 
-def undo_repetitions(findings: Sequence[Finding], view: GraphView) -> None:
-    """Lets key and value of each site be what they are made of, wherever they are made of something repeated.
+def undo_repetitions(findings: Sequence[Finding], view: GraphView) -> list[Finding]:
+    """The findings, in which key and value are what they are made of, wherever they are made of something repeated.
 
     Nodes that are written for it are among the site's ``written``.
     """
-    for site in findings:
-        if isinstance(site, AttentionSite):
-            _undo(site, view)
+    return [_undone(finding, view) if isinstance(finding, AttentionSite) else finding for finding in findings]
 
 
-def _undo(site: AttentionSite, view: GraphView) -> None:
+def _undone(site: AttentionSite, view: GraphView) -> AttentionSite:
     shared = [axis for axis in axes_of((site.query.axes,)) if axis not in axes_of((site.query_axes,))]
     free = [axis for axis in shared if axis not in axes_of((site.feature_axes,))]
     copied: dict[Axis, Axis] = {}
@@ -64,16 +62,14 @@ def _undo(site: AttentionSite, view: GraphView) -> None:
             if any(part not in seen for axis in free if axis in copied for part in copied[axis].leaves()):
                 BEHIND_KEYS.reached()
     if not absent:
-        site.still_repeated = str(ended)
-        return
+        return replace(site, still_repeated=str(ended))
     writing = _Writing(site, view, frozenset(absent))
     found = [writing.of(operand) for operand in (site.key, site.value)]
     key, value = found
     if key is None or value is None or not writing.is_sole_reader():
         writing.take_back()
-        return
-    site.key, site.value = key, value
-    site.written = (*site.written, *writing.created)
+        return site
+    return replace(site, key=key, value=value, written=(*site.written, *writing.created))
 
 
 def _divided_alike(axis: Axis, model: Axis, needed: Sequence[Axis]) -> list[Axis]:

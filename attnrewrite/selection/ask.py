@@ -6,14 +6,14 @@ from collections.abc import Iterable
 
 from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels import Kernel, Verdict
 from attnrewrite.report.rows import KernelVerdict
 
 __all__ = ["ask", "refusals"]
 
 
-def ask(site: AttentionSite, kernel: Kernel, by_name: bool = False) -> KernelVerdict:
+def ask(site: CanonicalAttention, kernel: Kernel, by_name: bool = False) -> KernelVerdict:
     """Whether the kernel takes the site and can run here.
 
     Args:
@@ -26,7 +26,7 @@ def ask(site: AttentionSite, kernel: Kernel, by_name: bool = False) -> KernelVer
     return KernelVerdict(kernel.name, verdict.willing, verdict.reason)
 
 
-def _verdict(site: AttentionSite, kernel: Kernel) -> Verdict:
+def _verdict(site: CanonicalAttention, kernel: Kernel) -> Verdict:
     """What the kernel says; one that decides by numbers is not asked where they are known only with the data."""
     counts = [axis.size for axis in (*site.query_axes, *site.key_axes)]
     if has_free_unbacked_symbols(counts) and not kernel.takes_unbacked:

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import fx
 
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.ir.source import source_location
 from attnrewrite.kernels import Kernel
 from attnrewrite.options.compile_options import Policy
@@ -36,7 +36,7 @@ __all__ = ["tuned"]
 log = logging.getLogger("attnrewrite")
 
 
-def tuned(gm: fx.GraphModule, site: AttentionSite, kernels: Sequence[Kernel], policy: Policy) -> dict[str, float]:
+def tuned(gm: fx.GraphModule, site: CanonicalAttention, kernels: Sequence[Kernel], policy: Policy) -> dict[str, float]:
     """Milliseconds of each kernel at the site, in training with the backward pass; what failed is left out.
 
     Operands are random, and masks that the graph is given keep every key.
@@ -52,7 +52,7 @@ def tuned(gm: fx.GraphModule, site: AttentionSite, kernels: Sequence[Kernel], po
 
 
 def _measured(
-    gm: fx.GraphModule, site: AttentionSite, kernels: Sequence[Kernel], policy: Policy
+    gm: fx.GraphModule, site: CanonicalAttention, kernels: Sequence[Kernel], policy: Policy
 ) -> list[tuple[Kernel, float | None]]:
     where = source_location(site.anchor) or site.anchor.name
     runs: dict[str, Any] = {}
@@ -83,7 +83,7 @@ def _of(times: Times | None, policy: Policy) -> float | None:
     return times.graph_ms if policy.cuda_graphs and times.graph_ms is not None else times.call_ms
 
 
-def _run_of(alone: Standalone, site: AttentionSite, policy: Policy) -> Any:
+def _run_of(alone: Standalone, site: CanonicalAttention, policy: Policy) -> Any:
     inputs = alone.random_inputs(site.differentiable)
     with torch.set_grad_enabled(site.differentiable):
         call = compiled_alone(alone, inputs, policy)
@@ -104,7 +104,7 @@ def _key(kernel: Kernel) -> str:
     return f"{kernel.name}: {kernel.availability().detail}"
 
 
-def _file(site: AttentionSite, policy: Policy) -> Path:
+def _file(site: CanonicalAttention, policy: Policy) -> Path:
     device = torch.cuda.get_device_name(site.device) if site.device.type == "cuda" else site.device.type
     what = {
         "device": device,
@@ -121,8 +121,7 @@ def _file(site: AttentionSite, policy: Policy) -> Path:
     return cache_directory() / "autotune" / f"{digest[:32]}.json"
 
 
-def _described(site: AttentionSite) -> str:
-    assert site.scores is not None
+def _described(site: CanonicalAttention) -> str:
     strides = [tuple(map(str, part.node.meta["val"].stride())) for part in (site.query, site.key, site.value)]
     return f"{site.scores.structure} {site.scores.masked_rows.value} {site.scores.band} {strides}"
 
@@ -138,7 +137,7 @@ def _read(file: Path) -> dict[str, float | None]:
     return dict(found["milliseconds"])
 
 
-def _write(file: Path, site: AttentionSite, milliseconds: dict[str, float | None]) -> None:
+def _write(file: Path, site: CanonicalAttention, milliseconds: dict[str, float | None]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {"workload": dataclasses.asdict(Workload.of(site)), "milliseconds": milliseconds}
     with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False, encoding="utf-8") as part:

@@ -9,7 +9,7 @@ import math
 from torch import fx
 
 from attnrewrite.errors import KernelError
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels import Kernel
 from attnrewrite.options.compile_options import Policy
 from attnrewrite.options.request import Request
@@ -28,7 +28,7 @@ _ABOUT_AS_FAST = 1.04
 
 
 def choose(
-    gm: fx.GraphModule, site: AttentionSite, request: Request | None, row: SiteReport, policy: Policy
+    gm: fx.GraphModule, site: CanonicalAttention, request: Request | None, row: SiteReport, policy: Policy
 ) -> Kernel | None:
     """The kernel for a site, None if none is willing; the row gets every answer, and the reason if there is none.
 
@@ -52,7 +52,7 @@ def choose(
 
 
 def _first_willing(
-    site: AttentionSite, kernels: list[Kernel], verdicts: dict[str, KernelVerdict], by_name: bool = False
+    site: CanonicalAttention, kernels: list[Kernel], verdicts: dict[str, KernelVerdict], by_name: bool = False
 ) -> Kernel | None:
     for kernel in kernels:
         if _is_willing(site, kernel, verdicts, by_name):
@@ -60,19 +60,23 @@ def _first_willing(
     return None
 
 
-def _is_willing(site: AttentionSite, kernel: Kernel, verdicts: dict[str, KernelVerdict], by_name: bool = False) -> bool:
+def _is_willing(
+    site: CanonicalAttention, kernel: Kernel, verdicts: dict[str, KernelVerdict], by_name: bool = False
+) -> bool:
     if kernel.name not in verdicts:
         verdicts[kernel.name] = ask(site, kernel, by_name)
     return verdicts[kernel.name].willing
 
 
-def willing_kernels(site: AttentionSite, kernels: list[Kernel], verdicts: dict[str, KernelVerdict]) -> list[Kernel]:
+def willing_kernels(
+    site: CanonicalAttention, kernels: list[Kernel], verdicts: dict[str, KernelVerdict]
+) -> list[Kernel]:
     """Those of ``kernels`` that take the site; every answer goes into ``verdicts``."""
     return [kernel for kernel in kernels if _is_willing(site, kernel, verdicts)]
 
 
 def _automatic(
-    gm: fx.GraphModule, site: AttentionSite, policy: Policy, verdicts: dict[str, KernelVerdict]
+    gm: fx.GraphModule, site: CanonicalAttention, policy: Policy, verdicts: dict[str, KernelVerdict]
 ) -> Kernel | None:
     """The fastest willing kernel, by measurement: here and now, or in the table for devices of this kind."""
     table = cost_table(site.device) if site.for_inductor else None

@@ -18,7 +18,7 @@ import torch
 
 from attnrewrite.ir.axes import size_of
 from attnrewrite.ir.nodes import dtype_name, hint
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels.common.keep_mask import mask_kind
 from attnrewrite.kernels.common.layout import KernelLayout
 from attnrewrite.kernels.common.limits import platform_of
@@ -52,7 +52,7 @@ class Workload:
     softcap: bool = False
 
     @staticmethod
-    def of(site: AttentionSite) -> Workload:
+    def of(site: CanonicalAttention) -> Workload:
         layout = KernelLayout.of(site)
         batch, heads, queries, head_dim = (hint(size_of(dim)) for dim in layout.query_dims)
         key_heads, keys, value_head_dim = (hint(size_of(dim)) for dim in layout.value_dims[1:])
@@ -67,7 +67,7 @@ class Workload:
             keys,
             head_dim,
             value_head_dim,
-            site.scores is not None and bool(site.scores.inexpressible),
+            bool(site.scores.inexpressible),
         )
 
     @property
@@ -94,9 +94,8 @@ class Workload:
         return steps + (0.5 if self.dtype != other.dtype else 0.0)
 
 
-def _mask(site: AttentionSite) -> str:
+def _mask(site: CanonicalAttention) -> str:
     scores = site.scores
-    assert scores is not None
     if site.is_causal or scores.is_causal:
         return "causal"
     if scores.band is not None:

@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from attnrewrite.inner import InnerCompiler
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import is_tensor, known_number, tensor
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels import Kernel
 from attnrewrite.options.compile_options import Policy
 from attnrewrite.torch_private import FakeTensorMode, TracingContext, backward_compiled_at_once, schema_of, tracing
@@ -72,7 +72,7 @@ class Standalone:
         return values
 
 
-def cut_out(gm: fx.GraphModule, site: AttentionSite, kernel: Kernel) -> Standalone:
+def cut_out(gm: fx.GraphModule, site: CanonicalAttention, kernel: Kernel) -> Standalone:
     """The calls that the kernel would put in the site's place; ``gm`` is as it was afterwards.
 
     What depends on no input of the graph, such as a mask made of positions, is made within.
@@ -88,7 +88,7 @@ def cut_out(gm: fx.GraphModule, site: AttentionSite, kernel: Kernel) -> Standalo
                 gm.delete_submodule(str(node.target))
 
 
-def _as_graph(gm: fx.GraphModule, site: AttentionSite, output: fx.Node, created: set[fx.Node]) -> Standalone:
+def _as_graph(gm: fx.GraphModule, site: CanonicalAttention, output: fx.Node, created: set[fx.Node]) -> Standalone:
     graph = fx.Graph()
     copies: dict[fx.Node, Any] = {}
     inputs: list[fx.Node] = []

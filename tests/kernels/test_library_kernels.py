@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnrewrite.backend import collect_reports
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels.common.library_kernel import CallParameters, LibraryKernel, Saved
 from attnrewrite.kernels.common.packages import HubKernel, Package, VendorCall, is_older
 from attnrewrite.kernels.common.packing import Packed
@@ -54,7 +54,7 @@ def place(name: str) -> str:
 
 
 @functools.cache
-def recorded(case: str, dtype: torch.dtype = HALF, training: bool = False, dynamic: bool = False) -> AttentionSite:
+def recorded(case: str, dtype: torch.dtype = HALF, training: bool = False, dynamic: bool = False) -> CanonicalAttention:
     torch._dynamo.reset()
     inputs = CASES[case].inputs(dtype, training)
     if dynamic:

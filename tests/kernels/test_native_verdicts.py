@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels import Verdict, kernel_named
 from attnrewrite.kernels.common.layout import KernelLayout
 from attnrewrite.kernels.common.limits import Asked, Limits, capability_of
@@ -133,19 +133,19 @@ class Case(NamedTuple):
         }
         return [*inputs, extra[what]()]
 
-    def site(self) -> AttentionSite:
+    def site(self) -> CanonicalAttention:
         return recorded(self)
 
 
 @functools.cache
-def recorded(case: Case) -> AttentionSite:
+def recorded(case: Case) -> CanonicalAttention:
     torch._dynamo.reset()
     settings: Any = {"assume_attended_rows": case.attended}
     with torch.set_grad_enabled(case.training):
         return site_of(case.function, *case.inputs(), place=case.place, **settings)
 
 
-def asked(name: str, site: AttentionSite, capability: tuple[int, int] | None) -> Verdict:
+def asked(name: str, site: CanonicalAttention, capability: tuple[int, int] | None) -> Verdict:
     kernel: Any = kernel_named(name)
     verdict: Verdict = kernel.verdict(site, capability) if hasattr(kernel, "verdict") else kernel.supports(site)
     assert verdict.willing == (verdict.reason == "")
@@ -487,7 +487,7 @@ def test_what_the_table_says_is_what_they_take(name: str, field: str) -> None:
 # On a GPU, where PyTorch's own checks are asked.
 
 
-def on_gpu(case: Case) -> AttentionSite:
+def on_gpu(case: Case) -> CanonicalAttention:
     torch._dynamo.reset()
     settings: Any = {"assume_attended_rows": case.attended}
     with torch.set_grad_enabled(case.training):

@@ -19,7 +19,7 @@ import attnrewrite
 from attnrewrite.backend import collect_reports
 from attnrewrite.ir.axes import size_of
 from attnrewrite.ir.builder import Builder
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels import Availability, Verdict
 from attnrewrite.kernels.common.layout import KernelLayout
 from attnrewrite.report.rows import GraphReport, SiteReport
@@ -67,9 +67,8 @@ class Rounding:
     def availability(self) -> Availability:
         return Availability(True, "always")
 
-    def supports(self, site: AttentionSite) -> Verdict:
+    def supports(self, site: CanonicalAttention) -> Verdict:
         scores = site.scores
-        assert scores is not None
         if scores.inexpressible or scores.terms or scores.query_factors or scores.key_factors or scores.value_mods:
             return Verdict.no("takes no mask but a causal one")
         if site.sink is not None or site.group_axes or site.dropout:
@@ -78,9 +77,8 @@ class Rounding:
             return Verdict.no("has no backward pass")
         return Verdict.yes()
 
-    def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
+    def emit(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
         scores = site.scores
-        assert scores is not None
         layout = KernelLayout.of(site)
         query, key, value = layout.operands(builder, site)
         scale = float(size_of(layout.query_dims[-1])) ** -0.5 if scores.scale is None else scores.scale
@@ -233,7 +231,7 @@ def test_the_first_within_it_takes_the_site() -> None:
 
 def test_a_kernel_that_fails_is_passed_over() -> None:
     class Failing(Rounding):
-        def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
+        def emit(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
             output = super().emit(site, builder)
             return builder.call(torch.ops.attnrewrite_test.cannot_run.default, output)
 
@@ -257,7 +255,7 @@ def test_what_a_kernel_compiles_for_itself() -> None:
     """A trial happens while a graph is compiled; kernels may compile, too."""
 
     class Compiling(Rounding):
-        def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
+        def emit(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
             output = super().emit(site, builder)
             return builder.call(torch.ops.attnrewrite_test.compiled_inside.default, output)
 

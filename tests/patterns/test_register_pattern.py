@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -281,21 +282,15 @@ class Mistaken(Attend):
         return finding
 
 
-def changed(site: Any, **changes: Any) -> Any:
-    for name, value in changes.items():
-        setattr(site, name, value)
-    return site
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda call, site: 1 / 0, "the pattern 'mistaken' raised ZeroDivisionError: division by zero"),
         (lambda call, site: call, "which is neither an AttentionSite nor a NearMiss"),
-        (lambda call, site: changed(site, interior=(call,)), "whose interior does not end with its result"),
-        (lambda call, site: changed(site, result_layout=site.result_layout[:-1]), "result has another shape"),
-        (lambda call, site: changed(site, value=site.query, key=site.value), None),
-        (lambda call, site: changed(site, result=fx.Graph().placeholder("x")), "nodes of another graph"),
+        (lambda call, site: replace(site, interior=(call,)), "whose interior does not end with its result"),
+        (lambda call, site: replace(site, result_layout=site.result_layout[:-1]), "result has another shape"),
+        (lambda call, site: replace(site, value=site.query, key=site.value), None),
+        (lambda call, site: replace(site, result=fx.Graph().placeholder("x")), "nodes of another graph"),
     ],
 )
 def test_a_pattern_that_goes_wrong_leaves_the_model_as_it_was(make: Any, message: str | None, registered: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 import attnrewrite
 from attnrewrite.ir.builder import Builder
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels import Availability, Verdict, kernel_named
 from attnrewrite.options.compile_options import Policy
 from tests.support.helpers import gradients, relative_error, rewritten, rows
@@ -74,10 +74,10 @@ class Twin:
     def availability(self) -> Availability:
         return Availability(True, "always")
 
-    def supports(self, site: AttentionSite) -> Verdict:
+    def supports(self, site: CanonicalAttention) -> Verdict:
         return kernel_named("native").supports(site)
 
-    def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
+    def emit(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
         return kernel_named("native").emit(site, builder)
 
 
@@ -131,10 +131,10 @@ class Failing:
     def availability(self) -> Availability:
         return Availability(True, "always")
 
-    def supports(self, site: AttentionSite) -> Verdict:
+    def supports(self, site: CanonicalAttention) -> Verdict:
         return Verdict.yes()
 
-    def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
+    def emit(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
         output = kernel_named("native").emit(site, builder)
         return builder.call(torch.ops.attnrewrite_test.failing.default, output)
 
@@ -194,7 +194,7 @@ def test_a_kernel_that_fails_halfway_leaves_nothing_in_the_graph(own_cache: Path
     class Broken(Failing):
         name = "broken"
 
-        def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
+        def emit(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
             builder.call(torch.ops.aten.neg.default, site.query.node)
             raise ValueError("no more")
 

@@ -13,15 +13,15 @@ from torch import fx
 
 from attnrewrite import attention_backend
 from attnrewrite.ir.builder import Builder
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels import Availability, Kernel, Verdict, registry
 from tests.support.helpers import rows
 
 __all__ = ["Placed", "only", "placed", "served_by", "site_of", "site_where_it_is"]
 
 
-@dataclasses.dataclass
-class Placed(AttentionSite):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Placed(CanonicalAttention):
     """A site whose tensors claim to be on ``place``. Nothing else of them is changed."""
 
     place: str = "cuda"
@@ -32,8 +32,8 @@ class Placed(AttentionSite):
         return cast(torch.device, SimpleNamespace(type=self.place))
 
 
-def placed(site: AttentionSite, place: str) -> Placed:
-    own = {field.name: getattr(site, field.name) for field in dataclasses.fields(AttentionSite)}
+def placed(site: CanonicalAttention, place: str) -> Placed:
+    own = {field.name: getattr(site, field.name) for field in dataclasses.fields(CanonicalAttention)}
     return Placed(**own, place=place)
 
 
@@ -45,16 +45,16 @@ class _Recorder(Kernel):
     needs = "nothing"
 
     def __init__(self) -> None:
-        self.sites: list[AttentionSite] = []
+        self.sites: list[CanonicalAttention] = []
 
     def availability(self) -> Availability:
         return Availability(True, "")
 
-    def supports(self, site: AttentionSite) -> Verdict:
+    def supports(self, site: CanonicalAttention) -> Verdict:
         self.sites.append(site)
         return Verdict.no("recorded")
 
-    def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
+    def emit(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
         raise NotImplementedError
 
 
@@ -73,7 +73,7 @@ def only(kernel: Kernel) -> Iterator[None]:
         registry._KERNELS.update(before)
 
 
-def site_where_it_is(function: Callable[..., Any], *inputs: Any, **settings: Any) -> AttentionSite:
+def site_where_it_is(function: Callable[..., Any], *inputs: Any, **settings: Any) -> CanonicalAttention:
     """The one site of ``function``."""
     recorder = _Recorder()
     with only(recorder):
@@ -82,7 +82,7 @@ def site_where_it_is(function: Callable[..., Any], *inputs: Any, **settings: Any
     return site
 
 
-def site_of(function: Callable[..., Any], *inputs: Any, place: str = "cuda", **settings: Any) -> AttentionSite:
+def site_of(function: Callable[..., Any], *inputs: Any, place: str = "cuda", **settings: Any) -> CanonicalAttention:
     """The one site of ``function``, on ``place``."""
     return placed(site_where_it_is(function, *inputs, **settings), place)
 
@@ -100,11 +100,11 @@ class _Forced(Kernel):
     def availability(self) -> Availability:
         return Availability(True, "")
 
-    def supports(self, site: AttentionSite) -> Verdict:
+    def supports(self, site: CanonicalAttention) -> Verdict:
         verdict: Verdict = self._kernel.verdict(placed(site, self._place), self._capability)
         return verdict
 
-    def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
+    def emit(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
         node: fx.Node = self._kernel.emit(placed(site, self._place), builder)
         return node
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import fx
 
     from attnrewrite.ir.builder import Builder
-    from attnrewrite.ir.site import AttentionSite
+    from attnrewrite.ir.site import CanonicalAttention
 
 __all__ = ["Kernel"]
 
@@ -78,15 +78,15 @@ class Kernel(ABC):
         """:meth:`availability` for a kernel that was asked for by name; fetches one that ``is_fetched``."""
         return self.vendor.fetch() if isinstance(self.vendor, HubKernel) else self.availability()
 
-    def concerns(self, site: AttentionSite) -> bool:
+    def concerns(self, site: CanonicalAttention) -> bool:
         """Whether it is asked at all unless by name; where it is not, the report does not mention it."""
         return True
 
     @abstractmethod
-    def supports(self, site: AttentionSite) -> Verdict:
+    def supports(self, site: CanonicalAttention) -> Verdict:
         """Whether it takes the site. Decides from the site alone and touches no data."""
 
-    def skips_masked(self, site: AttentionSite) -> bool:
+    def skips_masked(self, site: CanonicalAttention) -> bool:
         """Whether it leaves out the blocks of scores that the mask takes away altogether.
 
         A kernel that does not is not asked to compute as a whole what the source computes within windows of keys.
@@ -94,7 +94,7 @@ class Kernel(ABC):
         return False
 
     @abstractmethod
-    def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
+    def emit(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
         """Writes the call at the builder's insertion point.
 
         Called only after :meth:`supports` has said yes.

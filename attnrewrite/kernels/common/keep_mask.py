@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.values import ABSORBING, Kind, is_far_below, is_ordinary, possible_values
-from attnrewrite.ir.site import AttentionSite, Bias, Fill, Floor, MaskedRows
+from attnrewrite.ir.site import Bias, CanonicalAttention, Fill, Floor, MaskedRows
 from attnrewrite.kernels.common.layout import KernelLayout
 from attnrewrite.kernels.common.mask import Mask
 from attnrewrite.kernels.common.verdict import Refusal
@@ -26,14 +26,13 @@ aten = torch.ops.aten
 MaskKind = Literal["none", "key padding", "boolean", "additive"]
 
 
-def mask_kind(site: AttentionSite) -> MaskKind:
+def mask_kind(site: CanonicalAttention) -> MaskKind:
     """The least general kind of tensor that says what the site's terms do.
 
     "key padding": which keys of a batch entry are kept, the same for all its queries and heads; "boolean": which keys
     are kept; "additive": numbers. A number far below zero masks, as everywhere in this project.
     """
     scores = site.scores
-    assert scores is not None
     if not scores.terms:
         return "none"
     batch = set(KernelLayout.of(site).score_dims[0])
@@ -63,10 +62,9 @@ def _masked_by(term: Bias) -> float | None:
     return max(number for number in low if number is not None)
 
 
-def why_rows_stay_lost(site: AttentionSite, kind: MaskKind) -> Refusal:
+def why_rows_stay_lost(site: CanonicalAttention, kind: MaskKind) -> Refusal:
     """Why a row that loses its keys cannot be given what the source gives it; None if it can."""
     scores = site.scores
-    assert scores is not None
     if scores.fills_decide:
         return None
     fills = all(isinstance(term, Fill) and term.value == -math.inf for term in scores.terms)
@@ -90,8 +88,7 @@ def why_rows_stay_lost(site: AttentionSite, kind: MaskKind) -> Refusal:
     return _words(site)
 
 
-def _words(site: AttentionSite) -> str:
-    assert site.scores is not None
+def _words(site: CanonicalAttention) -> str:
     rows = site.scores.masked_rows.value
     return f"a row may have no key, and what the source gives it ({rows}) is not restored for this kernel"
 
@@ -117,7 +114,6 @@ class KeepMask(Mask):
     def _write(self, fills_decide: bool) -> None:
         call = self._builder.call
         site = self._site
-        assert site.scores is not None
         for term in self._terms:
             if isinstance(term, Bias):
                 keep = call(aten.eq.Scalar, self._laid_out(term.operand), 0)

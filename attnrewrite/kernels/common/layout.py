@@ -11,7 +11,7 @@ from torch import fx
 from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, resolve, size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import Size, same, same_shape, tensor
-from attnrewrite.ir.site import AttentionSite, Scale, WeightMod
+from attnrewrite.ir.site import CanonicalAttention, Scale, WeightMod
 
 __all__ = ["KernelLayout", "in_memory_order_of", "lay_out", "modified", "padded", "padded_to", "with_unit_stride"]
 
@@ -148,7 +148,7 @@ class KernelLayout:
     grouped: bool
 
     @staticmethod
-    def of(site: AttentionSite) -> KernelLayout:
+    def of(site: CanonicalAttention) -> KernelLayout:
         """The last shared axis is the head, unless groups of query heads share the only one; the others are batch."""
         shared, group = site.shared_axes, site.group_axes
         split = len(shared) - 1 if len(shared) > 1 else len(shared) if group else min(len(shared), 1)
@@ -167,7 +167,7 @@ class KernelLayout:
     def operands(
         self,
         builder: Builder,
-        site: AttentionSite,
+        site: CanonicalAttention,
         *,
         order: Sequence[int] = (0, 1, 2, 3),
         score_factors: bool = True,
@@ -182,7 +182,6 @@ class KernelLayout:
             finish: done to each at last, such as :func:`with_unit_stride`.
         """
         scores = site.scores
-        assert scores is not None
 
         def operand(part: Operand, dims: tuple[Dim, ...], mods: Sequence[WeightMod]) -> fx.Node:
             dims = tuple(dims[place] for place in order)
@@ -199,9 +198,8 @@ class KernelLayout:
             operand(site.value, self.value_dims, scores.value_mods),
         )
 
-    def as_result(self, builder: Builder, site: AttentionSite, output: fx.Node) -> fx.Node:
+    def as_result(self, builder: Builder, site: CanonicalAttention, output: fx.Node) -> fx.Node:
         """The kernel's output, whose dimensions are ``output_dims``, as the source's result."""
-        assert site.scores is not None
         for mod in site.scores.output_mods:
             output = modified(builder, output, mod, self.output_dims)
         dtype = tensor(site.result).dtype

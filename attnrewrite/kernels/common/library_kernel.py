@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from attnrewrite.ir.axes import size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import tensor
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels.common.base import Kernel
 from attnrewrite.kernels.common.keep_mask import KeepMask
 from attnrewrite.kernels.common.layout import KernelLayout, with_unit_stride
@@ -143,7 +143,7 @@ class LibraryKernel(Kernel):
     def availability(self) -> Availability:
         return self.vendor.availability()
 
-    def supports(self, site: AttentionSite) -> Verdict:
+    def supports(self, site: CanonicalAttention) -> Verdict:
         # No package is imported for a device that it has nothing for.
         elsewhere = self.limits.device_refusal(site)
         if elsewhere:
@@ -153,18 +153,18 @@ class LibraryKernel(Kernel):
             return Verdict.no(f"not available: {available.detail}")
         return self.verdict(site, capability_of(site.device))
 
-    def skips_masked(self, site: AttentionSite) -> bool:
+    def skips_masked(self, site: CanonicalAttention) -> bool:
         asked = self.limits.asked(site)
         return isinstance(asked, Asked) and asked.is_bounded
 
-    def verdict(self, site: AttentionSite, capability: Capability | None) -> Verdict:
+    def verdict(self, site: CanonicalAttention, capability: Capability | None) -> Verdict:
         """What the kernel would say of the site on a GPU of this compute capability, were it available."""
         return Verdict.of(self.limits_now().refusal(site, capability))
 
-    def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
+    def emit(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
         scores = site.scores
         asked = self.limits_now().asked(site)
-        assert scores is not None and isinstance(asked, Asked)
+        assert isinstance(asked, Asked)
         layout = KernelLayout.of(site)
         order = _EXCHANGED if self.order == "BSHD" else _SAME
         query, key, value = layout.operands(builder, site, order=order, finish=with_unit_stride)
@@ -190,14 +190,14 @@ class LibraryKernel(Kernel):
             output = mask.with_source_rows(output, self._permuted(builder, value), layout)
         return layout.as_result(builder, site, output)
 
-    def _mask(self, builder: Builder, site: AttentionSite, asked: Asked, layout: KernelLayout) -> Mask | None:
+    def _mask(self, builder: Builder, site: CanonicalAttention, asked: Asked, layout: KernelLayout) -> Mask | None:
         if asked.mask == "none":
             return None
         kind = Mask if asked.mask == "additive" else KeepMask
         return kind(builder, site, layout.score_dims)
 
     def _mask_argument(
-        self, builder: Builder, site: AttentionSite, asked: Asked, mask: Mask, key: Tensor
+        self, builder: Builder, site: CanonicalAttention, asked: Asked, mask: Mask, key: Tensor
     ) -> fx.Node | None:
         assert mask.node is not None
         batch, keys = key.shape[0], size_of(site.key_axes)

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.ir.axes import Axis, size_of
 from attnrewrite.ir.nodes import Size, dtype_name, same
-from attnrewrite.ir.site import AttentionSite, Band, Bias, Reach
+from attnrewrite.ir.site import Band, Bias, CanonicalAttention, Reach
 from attnrewrite.kernels.common.keep_mask import MaskKind, mask_kind, why_rows_stay_lost
 from attnrewrite.kernels.common.verdict import Refusal
 
@@ -83,7 +83,7 @@ class LimitRule:
     """
 
     words: str
-    refusal: Callable[[AttentionSite, Asked, Capability | None], Refusal] | None
+    refusal: Callable[[CanonicalAttention, Asked, Capability | None], Refusal] | None
     source: str
 
 
@@ -175,12 +175,12 @@ class Limits:
     rules: tuple[LimitRule, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
 
-    def device_refusal(self, site: AttentionSite) -> Refusal:
+    def device_refusal(self, site: CanonicalAttention) -> Refusal:
         """Whether the site is on another kind of device; needs no package and asks no driver."""
         platform = platform_of(site.device)
         return None if platform in self.devices else f"runs on {', '.join(self.devices)}, not on {platform}"
 
-    def refusal(self, site: AttentionSite, capability: Capability | None) -> Refusal:
+    def refusal(self, site: CanonicalAttention, capability: Capability | None) -> Refusal:
         """The first limit that the site is beyond, as a sentence; None if there is none.
 
         Args:
@@ -195,7 +195,7 @@ class Limits:
             or self._rule_refusal(site, capability)
         )
 
-    def machine_refusal(self, site: AttentionSite, capability: Capability | None) -> Refusal:
+    def machine_refusal(self, site: CanonicalAttention, capability: Capability | None) -> Refusal:
         """The first limit of hardware, dtype or head size that the site is beyond, whatever its scores are."""
         return (
             self.device_refusal(site)
@@ -204,14 +204,13 @@ class Limits:
             or self._head_refusal(site, capability)
         )
 
-    def rule_refusal(self, site: AttentionSite, asked: Asked, capability: Capability | None) -> Refusal:
+    def rule_refusal(self, site: CanonicalAttention, asked: Asked, capability: Capability | None) -> Refusal:
         refusals = (rule.refusal(site, asked, capability) for rule in self.rules if rule.refusal)
         return next((refusal for refusal in refusals if refusal), None)
 
-    def asked(self, site: AttentionSite) -> Asked | str:
+    def asked(self, site: CanonicalAttention) -> Asked | str:
         """What the kernel is asked for in place of the site's mask, or why it cannot be."""
         scores = site.scores
-        assert scores is not None
         if site.is_causal and scores.terms:
             return "the call has a mask and is_causal, and what both together mean is PyTorch's own"
         reach = self._reach(scores.band, site) if scores.band is not None else None
@@ -225,9 +224,8 @@ class Limits:
         # That it is a band says more than that it is a mask.
         return reach if reach is not None and isinstance(mask, str) else mask
 
-    def _mask(self, site: AttentionSite) -> Asked | str:
+    def _mask(self, site: CanonicalAttention) -> Asked | str:
         scores = site.scores
-        assert scores is not None
         kind = mask_kind(site)
         if _KINDS.index(kind) > _KINDS.index(self.masks):
             takes = {
@@ -248,7 +246,7 @@ class Limits:
         lost = why_rows_stay_lost(site, kind)
         return Asked(mask=kind, restores_rows=True) if lost is None else f"{lost} {_ATTENDED}"
 
-    def _reach(self, band: Band, site: AttentionSite) -> Asked | str:
+    def _reach(self, band: Band, site: CanonicalAttention) -> Asked | str:
         square = band.from_first is not None and band.from_first == band.from_last
         counted: list[tuple[Reach | None, bool]] = []
         if "square" in self.alignments and square:
@@ -279,7 +277,7 @@ class Limits:
         counts = " or ".join(where[name] for name in self.alignments)
         return f"counts causal masks and windows from {counts}, and this one is not known to be one from there"
 
-    def _capability_refusal(self, site: AttentionSite, capability: Capability | None) -> Refusal:
+    def _capability_refusal(self, site: CanonicalAttention, capability: Capability | None) -> Refusal:
         if not (self.min_capability or self.max_capability or self.capabilities) or platform_of(site.device) != "cuda":
             return None
         wanted = self.capability_in_words()
@@ -300,12 +298,12 @@ class Limits:
             return low
         return f"{low} to {high}" if low and high else f"{low} or later" if low else f"up to {high}"
 
-    def _dtype_refusal(self, site: AttentionSite) -> Refusal:
+    def _dtype_refusal(self, site: CanonicalAttention) -> Refusal:
         if site.compute_dtype in self.dtypes:
             return None
         return f"takes {', '.join(map(dtype_name, self.dtypes))}, not {dtype_name(site.compute_dtype)}"
 
-    def _head_refusal(self, site: AttentionSite, capability: Capability | None) -> Refusal:
+    def _head_refusal(self, site: CanonicalAttention, capability: Capability | None) -> Refusal:
         heads = self.heads_by_major.get(capability[0], self.heads) if capability else self.heads
         size, value_size = size_of(site.feature_axes), size_of(site.value_axes)
         refusal = heads.refusal(size)
@@ -317,7 +315,7 @@ class Limits:
             return f"takes values of the query's head size, {size}, not {value_size}"
         return None
 
-    def _operand_refusal(self, site: AttentionSite, capability: Capability | None) -> Refusal:
+    def _operand_refusal(self, site: CanonicalAttention, capability: Capability | None) -> Refusal:
         refusal = self._dtype_refusal(site) or self._head_refusal(site, capability)
         if refusal:
             return refusal
@@ -334,9 +332,8 @@ class Limits:
             return "takes as many key heads as query heads"
         return None
 
-    def _scores_refusal(self, site: AttentionSite) -> Refusal:
+    def _scores_refusal(self, site: CanonicalAttention) -> Refusal:
         scores = site.scores
-        assert scores is not None
         if scores.inexpressible and scores.softcap is None:
             return scores.inexpressible
         if scores.softcap is not None and not self.softcap:
@@ -362,7 +359,7 @@ class Limits:
             return f"a row may have no key, and what this kernel gives it is not known {_ATTENDED}"
         return None
 
-    def _training_refusal(self, site: AttentionSite) -> Refusal:
+    def _training_refusal(self, site: CanonicalAttention) -> Refusal:
         if not site.differentiable:
             return None
         if not self.backward:
@@ -371,13 +368,13 @@ class Limits:
             return "has no deterministic backward pass, and torch.use_deterministic_algorithms asks for one"
         return None
 
-    def _rule_refusal(self, site: AttentionSite, capability: Capability | None) -> Refusal:
+    def _rule_refusal(self, site: CanonicalAttention, capability: Capability | None) -> Refusal:
         asked = self.asked(site)
         assert isinstance(asked, Asked)
         return self.rule_refusal(site, asked, capability)
 
 
-def _dropped(right: int, site: AttentionSite) -> bool:
+def _dropped(right: int, site: CanonicalAttention) -> bool:
     """Whether kernels that count from the last key may take a bound for none: they do where it is the keys or more.
 
     With more queries than keys the first queries stand before the first key, and the bound still holds for them.
@@ -387,7 +384,7 @@ def _dropped(right: int, site: AttentionSite) -> bool:
     return not (statically_known_true(right < keys) or statically_known_true(queries <= keys))
 
 
-def _axes(site: AttentionSite) -> tuple[Axis, ...]:
+def _axes(site: CanonicalAttention) -> tuple[Axis, ...]:
     return tuple(dict.fromkeys((*site.query.axes, *site.key.axes, *site.value.axes)))
 
 
@@ -396,6 +393,5 @@ def _in_words(kind: MaskKind) -> str:
     return words.get(kind, "a key padding mask")
 
 
-def _structure(site: AttentionSite) -> str:
-    assert site.scores is not None
+def _structure(site: CanonicalAttention) -> str:
     return " + ".join(site.scores.structure) or "bias"

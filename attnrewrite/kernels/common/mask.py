@@ -13,7 +13,7 @@ from attnrewrite.analysis.values import ABSORBING, FAR_BELOW, UNDERFLOW, Kind, p
 from attnrewrite.ir.axes import Dim, Operand, size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import same, tensor
-from attnrewrite.ir.site import AttentionSite, Bias, Fill, Floor, MaskedRows
+from attnrewrite.ir.site import Bias, CanonicalAttention, Fill, Floor, MaskedRows
 from attnrewrite.kernels.common.layout import KernelLayout, lay_out, modified, padded
 
 __all__ = ["Mask"]
@@ -24,8 +24,7 @@ aten = torch.ops.aten
 class Mask:
     """The site's terms as one tensor (batch or 1, heads or 1, query length or 1, key length), boolean or additive."""
 
-    def __init__(self, builder: Builder, site: AttentionSite, dims: tuple[Dim, ...]) -> None:
-        assert site.scores is not None
+    def __init__(self, builder: Builder, site: CanonicalAttention, dims: tuple[Dim, ...]) -> None:
         self._builder = builder
         self._site = site
         self._dims = dims
@@ -85,7 +84,6 @@ class Mask:
         compute = self._site.compute_dtype
         if self._site.device.type != "cpu" or compute.itemsize > 4:
             return compute
-        assert self._site.scores is not None
         only_biases = all(isinstance(term, Bias) for term in self._terms)
         return compute if only_biases and all(_dtype_of(term) is compute for term in self._terms) else torch.float32
 
@@ -93,7 +91,6 @@ class Mask:
         """What the source does to the scores, done to zeros."""
         call = self._builder.call
         total: fx.Node | None = None
-        assert self._site.scores is not None
         wide = self._dtype
         if self._site.scores.rounded_to is not None:
             # Rounded once, at the end, as the source rounds its masked scores.
@@ -141,7 +138,6 @@ class Mask:
         """A fill replaces the score, a mask is added to it: the number must swallow any score, and stay finite."""
         if term.value == -math.inf:
             return -math.inf
-        assert self._site.scores is not None
         if self._dtype is torch.float16:
             return -math.inf
         if sum(isinstance(term, Fill) or may_mask(term) for term in self._terms if not isinstance(term, Floor)) > 1:
@@ -154,7 +150,6 @@ class Mask:
 
     def _within_range(self, mask: fx.Node) -> fx.Node:
         """CUDA kernels multiply by log2(e): what overflows there would turn a mean of the values into 0."""
-        assert self._site.scores is not None
         if self._site.device.type == "cpu" or self._site.fused or not self._site.scores.masked_rows.may_occur:
             return mask
         if not any(_may_be_below_absorbing(term) for term in self._terms):
@@ -195,7 +190,6 @@ class Mask:
     def with_source_rows(self, output: fx.Node, value: fx.Node, layout: KernelLayout) -> fx.Node:
         """The output with what the source gives rows that have no key, where that is NaN or zero."""
         site, call = self._site, self._builder.call
-        assert site.scores is not None
         rows = site.scores.masked_rows
         if site.rounds_rows and rows.may_occur:
             output = call(aten.mul.Tensor, output, self._keys_where_rounded(site.compute_dtype))
@@ -264,7 +258,7 @@ class Mask:
         return call(aten.le.Scalar, highest, masked)
 
 
-def _key_length(site: AttentionSite) -> int | torch.SymInt:
+def _key_length(site: CanonicalAttention) -> int | torch.SymInt:
     return size_of(site.key_axes)
 
 
