@@ -36,6 +36,7 @@ from attnrewrite.ir.linear_site import LinearAttention, Order
 from attnrewrite.ir.nodes import dtype_name, is_tensor, same_shape, scalar, tensor
 from attnrewrite.ir.ops import is_cast
 from attnrewrite.ir.products import Product, factors_of, is_product, product_from_result
+from attnrewrite.ir.reason import FINE, Reason
 from attnrewrite.ir.site import Scale
 from attnrewrite.ir.views import is_layout_op, pull
 from attnrewrite.patterns.base import Specimen
@@ -314,42 +315,44 @@ class _Reader:
 
     def _fixed(
         self, site: LinearAttention, between: _Between, sums: dict[fx.Node, tuple[Operand, int]], ended: Ended
-    ) -> str:
+    ) -> Reason:
         first, last = between.first.node, site.result
         dtypes = {tensor(node).dtype for node in (first, *between.nodes, last)}
         if dtypes - {torch.float32, torch.float64}:
             narrow = min(dtype_name(dtype) for dtype in dtypes - {torch.float32, torch.float64})
             return f"products in {narrow} round, and may overflow, where the other order does not"
         if between.casts or len(dtypes) > 1:
-            return "the dtype changes between the products"
+            return Reason("the dtype changes between the products")
         for node, readers in self._view.other_readers(site.interior).items():
             left = [reader for reader in readers if reader not in sums]
             if left:
                 what = "product of key and value" if site.order == "linear" else "product of query and key"
-                return f"the {what} ({node.name}) is read elsewhere, too ({reader_in_words(left[0])})"
+                return Reason(f"the {what} ({node.name}) is read elsewhere, too ({reader_in_words(left[0])})")
         stored = {*site.middle.axes, *site.inner.axes}
         if not {*axes_of(site.result_layout)} <= {*stored, *site.outer.axes} or any(
             not {*total.axes} <= stored for total, _ in sums.values()
         ):
-            return "all operands are repeated along an axis of the result"
+            return Reason("all operands are repeated along an axis of the result")
         if any(not self._view.same_region(node, last) for node in (*site.interior, *sums)):
-            return "grad mode or autocast is switched between the products"
+            return Reason("grad mode or autocast is switched between the products")
         if self._view.in_autocast(last):
-            return "autocast would round the products"
+            return Reason("autocast would round the products")
         tags = {
             tuple(str(node.meta.get(tag)) for tag in ("recompute", "ac_graph_id", "custom"))
             for node in (*site.interior, *sums)
         }
         if len(tags) > 1:
-            return "the products are not checkpointed together"
+            return Reason("the products are not checkpointed together")
         divided = bool(site.normaliser or _divisors(last)) or any(
             scale.divide and isinstance(scale.factor, Operand) for scale in site.scales
         )
         if divided and not site.nonnegative:
-            return ended.added_to(
-                "features may be negative, so that a normaliser may cancel and rounding would decide the result"
+            return Reason(
+                ended.added_to(
+                    "features may be negative, so that a normaliser may cancel and rounding would decide the result"
+                )
             )
-        return ""
+        return FINE
 
     # What the operands are.
 

@@ -17,6 +17,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.ir.nodes import Size, is_tensor, same, tensor
+from attnrewrite.ir.reason import FINE, Reason
 
 __all__ = ["Assembly", "Box", "Piece", "Span", "Taken", "assemblies", "grid", "same_span", "taken_from"]
 
@@ -172,7 +173,7 @@ class Assembly:
     pieces: tuple[Piece, ...] = ()
     ground: _Ground | None = None
     nodes: frozenset[fx.Node] = field(default=frozenset())
-    problem: str = ""
+    problem: Reason = FINE
 
     @property
     def buffer(self) -> fx.Node | None:
@@ -264,7 +265,7 @@ def _written(node: fx.Node, into: Assembly, source: Assembly) -> Assembly:
     if before is None:
         piece = _placed(_whole_piece(args[1]).pieces[0], dim, span, selected)
         nodes = into.nodes | {node}
-        return Assembly((*into.pieces, piece), into.ground, nodes, into.problem or "slices overlap")
+        return Assembly((*into.pieces, piece), into.ground, nodes, into.problem or Reason("slices overlap"))
     covered = bool(source.pieces) and grid(source.pieces, tensor(args[1]).shape) is not None
     if not covered and not (source.ground is not None and _same_ground(source.ground, before.ground)):
         source = _whole_piece(args[1])

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from attnrewrite.ir.axes import Axis, Layout, Operand, axes_of
+from attnrewrite.ir.reason import FINE, Reason
 from attnrewrite.ir.site import Scale
 
 __all__ = ["LinearAttention"]
@@ -40,7 +41,7 @@ class LinearAttention:
         features: what is done to query and key beforehand, in words.
         nonnegative: query and key were proved to have no negative entry.
         normaliser: how the result is normalised, in words; empty where it is not.
-        fixed: why the order cannot be changed, whatever it costs; empty where it can.
+        fixed: why the order cannot be changed, whatever it costs.
         dtype: what the products are computed in.
         interior: the nodes from the first product to the second, in graph order.
     """
@@ -60,7 +61,7 @@ class LinearAttention:
     features: tuple[str, ...] = ()
     nonnegative: bool = False
     normaliser: str = ""
-    fixed: str = ""
+    fixed: Reason = FINE
     dtype: torch.dtype = torch.float32
     interior: tuple[fx.Node, ...] = ()
 

@@ -17,6 +17,7 @@ from torch import fx
 
 from attnrewrite.ir.axes import Axis, Layout, Operand, axes_of
 from attnrewrite.ir.nodes import Size, tensor
+from attnrewrite.ir.reason import FINE, Reason
 
 __all__ = [
     "AttentionSite",
@@ -258,7 +259,7 @@ class CanonicalScores:
     value_mods: tuple[WeightMod, ...] = ()
     output_mods: tuple[WeightMod, ...] = ()
     structure: tuple[str, ...] = ()
-    inexpressible: str = ""
+    inexpressible: Reason = FINE
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,7 +333,7 @@ class AttentionSite:
     parts: tuple[AttentionSite, ...] = ()
     written: tuple[fx.Node, ...] = ()
     windowed: bool = False
-    unmerged: str = ""
+    unmerged: Reason = FINE
     still_repeated: str = ""
     folded: tuple[Axis, ...] = ()
 

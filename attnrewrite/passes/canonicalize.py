@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -38,6 +38,7 @@ from attnrewrite.analysis.values import (
 )
 from attnrewrite.ir.axes import Operand, size_of
 from attnrewrite.ir.nodes import Size, same, tensor
+from attnrewrite.ir.reason import FINE, Reason
 from attnrewrite.ir.site import (
     AttentionSite,
     Band,
@@ -75,22 +76,22 @@ class _Reading:
     query_factors: list[Scale] = field(default_factory=list)
     key_factors: list[Scale] = field(default_factory=list)
     terms: list[Term] = field(default_factory=list)
-    inexpressible: str = ""
+    inexpressible: Reason = FINE
     softcap: float | None = None
     """What the scores are multiplied by after a tanh, where ``inexpressible`` is for nothing else."""
     shifted: bool = False
     """A number that is the same for all keys of a row was added or subtracted."""
-    narrowed: str = ""
+    narrowed: Reason = FINE
     rounded_to: torch.dtype | None = None
     """Masked scores were rounded to a dtype that still resolves them: what is added afterwards meets the infinities."""
-    lifted: str = ""
+    lifted: Literal["", "to zero", "to NaN"] = ""
     """Masked scores had their maximum subtracted: what became of a row that is masked altogether."""
-    overflows: str = ""
+    overflows: Reason = FINE
     """What may change scores that are all masked, by overflow or by making them ordinary again."""
 
     def take_function(self, reason: str) -> None:
         """The scores are no longer what a scale and a mask can say."""
-        self.inexpressible, self.softcap = reason, None
+        self.inexpressible, self.softcap = Reason(reason), None
 
 
 def canonicalized(site: AttentionSite, policy: Policy) -> CanonicalAttention:
@@ -125,9 +126,9 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
             "ruled out (if none occurs, say so: options={'assume_attended_rows': True})"
         )
     dtype = min((term.dtype for term in terms), key=lambda dtype: dtype.itemsize, default=site.softmax_dtype)
-    inexpressible, refused = reading.inexpressible, ""
+    inexpressible, refused = reading.inexpressible, FINE
     if reading.lifted and (site.underflows or site.rounds_rows):
-        reading.overflows = "exponentials are taken of masked scores whose maximum was subtracted before"
+        reading.overflows = Reason("exponentials are taken of masked scores whose maximum was subtracted before")
     if attended is None and reading.overflows:
         raise NotAttention(
             f"{reading.overflows}, which matters in a row that has no key, and no such row could be ruled out "
@@ -228,7 +229,7 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
     terms = reading.terms
     for mod in site.mods:
         if reading.lifted and not _keeps_lifted(mod, reading):
-            reading.overflows = "masked scores are changed further after their maximum was subtracted"
+            reading.overflows = Reason("masked scores are changed further after their maximum was subtracted")
         if isinstance(mod, Elementwise):
             _apply_function(mod, reading)
         elif isinstance(mod, Bias):
@@ -261,7 +262,8 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
             assert isinstance(mod.factor, Operand)
             if mod.divide or not possible_values(mod.factor.node) <= {0.0, 1.0}:
                 reading.take_function("the scores are multiplied by a tensor over query and key positions")
-                reading.overflows = "a tensor scales masked scores" if terms else reading.overflows
+                if terms:
+                    reading.overflows = Reason("a tensor scales masked scores")
             elif any(value in (Kind.ANY, -math.inf) for term in terms for value in _values(term)):
                 raise NotAttention("zeros multiply scores that may be minus infinity, which gives NaN")
             else:
@@ -345,7 +347,7 @@ def _narrow(mod: Narrow, reading: _Reading) -> None:
     terms[:] = [
         replace(term, value=as_stored(term.value, mod.dtype)) if isinstance(term, Fill) else term for term in terms
     ]
-    rounded = f"masked scores are rounded to {mod.dtype}".replace("torch.", "")
+    rounded = Reason(f"masked scores are rounded to {mod.dtype}".replace("torch.", ""))
     if reading.inexpressible and terms:
         reading.overflows = rounded
     if any(isinstance(term, Floor) or (isinstance(term, Bias) and may_mask(term)) for term in terms):
@@ -392,7 +394,7 @@ def _place_factor(mod: Scale, site: AttentionSite, reading: _Reading) -> bool:
     if any(not isinstance(term, Bias) for term in terms):
         reading.take_function("a tensor scales the scores after a mask was applied")
         if any(isinstance(term, Fill) and math.isfinite(term.value) for term in terms):
-            reading.overflows = "a tensor scales masked scores"
+            reading.overflows = Reason("a tensor scales masked scores")
         return True
     terms[:] = [term.scaled(mod) for term in terms if isinstance(term, Bias)]
     (reading.query_factors if axes <= set(site.query.axes) else reading.key_factors).append(mod)
@@ -545,7 +547,7 @@ def _sum_may_overflow(terms: list[Term]) -> bool:
     return sum(low) > 1
 
 
-def _no_mask(terms: list[Term], attended: str | None, differentiable: bool) -> str:
+def _no_mask(terms: list[Term], attended: str | None, differentiable: bool) -> Reason:
     """Why the fills are not masks that can be added to the scores; empty where they are.
 
     A filled score is replaced, a masked one is added to: the same only if no score can lift the fill.
@@ -555,7 +557,7 @@ def _no_mask(terms: list[Term], attended: str | None, differentiable: bool) -> s
         if not isinstance(term, Fill):
             continue
         if term.value > FAR_BELOW and term.value > torch.finfo(term.dtype).min:
-            return (
+            return Reason(
                 f"{term.value:g} is filled in for masked scores: scores may be as low, so it is a value and no mask "
                 "(fill with -inf or torch.finfo(dtype).min)"
             )
@@ -564,12 +566,12 @@ def _no_mask(terms: list[Term], attended: str | None, differentiable: bool) -> s
             and attended is None
             and (sum(value < -1.0 for value in low) > 1 or any(isinstance(later, Bias) for later in terms[position:]))
         ):
-            return (
+            return Reason(
                 f"{term.value:g} is filled in beside another mask or bias, and a row may have no key: which key such a "
                 "row attends depends on both (fill with -inf or torch.finfo(dtype).min)"
             )
     if differentiable and attended is None and any(isinstance(term, Floor) for term in terms):
-        return (
+        return Reason(
             "in a row whose keys are all masked the gradient is shared between the scores and the floor under them (if "
             "no such row occurs, say so: options={'assume_attended_rows': True})"
         )
@@ -580,11 +582,11 @@ def _no_mask(terms: list[Term], attended: str | None, differentiable: bool) -> s
         fills[0] < bias and (bias < fills[-1] or _values(terms[fills[0]]) == [-math.inf]) for bias in biases
     )
     if differentiable and attended is None and fills and (entangled or not _only_fills_mask(terms)):
-        return (
+        return Reason(
             "a fill lets no gradient through and a bias does, and a row that both mask may have no key (if no such "
             "row occurs, say so: options={'assume_attended_rows': True})"
         )
-    return ""
+    return FINE
 
 
 def _check_rounding(terms: list[Term], dtype: torch.dtype, attended: str | None) -> None:

@@ -26,6 +26,7 @@ from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.graph_view import reader_in_words
 from attnrewrite.ir.nodes import same, tensor
 from attnrewrite.ir.ops import same_argument
+from attnrewrite.ir.reason import FINE, Reason
 from attnrewrite.ir.site import AttentionSite, Bias, Elementwise, Fill, Scale, Zero
 from attnrewrite.ir.views import is_layout_op, peel, push
 from attnrewrite.passes.key_windows import key_windows, require_band
@@ -47,7 +48,7 @@ def merge_slices(findings: Sequence[Finding], view: GraphView) -> list[Finding]:
     """
     sites = {finding.result: finding for finding in findings if isinstance(finding, AttentionSite)}
     merged: dict[fx.Node, AttentionSite] = {}
-    unmerged: dict[fx.Node, str] = {}
+    unmerged: dict[fx.Node, Reason] = {}
     # The largest whole first: it may be made of others.
     for node, assembly in reversed(assemblies(view.graph).items() if sites else ()):
         parts = _sites_of(assembly, sites)
@@ -60,7 +61,7 @@ def merge_slices(findings: Sequence[Finding], view: GraphView) -> list[Finding]:
             except NotSlices as reason:
                 alike = len(parts) > 1 and _same_origin([part.query.node for part in parts])
                 for part in parts if alike else ():
-                    unmerged.setdefault(part.result, ended.added_to(str(reason)))
+                    unmerged.setdefault(part.result, Reason(ended.added_to(str(reason))))
             else:
                 merged.update(dict.fromkeys((part.result for part in parts), whole))
     result: list[Finding] = []
@@ -70,7 +71,7 @@ def merge_slices(findings: Sequence[Finding], view: GraphView) -> list[Finding]:
             continue
         stands = merged.get(finding.result)
         if stands is None:
-            result.append(dataclasses.replace(finding, unmerged=unmerged.get(finding.result, "")))
+            result.append(dataclasses.replace(finding, unmerged=unmerged.get(finding.result, FINE)))
         elif finding is stands.parts[0]:
             result.append(stands)
     return result

@@ -16,6 +16,7 @@ from attnrewrite.errors import KernelError
 from attnrewrite.ir.bounds import searching
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.linear_site import LinearAttention
+from attnrewrite.ir.reason import Reason
 from attnrewrite.ir.site import (
     AttentionSite,
     CanonicalAttention,
@@ -268,7 +269,7 @@ def _simplified(site: AttentionSite, policy: Policy) -> CanonicalAttention:
 
 
 def _unmerged(site: AttentionSite, reason: str) -> list[AttentionSite]:
-    return [replace(part, unmerged=f"the whole is not taken: {reason}") for part in site.parts]
+    return [replace(part, unmerged=Reason(f"the whole is not taken: {reason}")) for part in site.parts]
 
 
 def read_sites(gm: fx.GraphModule, policy: Policy) -> list[CanonicalAttention]:
