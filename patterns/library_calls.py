@@ -11,20 +11,30 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, broadcast
+from attnrewrite.ir.axes import Layout
 from attnrewrite.ir.finding import Finding, NearMiss
 from attnrewrite.ir.graph_view import GraphView, reader_in_words
-from attnrewrite.ir.nodes import is_tensor, same, tensor
-from attnrewrite.ir.site import AttentionSite, Bias, Fill, NotAttention, Scale, ScoreMod
+from attnrewrite.ir.nodes import Size, is_tensor, same, tensor
+from attnrewrite.ir.site import AttentionSite, Fill, NotAttention, ScoreMod
 from attnrewrite.patterns.base import Specimen
 from attnrewrite.patterns.sample_inputs import Specimens, normal
+from attnrewrite.patterns.site_builder import (
+    CallAxes,
+    Dims,
+    Sizes,
+    added_mask,
+    call_arguments,
+    call_axes,
+    mask_operand,
+    site_of_call,
+)
 from attnrewrite.torch_private import schema_of
 
 __all__ = ["PATTERN"]
@@ -266,7 +276,7 @@ class LibraryCall:
             try:
                 if schema.overload_name:
                     raise NotAttention(f"the overload {schema.overload_name} is not read")
-                yield self._read(node, reader(_bound(node)), view)
+                yield self._read(node, reader(call_arguments(node)), view)
             except NotAttention as reason:
                 yield NearMiss(self.name, node, str(reason), (node,))
 
@@ -278,55 +288,26 @@ class LibraryCall:
             raise NotAttention("the scale or the dropout is not a number that the graph knows")
         if call.causal and (call.bias is not None or call.masked is not None):
             raise NotAttention("the call has both a mask and a causal mask")
-        layouts, scores = _layouts(call)
-        length, keys = scores[-2:]
-        sizes = [tensor(part).shape[call.order.index("S")] for part in (call.query, call.key)]
-        if call.causal and call.from_last and not same(*sizes):
+        query, key, value = _sizes(call)
+        if call.causal and call.from_last and not same(query.length, key.length):
             raise NotAttention("a causal mask over unequal numbers of queries and keys, which is not read")
-        value_feature = layouts[2][-1] if call.order[-1] == "D" else layouts[2][-1][-1:]
-        by_name: dict[str, Dim] = dict(zip("BHSD", (*scores[:-2], length, value_feature), strict=True))
-        by_name["(HD)"] = (*by_name["H"], *by_name["D"])
-        dtype = tensor(result).dtype
-        width = _width(call)
-        scale = call.scale
-        if scale is None:
-            scale = 1 / math.sqrt(width) if isinstance(width, int) and width else 1.0
-        query, key, value = (
-            view.origin(Operand(part, layout), node).resolved()
-            for part, layout in zip((call.query, call.key, call.value), layouts, strict=True)
-        )
-        return AttentionSite(
+        axes = call_axes(query, key, value, query.heads, grouped="H" in call.order or "(HD)" in call.order)
+        site = site_of_call(
+            view,
             pattern=self.name,
             anchor=node,
             result=result,
-            result_layout=tuple(by_name[name] for name in call.order),
-            query=query,
-            key=key,
-            value=value,
-            query_axes=length,
-            key_axes=keys,
-            feature_axes=layouts[0][-1] if call.order[-1] == "D" else layouts[0][-1][-1:],
-            mods=(Scale(scale), *_masks(call, scores, sizes)),
-            softmax_dtype=torch.promote_types(dtype, torch.float32),
-            compute_dtype=dtype,
-            weight_layout=scores,
-            dropout=float(call.dropout),
+            operands=(call.query, call.key, call.value),
+            axes=axes,
+            layout=lambda dims: _ordered(dims, call.order),
+            scale=call.scale,
+            masks=_masks(call, axes),
             is_causal=call.causal,
-            default_scale=call.scale is None and not isinstance(width, int),
-            differentiable=view.differentiable(node),
-            fused=True,
-            foreign=True,
-            in_autocast=view.in_autocast(node),
+            dropout=float(call.dropout),
+            dtype=tensor(result).dtype,
             interior=(node, result) if result is not node else (node,),
         )
-
-
-def _bound(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call by the names of its schema."""
-    declared = schema_of(node.target).arguments
-    values = {argument.name: argument.default_value for argument in declared}
-    values.update(zip((argument.name for argument in declared), node.args, strict=False))
-    return {**values, **node.kwargs}
+        return replace(site, foreign=True)
 
 
 def _result(node: fx.Node) -> fx.Node:
@@ -343,86 +324,54 @@ def _result(node: fx.Node) -> fx.Node:
     return results[0]
 
 
-def _width(call: _Call) -> Any:
-    last = tensor(call.query).shape[-1]
-    return last if call.order[-1] == "D" else last // (call.heads or 1)
-
-
-def _layouts(call: _Call) -> tuple[list[Layout], Layout]:
-    """The layouts of query, key and value, and that of the scores: (batch, heads, queries, keys)."""
+def _sizes(call: _Call) -> list[Sizes]:
+    """The sizes of query, key and value; the heads are (batch, heads), or (batch,) where the call has no heads."""
     shapes = [tensor(part).shape for part in (call.query, call.key, call.value)]
     if any(len(shape) != len(call.order) for shape in shapes):
         raise NotAttention(f"query, key and value have not {len(call.order)} dimensions each")
-    place = call.order.index
-    if not all(same(shape[place("B")], shapes[0][place("B")]) for shape in shapes):
+    query, key, value = sizes = [_sizes_of(shape, call) for shape in shapes]
+    if not all(same(each.heads[0], query.heads[0]) for each in sizes):
         raise NotAttention("query, key and value are not known to have one batch size")
-    if not same(shapes[1][place("S")], shapes[2][place("S")]):
+    if not same(key.length, value.length):
         raise NotAttention("key and value are not known to have one length")
-    counts = [_heads(call, shape) for shape in shapes]
-    batch = _fresh(shapes[0][place("B")], "batch")
-    heads = _fresh(counts[0], "head")
-    if not same(counts[1], counts[2]):
+    if not same(key.heads[-1], value.heads[-1]):
         raise NotAttention("key and value are not known to have one number of heads")
-    key_heads = heads
-    if not same(counts[0], counts[1]):
-        divided = heads[0].divide(counts[0] // counts[1]) if heads and same(counts[0] % counts[1], 0) else None
-        if divided is None:
-            raise NotAttention("the query's heads are not known to be a multiple of the key's heads")
-        key_heads = (divided[0],) if not same(counts[1], 1) else ()
-    feature = _fresh(_width(call), "feature")
-    last = shapes[2][-1]
-    value_feature = _fresh(last if call.order[-1] == "D" else last // counts[2], "value feature")
-    length, keys = _fresh(shapes[0][place("S")], "query"), _fresh(shapes[1][place("S")], "key")
-
-    def layout(own: Dim, positions: Dim, features: Dim) -> Layout:
-        names = {"B": batch, "H": own, "S": positions, "D": features, "(HD)": (*own, *features)}
-        return tuple(names[name] for name in call.order)
-
-    layouts = [layout(heads, length, feature), layout(key_heads, keys, feature), layout(key_heads, keys, value_feature)]
-    return layouts, (batch, heads, length, keys)
+    return sizes
 
 
-def _heads(call: _Call, shape: Any) -> Any:
-    if "H" in call.order:
-        return shape[call.order.index("H")]
-    if call.order[-1] == "D":
-        return 1
+def _sizes_of(shape: Sequence[Size], call: _Call) -> Sizes:
+    named = dict(zip(call.order, shape, strict=True))
+    if "(HD)" not in named:
+        heads = (named["B"], named["H"]) if "H" in named else (named["B"],)
+        return Sizes(heads, named["S"], named["D"])
     # Query and key have one head size.
-    heads = call.heads
-    assert heads is not None
-    width = tensor(call.query).shape[-1]
-    if not isinstance(heads, int) or not same(width % heads, 0) or not same(shape[-1], width):
+    count, width = call.heads, tensor(call.query).shape[-1]
+    if not isinstance(count, int) or not same(width % count, 0) or not same(named["(HD)"], width):
         raise NotAttention("the number of heads of key and value is not known")
-    return heads
+    return Sizes((named["B"], count), named["S"], width // count)
 
 
-def _fresh(size: Any, name: str) -> tuple[Axis, ...]:
-    return () if same(size, 1) else (Axis(size, name),)
+def _ordered(dims: Dims, order: Sequence[str]) -> Layout:
+    named = dict(zip("BH", dims.heads, strict=False)) | {"S": dims.length, "D": dims.features}
+    named["(HD)"] = (*named.get("H", ()), *named["D"])
+    return tuple(named[name] for name in order)
 
 
-def _masks(call: _Call, scores: Layout, sizes: list[Any]) -> tuple[ScoreMod, ...]:
-    shape = tensor(call.query).shape
-    whole = (shape[call.order.index("B")], _heads(call, shape), *sizes)
+def _masks(call: _Call, axes: CallAxes) -> list[ScoreMod]:
     mods: list[ScoreMod] = []
     for node in (call.bias, call.masked):
         if node is None:
             continue
-        own = None
-        if is_tensor(node):
-            # A query of three dimensions has one head, and its mask no dimension for it.
-            layout = (scores[0], *scores[2:]) if call.order == ("B", "S", "D") else scores
-            sized = (whole[0], *whole[2:]) if call.order == ("B", "S", "D") else whole
-            own = broadcast(layout, sized, tensor(node).shape)
-        if own is None:
-            raise NotAttention("the mask does not broadcast to the scores for every size")
-        dtype = tensor(call.query).dtype
+        if not is_tensor(node):
+            raise NotAttention("the mask is no tensor that the graph knows")
+        operand = mask_operand(node, axes)
         if node is call.masked:
-            mods.append(Fill(Operand(node, own), -math.inf, dtype))
-        elif tensor(node).dtype is torch.bool:
+            mods.append(Fill(operand, -math.inf, tensor(call.query).dtype))
+        elif operand.dtype is torch.bool:
             raise NotAttention("a boolean mask where numbers are added to the scores")
         else:
-            mods.append(Bias(Operand(node, own), torch.promote_types(tensor(node).dtype, torch.float32)))
-    return tuple(mods)
+            mods.append(added_mask(operand))
+    return mods
 
 
 PATTERN = LibraryCall()

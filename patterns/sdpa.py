@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from attnrewrite.ir.axes import Axis, Operand, broadcast, fresh_layout
+from attnrewrite.ir.axes import Operand
 from attnrewrite.ir.finding import Finding, NearMiss
 from attnrewrite.ir.graph_view import GraphView
-from attnrewrite.ir.nodes import is_tensor, same, tensor
-from attnrewrite.ir.site import AttentionSite, Bias, Fill, NotAttention, Scale, ScoreMod
+from attnrewrite.ir.nodes import is_tensor, tensor
+from attnrewrite.ir.site import AttentionSite, Fill, NotAttention, ScoreMod
 from attnrewrite.patterns.base import Specimen
 from attnrewrite.patterns.sample_inputs import Specimens, additive, keep, learned, normal, padding
+from attnrewrite.patterns.site_builder import Sizes, added_mask, call_arguments, call_axes, mask_operand, site_of_call
 
 __all__ = ["PATTERN"]
 
@@ -46,92 +46,35 @@ class FusedCall:
                 yield NearMiss(self.name, node, str(reason), (node,))
 
     def _read(self, call: fx.Node, view: GraphView) -> AttentionSite:
-        arguments = _arguments(call)
+        arguments = call_arguments(call)
+        if not isinstance(arguments["dropout_p"], (int, float)):
+            raise NotAttention("dropout_p is not a number that the graph knows")
         query, key, value = arguments["query"], arguments["key"], arguments["value"]
-        q, k, v = tensor(query).shape, tensor(key).shape, tensor(value).shape
-        if min(len(q), len(k), len(v)) < 2:
+        if min(tensor(part).dim() for part in (query, key, value)) < 2:
             raise NotAttention("an operand has fewer than two dimensions")
-        batch = fresh_layout(tensor(call).shape[:-2], "batch")
-        shape = tensor(call).shape[:-2]
-        length, keys = _fresh(q[-2], "query"), _fresh(k[-2], "key")
-        feature, value_feature = _fresh(q[-1], "feature"), _fresh(v[-1], "value feature")
-        if arguments["enable_gqa"] and batch[-1:] and not same(q[-3], k[-3]):
-            (heads,) = batch[-1]
-            divided = heads.divide(q[-3] // k[-3])
-            if divided is None or not same(k[-3], v[-3]):
-                raise NotAttention("the query's heads are not known to be a multiple of the key's heads")
-            key_batch = (*batch[:-1], (divided[0],))
-            own = [broadcast(key_batch, (*shape[:-1], k[-3]), part[:-2]) for part in (k, v)]
-        else:
-            own = [broadcast(batch, shape, part[:-2]) for part in (k, v)]
-        query_batch = broadcast(batch, shape, q[:-2])
-        if query_batch is None or own[0] is None or own[1] is None:
-            raise NotAttention("the batch dimensions of query, key and value do not broadcast for every size")
-        mods = _mods(arguments, call, (*batch, length, keys), q[-1])
-        operands = (
-            Operand(query, (*query_batch, length, feature)),
-            Operand(key, (*own[0], keys, feature)),
-            Operand(value, (*own[1], keys, value_feature)),
-        )
-        origins = [view.origin(operand, call).resolved() for operand in operands]
-        dtype = tensor(call).dtype
-        return AttentionSite(
+        heads, grouped = tensor(call).shape[:-2], arguments["enable_gqa"]
+        axes = call_axes(Sizes.of(query), Sizes.of(key), Sizes.of(value), heads, grouped)
+        dtype, mask = tensor(call).dtype, arguments["attn_mask"]
+        return site_of_call(
+            view,
             pattern=self.name,
             anchor=call,
             result=call,
-            result_layout=(*batch, length, value_feature),
-            query=origins[0],
-            key=origins[1],
-            value=origins[2],
-            query_axes=length,
-            key_axes=keys,
-            feature_axes=feature,
-            mods=mods,
-            softmax_dtype=torch.promote_types(dtype, torch.float32),
-            compute_dtype=dtype,
-            weight_layout=(*batch, length, keys),
-            dropout=arguments["dropout_p"],
+            operands=(query, key, value),
+            axes=axes,
+            layout=lambda dims: dims.with_length_at(-2),
+            scale=arguments["scale"],
+            masks=[_mask(mask_operand(mask, axes), dtype)] if is_tensor(mask) else [],
             is_causal=arguments["is_causal"],
-            default_scale=arguments["scale"] is None and not isinstance(q[-1], int),
-            differentiable=view.differentiable(call),
-            fused=True,
-            in_autocast=view.in_autocast(call),
+            dropout=arguments["dropout_p"],
+            dtype=dtype,
             interior=(call,),
         )
 
 
-def _fresh(size: Any, name: str) -> tuple[Axis, ...]:
-    return () if same(size, 1) else (Axis(size, name),)
-
-
-_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
-
-
-def _arguments(call: fx.Node) -> dict[str, Any]:
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    arguments: dict[str, Any] = {**_DEFAULTS, **dict(zip(names, call.args, strict=False)), **call.kwargs}
-    if not isinstance(arguments["dropout_p"], (int, float)):
-        raise NotAttention("dropout_p is not a number that the graph knows")
-    return arguments
-
-
-def _mods(arguments: dict[str, Any], call: fx.Node, scores: Any, width: Any) -> tuple[ScoreMod, ...]:
-    scale = arguments["scale"]
-    if scale is None:
-        scale = 1 / math.sqrt(width) if isinstance(width, int) and width else 1.0
-    mods: list[ScoreMod] = [Scale(scale)]
-    mask = arguments["attn_mask"]
-    if is_tensor(mask):
-        shape = tuple(tensor(part).shape[-2] for part in (arguments["query"], arguments["key"]))
-        own = broadcast(scores, (*tensor(call).shape[:-2], *shape), tensor(mask).shape)
-        if own is None:
-            raise NotAttention("the mask does not broadcast to the scores for every size")
-        operand = Operand(mask, own)
-        if tensor(mask).dtype is torch.bool:
-            mods.append(Fill(operand, -math.inf, tensor(call).dtype, invert=True))
-        else:
-            mods.append(Bias(operand, torch.promote_types(tensor(mask).dtype, torch.float32)))
-    return tuple(mods)
+def _mask(operand: Operand, dtype: torch.dtype) -> ScoreMod:
+    """True stays; numbers are added."""
+    return Fill(operand, -math.inf, dtype, invert=True) if operand.dtype is torch.bool else added_mask(operand)
 
 
 PATTERN = FusedCall()

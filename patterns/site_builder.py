@@ -1,22 +1,37 @@
-"""Building the :class:`AttentionSite` of a call whose operands are laid out simply: help for patterns of one's own."""
+"""Building the :class:`AttentionSite` of a call: for the patterns of calls here, and for patterns of one's own.
+
+:func:`attention_site` does it in one step where the operands are laid out simply. Its parts serve other layouts:
+:class:`Sizes` of each operand, :func:`call_axes` of all, masks over them, and :func:`site_of_call`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, broadcast
+from attnrewrite.ir.axes import Dim, Layout, Operand, broadcast, fresh_dim, fresh_layout, size_of
 from attnrewrite.ir.graph_view import GraphView
 from attnrewrite.ir.nodes import Size, is_tensor, same, tensor
 from attnrewrite.ir.site import AttentionSite, Bias, Fill, NotAttention, Scale, ScoreMod
 from attnrewrite.ir.source import source_location
 from attnrewrite.torch_private import schema_of
 
-__all__ = ["attention_site", "call_arguments"]
+__all__ = [
+    "CallAxes",
+    "Dims",
+    "Sizes",
+    "added_mask",
+    "attention_site",
+    "call_arguments",
+    "call_axes",
+    "mask_operand",
+    "site_of_call",
+]
 
 
 def call_arguments(call: fx.Node) -> dict[str, Any]:
@@ -91,76 +106,55 @@ def attention_site(
     """
     result = anchor if result is None else result
     operands = {"query": query, "key": key, "value": value, "result": result}
-    ranks = {name: tensor(node).dim() for name, node in operands.items() if is_tensor(node)}
-    if set(ranks) != set(operands):
-        raise NotAttention(f"the {min(set(operands) - set(ranks))} is no tensor that the graph knows")
-    if len(set(ranks.values())) != 1 or not -ranks["query"] <= length_dim <= -2:
-        raise NotAttention(f"query, key, value and result have {ranks} dimensions, with the length at {length_dim}")
+    _require_alike(operands, length_dim)
     if mask is not None and is_causal:
         raise NotAttention("a mask beside causal masking")
-    sizes = {name: _parts(tensor(node).shape, length_dim) for name, node in operands.items()}
-    (_, length, width), (_, keys, _), (_, _, value_width) = (sizes[name] for name in ("query", "key", "value"))
-    if not all(
-        same(a, b)
-        for a, b in (
-            (width, sizes["key"][2]),
-            (keys, sizes["value"][1]),
-            (length, sizes["result"][1]),
-            (value_width, sizes["result"][2]),
-        )
-    ):
-        raise NotAttention("the lengths or features of query, key, value and result do not fit for every size")
-    heads = sizes["result"][0]
-    axes: Layout = tuple(_fresh(size, "batch") for size in heads)
-    positions, key_positions = _fresh(length, "query"), _fresh(keys, "key")
-    features, value_features = _fresh(width, "feature"), _fresh(value_width, "value feature")
-    key_axes, key_heads = (_grouped(axes, heads, sizes["key"][0], sizes["value"][0])) if grouped else (axes, heads)
-    layouts: dict[str, Layout] = {}
-    for name, own_axes, own_heads, own_length, own_features in (
-        ("query", axes, heads, positions, features),
-        ("key", key_axes, key_heads, key_positions, features),
-        ("value", key_axes, key_heads, key_positions, value_features),
-        ("result", axes, heads, positions, value_features),
-    ):
-        own = broadcast(own_axes, own_heads, sizes[name][0])
-        if own is None:
-            raise NotAttention(f"the heads of the {name} do not broadcast to those of the result for every size")
-        layouts[name] = _joined(own, own_length, own_features, length_dim)
-    mods: list[ScoreMod] = [Scale(_scale(scale, width))]
-    if mask is not None:
-        mods.append(_mask(mask, mask_drops, (*axes, positions, key_positions), (*heads, length, keys)))
-    origins = {
-        name: view.origin(Operand(operands[name], layouts[name]), anchor).resolved()
-        for name in ("query", "key", "value")
-    }
+    if not isinstance(scale, (int, float, type(None))):
+        raise NotAttention("the scale is not a number that the graph knows")
+    sizes = {name: Sizes.of(node, length_dim) for name, node in operands.items()}
+    _require_fitting(**sizes)
+    axes = call_axes(sizes["query"], sizes["key"], sizes["value"], sizes["result"].heads, grouped)
+    masks = () if mask is None else (_mask(mask, mask_drops, axes),)
     nodes = view.ordered([anchor, *interior, result])
     _require_no_other_reader(nodes)
     dtype = tensor(query).dtype
     for node in (key, value):
         dtype = torch.promote_types(dtype, tensor(node).dtype)
-    return AttentionSite(
+    site = site_of_call(
+        view,
         pattern=pattern,
         anchor=anchor,
         result=result,
-        result_layout=layouts["result"],
-        query=origins["query"],
-        key=origins["key"],
-        value=origins["value"],
-        query_axes=positions,
-        key_axes=key_positions,
-        feature_axes=features,
-        mods=tuple(mods),
-        softmax_dtype=torch.promote_types(dtype, torch.float32),
-        compute_dtype=compute_dtype or dtype,
-        weight_layout=(*axes, positions, key_positions),
-        dropout=dropout,
+        operands=(query, key, value),
+        axes=axes,
+        layout=lambda dims: dims.with_length_at(length_dim),
+        scale=scale,
+        masks=masks,
         is_causal=is_causal,
-        default_scale=scale is None and not isinstance(width, int),
-        differentiable=view.differentiable(anchor),
-        fused=empty_rows_like_sdpa,
-        in_autocast=view.in_autocast(anchor),
+        dropout=dropout,
+        dtype=dtype,
         interior=nodes,
     )
+    return replace(site, compute_dtype=compute_dtype or dtype, fused=empty_rows_like_sdpa)
+
+
+def _require_alike(operands: dict[str, fx.Node], length_dim: int) -> None:
+    ranks = {name: tensor(node).dim() for name, node in operands.items() if is_tensor(node)}
+    if set(ranks) != set(operands):
+        raise NotAttention(f"the {min(set(operands) - set(ranks))} is no tensor that the graph knows")
+    if len(set(ranks.values())) != 1 or not -ranks["query"] <= length_dim <= -2:
+        raise NotAttention(f"query, key, value and result have {ranks} dimensions, with the length at {length_dim}")
+
+
+def _require_fitting(query: Sizes, key: Sizes, value: Sizes, result: Sizes) -> None:
+    alike = (
+        (query.features, key.features),
+        (key.length, value.length),
+        (query.length, result.length),
+        (value.features, result.features),
+    )
+    if not all(same(a, b) for a, b in alike):
+        raise NotAttention("the lengths or features of query, key, value and result do not fit for every size")
 
 
 def _require_no_other_reader(interior: Sequence[fx.Node]) -> None:
@@ -171,53 +165,183 @@ def _require_no_other_reader(interior: Sequence[fx.Node]) -> None:
                 raise NotAttention(f"{node.name} is read at {where}, too, so it must exist in memory")
 
 
-def _parts(shape: Sequence[Size], length_dim: int) -> tuple[tuple[Size, ...], Size, Size]:
-    """(batch and heads, length, features)"""
-    sizes = list(shape)
-    features = sizes.pop()
-    length = sizes.pop(length_dim + 1)
-    return tuple(sizes), length, features
+def _mask(mask: fx.Node, drops: bool, axes: CallAxes) -> ScoreMod:
+    operand = mask_operand(mask, axes)
+    if operand.dtype is torch.bool:
+        return Fill(operand, -math.inf, torch.float32, invert=not drops)
+    if not operand.dtype.is_floating_point:
+        raise NotAttention(f"a mask of {operand.dtype}, which is neither boolean nor floating".replace("torch.", ""))
+    return added_mask(operand)
 
 
-def _joined(heads: Layout, length: Dim, features: Dim, length_dim: int) -> Layout:
-    dims = list(heads)
-    dims.insert(len(dims) + 2 + length_dim, length)
-    return (*dims, features)
+# The parts.
 
 
-def _fresh(size: Size, name: str) -> Dim:
-    return () if same(size, 1) else (Axis(size, name),)
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of an operand: batch and heads, which broadcast, positions and features."""
+
+    heads: tuple[Size, ...]
+    length: Size
+    features: Size
+
+    @staticmethod
+    def of(node: fx.Node, length_dim: int = -2) -> Sizes:
+        """Those of (batch and heads..., features), with the positions at ``length_dim``, counted from the end."""
+        sizes = list(tensor(node).shape)
+        features = sizes.pop()
+        length = sizes.pop(length_dim + 1)
+        return Sizes(tuple(sizes), length, features)
 
 
-def _grouped(
-    axes: Layout, heads: tuple[Size, ...], key: tuple[Size, ...], value: tuple[Size, ...]
-) -> tuple[Layout, tuple[Size, ...]]:
+@dataclass(frozen=True)
+class Dims:
+    """The dimensions of an operand as axes: batch and heads, positions and features."""
+
+    heads: Layout
+    length: Dim
+    features: Dim
+
+    def with_length_at(self, length_dim: int) -> Layout:
+        """(batch and heads..., features), with the positions at ``length_dim``, counted from the end."""
+        dims = list(self.heads)
+        dims.insert(len(dims) + 2 + length_dim, self.length)
+        return (*dims, self.features)
+
+
+@dataclass(frozen=True)
+class CallAxes:
+    """The dimensions of a call's operands and its result."""
+
+    query: Dims
+    key: Dims
+    value: Dims
+    result: Dims
+
+    @property
+    def scores(self) -> Layout:
+        """(batch and heads..., query positions, key positions)"""
+        return (*self.result.heads, self.query.length, self.key.length)
+
+
+def call_axes(query: Sizes, key: Sizes, value: Sizes, heads: Sequence[Size], grouped: bool = False) -> CallAxes:
+    """The axes of a call.
+
+    Args:
+        query, key, value: the sizes of the operands, whose batch and heads broadcast to those of the result.
+        heads: the sizes of the result's batch and heads.
+        grouped: the last dimension of the heads may be larger in the query, and neighbouring query heads share a key
+            and a value head.
+
+    Raises:
+        NotAttention: they do not broadcast for every size.
+    """
+    axes = fresh_layout(heads, "batch")
+    length, keys = fresh_dim(query.length, "query"), fresh_dim(key.length, "key")
+    features, value_features = fresh_dim(query.features, "feature"), fresh_dim(value.features, "value feature")
+    key_axes, key_heads = _without_groups(axes, heads, key.heads, value.heads) if grouped else (axes, heads)
+    return CallAxes(
+        Dims(_broadcast(axes, heads, query.heads, "query"), length, features),
+        Dims(_broadcast(key_axes, key_heads, key.heads, "key"), keys, features),
+        Dims(_broadcast(key_axes, key_heads, value.heads, "value"), keys, value_features),
+        Dims(axes, length, value_features),
+    )
+
+
+def _broadcast(axes: Layout, heads: Sequence[Size], own: Sequence[Size], name: str) -> Layout:
+    layout = broadcast(axes, heads, own)
+    if layout is None:
+        raise NotAttention(f"the heads of the {name} do not broadcast to those of the result for every size")
+    return layout
+
+
+def _without_groups(
+    axes: Layout, heads: Sequence[Size], key: Sequence[Size], value: Sequence[Size]
+) -> tuple[Layout, Sequence[Size]]:
     """The axes and sizes of the heads that key and value have: the last one without its groups."""
-    if not heads or not key or not value or not same(key[-1], value[-1]):
+    if not heads or (key and same(heads[-1], key[-1])):
+        return axes, heads
+    if not key or not value or not same(key[-1], value[-1]):
         raise NotAttention("key and value have not the same heads")
-    if same(heads[-1], key[-1]) or same(key[-1], 1):
+    if same(key[-1], 1):
         return axes, heads
     divided = axes[-1][0].divide(heads[-1] // key[-1]) if axes[-1] else None
     if divided is None or not same(divided[0].size, key[-1]):
-        raise NotAttention("the query's heads are not known to be a multiple of the key's")
+        raise NotAttention("the query's heads are not known to be a multiple of the key's heads")
     return (*axes[:-1], (divided[0],)), (*heads[:-1], key[-1])
 
 
-def _scale(scale: float | None, width: Size) -> float:
-    if scale is None:
-        return 1 / math.sqrt(width) if isinstance(width, int) and width else 1.0
-    if not isinstance(scale, (int, float)):
-        raise NotAttention("the scale is not a number that the graph knows")
-    return float(scale)
+def mask_operand(mask: fx.Node, axes: CallAxes) -> Operand:
+    """A mask that broadcasts to the scores.
 
-
-def _mask(mask: fx.Node, drops: bool, layout: Layout, shape: Sequence[Size]) -> ScoreMod:
-    value = tensor(mask)
-    own = broadcast(layout, shape, value.shape)
-    if own is None:
+    Raises:
+        NotAttention: it does not for every size.
+    """
+    layout = broadcast(axes.scores, [size_of(dim) for dim in axes.scores], tensor(mask).shape)
+    if layout is None:
         raise NotAttention("the mask does not broadcast to the scores for every size")
-    if value.dtype is torch.bool:
-        return Fill(Operand(mask, own), -math.inf, torch.float32, invert=not drops)
-    if not value.dtype.is_floating_point:
-        raise NotAttention(f"a mask of {value.dtype}, which is neither boolean nor floating".replace("torch.", ""))
-    return Bias(Operand(mask, own), torch.promote_types(value.dtype, torch.float32))
+    return Operand(mask, layout)
+
+
+def added_mask(operand: Operand) -> Bias:
+    """Numbers that are added to the scores, in float32 or wider."""
+    return Bias(operand, torch.promote_types(operand.dtype, torch.float32))
+
+
+def site_of_call(
+    view: GraphView,
+    *,
+    pattern: str,
+    anchor: fx.Node,
+    result: fx.Node,
+    operands: tuple[fx.Node, fx.Node, fx.Node],
+    axes: CallAxes,
+    layout: Callable[[Dims], Layout],
+    scale: float | fx.Node | None,
+    masks: Sequence[ScoreMod],
+    is_causal: bool,
+    dropout: float,
+    dtype: torch.dtype,
+    interior: tuple[fx.Node, ...],
+) -> AttentionSite:
+    """The site of a call that leaves rows without a key to its kernel.
+
+    Args:
+        operands: query, key and value.
+        layout: the dimensions of an operand, and of the result, in the order in which they are stored.
+        scale: None for one over the root of the features.
+        dtype: what the call computes in.
+        interior: the nodes that go with it, in graph order.
+    """
+    width = size_of(axes.query.features)
+    if scale is None:
+        factor: float | fx.Node = 1 / math.sqrt(width) if isinstance(width, int) and width else 1.0
+    else:
+        factor = scale
+    query, key, value = (
+        view.origin(Operand(node, layout(dims)), anchor).resolved()
+        for node, dims in zip(operands, (axes.query, axes.key, axes.value), strict=True)
+    )
+    return AttentionSite(
+        pattern=pattern,
+        anchor=anchor,
+        result=result,
+        result_layout=layout(axes.result),
+        query=query,
+        key=key,
+        value=value,
+        query_axes=axes.query.length,
+        key_axes=axes.key.length,
+        feature_axes=axes.query.features,
+        mods=(Scale(factor), *masks),
+        softmax_dtype=torch.promote_types(dtype, torch.float32),
+        compute_dtype=dtype,
+        weight_layout=axes.scores,
+        dropout=dropout,
+        is_causal=is_causal,
+        default_scale=scale is None and not isinstance(width, int),
+        differentiable=view.differentiable(anchor),
+        fused=True,
+        in_autocast=view.in_autocast(anchor),
+        interior=interior,
+    )
