@@ -43,7 +43,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class _Call:
+class _CallMeaning:
     """What a call says.
 
     Attributes:
@@ -85,14 +85,14 @@ def _require(arguments: _Arguments, **wanted: tuple[Any, ...]) -> None:
             raise NotAttention(f"the argument {name} of the call asks for something that is not read")
 
 
-def _flash(arguments: _Arguments, query: str, key: str, value: str, **more: Any) -> _Call:
+def _flash(arguments: _Arguments, query: str, key: str, value: str, **more: Any) -> _CallMeaning:
     """FlashAttention's own interface counts a causal mask from the last key."""
-    return _Call(
+    return _CallMeaning(
         arguments[query], arguments[key], arguments[value], _BSHD, causal=more.pop("causal"), from_last=True, **more
     )
 
 
-def _flash_attn(arguments: _Arguments) -> _Call:
+def _flash_attn(arguments: _Arguments) -> _CallMeaning:
     """https://github.com/Dao-AILab/flash-attention/blob/v2.8.3/flash_attn/flash_attn_interface.py"""
     _require(arguments, window_size_left=(-1,), window_size_right=(-1, 0), softcap=(0.0,), alibi_slopes=(None,))
     causal = bool(arguments["causal"])
@@ -110,7 +110,7 @@ def _flash_attn(arguments: _Arguments) -> _Call:
     )
 
 
-def _xformers_flash(arguments: _Arguments) -> _Call:
+def _xformers_flash(arguments: _Arguments) -> _CallMeaning:
     """https://github.com/facebookresearch/xformers/blob/v0.0.35/xformers/ops/fmha/flash.py"""
     _require(arguments, cu_seqlens_q=(None,), cu_seqlens_k=(None,), seqused_k=(None,), block_tables=(None,))
     causal = bool(arguments["is_causal"])
@@ -126,7 +126,7 @@ def _xformers_flash(arguments: _Arguments) -> _Call:
     )
 
 
-def _torch_flash(arguments: _Arguments) -> _Call:
+def _torch_flash(arguments: _Arguments) -> _CallMeaning:
     """https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/native_functions.yaml"""
     nothing = ("cum_seq_q", "cum_seq_k", "seqused_k", "alibi_slopes", "block_table")
     _require(arguments, **dict.fromkeys(nothing, (None,)), return_debug_mask=(False,))
@@ -147,13 +147,13 @@ _NO_MASK, _FROM_FIRST, _FROM_LAST = 0, 1, 2
 """``custom_mask_type`` of the efficient kernel."""
 
 
-def _torch_efficient(arguments: _Arguments) -> _Call:
+def _torch_efficient(arguments: _Arguments) -> _CallMeaning:
     """https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/transformers/cuda/attention.cu"""
     nothing = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqlen_k", "window_size")
     _require(arguments, **dict.fromkeys(nothing, (None,)))
     _require(arguments, custom_mask_type=(_NO_MASK, _FROM_FIRST, _FROM_LAST))
     kind = arguments["custom_mask_type"]
-    return _Call(
+    return _CallMeaning(
         arguments["query"],
         arguments["key"],
         arguments["value"],
@@ -166,10 +166,10 @@ def _torch_efficient(arguments: _Arguments) -> _Call:
     )
 
 
-def _torch_sdpa(arguments: _Arguments) -> _Call:
+def _torch_sdpa(arguments: _Arguments) -> _CallMeaning:
     """What ``scaled_dot_product_attention`` selects from, called by name."""
     _require(arguments, return_debug_mask=(None, False), dropout_mask=(None,))
-    return _Call(
+    return _CallMeaning(
         arguments["query"],
         arguments["key"],
         arguments["value"],
@@ -183,7 +183,7 @@ def _torch_sdpa(arguments: _Arguments) -> _Call:
     )
 
 
-def _xformers(arguments: _Arguments) -> _Call:
+def _xformers(arguments: _Arguments) -> _CallMeaning:
     """https://github.com/facebookresearch/xformers/blob/v0.0.35/xformers/ops/fmha/__init__.py"""
     query = arguments["q"]
     orders = {3: ("B", "S", "D"), 4: _BSHD}
@@ -191,7 +191,9 @@ def _xformers(arguments: _Arguments) -> _Call:
         raise NotAttention("query, key and value have neither three nor four dimensions")
     order = orders[tensor(query).dim()]
     dropout = arguments["p"] or 0.0
-    return _Call(query, arguments["k"], arguments["v"], order, arguments["scale"], bias=arguments["b"], dropout=dropout)
+    return _CallMeaning(
+        query, arguments["k"], arguments["v"], order, arguments["scale"], bias=arguments["b"], dropout=dropout
+    )
 
 
 _NPU_ORDERS = {"BSND": _BSHD, "BNSD": _BHSD, "BSH": ("B", "S", "(HD)"), "SBH": ("S", "B", "(HD)")}
@@ -199,7 +201,7 @@ _NPU_WHOLE_MASK = (0, 1)
 """Values of ``sparse_mode`` under which the mask is given whole; from 0 bounds are counted, too."""
 
 
-def _npu(arguments: _Arguments) -> _Call:
+def _npu(arguments: _Arguments) -> _CallMeaning:
     """torch_npu's documentation of ``npu_fusion_attention``; its schema in torch-npu 2.13.0."""
     nothing = ("pse", "padding_mask", "prefix", "actual_seq_qlen", "actual_seq_kvlen", "sink", "dropout_mask")
     _require(arguments, **dict.fromkeys(nothing, (None,)), softmax_layout=(None, ""))
@@ -216,7 +218,7 @@ def _npu(arguments: _Arguments) -> _Call:
         )
         if arguments["sparse_mode"] == 0 and min(arguments["pre_tockens"], arguments["next_tockens"]) < longest:
             raise NotAttention("pre_tockens or next_tockens may be less than the number of positions")
-    return _Call(
+    return _CallMeaning(
         arguments["query"],
         arguments["key"],
         arguments["value"],
@@ -228,10 +230,10 @@ def _npu(arguments: _Arguments) -> _Call:
     )
 
 
-def _xla(arguments: _Arguments) -> _Call:
+def _xla(arguments: _Arguments) -> _CallMeaning:
     """torch-xla 2.9.0, torch_xla/experimental/custom_kernel.py"""
     _require(arguments, q_segment_ids=(None,), kv_segment_ids=(None,), partition_spec=("None",))
-    return _Call(
+    return _CallMeaning(
         arguments["q"],
         arguments["k"],
         arguments["v"],
@@ -242,7 +244,7 @@ def _xla(arguments: _Arguments) -> _Call:
     )
 
 
-_READERS: dict[str, Callable[[_Arguments], _Call]] = {
+_READERS: dict[str, Callable[[_Arguments], _CallMeaning]] = {
     "aten::_scaled_dot_product_flash_attention": _torch_sdpa,
     "aten::_scaled_dot_product_efficient_attention": _torch_sdpa,
     "aten::_scaled_dot_product_cudnn_attention": _torch_sdpa,
@@ -280,7 +282,7 @@ class LibraryCall:
             except NotAttention as reason:
                 yield NearMiss(self.name, node, str(reason), (node,))
 
-    def _read(self, node: fx.Node, call: _Call, view: GraphView) -> AttentionSite:
+    def _read(self, node: fx.Node, call: _CallMeaning, view: GraphView) -> AttentionSite:
         result = _result(node)
         if view.differentiable(node) and not schema_of(node.target).name.startswith("aten::"):
             raise NotAttention("the library has its backward pass elsewhere (run it under torch.no_grad())")
@@ -324,7 +326,7 @@ def _result(node: fx.Node) -> fx.Node:
     return results[0]
 
 
-def _sizes(call: _Call) -> list[Sizes]:
+def _sizes(call: _CallMeaning) -> list[Sizes]:
     """The sizes of query, key and value; the heads are (batch, heads), or (batch,) where the call has no heads."""
     shapes = [tensor(part).shape for part in (call.query, call.key, call.value)]
     if any(len(shape) != len(call.order) for shape in shapes):
@@ -339,7 +341,7 @@ def _sizes(call: _Call) -> list[Sizes]:
     return sizes
 
 
-def _sizes_of(shape: Sequence[Size], call: _Call) -> Sizes:
+def _sizes_of(shape: Sequence[Size], call: _CallMeaning) -> Sizes:
     named = dict(zip(call.order, shape, strict=True))
     if "(HD)" not in named:
         heads = (named["B"], named["H"]) if "H" in named else (named["B"],)
@@ -357,7 +359,7 @@ def _ordered(dims: Dims, order: Sequence[str]) -> Layout:
     return tuple(named[name] for name in order)
 
 
-def _masks(call: _Call, axes: CallAxes) -> list[ScoreMod]:
+def _masks(call: _CallMeaning, axes: CallAxes) -> list[ScoreMod]:
     mods: list[ScoreMod] = []
     for node in (call.bias, call.masked):
         if node is None:

@@ -66,7 +66,7 @@ class LinearAttentionPattern:
         return (*_spelling, *LINEAR_SPECIMENS)
 
     def find(self, view: GraphView) -> Iterator[Finding]:
-        reader = _Reader(self.name, view)
+        reader = _LinearReader(self.name, view)
         for node in view.graph.nodes:
             if node.op == "call_function" and is_product(node):
                 yield from reader.read(node)
@@ -87,7 +87,7 @@ class _Between:
     casts: bool = False
 
 
-class _Reader:
+class _LinearReader:
     """Reads linear attention off one graph."""
 
     def __init__(self, pattern: str, view: GraphView) -> None:

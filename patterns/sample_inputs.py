@@ -10,14 +10,14 @@ import torch
 
 from attnrewrite.patterns.base import Specimen
 
-__all__ = ["Part", "Specimens", "additive", "keep", "learned", "normal", "padding"]
+__all__ = ["SampleInput", "Specimens", "additive", "keep", "learned", "normal", "padding"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 Size = int | str
 
 
 @dataclass(frozen=True)
-class Part:
+class SampleInput:
     """One input of a specimen.
 
     Attributes:
@@ -29,17 +29,17 @@ class Part:
     empty: float | None = None
 
 
-def normal(*shape: Size, std: float = 1.0) -> Part:
+def normal(*shape: Size, std: float = 1.0) -> SampleInput:
     """Standard normal numbers. A size of "L" is the sequence length, "S" another, that of the keys."""
-    return Part(lambda generator, length: std * torch.randn(_sizes(shape, length), generator=generator))
+    return SampleInput(lambda generator, length: std * torch.randn(_sizes(shape, length), generator=generator))
 
 
-def learned(*shape: Size) -> Part:
+def learned(*shape: Size) -> SampleInput:
     """Weights, small enough that what they project keeps its size."""
     return normal(*shape, std=0.2)
 
 
-def keep(*shape: Size, dtype: torch.dtype = torch.bool) -> Part:
+def keep(*shape: Size, dtype: torch.dtype = torch.bool) -> SampleInput:
     """A mask that is true (or 1) for keys that count, among them the first of every row."""
 
     def draw(generator: torch.Generator, length: int) -> torch.Tensor:
@@ -47,28 +47,28 @@ def keep(*shape: Size, dtype: torch.dtype = torch.bool) -> Part:
         mask[..., 0] = True
         return mask.to(dtype)
 
-    return Part(draw, 0.0)
+    return SampleInput(draw, 0.0)
 
 
-def padding(*shape: Size) -> Part:
+def padding(*shape: Size) -> SampleInput:
     """A mask that is true for keys that do not count, never the first of a row."""
-    return Part(lambda generator, length: ~keep(*shape).draw(generator, length), 1.0)
+    return SampleInput(lambda generator, length: ~keep(*shape).draw(generator, length), 1.0)
 
 
-def additive(*shape: Size) -> Part:
+def additive(*shape: Size) -> SampleInput:
     """A mask that is minus infinity for keys that do not count, never the first of a row, and 0 elsewhere."""
 
     def draw(generator: torch.Generator, length: int) -> torch.Tensor:
         mask = keep(*shape).draw(generator, length)
         return torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
 
-    return Part(draw, -torch.inf)
+    return SampleInput(draw, -torch.inf)
 
 
 class Specimens(list[Specimen]):
     """Specimens in the order in which they stand in a file."""
 
-    def add(self, *parts: Part, **fields: Any) -> Callable[[F], F]:
+    def add(self, *parts: SampleInput, **fields: Any) -> Callable[[F], F]:
         """Makes a specimen of the decorated function, which takes one tensor for each part."""
         if any(part.empty is not None for part in parts):
             fields["masked_rows"] = lambda inputs: tuple(
@@ -84,7 +84,7 @@ class Specimens(list[Specimen]):
         return collect
 
 
-def _draw(parts: tuple[Part, ...], seed: int, length: int) -> tuple[torch.Tensor, ...]:
+def _draw(parts: tuple[SampleInput, ...], seed: int, length: int) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     return tuple(part.draw(generator, length) for part in parts)
 

@@ -55,7 +55,7 @@ def kinds_of(gm: fx.GraphModule, sites: Sequence[AttentionSite | LinearAttention
     if not sites:
         return []
     dimensions = Dimensions(gm.graph)
-    read = [_Site(site, dimensions) for site in sites]
+    read = [_SiteDims(site, dimensions) for site in sites]
     for each in read:
         each.resolve()
     kinds = [_cross(each) or _told(each, dimensions) for each in read]
@@ -77,7 +77,7 @@ def begins_with_batch(gm: fx.GraphModule) -> frozenset[fx.Node]:
     return frozenset(found)
 
 
-class _Site:
+class _SiteDims:
     """A site in terms of the graph's dimensions.
 
     Attributes:
@@ -125,7 +125,7 @@ def _of_axes(operand: Operand, axes: set[Axis], dimensions: Dimensions) -> tuple
 # Cross attention.
 
 
-def _cross(site: _Site) -> SiteKind | None:
+def _cross(site: _SiteDims) -> SiteKind | None:
     """Whether the key's positions are other data than the query's; None for a self attention."""
     query, key = origins_of(site.query), origins_of(site.key)
     from_query, from_key = _nodes(query), _nodes(key)
@@ -141,7 +141,7 @@ def _cross(site: _Site) -> SiteKind | None:
     return SiteKind("cross", f"the key comes from {_in_words(from_key)}, the query from {_in_words(from_query)}")
 
 
-def _cross_by_data(site: _Site, from_query: set[fx.Node]) -> SiteKind | None:
+def _cross_by_data(site: _SiteDims, from_query: set[fx.Node]) -> SiteKind | None:
     """The same where a single position, or an operator that mixes them, leaves nothing to go by but the flow of data.
 
     Of inputs that the query alone reads, a vector (a timestep, a scale) does not say where its positions come from.
@@ -199,7 +199,7 @@ def _input_name(node: fx.Node) -> str:
 # Spatial and temporal attention.
 
 
-def _told(site: _Site, dimensions: Dimensions) -> SiteKind | None:
+def _told(site: _SiteDims, dimensions: Dimensions) -> SiteKind | None:
     """What convolutions and projections say of the query's positions."""
     each = [dimensions.roles(axis) for axis in site.query]
     space = [roles["space"] for roles in each if "space" in roles]
@@ -216,7 +216,7 @@ _TEMPORAL = frozenset({"temporal", "time", "motion"})
 _NOT_TEMPORAL = frozenset({"spatial", "spatio", "space", "embed", "embedder", "embedding", "emb", "step"})
 
 
-def _named(site: _Site) -> SiteKind | None:
+def _named(site: _SiteDims) -> SiteKind | None:
     """What the name of a module says that the attention is in."""
     location = source_location(site.site.anchor)
     name = is_named_temporal(location.module if location is not None else "")
@@ -234,7 +234,9 @@ def is_named_temporal(path: str) -> str:
     return ""
 
 
-def _related(site: _Site, sites: Sequence[_Site], kinds: Sequence[SiteKind | None], dimensions: Dimensions) -> SiteKind:
+def _related(
+    site: _SiteDims, sites: Sequence[_SiteDims], kinds: Sequence[SiteKind | None], dimensions: Dimensions
+) -> SiteKind:
     """What another attention says, for which this one's positions are batch, as its own are for this one.
 
     One of the two attends over frames, the other one over space. If neither is known, frames are what comes first in
@@ -258,7 +260,7 @@ def _related(site: _Site, sites: Sequence[_Site], kinds: Sequence[SiteKind | Non
     return SiteKind("spatial", "a self attention; nothing in the graph tells frames from space", False)
 
 
-def _take_turns(site: _Site, other: _Site) -> bool:
+def _take_turns(site: _SiteDims, other: _SiteDims) -> bool:
     own, others = _begun(site.query), _begun(other.query)
     return bool(own and others) and own <= _begun(other.batch) and others <= _begun(site.batch)
 
@@ -273,7 +275,7 @@ def _begun(dim: Iterable[Axis]) -> set[Axis]:
     return found
 
 
-def _is_first(site: _Site, other: _Site, dimensions: Dimensions) -> bool | None:
+def _is_first(site: _SiteDims, other: _SiteDims, dimensions: Dimensions) -> bool | None:
     """Whether the site's positions come before the other's in the one input that both come from."""
     origins = origins_of((*site.query, *other.query))
     nodes = _nodes(origins)

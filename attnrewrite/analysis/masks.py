@@ -14,7 +14,7 @@ import sympy
 
 from attnrewrite.analysis.entries import Cases, Entries, expression_of
 from attnrewrite.analysis.formulas import All, AtLeast, Formula, Known, Some, negation, parts, symbols
-from attnrewrite.analysis.values import ORDINARY, Kind, is_far_below, is_ordinary, possible_values
+from attnrewrite.analysis.values import ORDINARY, ValueKind, is_far_below, is_ordinary, possible_values
 from attnrewrite.ir.axes import Axis, Dim, Operand
 from attnrewrite.ir.site import Band, Bias, Fill, Reach, ScoreMod
 
@@ -317,6 +317,6 @@ def may_mask(mod: Bias) -> bool:
     """Whether a bias may be there to mask: what it adds may be anything, or is a large negative number."""
     for value in possible_values(mod.operand.node):
         added = mod.of(value) if isinstance(value, float) else None
-        if value is Kind.ANY or (isinstance(value, float) and (added is None or added < -ORDINARY)):
+        if value is ValueKind.ANY or (isinstance(value, float) and (added is None or added < -ORDINARY)):
             return True
     return False

@@ -94,7 +94,7 @@ def sources_of_scores(node: fx.Node) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _Walking:
     memo: dict[fx.Node, bool]
     key_axes: tuple[Axis, ...]
     accepts: Callable[[Product], object]
@@ -123,10 +123,10 @@ def read_scores(
     Raises:
         NotAttention: something on the way cannot be read as a function of the scores.
     """
-    return _walk(node, layout, _Reader(memo, key_axes, accepts, sink), plain=True)
+    return _walk(node, layout, _Walking(memo, key_axes, accepts, sink), plain=True)
 
 
-def _walk(node: fx.Node, layout: Layout, reader: _Reader, plain: bool) -> ScoreWalk:
+def _walk(node: fx.Node, layout: Layout, reader: _Walking, plain: bool) -> ScoreWalk:
     """``plain``: nothing but sums, scales and masks lies between here and softmax, so constants of a row cancel."""
     if is_product(node):
         return _arrived(node, layout, reader)
@@ -150,7 +150,7 @@ def _walk(node: fx.Node, layout: Layout, reader: _Reader, plain: bool) -> ScoreW
     return max(walks, key=lambda walk: len({*walk.product.lhs.axes} & {*walk.product.rhs.axes}))
 
 
-def _keeps_constants(mod: ScoreMod, reader: _Reader) -> bool:
+def _keeps_constants(mod: ScoreMod, reader: _Walking) -> bool:
     """Whether a number that is the same for all keys of a row is still so afterwards, or cancels all the same."""
     if isinstance(mod, Scale) and isinstance(mod.factor, Operand):
         if possible_values(mod.factor.node) <= {0.0, 1.0}:
@@ -161,7 +161,7 @@ def _keeps_constants(mod: ScoreMod, reader: _Reader) -> bool:
     return not isinstance(mod, Elementwise)
 
 
-def _arrived(node: fx.Node, layout: Layout, reader: _Reader) -> ScoreWalk:
+def _arrived(node: fx.Node, layout: Layout, reader: _Walking) -> ScoreWalk:
     product = product_from_result(node, layout)
     if tensor(node).dtype not in FLOATING:
         raise NotAttention(f"{node_in_words(node)} multiplies in {tensor(node).dtype}".replace("torch.", ""))
@@ -195,7 +195,7 @@ def _step_back(node: fx.Node, source: fx.Node, layout: Layout) -> Layout:
 _Step = tuple[list[ScoreMod], tuple[fx.Node, ...]]
 
 
-def _read_step(node: fx.Node, source: fx.Node, layout: Layout, reader: _Reader, plain: bool) -> _Step:
+def _read_step(node: fx.Node, source: fx.Node, layout: Layout, reader: _Walking, plain: bool) -> _Step:
     """What ``node`` does to the scores, last thing first, and the nodes beside it that only serve that."""
     args: Any = node.args
     target: Any = node.target
@@ -247,7 +247,7 @@ def _read_step(node: fx.Node, source: fx.Node, layout: Layout, reader: _Reader, 
     return [Scale(_factor(other), divide=target in _DIV)], ()
 
 
-def _shift(number: Any, node: fx.Node, reader: _Reader, plain: bool) -> list[ScoreMod]:
+def _shift(number: Any, node: fx.Node, reader: _Walking, plain: bool) -> list[ScoreMod]:
     """A number of ordinary size that is added to all scores of a row is no change to their softmax."""
     if not plain or reader.sink or not isinstance(number, (int, float)) or not abs(number) <= ORDINARY:
         raise NotAttention(f"{node_in_words(node)} adds a number to the scores that softmax does not cancel")
@@ -294,7 +294,7 @@ def _put(node: fx.Node, layout: Layout) -> Fill:
 
 
 def row_maximum(
-    node: Any, scores: fx.Node, layout: Layout | None, reader: _Reader | tuple[Axis, ...], own_row: bool = False
+    node: Any, scores: fx.Node, layout: Layout | None, reader: _Walking | tuple[Axis, ...], own_row: bool = False
 ) -> tuple[fx.Node, ...] | None:
     """The nodes that compute a maximum of ``scores`` which is the same for all keys of a row; None if it is none.
 
@@ -304,7 +304,7 @@ def row_maximum(
     ``own_row``: it must be the maximum of the row itself, and nothing more; else one of several rows, or one that is
     kept within bounds, will do as well.
     """
-    keys = set(reader.key_axes if isinstance(reader, _Reader) else reader)
+    keys = set(reader.key_axes if isinstance(reader, _Walking) else reader)
     if layout is None or not is_tensor(node):
         return None
     chain: list[fx.Node] = []

@@ -21,7 +21,7 @@ __all__ = [
     "MOVES",
     "ORDINARY",
     "UNDERFLOW",
-    "Kind",
+    "ValueKind",
     "as_stored",
     "constant_value",
     "is_far_below",
@@ -36,7 +36,7 @@ ABSORBING = -(2.0**126)
 multiplication by log2(e) that fused kernels apply before exponentiation."""
 
 
-class Kind(enum.Enum):
+class ValueKind(enum.Enum):
     """What is known of values that are no listed constants.
 
     LEARNED is an expectation and no proof: a parameter may hold minus infinity as well. It says that the numbers are
@@ -48,7 +48,7 @@ class Kind(enum.Enum):
     ANY = "anything, infinities included"
 
 
-Value = float | Kind
+Value = float | ValueKind
 
 ORDINARY = 64.0
 """Constants up to this size are taken for scores like any other; beyond it they may be there to mask."""
@@ -66,7 +66,7 @@ def is_far_below(value: float, dtype: torch.dtype) -> bool:
 
 
 def possible_values(node: fx.Node) -> frozenset[Value]:
-    """A set that holds every value the node's entries can take; constants listed, the rest as :class:`Kind`."""
+    """A set that holds every value the node's entries can take; constants listed, the rest as :class:`ValueKind`."""
     return _values(node, {})
 
 
@@ -74,9 +74,9 @@ def _values(node: Any, memo: dict[fx.Node, frozenset[Value]]) -> frozenset[Value
     if isinstance(node, (bool, int, float)):
         return frozenset({float(node)})
     if not isinstance(node, fx.Node) or not is_tensor(node):
-        return frozenset({Kind.INTEGER})
+        return frozenset({ValueKind.INTEGER})
     if node not in memo:
-        memo[node] = frozenset({Kind.ANY})
+        memo[node] = frozenset({ValueKind.ANY})
         memo[node] = _limited(_values_of_call(node, memo), tensor(node).dtype)
     return memo[node]
 
@@ -85,7 +85,7 @@ def _limited(values: frozenset[Value], dtype: torch.dtype) -> frozenset[Value]:
     if dtype is torch.bool:
         return frozenset({0.0, 1.0})
     values = frozenset(as_stored(value, dtype) if isinstance(value, float) else value for value in values)
-    return values if TENSOR_VALUES.allows(len(values)) else frozenset({Kind.ANY})
+    return values if TENSOR_VALUES.allows(len(values)) else frozenset({ValueKind.ANY})
 
 
 def _values_of_call(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> frozenset[Value]:
@@ -94,7 +94,7 @@ def _values_of_call(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> fro
     if node.op in ("placeholder", "get_attr"):
         return frozenset({_kind_of_input(node)})
     if node.op != "call_function":
-        return frozenset({Kind.ANY})
+        return frozenset({ValueKind.ANY})
     constant = constant_value(node)
     if constant is not None:
         return frozenset({constant})
@@ -111,7 +111,7 @@ def _values_of_call(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> fro
     if target in (aten.tril.default, aten.triu.default, aten.constant_pad_nd.default, aten.pad.default):
         filler = args[2] if target is aten.constant_pad_nd.default and len(args) > 2 else 0.0
         if target is aten.pad.default and (len(args) > 2 or node.kwargs):
-            return frozenset({Kind.ANY})
+            return frozenset({ValueKind.ANY})
         return _values(args[0], memo) | _values(filler, memo)
     if target in _ARITHMETIC and not node.kwargs:
         function = _ARITHMETIC[target]
@@ -120,18 +120,18 @@ def _values_of_call(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> fro
     if target is aten.neg.default:
         return frozenset(_times(value, -1.0) for value in _values(args[0], memo))
     if target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
-        return frozenset({Kind.INTEGER})
+        return frozenset({ValueKind.INTEGER})
     if target in _POWERS:
         return _values_of_power(args[0], args[1], memo)
     if target is aten.div.Tensor and not node.kwargs:
         return _values_of_quotient(args[0], args[1], memo)
     if target in _COMPUTED or is_product(node):
-        return frozenset({Kind.LEARNED})
+        return frozenset({ValueKind.LEARNED})
     if target in _ORDINARY:
         inputs = [_values(arg, memo) for arg in node.all_input_nodes if is_tensor(arg)]
-        if all(value is not Kind.ANY and is_ordinary(value) for values in inputs for value in values):
-            return frozenset({Kind.LEARNED})
-    return frozenset({Kind.ANY})
+        if all(value is not ValueKind.ANY and is_ordinary(value) for values in inputs for value in values):
+            return frozenset({ValueKind.LEARNED})
+    return frozenset({ValueKind.ANY})
 
 
 _POWERS = (aten.pow.Tensor_Tensor, aten.pow.Tensor_Scalar, aten.pow.Scalar)
@@ -141,10 +141,10 @@ def _values_of_power(base: Any, exponent: Any, memo: dict[fx.Node, frozenset[Val
     """A power is of ordinary size where nothing is divided by zero: of positive numbers, or by a positive number."""
     bases, exponents = _values(base, memo), _values(exponent, memo)
     positive = all(isinstance(value, float) and 0 < value <= ORDINARY for value in bases)
-    learned = all(value is Kind.LEARNED or isinstance(value, float) for value in bases)
+    learned = all(value is ValueKind.LEARNED or isinstance(value, float) for value in bases)
     raised = all(isinstance(value, float) and 0 <= value <= 4 for value in exponents)
-    safe = (positive and Kind.ANY not in exponents) or (learned and raised)
-    return frozenset({Kind.LEARNED if safe else Kind.ANY})
+    safe = (positive and ValueKind.ANY not in exponents) or (learned and raised)
+    return frozenset({ValueKind.LEARNED if safe else ValueKind.ANY})
 
 
 def _values_of_quotient(dividend: Any, divisor: Any, memo: dict[fx.Node, frozenset[Value]]) -> frozenset[Value]:
@@ -153,54 +153,60 @@ def _values_of_quotient(dividend: Any, divisor: Any, memo: dict[fx.Node, frozens
     dividends, divisors = _values(dividend, memo), _values(divisor, memo)
     if number is not None:
         return frozenset(_over(value, number) for value in dividends)
-    ordinary = all(value is not Kind.ANY and is_ordinary(value) for value in divisors)
-    learned = all(value in (Kind.LEARNED, Kind.INTEGER) for value in dividends)
-    return frozenset({Kind.LEARNED if ordinary and learned else Kind.ANY})
+    ordinary = all(value is not ValueKind.ANY and is_ordinary(value) for value in divisors)
+    learned = all(value in (ValueKind.LEARNED, ValueKind.INTEGER) for value in dividends)
+    return frozenset({ValueKind.LEARNED if ordinary and learned else ValueKind.ANY})
 
 
 def _over(value: Value, number: float) -> Value:
     if number == 0:
-        return Kind.ANY
+        return ValueKind.ANY
     return value / number if isinstance(value, float) else _times(value, 1.0 / number)
 
 
-def _kind_of_input(node: fx.Node) -> Kind:
+def _kind_of_input(node: fx.Node) -> ValueKind:
     """A parameter holds learned numbers; a tensor that the caller hands over may hold anything."""
     stored = node.meta.get("stored")
     if isinstance(stored, StoredPattern) and stored.holds_only_up_to(ORDINARY):
-        return Kind.LEARNED
+        return ValueKind.LEARNED
     example = node.meta.get("example_value", tensor(node))
-    return Kind.LEARNED if isinstance(example, torch.nn.Parameter) and example.requires_grad else Kind.ANY
+    return ValueKind.LEARNED if isinstance(example, torch.nn.Parameter) and example.requires_grad else ValueKind.ANY
 
 
 def is_ordinary(value: Value) -> bool:
-    return abs(value) <= ORDINARY if isinstance(value, float) else value is not Kind.ANY
+    return abs(value) <= ORDINARY if isinstance(value, float) else value is not ValueKind.ANY
 
 
 def _plus(a: Value, b: Value) -> Value:
     if isinstance(a, float) and isinstance(b, float):
         return a + b
-    if Kind.ANY in (a, b):
-        return Kind.ANY
+    if ValueKind.ANY in (a, b):
+        return ValueKind.ANY
     for one, other in ((a, b), (b, a)):
         if isinstance(one, float) and not isinstance(other, float):
             if one <= ABSORBING:
                 return one
-            return other if one == 0 else Kind.LEARNED if is_ordinary(one) else Kind.ANY
-    return Kind.INTEGER if a is b is Kind.INTEGER else Kind.LEARNED
+            return other if one == 0 else ValueKind.LEARNED if is_ordinary(one) else ValueKind.ANY
+    return ValueKind.INTEGER if a is b is ValueKind.INTEGER else ValueKind.LEARNED
 
 
 def _times(a: Value, b: Value) -> Value:
     if isinstance(a, float) and isinstance(b, float):
         return a * b
-    if 0.0 in (a, b) and Kind.ANY not in (a, b):
+    if 0.0 in (a, b) and ValueKind.ANY not in (a, b):
         return 0.0
     for one, other in ((a, b), (b, a)):
         if isinstance(one, float):
-            return other if one == 1.0 else Kind.LEARNED if other is not Kind.ANY and is_ordinary(one) else Kind.ANY
-    if Kind.ANY in (a, b):
-        return Kind.ANY
-    return Kind.INTEGER if a is b is Kind.INTEGER else Kind.LEARNED
+            return (
+                other
+                if one == 1.0
+                else ValueKind.LEARNED
+                if other is not ValueKind.ANY and is_ordinary(one)
+                else ValueKind.ANY
+            )
+    if ValueKind.ANY in (a, b):
+        return ValueKind.ANY
+    return ValueKind.INTEGER if a is b is ValueKind.INTEGER else ValueKind.LEARNED
 
 
 def _minus(a: Value, b: Value) -> Value:

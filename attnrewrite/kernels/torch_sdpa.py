@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.values import ORDINARY, Kind, possible_values
+from attnrewrite.analysis.values import ORDINARY, ValueKind, possible_values
 from attnrewrite.ir.axes import Operand
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import same, tensor
@@ -212,7 +212,7 @@ def _backward_loses_rows(site: CanonicalAttention) -> bool:
             continue
         for value in possible_values(term.operand.node):
             added = term.of(value) if isinstance(value, float) else None
-            if (value is Kind.ANY or (isinstance(value, float) and added is None)) and scores.attended is None:
+            if (value is ValueKind.ANY or (isinstance(value, float) and added is None)) and scores.attended is None:
                 return True
             if added is not None and (added > ORDINARY or (added < -ORDINARY and scores.attended is None)):
                 return True

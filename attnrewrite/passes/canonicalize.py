@@ -31,7 +31,7 @@ from attnrewrite.analysis.values import (
     FAR_BELOW,
     ORDINARY,
     UNDERFLOW,
-    Kind,
+    ValueKind,
     as_stored,
     is_ordinary,
     possible_values,
@@ -213,7 +213,7 @@ def _rows_without_key(site: AttentionSite, terms: list[Term]) -> MaskedRows:
 
 
 def _may_be_infinite(terms: Sequence[Term]) -> bool:
-    return any(value in (Kind.ANY, Kind.LEARNED, -math.inf) for term in terms for value in _values(term))
+    return any(value in (ValueKind.ANY, ValueKind.LEARNED, -math.inf) for term in terms for value in _values(term))
 
 
 def _kept_by_all(terms: list[Term], kept: Sequence[Formula | None]) -> Formula | None:
@@ -264,7 +264,7 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
                 reading.take_function("the scores are multiplied by a tensor over query and key positions")
                 if terms:
                     reading.overflows = Reason("a tensor scales masked scores")
-            elif any(value in (Kind.ANY, -math.inf) for term in terms for value in _values(term)):
+            elif any(value in (ValueKind.ANY, -math.inf) for term in terms for value in _values(term)):
                 raise NotAttention("zeros multiply scores that may be minus infinity, which gives NaN")
             else:
                 terms.append(_Multiplied(mod.factor, 0.0, site.softmax_dtype, True, after_shift=reading.shifted))
@@ -521,14 +521,14 @@ def _values(term: Term) -> list[object]:
     if isinstance(term, (Fill, Floor)):
         return [term.value]
     values = [term.of(value) if isinstance(value, float) else value for value in possible_values(term.operand.node)]
-    return [Kind.ANY if value is None else value for value in values]
+    return [ValueKind.ANY if value is None else value for value in values]
 
 
 def _lowest(value: object) -> float:
     """What a value may be there to lower scores by."""
     if isinstance(value, float):
         return value
-    return -math.inf if value is Kind.ANY else 0.0
+    return -math.inf if value is ValueKind.ANY else 0.0
 
 
 def _only_fills_mask(terms: list[Term]) -> bool:
@@ -601,8 +601,8 @@ def _check_rounding(terms: list[Term], dtype: torch.dtype, attended: str | None)
         if not isinstance(term, Bias):
             continue
         for value in _values(term):
-            if value is Kind.ANY or (isinstance(value, float) and ABSORBING < value < -(2.0**8)):
-                what = "whatever the caller hands over" if value is Kind.ANY else f"{value:g}"
+            if value is ValueKind.ANY or (isinstance(value, float) and ABSORBING < value < -(2.0**8)):
+                what = "whatever the caller hands over" if value is ValueKind.ANY else f"{value:g}"
                 raise RoundingDecides(
                     f"{what} is added to scores in {str(dtype).removeprefix('torch.')}, which rounds them away in a "
                     "row whose keys are all masked, and no such row could be ruled out (if none occurs, say so: "

@@ -96,7 +96,7 @@ def _without(layout: Layout, absent: frozenset[Axis]) -> Layout:
 
 
 @dataclass(frozen=True)
-class _Step:
+class _StepBack:
     """A node, computed of ``sources``, each of which has the axes of its layout.
 
     ``kept``: the axes along which entries of the sources do not stay where they are. ``again`` computes the node of
@@ -109,14 +109,14 @@ class _Step:
     projects: bool = False
 
 
-def _step(node: fx.Node, layout: Layout) -> _Step | None:
+def _step(node: fx.Node, layout: Layout) -> _StepBack | None:
     """The step back from ``node``; None where it is not known to do the same along any axis."""
     args: Any = node.args
     if node.op != "call_function" or not is_tensor(node):
         return None
     if is_layout_op(node):
         pulled = pull(node, layout)
-        return None if pulled is None else _Step((Operand(args[0], pulled),))
+        return None if pulled is None else _StepBack((Operand(args[0], pulled),))
     taken = taken_from(node)
     if taken is not None:
         return _step_of_part(node, taken, layout)
@@ -129,7 +129,7 @@ def _step(node: fx.Node, layout: Layout) -> _Step | None:
     return None
 
 
-def _step_of_part(node: fx.Node, taken: Taken, layout: Layout) -> _Step:
+def _step_of_part(node: fx.Node, taken: Taken, layout: Layout) -> _StepBack:
     dim, size = taken.dim, tensor(taken.source).shape[taken.dim]
     (whole,) = fresh_layout([size])
     rest = layout[dim:] if taken.selected else layout[dim + 1 :]
@@ -140,10 +140,12 @@ def _step_of_part(node: fx.Node, taken: Taken, layout: Layout) -> _Step:
             return builder.call(aten.select.int, sources[0], dim, start)
         return builder.call(aten.slice.Tensor, sources[0], dim, start, stop)
 
-    return _Step((Operand(taken.source, (*layout[:dim], whole, *rest)),), () if taken.selected else layout[dim], again)
+    return _StepBack(
+        (Operand(taken.source, (*layout[:dim], whole, *rest)),), () if taken.selected else layout[dim], again
+    )
 
 
-def _step_of_joint(node: fx.Node, layout: Layout) -> _Step | None:
+def _step_of_joint(node: fx.Node, layout: Layout) -> _StepBack | None:
     args: Any = node.args
     parts = args[0]
     if not all(is_tensor(part) for part in parts):
@@ -161,10 +163,10 @@ def _step_of_joint(node: fx.Node, layout: Layout) -> _Step | None:
     def again(builder: Builder, sources: list[fx.Node]) -> fx.Node:
         return builder.call(node.target, sources, dim)
 
-    return _Step(tuple(sources), layout[dim], again)
+    return _StepBack(tuple(sources), layout[dim], again)
 
 
-def _step_of_rows(node: fx.Node, layout: Layout) -> _Step | None:
+def _step_of_rows(node: fx.Node, layout: Layout) -> _StepBack | None:
     """A projection, or a norm, of the last dimensions: each row by itself, with the same weights."""
     args: Any = node.args
     projects = node.target is aten.linear.default
@@ -180,10 +182,10 @@ def _step_of_rows(node: fx.Node, layout: Layout) -> _Step | None:
     def again(builder: Builder, sources: list[fx.Node]) -> fx.Node:
         return builder.call(node.target, sources[0], *args[1:], **node.kwargs)
 
-    return _Step((Operand(source, own),), tuple(axis for dim in layout[last:] for axis in dim), again, projects)
+    return _StepBack((Operand(source, own),), tuple(axis for dim in layout[last:] for axis in dim), again, projects)
 
 
-def _step_of_entries(node: fx.Node, layout: Layout) -> _Step | None:
+def _step_of_entries(node: fx.Node, layout: Layout) -> _StepBack | None:
     if any(isinstance(value, fx.Node) for value in node.kwargs.values()):
         return None
     positions = [position for position, arg in enumerate(node.args) if is_tensor(arg)]
@@ -201,7 +203,7 @@ def _step_of_entries(node: fx.Node, layout: Layout) -> _Step | None:
             args[position] = source
         return builder.call(node.target, *args, **node.kwargs)
 
-    return _Step(tuple(sources), (), again)
+    return _StepBack(tuple(sources), (), again)
 
 
 _PASSED = frozenset({aten.cat.default, aten.stack.default, aten.layer_norm.default, aten.rms_norm.default})

@@ -49,7 +49,7 @@ class SoftmaxAttention:
         return SPECIMENS
 
     def find(self, view: GraphView) -> Iterator[Finding]:
-        readings: list[_Reading] = []
+        readings: list[_FoundSite] = []
         for softmax in every_softmax(view.graph):
             with searching() as ended:
                 between = _between_products(softmax, view)
@@ -61,7 +61,7 @@ class SoftmaxAttention:
                 yield NearMiss(self.name, softmax.node, ended.added_to(str(reason)), (softmax.node,))
         yield from _served(readings, view)
 
-    def _read_all(self, softmax: Softmax, view: GraphView) -> list[_Reading]:
+    def _read_all(self, softmax: Softmax, view: GraphView) -> list[_FoundSite]:
         """A reading for each product that the weights go into."""
         layout = softmax.layout
         key_dim = layout[softmax.dim]
@@ -90,7 +90,7 @@ class SoftmaxAttention:
             accepts=lambda product: _query_and_key(product, axes_of((key_dim,))),
             sink=softmax.sink is not None,
         )
-        readings: list[_Reading] = []
+        readings: list[_FoundSite] = []
         reasons: list[NotAttention] = []
         for walk in walks:
             try:
@@ -103,7 +103,7 @@ class SoftmaxAttention:
             raise reasons[0]
         return readings
 
-    def _read(self, softmax: Softmax, scores: ScoreWalk, walk: WeightWalk, key_dim: Dim, view: GraphView) -> _Reading:
+    def _read(self, softmax: Softmax, scores: ScoreWalk, walk: WeightWalk, key_dim: Dim, view: GraphView) -> _FoundSite:
         product = walk.product
         result = softmax.late or product.node
         interior = view.ordered([*scores.nodes, *softmax.nodes, *walk.nodes, product.node, *softmax.late_views, result])
@@ -182,11 +182,11 @@ class SoftmaxAttention:
             in_autocast=view.in_autocast(product.node),
             interior=interior,
         )
-        return _Reading(site, view.other_readers(interior), {softmax.node, *walk.nodes})
+        return _FoundSite(site, view.other_readers(interior), {softmax.node, *walk.nodes})
 
 
 @dataclass
-class _Reading:
+class _FoundSite:
     """A site, and what else reads what it computes: ``weights`` are the nodes that are computed after the scores."""
 
     site: AttentionSite
@@ -194,7 +194,7 @@ class _Reading:
     weights: set[fx.Node]
 
 
-def _served(readings: list[_Reading], view: GraphView) -> Iterator[Finding]:
+def _served(readings: list[_FoundSite], view: GraphView) -> Iterator[Finding]:
     """The sites whose scores and weights need not exist: what else reads them are other such sites."""
     accepted = list(readings)
     while True:

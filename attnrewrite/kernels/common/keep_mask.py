@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from attnrewrite.analysis.values import ABSORBING, Kind, is_far_below, is_ordinary, possible_values
+from attnrewrite.analysis.values import ABSORBING, ValueKind, is_far_below, is_ordinary, possible_values
 from attnrewrite.ir.site import Bias, CanonicalAttention, Fill, Floor, MaskedRows
 from attnrewrite.kernels.common.layout import KernelLayout
 from attnrewrite.kernels.common.mask import Mask
@@ -98,7 +98,7 @@ def _is_ordinary_or_infinite(term: Bias | Fill | Floor) -> bool:
         return term.value == -math.inf
     values = [term.of(value) if isinstance(value, float) else value for value in possible_values(term.operand.node)]
     return all(
-        value is Kind.LEARNED or (isinstance(value, float) and (value == -math.inf or is_ordinary(value)))
+        value is ValueKind.LEARNED or (isinstance(value, float) and (value == -math.inf or is_ordinary(value)))
         for value in values
     )
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.masks import may_mask
-from attnrewrite.analysis.values import ABSORBING, FAR_BELOW, UNDERFLOW, Kind, possible_values
+from attnrewrite.analysis.values import ABSORBING, FAR_BELOW, UNDERFLOW, ValueKind, possible_values
 from attnrewrite.ir.axes import Dim, Operand, size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import same, tensor
@@ -270,6 +270,6 @@ def _may_be_below_absorbing(term: Bias | Fill | Floor) -> bool:
     if not isinstance(term, Bias):
         return -math.inf < term.value < ABSORBING
     return any(
-        value is Kind.ANY or (isinstance(value, float) and -math.inf < (term.of(value) or 0.0) < ABSORBING)
+        value is ValueKind.ANY or (isinstance(value, float) and -math.inf < (term.of(value) or 0.0) < ABSORBING)
         for value in possible_values(term.operand.node)
     )
