@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -72,7 +72,7 @@ class LinearAttentionPattern:
                 yield from reader.read(node)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Between:
     """What stands between the product of two and the product of all three, the latter's side first.
 
@@ -80,11 +80,11 @@ class _Between:
     """
 
     first: Product
-    nodes: list[fx.Node] = field(default_factory=list)
-    layouts: list[Layout] = field(default_factory=list)
-    scales: list[tuple[int, Scale]] = field(default_factory=list)
-    mask: str = ""
-    casts: bool = False
+    nodes: tuple[fx.Node, ...]
+    layouts: tuple[Layout, ...]
+    scales: tuple[tuple[int, Scale], ...]
+    mask: Reason
+    casts: bool
 
 
 class _LinearReader:
@@ -93,7 +93,7 @@ class _LinearReader:
     def __init__(self, pattern: str, view: GraphView) -> None:
         self._pattern = pattern
         self._view = view
-        self._computed: dict[fx.Node, bool] | None = None
+        self._computed = _Computed(view)
 
     def read(self, second: fx.Node) -> Iterator[Finding]:
         """What the product ``second`` is the last of; nothing where it is no product of three."""
@@ -102,16 +102,18 @@ class _LinearReader:
             return
         for operand, outer in ((product.lhs, product.rhs), (product.rhs, product.lhs)):
             with searching() as ended:
-                between = self._between(operand, axes_of((product.contracted,)))
-                finding = None if between is None else self._read(product, outer, between, ended)
+                between = _WayBack(operand, product.contracted, self._view).between()
+                site = None if between is None else self._product_of_three(product, outer, between)
+                finding = None if between is None or site is None else self._attention(site, between, ended)
             if finding is None and ended:
                 # Whether it is attention is not known, so no node is claimed for it.
-                finding = NearMiss(self._pattern, second, f"{_NOT_KNOWN}: {ended}")
+                finding = NearMiss(self._pattern, second, Reason(f"{_NOT_KNOWN}: {ended}"))
             if finding is not None:
                 yield finding
                 return
 
-    def _read(self, second: Product, outer: Operand, between: _Between, ended: Ended) -> Finding | None:
+    def _product_of_three(self, second: Product, outer: Operand, between: _Between) -> LinearAttention | None:
+        """The three and their axes, as if the order were the linear one; None where the axes are not attention's."""
         first = between.first
         then_summed = axes_of((second.contracted,))
         first_summed = axes_of((first.contracted,))
@@ -139,6 +141,11 @@ class _LinearReader:
             inner,
             first_summed,
             then_summed,
+            scales=(
+                *(scale for _, scale in sorted(between.scales, key=lambda each: each[0])),
+                *([Scale(second.factor)] if second.factor != 1 else []),
+                *([Scale(second.scale)] if second.scale is not None else []),
+            ),
             dtype=tensor(second.node).dtype,
             interior=self._view.ordered([*first.nodes, *between.nodes, *second.nodes]),
         )
@@ -149,212 +156,34 @@ class _LinearReader:
         # A running sum has the positions of queries and keys in one.
         if not site.inner_axes or not (site.outer_axes or between.mask) or site.dtype not in FLOATING:
             return None
-        if not all(self._is_computed(part.node) for part in (outer, middle, inner)):
-            return None
-        maps = {part: features_of(part.node, self._is_attention) for part in (outer, middle, inner)}
-        sums = self._sums(site, between)
-        site.sums = tuple(sums.values())
-        site.scales = (
-            *(scale for _, scale in sorted(between.scales, key=lambda each: each[0])),
-            *([Scale(second.factor)] if second.factor != 1 else []),
-            *([Scale(second.scale)] if second.scale is not None else []),
-        )
-        site.normaliser, divided = self._normaliser(site, sums)
-        if sums and not _is_map_of_both(maps[middle], maps[inner]):
-            return None  # The sum of a product that may have any sign is no normaliser.
-        order = divided or self._order(maps[outer], maps[middle], maps[inner])
-        if order is None:
-            return None
-        site.order = order
-        own = (maps[outer if order == "linear" else inner], maps[middle])
-        site.features = tuple(
-            f"{map_.name} of {role}" for map_, role in zip(own, ("query", "key"), strict=True) if map_.name
-        )
-        site.nonnegative = all(map_.nonnegative for map_ in own)
-        if between.mask:
-            return NearMiss(self._pattern, second.node, between.mask, site.interior)
-        site.fixed = self._fixed(site, between, sums, ended)
         return site
 
-    # Between the products.
-
-    def _between(self, operand: Operand, summed: tuple[Axis, ...]) -> _Between | None:
-        """What leads from a product to ``operand``, of which another product sums over ``summed``."""
-        node, layout = operand.node, operand.layout
-        found: list[tuple[fx.Node, Layout]] = []
-        scales: list[tuple[int, Scale]] = []
-        mask = ""
-        casts = False
-        while True:
-            if node.op != "call_function" or not is_tensor(node):
-                return None
-            outer_product = _outer_product(node, layout) if mask else None
-            if outer_product is not None or is_product(node):
-                first = outer_product or product_from_result(node, layout)
-                if first is None or first.addend is not None:
-                    return None
-                result = _Between(first, mask=mask, casts=casts)
-                result.nodes, result.layouts = [each for each, _ in found], [each for _, each in found]
-                if first.factor != 1:
-                    scales.append((-1, Scale(first.factor)))
-                if first.scale is not None:
-                    if set(first.scale.axes) & set(axes_of((summed,))):
-                        result.mask = result.mask or _masks(node)
-                    else:
-                        scales.append((-1, Scale(first.scale)))
-                count = len(found)
-                result.scales = [(count - 1 - at if at >= 0 else -1, scale) for at, scale in scales]
-                return result
-            args: Any = node.args
-            target: Any = node.target
-            source: Any = args[0] if args else None
-            before = layout
-            at = len(found)
-            if at == BETWEEN_PRODUCTS.most:
-                if leads_to_product(node, self._view.leads_to_product):
-                    BETWEEN_PRODUCTS.reached()
-                return None
-            found.append((node, layout))
-            if is_layout_op(node):
-                pulled = pull(node, layout)
-                if pulled is None:
-                    return None
-                before = pulled
-            elif is_cast(node):
-                casts = casts or tensor(node).dtype is not tensor(source).dtype
-            elif target in _MUL or target in _DIV:
-                chained, other = self._chain_of(node)
-                if chained is None:
-                    return None
-                source = chained
-                if not is_tensor(other):
-                    scales.append((at, Scale(other, target in _DIV)))
-                else:
-                    own = broadcast(layout, tensor(node).shape, tensor(other).shape)
-                    if own is None:
-                        return None
-                    factor = Operand(other, own)
-                    if set(factor.axes) & set(axes_of((summed,))):
-                        mask = mask or _masks(node)
-                    else:
-                        scales.append((at, Scale(factor, target in _DIV)))
-                casts = casts or tensor(node).dtype is not tensor(source).dtype
-            elif target in _FILL or target in _TRIANGLE:
-                mask = mask or _masks(node)
-            elif target in _WHERE:
-                source = args[1]
-                mask = mask or _masks(node)
-            elif target is aten.cumsum.default:
-                mask = mask or "a running sum over the keys (causal linear attention) stands between the products"
-            elif target is aten.dropout.default:
-                if args[1] and args[2]:
-                    mask = mask or "dropout stands between the products, so that they cannot be exchanged"
-            else:
-                return None
-            if not is_tensor(source) or tensor(source).dim() != len(before):
-                return None
-            node, layout = source, before
-
-    def _chain_of(self, node: fx.Node) -> tuple[fx.Node | None, Any]:
-        """Of a product or quotient of entries: the factor that another product leads to, and the other factor."""
-        args: Any = node.args
-        first, second = args[:2]
-        memo = self._view.leads_to_product
-        whole = [each for each in (first, second) if is_tensor(each) and leads_to_product(each, memo)]
-        if node.target in _DIV:
-            whole = [each for each in whole if each is first]
-        # The denominator of W * (1 / W.sum()) leads to the same product; it has one entry where W has many.
-        whole.sort(key=lambda each: tensor(each).dim() != tensor(node).dim() or _is_smaller(each, node))
-        if not whole or _is_smaller(whole[0], node):
-            return None, None
-        source = whole[0]
-        return source, second if source is first else first
-
-    # What normalises.
-
-    def _sums(self, site: LinearAttention, between: _Between) -> dict[fx.Node, tuple[Operand, int]]:
-        """Sums of the product of two over the axes that the second product sums over."""
-        chain = [(between.first.node, between.first.layout, -1)]
-        count = len(between.nodes)
-        chain += [(node, between.layouts[at], count - 1 - at) for at, node in enumerate(between.nodes)]
-        found: dict[fx.Node, tuple[Operand, int]] = {}
-        for node, layout, position in chain:
-            applied = sum(at <= position for at, _ in between.scales)
-            for user in node.users:
-                own = _summed(user, node, resolve(layout), site.then_summed)
-                if own is not None:
-                    found[user] = (Operand(user, own), applied)
-        return found
-
-    def _normaliser(self, site: LinearAttention, sums: dict[fx.Node, tuple[Operand, int]]) -> tuple[str, Order | None]:
-        """How the result is normalised by the sum over keys, in words, and which order that says that it is in."""
-        if sums:
-            return "the sum of the weights", "quadratic"
-        product = product_from_result(site.result, fresh_layout(tensor(site.result).shape))
-        scale = [] if product is None or product.scale is None else [product.scale.node]
-        key, query = _behind_views(site.middle.node), _behind_views(site.outer.node)
-        for part in (part for node in (*_divisors(site.result), *scale) for part in _behind_divisor(node)):
-            if part is site.result and _has_ones(_behind_views(site.inner.node)):
-                return "a column of ones in the value", "linear"
-            factors = factors_of(part)
-            if any(_is_sum_of(factor, key) for factor in factors):
-                return "a sum of the keys", "linear" if query in map(_behind_views, factors) else "quadratic"
-        return "", None
-
-    def _order(self, outer: Features, middle: Features, inner: Features) -> Order | None:
-        """How the source multiplies, by the feature maps; None where they do not say that this is attention."""
-        named: dict[Order, Features] = {"linear": outer, "quadratic": inner}
-        if not middle.name:
+    def _attention(self, site: LinearAttention, between: _Between, ended: Ended) -> Finding | None:
+        """The product of three as attention; None where neither feature maps nor a normaliser say that it is."""
+        outer, middle, inner = (features_of(part.node, self._is_attention) for part in site.operands)
+        if not all(self._computed.holds(part.node) for part in site.operands):
             return None
-        mapped: list[Order] = [order for order, features in named.items() if features.name]
-        # The value may have gone through a function, too, as a rule through another one.
-        alike = [order for order in mapped if named[order].name == middle.name]
-        return next(iter((*alike, *mapped)), None)
-
-    # Why the order may not be changed.
-
-    def _fixed(
-        self, site: LinearAttention, between: _Between, sums: dict[fx.Node, tuple[Operand, int]], ended: Ended
-    ) -> Reason:
-        first, last = between.first.node, site.result
-        dtypes = {tensor(node).dtype for node in (first, *between.nodes, last)}
-        if dtypes - {torch.float32, torch.float64}:
-            narrow = min(dtype_name(dtype) for dtype in dtypes - {torch.float32, torch.float64})
-            return f"products in {narrow} round, and may overflow, where the other order does not"
-        if between.casts or len(dtypes) > 1:
-            return Reason("the dtype changes between the products")
-        for node, readers in self._view.other_readers(site.interior).items():
-            left = [reader for reader in readers if reader not in sums]
-            if left:
-                what = "product of key and value" if site.order == "linear" else "product of query and key"
-                return Reason(f"the {what} ({node.name}) is read elsewhere, too ({reader_in_words(left[0])})")
-        stored = {*site.middle.axes, *site.inner.axes}
-        if not {*axes_of(site.result_layout)} <= {*stored, *site.outer.axes} or any(
-            not {*total.axes} <= stored for total, _ in sums.values()
-        ):
-            return Reason("all operands are repeated along an axis of the result")
-        if any(not self._view.same_region(node, last) for node in (*site.interior, *sums)):
-            return Reason("grad mode or autocast is switched between the products")
-        if self._view.in_autocast(last):
-            return Reason("autocast would round the products")
-        tags = {
-            tuple(str(node.meta.get(tag)) for tag in ("recompute", "ac_graph_id", "custom"))
-            for node in (*site.interior, *sums)
-        }
-        if len(tags) > 1:
-            return Reason("the products are not checkpointed together")
-        divided = bool(site.normaliser or _divisors(last)) or any(
-            scale.divide and isinstance(scale.factor, Operand) for scale in site.scales
+        sums = _sums(site, between)
+        normaliser, divided = _normaliser(site, sums)
+        if sums and not _is_map_of_both(middle, inner):
+            return None  # The sum of a product that may have any sign is no normaliser.
+        order = divided or _order(outer, middle, inner)
+        if order is None:
+            return None
+        own = (outer if order == "linear" else inner, middle)
+        site = replace(
+            site,
+            sums=tuple(sums.values()),
+            normaliser=normaliser,
+            order=order,
+            features=tuple(
+                f"{map_.name} of {role}" for map_, role in zip(own, ("query", "key"), strict=True) if map_.name
+            ),
+            nonnegative=all(map_.nonnegative for map_ in own),
         )
-        if divided and not site.nonnegative:
-            return Reason(
-                ended.added_to(
-                    "features may be negative, so that a normaliser may cancel and rounding would decide the result"
-                )
-            )
-        return FINE
-
-    # What the operands are.
+        if between.mask:
+            return NearMiss(self._pattern, site.result, between.mask, site.interior)
+        return replace(site, fixed=_fixed(site, between, sums, self._view, ended))
 
     def _is_attention(self, softmax: fx.Node) -> bool:
         """Whether a softmax is one of scores, each of which is a product of two computed tensors."""
@@ -366,24 +195,241 @@ class _LinearReader:
             seen.add(node)
             if is_product(node):
                 product = product_from_result(node, fresh_layout(tensor(node).shape))
-                if product is None or all(self._is_computed(part.node) for part in (product.lhs, product.rhs)):
+                if product is None or all(self._computed.holds(part.node) for part in (product.lhs, product.rhs)):
                     return True
             else:
                 pending.extend(sources_of_scores(node))
         return False
 
-    def _is_computed(self, node: fx.Node) -> bool:
-        """Whether a tensor depends on an input that is no parameter."""
-        if self._computed is None:
-            self._computed = {}
+
+class _Computed:
+    """Which tensors of a graph depend on an input that is no parameter."""
+
+    def __init__(self, view: GraphView) -> None:
+        self._view = view
+        self._known: dict[fx.Node, bool] = {}
+
+    def holds(self, node: fx.Node) -> bool:
+        if not self._known:
             for each in self._view.graph.nodes:
-                if isinstance(each.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)):
-                    self._computed[each] = False  # A size says nothing of what is in a tensor.
-                elif each.op == "placeholder":
-                    self._computed[each] = not isinstance(each.meta.get("example_value"), torch.nn.Parameter)
-                else:
-                    self._computed[each] = any(self._computed[source] for source in each.all_input_nodes)
-        return self._computed[node]
+                self._known[each] = self._of(each)
+        return self._known[node]
+
+    def _of(self, node: fx.Node) -> bool:
+        if isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return False  # A size says nothing of what is in a tensor.
+        if node.op == "placeholder":
+            return not isinstance(node.meta.get("example_value"), torch.nn.Parameter)
+        return any(self._known[source] for source in node.all_input_nodes)
+
+
+# Between the products.
+
+
+class _WayBack:
+    """The way from ``operand`` of a product, which sums over ``summed``, back to another product."""
+
+    def __init__(self, operand: Operand, summed: tuple[Axis, ...], view: GraphView) -> None:
+        self._operand = operand
+        self._summed = summed
+        self._memo = view.leads_to_product
+        self._passed: list[Operand] = []
+        self._scales: list[tuple[int, Scale]] = []
+        self._mask = FINE
+        self._casts = False
+
+    def between(self) -> _Between | None:
+        """What stands on the way; None where it leads to no product."""
+        place: Operand | None = self._operand
+        while True:
+            if place is None or place.node.op != "call_function" or not is_tensor(place.node):
+                return None
+            outer_product = _outer_product(place.node, place.layout) if self._mask else None
+            if outer_product is not None or is_product(place.node):
+                first = outer_product or product_from_result(place.node, place.layout)
+                return None if first is None or first.addend is not None else self._ending_at(first, place.node)
+            if len(self._passed) == BETWEEN_PRODUCTS.most:
+                if leads_to_product(place.node, self._memo):
+                    BETWEEN_PRODUCTS.reached()
+                return None
+            self._passed.append(place)
+            place = self._before(place.node, place.layout)
+            if place is not None and (not is_tensor(place.node) or tensor(place.node).dim() != len(place.layout)):
+                return None
+
+    def _ending_at(self, first: Product, node: fx.Node) -> _Between:
+        if first.factor != 1:
+            self._scale(-1, Scale(first.factor))
+        if first.scale is not None:
+            self._apply(-1, Scale(first.scale), node)
+        count = len(self._passed)
+        return _Between(
+            first,
+            nodes=tuple(place.node for place in self._passed),
+            layouts=tuple(place.layout for place in self._passed),
+            scales=tuple((count - 1 - at if at >= 0 else -1, scale) for at, scale in self._scales),
+            mask=self._mask,
+            casts=self._casts,
+        )
+
+    def _before(self, node: fx.Node, layout: Layout) -> Operand | None:
+        """What the node is computed of, on the way to a product; None where that cannot be read."""
+        args: Any = node.args
+        target: Any = node.target
+        if is_layout_op(node):
+            pulled = pull(node, layout)
+            return None if pulled is None else Operand(args[0], pulled)
+        if is_cast(node):
+            self._note_cast(node, args[0])
+        elif target in _MUL or target in _DIV:
+            return self._before_factor(node, layout)
+        elif target in _WHERE:
+            self._note_mask(_masks(node))
+            return Operand(args[1], layout)
+        elif target in _FILL or target in _TRIANGLE:
+            self._note_mask(_masks(node))
+        elif target is aten.cumsum.default:
+            self._note_mask("a running sum over the keys (causal linear attention) stands between the products")
+        elif target is aten.dropout.default:
+            if args[1] and args[2]:
+                self._note_mask("dropout stands between the products, so that they cannot be exchanged")
+        else:
+            return None
+        return Operand(args[0], layout)
+
+    def _before_factor(self, node: fx.Node, layout: Layout) -> Operand | None:
+        source, other = _chain_of(node, self._memo)
+        if source is None:
+            return None
+        at, divides = len(self._passed) - 1, node.target in _DIV
+        if not is_tensor(other):
+            self._scale(at, Scale(other, divides))
+        else:
+            own = broadcast(layout, tensor(node).shape, tensor(other).shape)
+            if own is None:
+                return None
+            self._apply(at, Scale(Operand(other, own), divides), node)
+        self._note_cast(node, source)
+        return Operand(source, layout)
+
+    def _apply(self, at: int, scale: Scale, node: fx.Node) -> None:
+        """Notes a factor that is a tensor: over what the last product sums over, it is a mask of pairs."""
+        # Views on the way may have divided the axes.
+        if isinstance(scale.factor, Operand) and set(scale.factor.axes) & set(axes_of((self._summed,))):
+            self._note_mask(_masks(node))
+        else:
+            self._scale(at, scale)
+
+    def _scale(self, at: int, scale: Scale) -> None:
+        self._scales.append((at, scale))
+
+    def _note_mask(self, why: str) -> None:
+        self._mask = self._mask or Reason(why)
+
+    def _note_cast(self, node: fx.Node, source: fx.Node) -> None:
+        self._casts = self._casts or tensor(node).dtype is not tensor(source).dtype
+
+
+def _chain_of(node: fx.Node, memo: dict[fx.Node, bool]) -> tuple[fx.Node | None, Any]:
+    """Of a product or quotient of entries: the factor that another product leads to, and the other factor."""
+    args: Any = node.args
+    first, second = args[:2]
+    whole = [each for each in (first, second) if is_tensor(each) and leads_to_product(each, memo)]
+    if node.target in _DIV:
+        whole = [each for each in whole if each is first]
+    # The denominator of W * (1 / W.sum()) leads to the same product; it has one entry where W has many.
+    whole.sort(key=lambda each: tensor(each).dim() != tensor(node).dim() or _is_smaller(each, node))
+    if not whole or _is_smaller(whole[0], node):
+        return None, None
+    source = whole[0]
+    return source, second if source is first else first
+
+
+# What normalises, and what the feature maps say.
+
+
+def _sums(site: LinearAttention, between: _Between) -> dict[fx.Node, tuple[Operand, int]]:
+    """Sums of the product of two over the axes that the second product sums over."""
+    chain = [(between.first.node, between.first.layout, -1)]
+    count = len(between.nodes)
+    chain += [(node, between.layouts[at], count - 1 - at) for at, node in enumerate(between.nodes)]
+    found: dict[fx.Node, tuple[Operand, int]] = {}
+    for node, layout, position in chain:
+        applied = sum(at <= position for at, _ in between.scales)
+        for user in node.users:
+            own = _summed(user, node, resolve(layout), site.then_summed)
+            if own is not None:
+                found[user] = (Operand(user, own), applied)
+    return found
+
+
+def _normaliser(site: LinearAttention, sums: dict[fx.Node, tuple[Operand, int]]) -> tuple[str, Order | None]:
+    """How the result is normalised by the sum over keys, in words, and which order that says that it is in."""
+    if sums:
+        return "the sum of the weights", "quadratic"
+    product = product_from_result(site.result, fresh_layout(tensor(site.result).shape))
+    scale = [] if product is None or product.scale is None else [product.scale.node]
+    key, query = _behind_views(site.middle.node), _behind_views(site.outer.node)
+    for part in (part for node in (*_divisors(site.result), *scale) for part in _behind_divisor(node)):
+        if part is site.result and _has_ones(_behind_views(site.inner.node)):
+            return "a column of ones in the value", "linear"
+        factors = factors_of(part)
+        if any(_is_sum_of(factor, key) for factor in factors):
+            return "a sum of the keys", "linear" if query in map(_behind_views, factors) else "quadratic"
+    return "", None
+
+
+def _order(outer: Features, middle: Features, inner: Features) -> Order | None:
+    """How the source multiplies, by the feature maps; None where they do not say that this is attention."""
+    named: dict[Order, Features] = {"linear": outer, "quadratic": inner}
+    if not middle.name:
+        return None
+    mapped: list[Order] = [order for order, features in named.items() if features.name]
+    # The value may have gone through a function, too, as a rule through another one.
+    alike = [order for order in mapped if named[order].name == middle.name]
+    return next(iter((*alike, *mapped)), None)
+
+
+# Why the order may not be changed.
+
+
+def _fixed(
+    site: LinearAttention, between: _Between, sums: dict[fx.Node, tuple[Operand, int]], view: GraphView, ended: Ended
+) -> Reason:
+    first, last = between.first.node, site.result
+    dtypes = {tensor(node).dtype for node in (first, *between.nodes, last)}
+    if dtypes - {torch.float32, torch.float64}:
+        narrow = min(dtype_name(dtype) for dtype in dtypes - {torch.float32, torch.float64})
+        return Reason(f"products in {narrow} round, and may overflow, where the other order does not")
+    if between.casts or len(dtypes) > 1:
+        return Reason("the dtype changes between the products")
+    for node, readers in view.other_readers(site.interior).items():
+        left = [reader for reader in readers if reader not in sums]
+        if left:
+            what = "product of key and value" if site.order == "linear" else "product of query and key"
+            return Reason(f"the {what} ({node.name}) is read elsewhere, too ({reader_in_words(left[0])})")
+    stored = {*site.middle.axes, *site.inner.axes}
+    if not {*axes_of(site.result_layout)} <= {*stored, *site.outer.axes} or any(
+        not {*total.axes} <= stored for total, _ in sums.values()
+    ):
+        return Reason("all operands are repeated along an axis of the result")
+    if any(not view.same_region(node, last) for node in (*site.interior, *sums)):
+        return Reason("grad mode or autocast is switched between the products")
+    if view.in_autocast(last):
+        return Reason("autocast would round the products")
+    tags = {
+        tuple(str(node.meta.get(tag)) for tag in ("recompute", "ac_graph_id", "custom"))
+        for node in (*site.interior, *sums)
+    }
+    if len(tags) > 1:
+        return Reason("the products are not checkpointed together")
+    divided = bool(site.normaliser or _divisors(last)) or any(
+        scale.divide and isinstance(scale.factor, Operand) for scale in site.scales
+    )
+    if divided and not site.nonnegative:
+        reason = "features may be negative, so that a normaliser may cancel and rounding would decide the result"
+        return Reason(ended.added_to(reason))
+    return FINE
 
 
 _NOT_KNOWN = "whether this product of three is linear attention is not known"

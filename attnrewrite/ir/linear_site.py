@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,7 +20,7 @@ Order = Literal["linear", "quadratic"]
 """Which two of ``query``, ``key`` and ``value`` are multiplied first: key and value, or query and key."""
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class LinearAttention:
     """Attention without softmax, ``scales(query @ key) @ value``: a product of three, in either order.
 
@@ -65,18 +65,25 @@ class LinearAttention:
     dtype: torch.dtype = torch.float32
     interior: tuple[fx.Node, ...] = ()
 
-    def resolve(self) -> None:
-        """Axes that were divided since the site was found are told by their parts."""
-        self.outer, self.middle, self.inner = (part.resolved() for part in (self.outer, self.middle, self.inner))
-        self.first_summed, self.then_summed = axes_of((self.first_summed,)), axes_of((self.then_summed,))
+    def resolved(self) -> LinearAttention:
+        """The site in which axes that were divided since it was found are told by their parts."""
+        outer, middle, inner = (part.resolved() for part in self.operands)
+        first, then = axes_of((self.first_summed,)), axes_of((self.then_summed,))
+        return replace(self, outer=outer, middle=middle, inner=inner, first_summed=first, then_summed=then)
 
-    def change_operands(self, change: Callable[[Operand], Operand]) -> None:
-        """Replaces query, key, value, and every tensor that scales."""
-        self.outer, self.middle, self.inner = map(change, (self.outer, self.middle, self.inner))
-        self.scales = tuple(
+    def with_operands(self, change: Callable[[Operand], Operand]) -> LinearAttention:
+        """The site with query, key, value, and every tensor that scales, changed."""
+        outer, middle, inner = map(change, self.operands)
+        scales = tuple(
             Scale(change(scale.factor), scale.divide) if isinstance(scale.factor, Operand) else scale
             for scale in self.scales
         )
+        return replace(self, outer=outer, middle=middle, inner=inner, scales=scales)
+
+    @property
+    def operands(self) -> tuple[Operand, Operand, Operand]:
+        """``outer``, ``middle`` and ``inner``."""
+        return self.outer, self.middle, self.inner
 
     @property
     def query(self) -> Operand:

@@ -303,8 +303,7 @@ def _order_products(
 ) -> SiteReport:
     """Multiplies linear attention in the cheaper order; gives its row."""
     start = time.perf_counter()
-    site.resolve()
-    site.change_operands(lambda operand: current_operand(operand, replaced))
+    site = site.resolved().with_operands(lambda operand: current_operand(operand, replaced))
     row = row_of_linear(name, site)
     choice = choose_order(site)
     result.add_time("choose", start)
@@ -319,7 +318,7 @@ def _order_products(
         builder = Builder(gm, before=total.node, like=total.node)
         replace_node(gm.graph, total.node, emit_sum(site, total, applied, builder), builder, replaced)
         created += builder.created
-    site.change_operands(lambda operand: current_operand(operand, replaced))
+    site = site.with_operands(lambda operand: current_operand(operand, replaced))
     builder = Builder(gm, before=site.result, like=site.anchor)
     replace_node(gm.graph, site.result, emit_result(site, builder), builder, replaced)
     row.nodes_after = tuple(node.name for node in (*created, *builder.created) if not is_erased(node))
