@@ -104,7 +104,6 @@ def test_captured_masks(dynamic: bool, seed: int) -> None:
                     at |= {positions.symbol(query): row, positions.symbol(key): column}
                     said = Computed(reading.values, at).holds(conjunction(known))
                     assert said == bool(kept[row, column]), f"{source} at {row, column} of {queries} x {keys}"
-            assert site.scores is not None
             if site.scores.attended is not None:
                 assert bool(kept.any(-1).all()), source
 
@@ -123,5 +122,5 @@ def test_a_literal_is_read_as_what_it_says() -> None:
     (mod,) = (mod for mod in site.mods if isinstance(mod, Fill))
     query, key = (positions.symbol(axes[0]) for axes in (site.query_axes, site.key_axes))
     assert kept_where(mod, positions) == AtLeast(query - key + 2)
-    assert site.scores is not None and site.scores.band is not None
+    assert site.scores.band is not None
     assert site.scores.band.from_first == (None, 2)

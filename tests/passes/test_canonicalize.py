@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from attnrewrite.analysis.masks import may_mask
 from attnrewrite.analysis.values import ABSORBING, FAR_BELOW
 from attnrewrite.ir.axes import Axis, Operand, resolve
-from attnrewrite.ir.site import AttentionSite, Bias, CanonicalScores, Fill, Floor, Scale
+from attnrewrite.ir.site import Bias, CanonicalAttention, CanonicalScores, Fill, Floor, MaskedRows, Scale
 from tests.support.captured import Reading
 
 QUERIES, KEYS, FEATURES = 4, 5, 8
@@ -50,8 +50,7 @@ def _inputs(seed: int, with_masked_rows: bool) -> list[Tensor]:
 class _Replay:
     """A canonical form, computed as a kernel is asked to."""
 
-    def __init__(self, site: AttentionSite, values: dict[fx.Node, Any]) -> None:
-        assert site.scores is not None
+    def __init__(self, site: CanonicalAttention, values: dict[fx.Node, Any]) -> None:
         self._site, self._scores, self._values = site, site.scores, values
         (query,), (key,), (feature,) = site.query_axes, site.key_axes, site.feature_axes
         (batch,) = (axis for axis in site.query.axes if axis not in (query, feature))
@@ -134,7 +133,7 @@ def _judged(source: str, seed: int = 0) -> tuple[str, CanonicalScores | None]:
         given = scores(*inputs)
         lost = (given <= FAR_BELOW).all(-1) if not given.isnan().any() else torch.zeros(2, QUERIES, dtype=torch.bool)
         assert form.attended is None or not bool(lost.any()), source
-        assert (form.masked_rows == "none") == (form.attended is not None), source
+        assert (form.masked_rows is MaskedRows.NONE) == (form.attended is not None), source
         if form.inexpressible and form.softcap is None:
             return "any function", form
         expected = given.softmax(-1).double()
@@ -145,7 +144,7 @@ def _judged(source: str, seed: int = 0) -> tuple[str, CanonicalScores | None]:
             actual, expected, rtol=0, atol=tolerance, equal_nan=True, msg=lambda m: f"{source}\n{m}"
         )
         if bool(expected.isnan().any()):
-            assert form.masked_rows == "NaN", source
+            assert form.masked_rows is MaskedRows.NAN, source
     return "compared", form
 
 
@@ -241,7 +240,7 @@ def test_a_cast_makes_a_fill_infinite() -> None:
     (fill,) = form.terms
     assert isinstance(fill, Fill)
     assert fill.value == -math.inf
-    assert form.masked_rows == "NaN"
+    assert form.masked_rows is MaskedRows.NAN
 
 
 def test_a_floor_makes_a_mask_finite() -> None:
@@ -249,28 +248,28 @@ def test_a_floor_makes_a_mask_finite() -> None:
     (fill,) = form.terms
     assert isinstance(fill, Fill)
     assert fill.value == -3e38
-    assert form.masked_rows == "mean of value"
+    assert form.masked_rows is MaskedRows.MEAN_OF_VALUE
     floored = _form("s = (s + torch.where(mask, -inf, 0.0)).clamp(min=-3e38)")
     assert [type(term) for term in floored.terms] == [Bias, Floor]
-    assert floored.masked_rows == "mean of value"
+    assert floored.masked_rows is MaskedRows.MEAN_OF_VALUE
 
 
 @pytest.mark.parametrize(
     ("source", "masked_rows"),
     [
-        ("s = s * 0.5", "none"),
-        ("s = s.masked_fill(j > i, -inf)", "none"),
-        ("s = s.masked_fill(mask, -inf)", "NaN"),
-        ("s = s.masked_fill(mask, -1e9)", "mean of value"),
-        ("s = s.masked_fill(mask, torch.finfo(s.dtype).min)", "mean of value"),
-        ("s = s + torch.where(mask, -inf, 0.0)", "NaN"),
+        ("s = s * 0.5", MaskedRows.NONE),
+        ("s = s.masked_fill(j > i, -inf)", MaskedRows.NONE),
+        ("s = s.masked_fill(mask, -inf)", MaskedRows.NAN),
+        ("s = s.masked_fill(mask, -1e9)", MaskedRows.MEAN_OF_VALUE),
+        ("s = s.masked_fill(mask, torch.finfo(s.dtype).min)", MaskedRows.MEAN_OF_VALUE),
+        ("s = s + torch.where(mask, -inf, 0.0)", MaskedRows.NAN),
         # What the caller adds may be minus infinity.
-        ("s = s + bias", "NaN"),
-        ("s = s.masked_fill(mask | (j > i), -inf)", "NaN"),
+        ("s = s + bias", MaskedRows.NAN),
+        ("s = s.masked_fill(mask | (j > i), -inf)", MaskedRows.NAN),
     ],
 )
-def test_rows_without_a_key(source: str, masked_rows: str) -> None:
-    assert _form(source).masked_rows == masked_rows
+def test_rows_without_a_key(source: str, masked_rows: MaskedRows) -> None:
+    assert _form(source).masked_rows is masked_rows
 
 
 def test_multiplied_by_zeros_and_filled_by_a_sum() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from attnrewrite.capture.trace import capture
-from attnrewrite.ir.site import AttentionSite, NotAttention
+from attnrewrite.ir.site import CanonicalAttention, NotAttention
 from attnrewrite.options.compile_options import Policy
 from attnrewrite.passes.pipeline import read_sites
 
@@ -30,7 +30,7 @@ class Reading:
         Args:
             options: of the policy.
         """
-        self.sites: list[AttentionSite] = []
+        self.sites: list[CanonicalAttention] = []
         self.refused = ""
         self.values: dict[fx.Node, Any] = {}
         self._policy = Policy(**options)
