@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from attnrewrite.analysis.values import constant_value
 from attnrewrite.ir.axes import Layout, axes_of, take_minor
 from attnrewrite.ir.bounds import INDEX_ENTRIES
-from attnrewrite.ir.nodes import Size, is_tensor, same_shape, tensor
+from attnrewrite.ir.nodes import Size, is_tensor, product, same_shape, tensor
 from attnrewrite.ir.ops import CAST_OPS
 from attnrewrite.ir.stored import StoredPattern
 from attnrewrite.torch_private import schema_of, unset_fake_temporarily
@@ -78,7 +78,7 @@ def repetition_of(node: fx.Node) -> Repetition | None:
         return None if start is None else Repetition(source, dim, 1, start, 1, 1, mine, 1)
     if number is not None:
         start = _within(int(number), size)
-        return None if start is None else Repetition(source, dim, len(shape), start, 1, 1, _product(shape), 1)
+        return None if start is None else Repetition(source, dim, len(shape), start, 1, 1, product(shape), 1)
     entries = _entries(index)
     found = None if entries is None else _counted(entries, size)
     if found is None:
@@ -89,13 +89,6 @@ def repetition_of(node: fx.Node) -> Repetition | None:
 
 def _first(dim: int, shape: Sequence[Size]) -> list[Size]:
     return [shape[dim], *shape[:dim], *shape[dim + 1 :]]
-
-
-def _product(shape: Sequence[Size]) -> Size:
-    result: Size = 1
-    for size in shape:
-        result = result * size
-    return result
 
 
 def _indexed(node: fx.Node) -> tuple[fx.Node, int, fx.Node] | None:
@@ -177,7 +170,7 @@ def _is_small(node: fx.Node) -> bool:
     shape = tensor(node).shape
     if tensor(node).dtype.is_complex or not all(isinstance(size, int) for size in shape):
         return False
-    entries = _product(shape)
+    entries = product(shape)
     if entries > INDEX_ENTRIES.most and _is_made_of_constants(node):
         INDEX_ENTRIES.reached()
     return bool(entries <= INDEX_ENTRIES.most)

@@ -72,7 +72,7 @@ def checked(kernel: object) -> Kernel:
         _check_type(kernel, name)
     for name in _METHODS:
         _check_signature(kernel, name)
-    found = kernel if isinstance(kernel, Kernel) else _Wrapped(kernel)
+    found = kernel if isinstance(kernel, Kernel) else _AdaptedKernel(kernel)
     if found.automatic and found.lower_precision:
         raise OptionError(
             f"the kernel {found.name!r} has both automatic and lower_precision; set automatic to False, and let "
@@ -123,7 +123,7 @@ def _class_of(kernel: object) -> str:
     return type(kernel).__qualname__
 
 
-class _Wrapped(Kernel):
+class _AdaptedKernel(Kernel):
     """A user's object that has the parts of a kernel without inheriting from :class:`Kernel`; they are read once."""
 
     def __init__(self, own: Any) -> None:
