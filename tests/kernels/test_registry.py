@@ -10,7 +10,7 @@ from torch import fx
 
 import attnrewrite
 from attnrewrite.ir.builder import Builder
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels import Availability, Kernel, Plan, Verdict, kernel_named, registered_kernels
 from attnrewrite.kernels.common.layout import KernelLayout
 from attnrewrite.kernels.contract import checked
@@ -26,10 +26,10 @@ class Parts:
     def availability(self) -> Availability:
         return Availability(True, "always")
 
-    def supports(self, site: AttentionSite) -> Verdict:
+    def supports(self, site: CanonicalAttention) -> Verdict:
         return kernel_named("native").supports(site)
 
-    def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
+    def emit(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
         return kernel_named("native").emit(site, builder)
 
 
@@ -115,10 +115,10 @@ def no_site(self: Any) -> Verdict:
     return Verdict.yes()
 
 
-def with_device(self: Any, site: AttentionSite, builder: Builder, device: str) -> None: ...
+def with_device(self: Any, site: CanonicalAttention, builder: Builder, device: str) -> None: ...
 
 
-def with_a_default(self: Any, site: AttentionSite, strict: bool = False) -> Verdict:
+def with_a_default(self: Any, site: CanonicalAttention, strict: bool = False) -> Verdict:
     return Verdict.yes()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from attnrewrite.ir.builder import Builder
-from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels import Availability, Kernel, Verdict
 from attnrewrite.report.rows import KernelVerdict
 from attnrewrite.selection.ask import ask, refusals
@@ -28,20 +28,20 @@ class Willing(Kernel):
     def prepare(self) -> Availability:
         return Availability(False, "no network")
 
-    def supports(self, site: AttentionSite) -> Verdict:
+    def supports(self, site: CanonicalAttention) -> Verdict:
         return Verdict.yes()
 
-    def emit(self, site: AttentionSite, builder: Builder) -> fx.Node:
+    def emit(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
         raise NotImplementedError
 
 
 class Skipping(Willing):
-    def skips_masked(self, site: AttentionSite) -> bool:
+    def skips_masked(self, site: CanonicalAttention) -> bool:
         return True
 
 
 class Unwilling(Willing):
-    def supports(self, site: AttentionSite) -> Verdict:
+    def supports(self, site: CanonicalAttention) -> Verdict:
         return Verdict.no("takes nothing")
 
     def prepare(self) -> Availability:
@@ -52,7 +52,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).softmax(-1) @ v
 
 
-def site(**changes: Any) -> AttentionSite:
+def site(**changes: Any) -> CanonicalAttention:
     return dataclasses.replace(site_where_it_is(attention, *(torch.randn(2, 3, 8, 4) for _ in range(3))), **changes)
 
 
