@@ -367,23 +367,7 @@ def _stored(entry: Entry, dtype: torch.dtype) -> Entry | None:
     # Fractions of positions are rounded, each step of their computation by itself.
     if dtype not in _EXACT or not entry.is_integer:
         return None
-    unit = _unit(entry)
-    return entry if unit is not None and _largest(entry) / unit <= _EXACT_UP_TO[dtype] else None
-
-
-def _unit(expression: Any) -> float | None:
-    """The power of two, at most 1, of which every coefficient is a multiple: floats hold such sums without rounding.
-
-    None where there is none worth reckoning with: 0.1 is no such number, and ``i * 0.1`` is rounded at each ``i``.
-    """
-    unit = 1.0
-    for term in sympy.Add.make_args(sympy.expand(expression)):
-        _, denominator = float(term.as_coeff_Mul()[0]).as_integer_ratio()
-        unit = min(unit, 1.0 / denominator)
-    return unit if unit >= _FINEST else None
-
-
-_FINEST = 2.0**-10
+    return entry if _largest(entry) <= _EXACT_UP_TO[dtype] else None
 
 
 _EXACT_UP_TO = {torch.float32: 2**24, torch.float64: 2**53, torch.int32: 2**31 - 1, torch.int64: 2**63 - 1}

@@ -73,8 +73,10 @@ def possible_values(node: fx.Node) -> frozenset[Value]:
 def _values(node: Any, memo: dict[fx.Node, frozenset[Value]]) -> frozenset[Value]:
     if isinstance(node, (bool, int, float)):
         return frozenset({float(node)})
-    if not isinstance(node, fx.Node) or not is_tensor(node):
-        return frozenset({ValueKind.INTEGER})
+    if not is_tensor(node):
+        # A Python float that changes between calls is a symbol of the graph, and may be any float.
+        value = node.meta.get("val") if isinstance(node, fx.Node) else node
+        return frozenset({ValueKind.INTEGER if isinstance(value, (int, torch.SymInt)) else ValueKind.ANY})
     if node not in memo:
         memo[node] = frozenset({ValueKind.ANY})
         memo[node] = _limited(_values_of_call(node, memo), tensor(node).dtype)

@@ -126,6 +126,7 @@ class _Exponentials:
     node: fx.Node
     argument: fx.Node
     fills: list[tuple[fx.Node, fx.Node, bool]]
+    """The mask, the node that applies it, and whether that multiplies by it: then it keeps, else it masks."""
     nodes: list[fx.Node]
 
 
@@ -157,11 +158,11 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
     exact = bool(_without_maximum(top.argument, layout, keys, own_row=True)[1])
     nodes = dict.fromkeys([*maximum, *top.nodes, *bottom_nodes, *([] if late else [node])])
     fills = []
-    for condition, at, invert in top.fills:
+    for condition, at, multiplied in top.fills:
         own = broadcast(layout, tensor(at).shape, tensor(condition).shape)
         if own is None:
             return None
-        fills.append(Fill(Operand(condition, own), -math.inf, tensor(at).dtype, invert))
+        fills.append(Fill(Operand(condition, own), -math.inf, tensor(at).dtype, multiplied, multiplied))
     sink: Operand | float | None = None
     scores = top.argument
     for addend in addends:

@@ -244,6 +244,9 @@ def _by_flex(
         return score
 
     plain = score_mod is None and entries is None and not bounded
+    if q.device.type == "cpu":
+        # Inductor's CPU lowering fails on views of packed heads: "not enough values to unpack (expected 4, got 3)".
+        q, k, v = (operand.contiguous() for operand in (q, k, v))
     out: Any = flex_attention(
         q, k, v, None if plain else modified, blocks, scale=settings.scale, enable_gqa=_grouped(q, k)
     )

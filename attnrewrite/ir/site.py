@@ -87,12 +87,16 @@ def _stored(value: float, dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Fill:
-    """``where(condition, value, scores)``, or with ``invert`` where the condition does not hold."""
+    """``where(condition, value, scores)``, or with ``invert`` where the condition does not hold.
+
+    ``multiplied``: it is written as a product with zeros and ones, which lets NaN through, also in gradients.
+    """
 
     condition: Operand
     value: float
     dtype: torch.dtype
     invert: bool = False
+    multiplied: bool = False
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,12 @@ class _Reading:
     """Masked scores had their maximum subtracted: what became of a row that is masked altogether."""
     overflows: Reason = FINE
     """What may change scores that are all masked, by overflow or by making them ordinary again."""
+    bounded: float = 0.0
+    """How far from zero masked scores may lie after a function that bounds them, which leaves no term of the mask."""
+    bounded_terms: list[Term] = field(default_factory=list)
+    """The terms of that mask."""
+    makes_nan: bool = False
+    """Scores that may be minus infinity are multiplied by a tensor that may be zero."""
 
     def take_function(self, reason: str) -> None:
         """The scores are no longer what a scale and a mask can say."""
@@ -127,6 +133,12 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
         )
     dtype = min((term.dtype for term in terms), key=lambda dtype: dtype.itemsize, default=site.softmax_dtype)
     inexpressible, refused = reading.inexpressible, FINE
+    if reading.makes_nan and (site.nan_to_zero or any(isinstance(mod, Zero) for mod in site.weight_mods)):
+        raise NotAttention("a tensor multiplies masked scores, which gives NaN where it is zero, and NaN is replaced")
+    leaves_range = reading.bounded > (_EXPONENT if site.underflows else -ABSORBING)
+    if leaves_range and attended_everywhere([*reading.bounded_terms, *terms], positions) is None:
+        attended = attended if policy.assume_attended_rows else None
+        reading.overflows = "masked scores that a function bounds underflow or overflow afterwards"
     if reading.lifted and (site.underflows or site.rounds_rows):
         reading.overflows = Reason("exponentials are taken of masked scores whose maximum was subtracted before")
     if attended is None and reading.overflows:
@@ -180,6 +192,18 @@ def _as_written_out(site: AttentionSite, terms: list[Term]) -> list[Term]:
         if any(isinstance(term, Fill) and -math.inf < term.value < -ORDINARY for term in terms):
             raise NotAttention("exponentials of the scores themselves underflow where a finite number is filled in")
     biases = [term for term in terms if isinstance(term, Bias)]
+    infinite = _may_be_infinite(terms) or site.underflows
+    if site.differentiable and infinite and any(isinstance(term, Fill) and term.multiplied for term in terms):
+        raise NotAttention(
+            "scores or exponentials are multiplied by a mask, through which the gradient of a row without a key is NaN "
+            "(if no such row occurs, say so: options={'assume_attended_rows': True})"
+        )
+    zeroed = any(isinstance(mod, Zero) and not mod.multiplied for mod in site.weight_mods)
+    if site.differentiable and zeroed and infinite and (_may_be_infinite(biases) or any(map(may_mask, biases))):
+        raise NotAttention(
+            "weights are zeroed in rows without a key, whose gradient is NaN all the same where the mask was added (if "
+            "no such row occurs, say so: options={'assume_attended_rows': True})"
+        )
     if site.nan_to_zero and site.differentiable and (_may_be_infinite(biases) or any(map(may_mask, biases))):
         raise NotAttention(
             "NaN is replaced in rows without a key, whose gradient is NaN all the same where the mask was added (if no "
@@ -188,12 +212,19 @@ def _as_written_out(site: AttentionSite, terms: list[Term]) -> list[Term]:
     if (
         site.sink is not None
         and site.differentiable
-        and not site.sink_is_shifted
         and any(isinstance(term, Fill) and _may_mask(term) for term in terms)
     ):
         raise NotAttention(
-            "the sink may be minus infinity, too, and the gradient of a row that is masked altogether is not known "
-            "(if no such row occurs, say so: options={'assume_attended_rows': True})"
+            "the sink may be minus infinity, too, or not a number, and the gradient of a row that is masked altogether "
+            "is not known (if no such row occurs, say so: options={'assume_attended_rows': True})"
+        )
+    resolved = [term for term in terms if term.dtype is torch.float64 and _may_be_low(term)]
+    if site.rounds_rows and any(
+        value is ValueKind.ANY or value > ABSORBING for term in resolved for value in _lows(term)
+    ):
+        raise NotAttention(
+            "float64 may hold the logarithm of the sum of exponentials beside numbers that mask a row as a whole, and "
+            "no such row could be ruled out (if none occurs, say so: options={'assume_attended_rows': True})"
         )
     if site.rounds_rows and site.differentiable and any(_may_be_low(term) for term in terms):
         raise NotAttention(
@@ -207,7 +238,7 @@ def _rows_without_key(site: AttentionSite, terms: list[Term]) -> MaskedRows:
     """What the source gives rows that have no key, as far as softmax goes."""
     infinite = _may_be_infinite(terms) or _sum_may_overflow(terms)
     floored = bool(terms) and isinstance(terms[-1], Floor)
-    if floored or not (infinite or site.underflows):
+    if not site.underflows and (floored or not infinite):
         return MaskedRows.MEAN_OF_VALUE
     return MaskedRows.ZERO_WHERE_NAN if site.nan_to_zero else MaskedRows.NAN
 
@@ -255,6 +286,7 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
                 raise NotAttention("the scores are divided by zero")
             number = 1.0 / mod.factor if mod.divide else float(mod.factor)
             reading.scale *= number
+            reading.bounded *= abs(number)
             if reading.softcap is not None:
                 reading.softcap *= number
             terms[:] = [_scaled(term, number) for term in terms]
@@ -283,6 +315,9 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
     return reading
 
 
+_EXPONENT = 80.0
+"""The exponentials of numbers up to this size are ordinary numbers in float32 and wider dtypes."""
+
 _BOUNDED = (aten.tanh.default, aten.sigmoid.default, aten.clamp.default)
 
 
@@ -291,13 +326,19 @@ def _apply_function(mod: Elementwise, reading: _Reading) -> None:
     target: Any = mod.node.target
     name = operator_name(target)
     low = mod.node.args[1] if len(mod.node.args) > 1 else mod.node.kwargs.get("min")
+    high = mod.node.args[2] if len(mod.node.args) > 2 else mod.node.kwargs.get("max")
     unbounded = target is aten.clamp.default and not (isinstance(low, (int, float)) and math.isfinite(low))
+    masks = bool(reading.terms) or reading.bounded > 0
     if reading.terms and (target not in _BOUNDED or unbounded):
         raise NotAttention(f"{name} is applied to scores that are masked already")
     caps = target is aten.tanh.default and not (reading.terms or reading.inexpressible)
     reading.take_function(f"{name} of the scores needs a kernel with a score_mod")
     reading.softcap = 1.0 if caps else None
+    reading.bounded_terms += reading.terms
     reading.terms.clear()
+    if masks and target in _BOUNDED:
+        bounds = (low, high) if target is aten.clamp.default else (1.0,)
+        reading.bounded = max(abs(float(bound)) for bound in bounds if isinstance(bound, (int, float)))
 
 
 def _keeps_lifted(mod: ScoreMod, reading: _Reading) -> bool:
@@ -334,6 +375,11 @@ def _may_mask(term: Term) -> bool:
 def _may_be_low(term: Term) -> bool:
     """Whether a term may lower scores by a large and finite number."""
     return may_mask(term) if isinstance(term, Bias) else -math.inf < term.value < -ORDINARY
+
+
+def _lows(term: Term) -> list[Any]:
+    """Numbers by which a term may lower scores, minus infinity apart."""
+    return [value for value in _values(term) if not isinstance(value, float) or -math.inf < value < -ORDINARY]
 
 
 def _infinite(term: Term) -> Term:
@@ -391,6 +437,9 @@ def _place_factor(mod: Scale, site: AttentionSite, reading: _Reading) -> bool:
     if not (axes <= set(site.query.axes) or axes <= set(site.key.axes)):
         return False
     terms = reading.terms
+    values = possible_values(factor.node) if isinstance(factor, Operand) else frozenset({ValueKind.ANY})
+    if _may_be_infinite(terms) and (0.0 in values or ValueKind.ANY in values):
+        reading.makes_nan = True
     if any(not isinstance(term, Bias) for term in terms):
         reading.take_function("a tensor scales the scores after a mask was applied")
         if any(isinstance(term, Fill) and math.isfinite(term.value) for term in terms):
@@ -430,7 +479,7 @@ def _filled_by_bias(before: Term, bias: Bias, positions: Positions) -> Fill | No
     if len(low) != 1 or entry.where(lambda number: number != 0) != zeroed:
         return None
     value = bias.of(low[0])
-    return None if value is None else Fill(before.condition, value, bias.dtype, before.invert)
+    return None if value is None else Fill(before.condition, value, bias.dtype, before.invert, multiplied=True)
 
 
 def _isolated(kept: Formula, positions: Positions, site: AttentionSite) -> tuple[Size, Size] | None:
@@ -561,10 +610,14 @@ def _no_mask(terms: list[Term], attended: str | None, differentiable: bool) -> R
                 f"{term.value:g} is filled in for masked scores: scores may be as low, so it is a value and no mask "
                 "(fill with -inf or torch.finfo(dtype).min)"
             )
+        masks = sum(value < -1.0 for value in low)
+        if term.dtype is torch.float64:
+            # Which resolves scores beside a number that float32 does not.
+            masks = sum(map(_may_mask, terms))
         if (
             term.value > ABSORBING
             and attended is None
-            and (sum(value < -1.0 for value in low) > 1 or any(isinstance(later, Bias) for later in terms[position:]))
+            and (masks > 1 or any(isinstance(later, Bias) for later in terms[position:]))
         ):
             return Reason(
                 f"{term.value:g} is filled in beside another mask or bias, and a row may have no key: which key such a "

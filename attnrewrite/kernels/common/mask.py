@@ -13,7 +13,7 @@ from attnrewrite.analysis.values import ABSORBING, FAR_BELOW, UNDERFLOW, ValueKi
 from attnrewrite.ir.axes import Dim, Operand, size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import same, tensor
-from attnrewrite.ir.site import Bias, CanonicalAttention, Fill, Floor, MaskedRows
+from attnrewrite.ir.site import Bias, CanonicalAttention, Fill, Floor, MaskedRows, Zero
 from attnrewrite.kernels.common.layout import KernelLayout, lay_out, modified, padded
 
 __all__ = ["Mask"]
@@ -107,7 +107,7 @@ class Mask:
                 continue
             if isinstance(term, Floor):
                 assert total is not None
-                total = call(aten.clamp.default, total, max(term.value, ABSORBING))
+                total = call(aten.clamp.default, total, term.value if self._counts else max(term.value, ABSORBING))
                 continue
             self._after_fill = None
             condition = self._condition(term.condition)
@@ -134,14 +134,18 @@ class Mask:
             return call(where, condition, *((zero, value) if invert else (value, zero)))
         return self._cast(call(aten.where.Scalar, condition, *((0.0, value) if invert else (value, 0.0))), dtype)
 
+    @property
+    def _counts(self) -> bool:
+        """Whether numbers count: which of its keys a row attends that all terms together mask depends on them."""
+        return sum(isinstance(term, Fill) or may_mask(term) for term in self._terms if not isinstance(term, Floor)) > 1
+
     def _fill_value(self, term: Fill) -> float:
         """A fill replaces the score, a mask is added to it: the number must swallow any score, and stay finite."""
         if term.value == -math.inf:
             return -math.inf
         if self._dtype is torch.float16:
             return -math.inf
-        if sum(isinstance(term, Fill) or may_mask(term) for term in self._terms if not isinstance(term, Floor)) > 1:
-            # Which of its keys a row attends that all terms together mask depends on the numbers.
+        if self._counts:
             return term.value
         if self._site.sink is not None or self._site.scores.inexpressible:
             # Beside a sink's score, and where the source's steps are repeated, it is the number itself that counts.
@@ -217,7 +221,14 @@ class Mask:
         if layout.grouped:
             groups = size_of(site.group_axes)
             total = call(aten.repeat_interleave.self_int, total, groups, 1)
-        poison = call(aten.where.Scalar, self.opened_rows, math.nan, 0.0)
+        poisoned = self.opened_rows
+        for mod in site.scores.output_mods:
+            if isinstance(mod, Zero) and not mod.multiplied:
+                # The output is replaced there, and 0 times NaN would reach the value's gradient.
+                zeroed = self._condition(mod.condition)
+                keeps = zeroed if mod.invert else call(aten.logical_not.default, zeroed)
+                poisoned = call(aten.logical_and.default, poisoned, keeps)
+        poison = call(aten.where.Scalar, poisoned, math.nan, 0.0)
         poison = call(aten.to.dtype, poison, site.compute_dtype)
         return call(aten.add.Tensor, output, call(aten.mul.Tensor, total, poison))
 
