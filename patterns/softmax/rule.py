@@ -107,29 +107,11 @@ class SoftmaxAttention:
         product = walk.product
         result = softmax.late or product.node
         interior = view.ordered([*scores.nodes, *softmax.nodes, *walk.nodes, product.node, *softmax.late_views, result])
-        result_layout: Layout | None = product.layout
-        for step in softmax.late_views:
-            result_layout = None if result_layout is None else push(step, result_layout)
-        if result_layout is None:
-            raise NotAttention("the result is reordered in a way that no layout expresses")
-        if softmax.late is not None and any(len(node.users) != 1 for node in (product.node, *softmax.late_views)):
-            raise NotAttention("the product of exponentials and value is read before it is divided by their sum")
-        for node in interior:
-            if view.grad_region(node) != view.grad_region(product.node):
-                raise NotAttention("grad mode is switched between the scores and the product with the value")
-        if not view.same_region(scores.product.node, product.node):
-            raise NotAttention(
-                "autocast is switched between the product of query and key and the product with the value"
-            )
-
+        result_layout = _result_layout(softmax, product)
+        _require_one_region(scores, product, interior, view)
         key_axes = axes_of((key_dim,))
         query, key = _query_and_key(scores.product, key_axes)
         value = product.rhs if product.lhs.node is walk.weights else product.lhs
-        weight_mods = list(walk.mods)
-        if not (isinstance(product.factor, (int, float)) and product.factor == 1):
-            weight_mods.append(Scale(product.factor))
-        if product.scale is not None:
-            weight_mods.append(Scale(product.scale))
         if set(axes_of((product.contracted,))) != set(key_axes):
             raise NotAttention(
                 "the product after softmax does not contract the axis that softmax runs over, so this is no attention"
@@ -139,23 +121,10 @@ class SoftmaxAttention:
         dtype = tensor(product.node).dtype
         query, key = (view.origin(operand, scores.product.node, narrow_to=dtype) for operand in (query, key))
         value = view.origin(value, product.node)
-        if view.in_autocast(product.node):
-            dtype = _widest([dtype, tensor(scores.product.node).dtype])
-        else:
-            dtype = _widest([dtype, query.dtype, key.dtype])
-        if any(isinstance(mod, Scale) and not isinstance(mod.factor, (int, float)) for mod in scores.mods):
-            # It is multiplied into query or key, and rounded there.
-            dtype = _widest([dtype, tensor(scores.product.node).dtype])
         query_axes = _query_axes(scores, key_axes, key)
+        _require_attention(scores.product, query, key, value, query_axes)
         own_dtype = tensor(softmax.node).dtype
         narrowed = [Narrow(own_dtype)] if is_narrower(own_dtype, tensor(softmax.scores).dtype) else []
-        alone = set(query.axes) == set(axes_of((scores.product.contracted,))) and query.node.op != "call_function"
-        if alone and key.node is value.node:
-            raise NotAttention("every key is scored by one and the same stored vector: this is pooling")
-        if set(axes_of((query_axes,))) & set(value.axes):
-            raise NotAttention("the value differs from one query position to the next, so this is no attention")
-        if torch.float64 in (tensor(softmax.node).dtype, tensor(softmax.scores).dtype):
-            dtype = torch.float64
         site = AttentionSite(
             pattern=self.name,
             anchor=softmax.node,
@@ -168,13 +137,13 @@ class SoftmaxAttention:
             key_axes=axes_of((key_dim,)),
             feature_axes=axes_of((scores.product.contracted,)),
             mods=(*scores.mods, *narrowed, *softmax.fills),
-            softmax_dtype=tensor(softmax.node).dtype,
-            compute_dtype=dtype,
+            softmax_dtype=own_dtype,
+            compute_dtype=_compute_dtype(softmax, scores, product, (query, key), view),
             weight_layout=(*softmax.layout[: softmax.dim], key_dim, *softmax.layout[softmax.dim + 1 :]),
             dropout=walk.dropout,
             sink=_behind_views(softmax.sink),
             sink_is_shifted=softmax.sink_is_shifted and softmax.sink is not None,
-            weight_mods=tuple(weight_mods),
+            weight_mods=(*walk.mods, *_scales_of(product)),
             nan_to_zero=softmax.nan_to_zero or walk.nan_to_zero,
             underflows=softmax.underflows,
             rounds_rows=softmax.rounds_rows,
@@ -183,6 +152,61 @@ class SoftmaxAttention:
             interior=interior,
         )
         return _FoundSite(site, view.other_readers(interior), {softmax.node, *walk.nodes})
+
+
+def _result_layout(softmax: Softmax, product: Product) -> Layout:
+    """The dimensions of the result, which may be divided by the sum of exponentials only behind views of the product.
+
+    Raises:
+        NotAttention: no layout tells them, or the product is read before.
+    """
+    layout: Layout | None = product.layout
+    for step in softmax.late_views:
+        layout = None if layout is None else push(step, layout)
+    if layout is None:
+        raise NotAttention("the result is reordered in a way that no layout expresses")
+    if softmax.late is not None and any(len(node.users) != 1 for node in (product.node, *softmax.late_views)):
+        raise NotAttention("the product of exponentials and value is read before it is divided by their sum")
+    return layout
+
+
+def _require_one_region(scores: ScoreWalk, product: Product, interior: Sequence[fx.Node], view: GraphView) -> None:
+    for node in interior:
+        if view.grad_region(node) != view.grad_region(product.node):
+            raise NotAttention("grad mode is switched between the scores and the product with the value")
+    if not view.same_region(scores.product.node, product.node):
+        raise NotAttention("autocast is switched between the product of query and key and the product with the value")
+
+
+def _require_attention(
+    product: Product, query: Operand, key: Operand, value: Operand, query_axes: tuple[Axis, ...]
+) -> None:
+    alone = set(query.axes) == set(axes_of((product.contracted,))) and query.node.op != "call_function"
+    if alone and key.node is value.node:
+        raise NotAttention("every key is scored by one and the same stored vector: this is pooling")
+    if set(axes_of((query_axes,))) & set(value.axes):
+        raise NotAttention("the value differs from one query position to the next, so this is no attention")
+
+
+def _scales_of(product: Product) -> list[Scale]:
+    """What the product with the value multiplies by, too."""
+    factor = product.factor
+    scales = [] if isinstance(factor, (int, float)) and factor == 1 else [Scale(factor)]
+    return scales if product.scale is None else [*scales, Scale(product.scale)]
+
+
+def _compute_dtype(
+    softmax: Softmax, scores: ScoreWalk, product: Product, operands: tuple[Operand, Operand], view: GraphView
+) -> torch.dtype:
+    """The lowest dtype in which the products may be computed; ``operands`` are query and key."""
+    if torch.float64 in (tensor(softmax.node).dtype, tensor(softmax.scores).dtype):
+        return torch.float64
+    dtype, of_scores = tensor(product.node).dtype, tensor(scores.product.node).dtype
+    dtypes = [of_scores] if view.in_autocast(product.node) else [operand.dtype for operand in operands]
+    if any(isinstance(mod, Scale) and not isinstance(mod.factor, (int, float)) for mod in scores.mods):
+        # It is multiplied into query or key, and rounded there.
+        dtypes.append(of_scores)
+    return _widest([dtype, *dtypes])
 
 
 @dataclass
