@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -135,15 +135,12 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
         return None
     args: Any = node.args
     numerator, denominator = args[:2]
-    top = _exponentials(numerator)
-    late_views: tuple[fx.Node, ...] = ()
-    weight_views: tuple[fx.Node, ...] = ()
-    late = top is None
-    if top is None:
-        found = _exponentials_in_product(numerator)
-        if found is None:
-            return None
-        top, late_views, weight_views = found
+    whole = _exponentials(numerator)
+    late = whole is None
+    found = _exponentials_in_product(numerator) if whole is None else (whole, (), ())
+    if found is None:
+        return None
+    top, late_views, weight_views = found
     total = _denominator(denominator, top)
     if total is None or not same_shape(tensor(node).shape, tensor(numerator).shape):
         return None
@@ -156,43 +153,22 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
     keys = axes_of((layout[dim],))
     shifted, maximum = _without_maximum(top.argument, layout, keys, own_row=False)
     exact = bool(_without_maximum(top.argument, layout, keys, own_row=True)[1])
-    nodes = dict.fromkeys([*maximum, *top.nodes, *bottom_nodes, *([] if late else [node])])
-    fills = []
-    for condition, at, multiplied in top.fills:
-        own = broadcast(layout, tensor(at).shape, tensor(condition).shape)
-        if own is None:
-            return None
-        fills.append(Fill(Operand(condition, own), -math.inf, tensor(at).dtype, multiplied, multiplied))
-    sink: Operand | float | None = None
-    scores = top.argument
-    for addend in addends:
-        if sink is not None:
-            return None
-        if isinstance(addend, (int, float)):
-            if exact and not fills:
-                # The sum is at least 1 then, and what float32 cannot add to 1 changes nothing.
-                if not 0 <= addend < torch.finfo(tensor(node).dtype).eps / 2:
-                    return None
-                continue
-            if addend <= 0 or maximum:
-                return None
-            sink = math.log(addend)
-            continue
-        read = _sink_in_denominator(addend, shifted, maximum, layout, axes_of((layout[dim],)))
-        if read is None:
-            return None
-        sink, more = read
-        nodes.update(dict.fromkeys(more))
-        scores = shifted
-    if scores is top.argument:
-        # The walk back over the scores knows a maximum that is subtracted.
-        for part in maximum:
-            nodes.pop(part, None)
+    fills = _fills(top, layout)
+    if fills is None:
+        return None
+    lost = torch.finfo(tensor(node).dtype).eps / 2 if exact and not fills else None
+    read = _sink_among(addends, shifted, maximum, layout, axes_of((layout[dim],)), lost)
+    if read is None:
+        return None
+    sink, sink_nodes = read
+    # Where no sink needs it, the walk back over the scores knows a maximum that is subtracted.
+    scores, own = (shifted, maximum) if sink_nodes else (top.argument, ())
+    nodes = dict.fromkeys([*top.nodes, *bottom_nodes, *([] if late else [node]), *sink_nodes])
     return Softmax(
         top.node if late else node,
         scores,
         dim,
-        tuple(nodes),
+        (*own, *(each for each in nodes if each not in maximum)),
         sink,
         late=node if late else None,
         late_views=late_views,
@@ -201,6 +177,54 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
         fills=tuple(fills),
         layout=layout,
     )
+
+
+def _fills(top: _Exponentials, layout: Layout) -> list[Fill] | None:
+    """Where exponentials are set to zero, as fills of their argument; None where a condition does not broadcast."""
+    fills = []
+    for condition, at, multiplied in top.fills:
+        own = broadcast(layout, tensor(at).shape, tensor(condition).shape)
+        if own is None:
+            return None
+        fills.append(Fill(Operand(condition, own), -math.inf, tensor(at).dtype, multiplied, multiplied))
+    return fills
+
+
+def _sink_among(
+    addends: Sequence[Any],
+    shifted: fx.Node,
+    maximum: tuple[fx.Node, ...],
+    layout: Layout,
+    keys: tuple[Axis, ...],
+    lost: float | None,
+) -> tuple[Operand | float | None, Sequence[fx.Node]] | None:
+    """The sink that is added to the sum of exponentials, if any, and the nodes that compute it.
+
+    Args:
+        lost: numbers below it, which are added, change nothing: the sum is at least 1; None where it may be less.
+
+    Returns:
+        None where what is added is no sink, or more than one.
+    """
+    sink: Operand | float | None = None
+    nodes: Sequence[fx.Node] = ()
+    for addend in addends:
+        if sink is not None:
+            return None
+        if not isinstance(addend, (int, float)):
+            read = _sink_in_denominator(addend, shifted, maximum, layout, keys)
+            if read is None:
+                return None
+            sink, nodes = read
+        elif lost is not None:
+            # What float32 cannot add to 1 changes nothing.
+            if not 0 <= addend < lost:
+                return None
+        elif addend <= 0 or maximum:
+            return None
+        else:
+            sink = math.log(addend)
+    return sink, nodes
 
 
 def _exponentials_in_product(
