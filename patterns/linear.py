@@ -160,9 +160,9 @@ class _LinearReader:
 
     def _attention(self, site: LinearAttention, between: _Between, ended: Ended) -> Finding | None:
         """The product of three as attention; None where neither feature maps nor a normaliser say that it is."""
-        outer, middle, inner = (features_of(part.node, self._is_attention) for part in site.operands)
         if not all(self._computed.holds(part.node) for part in site.operands):
             return None
+        outer, middle, inner = (features_of(part.node, self._is_attention) for part in site.operands)
         sums = _sums(site, between)
         normaliser, divided = _normaliser(site, sums)
         if sums and not _is_map_of_both(middle, inner):
