@@ -338,7 +338,7 @@ class AttentionSite:
     written: tuple[fx.Node, ...] = ()
     windowed: bool = False
     unmerged: Reason = FINE
-    still_repeated: str = ""
+    still_repeated: Reason = FINE
     folded: tuple[Axis, ...] = ()
 
     def with_operands(self, change: Callable[[Operand], Operand]) -> AttentionSite:

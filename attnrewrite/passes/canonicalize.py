@@ -138,7 +138,7 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     leaves_range = reading.bounded > (_EXPONENT if site.underflows else -ABSORBING)
     if leaves_range and attended_everywhere([*reading.bounded_terms, *terms], positions) is None:
         attended = attended if policy.assume_attended_rows else None
-        reading.overflows = "masked scores that a function bounds underflow or overflow afterwards"
+        reading.overflows = Reason("masked scores that a function bounds underflow or overflow afterwards")
     if reading.lifted and (site.underflows or site.rounds_rows):
         reading.overflows = Reason("exponentials are taken of masked scores whose maximum was subtracted before")
     if attended is None and reading.overflows:

@@ -25,6 +25,7 @@ from attnrewrite.ir.bounds import BEHIND_KEYS, searching
 from attnrewrite.ir.builder import Builder, Written
 from attnrewrite.ir.nodes import is_tensor, same_shape, tensor
 from attnrewrite.ir.ops import is_cast, is_pointwise
+from attnrewrite.ir.reason import Reason
 from attnrewrite.ir.site import AttentionSite
 from attnrewrite.ir.views import is_layout_op, peel, pull
 from attnrewrite.kernels.common.layout import lay_out
@@ -62,7 +63,7 @@ def _undone(site: AttentionSite, view: GraphView) -> AttentionSite:
             if any(part not in seen for axis in free if axis in copied for part in copied[axis].leaves()):
                 BEHIND_KEYS.reached()
     if not absent:
-        return replace(site, still_repeated=str(ended))
+        return replace(site, still_repeated=Reason(str(ended)))
     writing = _Writing(site, view, frozenset(absent))
     found = [writing.of(operand) for operand in (site.key, site.value)]
     key, value = found
