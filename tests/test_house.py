@@ -29,12 +29,11 @@ PRIVATE_OF_OTHERS = {
 }
 """Private names of other packages than torch, by the module that uses them."""
 
-CLASSES_OF_ONE_NAME = {"Constants", "Plan", "Request", "_Call", "_Reader", "_Reading", "_Row", "_Site", "_Step"}
+CLASSES_OF_ONE_NAME = {"Request", "_Call", "_Reader", "_Reading", "_Row", "_Site", "_Step"}
 
 LONG_FUNCTIONS = {
     "attnrewrite.analysis.weights._divided_by_sum",
     "attnrewrite.backend._compiled",
-    "attnrewrite.caching.session.call",
     "attnrewrite.capture.convention.restore_calling_convention",
     "attnrewrite.passes.merge_slices.site",
     "attnrewrite.passes.pipeline.rewrite",
@@ -54,10 +53,7 @@ KERNELS_READ_BY_NAME = {
 }
 """Modules with a ``getattr(kernel, "...")``."""
 
-CIRCLES = {
-    frozenset({"attnrewrite.caching.call", "attnrewrite.caching.session"}),
-    frozenset({"attnrewrite.calibration.calibration", "attnrewrite.calibration.render"}),
-}
+CIRCLES: set[frozenset[str]] = set()
 
 LONG = 60
 FILES_AT_THE_TOP = 14
