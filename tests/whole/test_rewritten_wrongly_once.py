@@ -239,6 +239,117 @@ def weights_of_one_head_grow_to_several(q: Tensor, k: Tensor, v: Tensor, gate: T
     return ((q @ k.mT).softmax(-1) * gate) @ v
 
 
+# What a row without a key is worth, in value and in gradient, by steps that stand around the mask.
+
+MASKED_ROWS = MASKED.all(-1, keepdim=True)
+
+
+def _by_hand(scores: Tensor) -> Tensor:
+    exponentials = scores.exp()
+    return exponentials / exponentials.sum(-1, keepdim=True)
+
+
+@_case(Q / 4, K / 4, V, MASKED)
+def exponentials_with_a_floor(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
+    s = q @ k.mT + torch.zeros(masked.shape).masked_fill(masked, -math.inf)
+    return _by_hand(torch.max(s, torch.tensor(LOWEST))) @ v
+
+
+@_case(Q / 4, K / 4, V, MASKED)
+def exponentials_of_clamped_scores(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
+    return _by_hand((q @ k.mT).masked_fill(masked, -1e9).clamp(min=-1e4)) @ v
+
+
+@_case(Q, K, V, MASKED)
+def clamped_scores_that_overflow(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
+    return ((q @ k.mT).masked_fill(masked, -math.inf).clamp(-1e30, 1e30) * 1e10).softmax(-1) @ v
+
+
+@_case(Q, K, V, MASKED, OTHER)
+def floor_between_two_masks(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, other: Tensor) -> Tensor:
+    s = (q @ k.mT / 3 + torch.zeros(masked.shape).masked_fill(masked, -math.inf)).clamp(min=LOWEST)
+    return s.masked_fill(other, LOWEST).softmax(-1) @ v
+
+
+@_case(Q.double(), K.double(), V.double(), MASKED, _normal(KEYS).double())
+def billion_in_float64_beside_a_bias(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, bias: Tensor) -> Tensor:
+    return (q @ k.mT / 3 + bias).masked_fill(masked, -1e9).softmax(-1) @ v
+
+
+@_case(Q.double(), K.double(), V.double(), MASKED)
+def billion_in_float64_and_logsumexp(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
+    s = q @ k.mT / 3 + masked.double() * -1e9
+    return torch.exp(s - s.logsumexp(-1, keepdim=True)) @ v
+
+
+@_case(Q, K, V, MASKED, KEPT_KEYS)
+def infinite_mask_times_a_mask(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
+    s = (q @ k.mT).masked_fill(masked, -math.inf) * kept.float()
+    return torch.nan_to_num((s + (1 - kept.float()) * -1e4).softmax(-1)) @ v
+
+
+@_case(Q, K, V, MASKED)
+def added_then_zeroed(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
+    s = q @ k.mT + torch.zeros(masked.shape).masked_fill(masked, -math.inf)
+    return s.softmax(-1).masked_fill(masked, 0.0) @ v
+
+
+@_case(Q, K, V, ~MASKED)
+def multiplied_exponentials(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    e = (q @ k.mT).exp() * kept
+    return torch.nan_to_num(e / e.sum(-1, keepdim=True)) @ v
+
+
+@_case(Q, K, V, ~MASKED)
+def exponentials_of_multiplied_scores(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    return torch.nan_to_num(_by_hand((q @ k.mT) * kept - 1e9 * (1 - kept.float()))) @ v
+
+
+@_case(Q, K, V, MASKED, MASKED_ROWS)
+def rows_set_to_zero(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, rows: Tensor) -> Tensor:
+    return (q @ k.mT / 3).masked_fill(masked, -math.inf).softmax(-1).masked_fill(rows, 0.0) @ v
+
+
+@_case(Q, K, V, ~MASKED)
+def rows_chosen_to_be_zero(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    w = torch.where(kept, q @ k.mT / 3, -math.inf).softmax(-1)
+    return torch.where(kept.any(-1, keepdim=True), w, 0.0) @ v
+
+
+@_case(Q, K, V, MASKED)
+def shifted_sink(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
+    s = (q @ k.mT).masked_fill(masked, -math.inf)
+    highest = s.amax(-1, keepdim=True)
+    e = (s - highest).exp()
+    # The loss looks at rows that have keys.
+    out = e / (e.sum(-1, keepdim=True) + (-highest).exp()) @ v
+    return out.masked_fill(masked.all(-1, keepdim=True), 0.0)
+
+
+@_case(*(torch.randn(1, 2, 40, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)))
+def positions_that_floats_round(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    i, j = torch.arange(40).float()[:, None], torch.arange(40).float()
+    kept = (i * 0.1 + 1.0) - i * 0.1 >= 1.0 + 0 * j
+    return (q @ k.mT).masked_fill(~kept, -math.inf).softmax(-1) @ v
+
+
+@_case(Q[:3], K[:1], V[:1])
+def one_entry_by_an_index_from_the_end(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    frames = [-1, 0]
+    return (q @ k[frames].mT).softmax(-1) @ v[frames]
+
+
+def test_a_python_float_that_changes_is_any_number() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, low: float) -> Tensor:
+        return (q @ k.mT + masked.float() * low).softmax(-1) @ v
+
+    compiled = rewritten(attend)
+    for low in (-1e4, -2e4, LOWEST, -math.inf):
+        inputs = (Q, K, V, MASKED)
+        actual, expected = compiled(*inputs, low), attend(*inputs, low)
+        assert relative_error(actual, expected) <= 1e-5, low
+
+
 @pytest.mark.parametrize("name", _CASES)
 def test_values(name: str) -> None:
     function, inputs = _CASES[name]
