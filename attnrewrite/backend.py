@@ -6,9 +6,9 @@ import contextlib
 import copy
 import itertools
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from attnrewrite.caching.call import current_call
 from attnrewrite.caching.compiled import Kept, kept_attention
 from attnrewrite.caching.identity import Identity, identity_of
 from attnrewrite.caching.session import Session
-from attnrewrite.capture.known_buffers import Constants
+from attnrewrite.capture.known_buffers import KnownBuffers
 from attnrewrite.capture.legalize import legalised
 from attnrewrite.capture.support import CaptureError
 from attnrewrite.capture.trace import capture
@@ -28,11 +28,13 @@ from attnrewrite.inner import CompiledFn, InnerCompiler
 from attnrewrite.numerics.tolerance import Admission, admitted
 from attnrewrite.numerics.verify import Original, verified
 from attnrewrite.options.compile_options import DATA_DEPENDENT_SIZES, Policy
-from attnrewrite.options.environment import debug_directory
-from attnrewrite.passes.pipeline import as_asked, rewrite
+from attnrewrite.options.environment import debug_directory, raises_defects
+from attnrewrite.passes.pipeline import rewrite
 from attnrewrite.passes.result import Rewritten
+from attnrewrite.passes.rewriting import as_requested
+from attnrewrite.passes.steps import Steps
 from attnrewrite.patterns import PatternError
-from attnrewrite.report.dump import dump_graph
+from attnrewrite.report.dump import GraphDump
 from attnrewrite.report.graph_code import graph_source
 from attnrewrite.report.report import RewriteReport
 from attnrewrite.report.rows import GraphReport
@@ -89,6 +91,7 @@ def attnrewrite(
             f"options[{DATA_DEPENDENT_SIZES!r}] comes too late for torch.compile, which has traced the graph: set "
             f"torch._dynamo.config.{DATA_DEPENDENT_SIZES} = True, or use accelerate_attention"
         )
+    # For the inner compiler as well, if the graph cannot be captured or has no attention.
     gm = legalised(gm)
     call = current_call()
     if policy.cache is None or (call is not None and call.is_of_graph):
@@ -103,115 +106,209 @@ def attnrewrite(
 
 
 def _with_variants(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy) -> CompiledFn:
-    compiled, varies = _compiled(gm, example_inputs, policy)
+    compiled, varies = _Compilation(gm, example_inputs, policy).run()
     if not varies:
         return compiled
-    return Variants(gm, example_inputs, lambda gm, inputs: _compiled(gm, inputs, policy)[0]).add(compiled)
+    variants = Variants(gm, example_inputs, lambda gm, inputs: _Compilation(gm, inputs, policy).run()[0])
+    return variants.add(compiled)
 
 
-def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy) -> tuple[CompiledFn, bool]:
-    """The compiled graph under the request and the plan in force, and whether it depends on them."""
-    call = current_call()
-    inner = InnerCompiler(policy)
-    report = GraphReport(_graph_name(), inner_backend=inner.name, node_count=len(gm.graph.nodes))
-    report.notes += say_what_is_lost(gm, policy)
-    wanted = _collector.get() is not None or debug_directory() is not None
-    before = after = result = gm
-    rewritten = Rewritten()
-    identity: Identity | None = None
-    original: Original | None = None
-    admission: Admission | None = None
-    constants = Constants(gm, example_inputs)
-    try:
-        captured = capture(gm, example_inputs)
-    except CaptureError as reason:
-        report.captured, report.reason = False, str(reason)
-        keep_attention = False
-    else:
-        report.seconds["capture"] = captured.seconds
-        constants.attach(captured.gm)
-        identity = None if call is None else identity_of(captured.gm)
-        if wanted:
-            before = fx.GraphModule(captured.gm, copy.deepcopy(captured.gm.graph))
-        original = Original(captured.gm) if policy.verify else None
+@dataclass(frozen=True)
+class _Source:
+    """A captured graph, and what has to be known of it as it was before it is rewritten in place.
+
+    Attributes:
+        before: a copy, for the report and the dump; the graph itself if neither is asked for.
+        original: a copy to verify against; None unless ``verify`` is on.
+        identity: what the graph is known by in other compilations; None outside a call that reuses attention.
+    """
+
+    gm: fx.GraphModule
+    before: fx.GraphModule
+    original: Original | None
+    identity: Identity | None
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What the passes made of a graph.
+
+    Attributes:
+        gm: what the inner compiler is given.
+        after: what the report and the dump show.
+        keep_attention: the graph has attention that was left alone on purpose.
+        rewritten: empty where nothing could be captured, or the passes failed.
+    """
+
+    gm: fx.GraphModule
+    after: fx.GraphModule
+    keep_attention: bool
+    rewritten: Rewritten = field(default_factory=Rewritten)
+
+
+class _Compilation:
+    """One graph's way to a compiled callable, under the request and the plan of reuse that are in force."""
+
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy) -> None:
+        self._gm = gm
+        self._inputs = example_inputs
+        self._policy = policy
+        self._call = current_call()
+        self._inner = InnerCompiler(policy)
+        self._known_buffers = KnownBuffers(gm, example_inputs)
+        self._report = GraphReport(_graph_name(), inner_backend=self._inner.name, node_count=len(gm.graph.nodes))
+        self._report.notes += say_what_is_lost(gm, policy)
+        directory = debug_directory()
+        self._dump = None if directory is None else GraphDump.begin(directory, self._report.name)
+        self._steps = Steps(self._report.name, self._dump)
+        self._report.seconds = self._steps.seconds
+
+    def run(self) -> tuple[CompiledFn, bool]:
+        """The compiled graph, and whether it depends on the request and the plan."""
         try:
-            if policy.tolerance is not None:
-                start = time.perf_counter()
-                admission = admitted(captured.gm, policy, example_inputs, policy.tolerance)
-                report.seconds["tolerance"] = time.perf_counter() - start
-            asking = as_asked if admission is None else admission.asking
+            source = self._captured()
+        except CaptureError as reason:
+            return self._passed_on(reason), False
+        self._known_buffers.attach(source.gm)
+        outcome = self._rewritten(source)
+        self._note_inner_settings(outcome)
+        kept = self._kept_for_reuse(source, outcome)
+        self._tell(source.before, outcome.after)
+        if kept is not None:
+            compiled = self._compiled_with_reuse(kept, outcome)
+        elif source.original is not None and outcome.rewritten.changed:
+            compiled = self._compiled_with_verification(source, source.original, outcome)
+        else:
+            compiled = self._compiled(outcome)
+        if outcome.rewritten.changed:
+            compiled = self._known_buffers.guarded(compiled, self._gm.forward, self._report.name)
+        return compiled, outcome.rewritten.offered or bool(outcome.rewritten.results)
+
+    # The steps, in their order.
+
+    def _captured(self) -> _Source:
+        """Raises:
+        CaptureError: the graph cannot be captured.
+        """
+        with self._steps.step("capture"):
+            gm = capture(self._gm, self._inputs).gm
+        is_shown = _collector.get() is not None or self._dump is not None
+        if self._dump is not None:
+            self._dump.add("captured", gm)
+        return _Source(
+            gm,
+            before=fx.GraphModule(gm, copy.deepcopy(gm.graph)) if is_shown else gm,
+            original=Original(gm) if self._policy.verify else None,
+            identity=None if self._call is None else identity_of(gm),
+        )
+
+    def _passed_on(self, reason: CaptureError) -> CompiledFn:
+        """The graph as it is, compiled by the inner compiler."""
+        self._report.captured, self._report.reason = False, str(reason)
+        self._tell(self._gm, self._gm)
+        return self._compiled(_Outcome(self._gm, self._gm, keep_attention=False))
+
+    def _rewritten(self, source: _Source) -> _Outcome:
+        report = self._report
+        try:
+            admission = self._admitted(source)
             rewritten = rewrite(
-                captured.gm,
-                policy,
-                asking,
-                with_kinds=call is not None,
-                with_batch=call is not None and call.plan.halves,
+                source.gm,
+                self._policy,
+                as_requested if admission is None else admission.adjust_request,
+                steps=self._steps,
+                with_kinds=self._call is not None,
+                with_batch=self._call is not None and self._call.plan.halves,
             )
         except KernelError:
             raise
         except Exception as error:  # A defect of ours must not break the user's model; it is reported.
+            if raises_defects():
+                raise
             advice = "" if isinstance(error, PatternError) else ", please report this"
             log.warning("%s: rewriting failed%s", report.name, advice, exc_info=True)
             report.reason = f"rewriting failed, so the graph is as it was: {type(error).__name__}: {error}"
-            keep_attention = True
-        else:
-            report.sites = rewritten.sites
-            report.unmatched_rules = unmatched_rules(policy, [site.location for site in report.sites])
-            report.seconds.update(rewritten.seconds)
-            if admission is not None:
-                admission.tell(report.sites)
-                report.notes += admission.notes
-            keep_attention = _holds_softmax_of_product(captured.gm)
-            # Where nothing was rewritten the inner compiler gets what it would get without us.
-            result = captured.gm if rewritten.changed else gm
-            after = captured.gm
-    if keep_attention and inner.name == "inductor":
-        report.notes.append("Inductor's own attention patterns are kept from this graph")
-    if rewritten.round_like_eager and inner.name == "inductor":
-        report.notes.append("Inductor rounds half-precision results as eager does (emulate_precision_casts)")
-    kept: Kept | None = None
-    if call is not None:
+            return _Outcome(self._gm, self._gm, keep_attention=True)
+        report.sites = rewritten.sites
+        report.unmatched_rules = unmatched_rules(self._policy, [site.location for site in report.sites])
+        if admission is not None:
+            admission.tell(report.sites)
+            report.notes += admission.notes
+        # Where nothing was rewritten the inner compiler gets what it would get without us.
+        gm = source.gm if rewritten.changed else self._gm
+        return _Outcome(gm, source.gm, _holds_softmax_of_product(source.gm), rewritten)
+
+    def _admitted(self, source: _Source) -> Admission | None:
+        """What a tolerance lets in; None unless one is given."""
+        if self._policy.tolerance is None:
+            return None
+        with self._steps.step("tolerance"):
+            return admitted(source.gm, self._policy, self._inputs, self._policy.tolerance)
+
+    def _kept_for_reuse(self, source: _Source, outcome: _Outcome) -> Kept | None:
+        """The graphs that give and take attention values; None outside a call that reuses attention."""
+        call, rewritten = self._call, outcome.rewritten
+        if call is None or source.identity is None:
+            return None
         found = {id(row) for row, _, _ in rewritten.results}
         missed = [row for row in rewritten.sites if id(row) not in found]
         call.found((), [f"{row.location} is not taken for attention ({row.reason})" for row in missed])
-    if call is not None and rewritten.results:
+        if not rewritten.results:
+            return None
         try:
-            assert identity is not None
-            kept = kept_attention(captured.gm, example_inputs, rewritten, identity, call)
+            kept = kept_attention(source.gm, self._inputs, rewritten, source.identity, call)
         except Exception as error:  # As above: the model runs without reuse.
-            log.warning("%s: attention cannot be kept, please report this", report.name, exc_info=True)
-            report.notes.append(f"attention is not kept: {type(error).__name__}: {error}")
-    if kept is not None and original is not None:
-        report.notes.append("graphs that keep attention values are not verified")
-    if wanted:
-        report.before_code, report.after_code = graph_source(before), graph_source(after)
-    _publish(report)
-    directory = debug_directory()
-    if directory is not None:
-        dump_graph(report, before, after, example_inputs, directory)
-    start = time.perf_counter()
-    round_like_eager = rewritten.round_like_eager
-    unchanged: CompiledFn | None = None
-    if kept is not None:
-        compiled: CompiledFn = kept.compiled(
-            lambda gm, more: inner.compile(
-                gm, [*example_inputs, *more], keep_attention=keep_attention, round_like_eager=round_like_eager
-            ),
-            copies=policy.cuda_graphs,
-        )
-        report.seconds["inner"] = time.perf_counter() - start
-        return (constants.guarded(compiled, gm.forward, report.name) if rewritten.changed else compiled), True
-    if original is not None and rewritten.changed:
-        # Now and not when it is needed: guards that compiling adds belong to this compilation of Dynamo's. If it is
-        # needed, its attention is left as it is on purpose.
-        unchanged = inner.compile(gm, example_inputs, keep_attention=True, round_like_eager=round_like_eager)
-    compiled = inner.compile(result, example_inputs, keep_attention=keep_attention, round_like_eager=round_like_eager)
-    report.seconds["inner"] = time.perf_counter() - start
-    if original is not None and unchanged is not None:
-        compiled = verified(original, captured.gm, report, unchanged, compiled)
-    if rewritten.changed:
-        compiled = constants.guarded(compiled, gm.forward, report.name)
-    return compiled, rewritten.offered or bool(rewritten.results)
+            if raises_defects():
+                raise
+            log.warning("%s: attention cannot be kept, please report this", self._report.name, exc_info=True)
+            self._report.notes.append(f"attention is not kept: {type(error).__name__}: {error}")
+            return None
+        if source.original is not None:
+            self._report.notes.append("graphs that keep attention values are not verified")
+        return kept
+
+    def _note_inner_settings(self, outcome: _Outcome) -> None:
+        if self._inner.name != "inductor":
+            return
+        if outcome.keep_attention:
+            self._report.notes.append("Inductor's own attention patterns are kept from this graph")
+        if outcome.rewritten.round_like_eager:
+            self._report.notes.append("Inductor rounds half-precision results as eager does (emulate_precision_casts)")
+
+    def _tell(self, before: fx.GraphModule, after: fx.GraphModule) -> None:
+        """Completes the report, publishes it, and dumps the graph."""
+        if _collector.get() is not None or self._dump is not None:
+            self._report.before_code, self._report.after_code = graph_source(before), graph_source(after)
+        _publish(self._report)
+        if self._dump is not None:
+            self._dump.finish(self._report, before, after, self._inputs)
+
+    # The inner compiler.
+
+    def _compiled(self, outcome: _Outcome) -> CompiledFn:
+        with self._steps.step("inner"):
+            return self._inner_compiled(outcome.gm, self._inputs, outcome, keep_attention=outcome.keep_attention)
+
+    def _compiled_with_verification(self, source: _Source, original: Original, outcome: _Outcome) -> CompiledFn:
+        with self._steps.step("inner"):
+            # Now and not when it is needed: guards that compiling adds belong to this compilation of Dynamo's. If it
+            # is needed, its attention is left as it is on purpose.
+            unchanged = self._inner_compiled(self._gm, self._inputs, outcome, keep_attention=True)
+        return verified(original, source.gm, self._report, unchanged, self._compiled(outcome))
+
+    def _compiled_with_reuse(self, kept: Kept, outcome: _Outcome) -> CompiledFn:
+        def compile_graph(gm: fx.GraphModule, added: Sequence[torch.Tensor]) -> CompiledFn:
+            inputs = [*self._inputs, *added]
+            return self._inner_compiled(gm, inputs, outcome, keep_attention=outcome.keep_attention)
+
+        with self._steps.step("inner"):
+            return kept.compiled(compile_graph, copies=self._policy.cuda_graphs)
+
+    def _inner_compiled(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], outcome: _Outcome, *, keep_attention: bool
+    ) -> CompiledFn:
+        round_like_eager = outcome.rewritten.round_like_eager
+        return self._inner.compile(gm, inputs, keep_attention=keep_attention, round_like_eager=round_like_eager)
 
 
 def _graph_name() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 
 def pytest_configure() -> None:
+    # A defect of the rewriting fails the test, and graphs are checked after each step.
+    os.environ["ATTNREWRITE_RAISE"] = "1"
     # One thread a worker: the tests share their cores with each other.
     torch.set_num_threads(1)
 

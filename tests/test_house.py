@@ -36,7 +36,6 @@ LONG_FUNCTIONS = {
     "attnrewrite.backend._compiled",
     "attnrewrite.capture.convention.restore_calling_convention",
     "attnrewrite.passes.merge_slices.site",
-    "attnrewrite.passes.pipeline.rewrite",
     "attnrewrite.patterns.linear._between",
     "attnrewrite.patterns.linear._read",
     "attnrewrite.patterns.site_builder.attention_site",

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from attnrewrite.capture.normalize import fill_constants, name_metadata_reads
 from attnrewrite.capture.opaque import OpaqueCalls
 from attnrewrite.capture.prepare import wants_gradients
 from attnrewrite.capture.support import CaptureError, attribute_of, storage_of
@@ -20,97 +18,143 @@ from attnrewrite.torch_private import FakeTensor
 def restore_calling_convention(
     original: fx.GraphModule,
     prepared: fx.GraphModule,
-    placeholders: Sequence[fx.Node],
     exported: fx.GraphModule,
     signature: Any,
     opaque: OpaqueCalls,
 ) -> fx.GraphModule:
-    """Lifted parameters become attributes again, updated inputs are written back, outputs are the original's."""
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    attributes: dict[str, Any] = {}
-    constants: list[str] = []
-    lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    """Lifted parameters become attributes again, updated inputs are written back, outputs are the original's.
 
-    exported_inputs = exported.graph.find_nodes(op="placeholder")
-    user_inputs = [node for node in exported_inputs if node.name not in lifted]
-    if len(user_inputs) != len(placeholders):
-        raise CaptureError(f"tracing returned {len(user_inputs)} inputs for {len(placeholders)}")
-    for source, traced in zip(placeholders, user_inputs, strict=True):
-        node = graph.placeholder(str(source.target))
-        copy_attributes(source, node)
-        node.meta = {**source.meta, "val": traced.meta["val"]}
-        env[traced] = node
-    for traced in exported_inputs:
-        if traced.name in lifted:
-            node = graph.get_attr(lifted[traced.name])
-            node.meta = dict(traced.meta)
-            env[traced] = node
-            attributes[lifted[traced.name]] = attribute_of(prepared, lifted[traced.name])
+    Args:
+        original: Dynamo's graph; ``prepared``: the one that was traced; ``exported``: what came of it.
+        signature: torch's ``GraphSignature`` of ``exported``.
+        opaque: calls that a stand-in was traced for.
 
-    for node in exported.graph.nodes:
-        if node.op in ("placeholder", "output") or _is_metadata_assertion(node):
-            continue
-        number = _lifted_number(node, exported)
-        if number is not None:
-            env[node] = graph.call_function(*number)
-            env[node].meta = dict(node.meta)
-            continue
-        env[node] = graph.node_copy(node, env.__getitem__)
-        if node.op == "get_attr":
-            attributes[node.target] = constant = attribute_of(exported, node.target)
-            if isinstance(constant, torch.Tensor):
-                constants.append(node.target)
+    Raises:
+        CaptureError: the original's convention cannot be expressed.
+    """
+    restoration = _Restoration(original, prepared, exported, signature)
+    restoration.copy_inputs()
+    restoration.copy_calls()
+    updated = restoration.write_back_updates()
+    restoration.copy_outputs(updated)
+    opaque.put_back(restoration.graph, restoration.attributes)
+    return restoration.module()
 
-    (results,) = exported.graph.output_node().args
-    assert isinstance(results, (tuple, list))
-    updates = {
-        **signature.parameters_to_mutate,
-        **signature.buffers_to_mutate,
-        **signature.user_inputs_to_mutate,
-    }
-    count = len(results) - len(signature.user_outputs)
-    if count != len(updates):
-        raise CaptureError("two inputs are updated with the same value")
-    by_name = {node.name: env[node] for node in exported_inputs}
-    by_name.update({lifted[name]: by_name[name] for name in lifted})
-    written: dict[fx.Node, fx.Node] = {}
-    targets: list[fx.Node] = []
-    for new_value, target_name in zip(results[:count], updates.values(), strict=True):
-        target = by_name[target_name]
-        written_back = graph.call_function(torch.ops.aten.copy_.default, (target, env[new_value]))
-        written_back.meta["val"] = target.meta["val"]
-        written[env[new_value]] = written_back
-        targets.append(target)
 
-    if wants_gradients(original):
-        for target in targets:
-            _read_from_copy(graph, target)
-    original_results = original.graph.output_node().args[0]
-    outputs = [env[result] if isinstance(result, fx.Node) else result for result in results[count:]]
-    if targets:
-        outputs = _alias_updated_inputs(graph, outputs, original_results, targets, written)
-    graph.output(tuple(outputs))
-    opaque.put_back(graph, attributes)
-    for name in list(constants):
-        readers = [node for node in graph.find_nodes(op="get_attr", target=name) if node.users]
-        if not readers:
-            constants.remove(name)
-            for node in graph.find_nodes(op="get_attr", target=name):
-                graph.erase_node(node)
-    ir = fx.GraphModule(attributes, graph, original.__class__.__name__)
-    for name in constants:
-        # A tensor that the graph itself makes (`torch.tensor([1, 2])`) is no buffer: the inner compiler would look for
-        # the place in the user's module that it comes from.
-        constant = getattr(ir, name)
-        delattr(ir, name)
-        ir.__dict__[name] = constant
-    fill_constants(ir)
-    name_metadata_reads(ir)
-    ir.recompile()
-    copy_attributes(original, ir)
-    ir.meta = original.meta
-    return ir
+class _Restoration:
+    """The graph with the original's inputs and outputs, while it is written."""
+
+    def __init__(
+        self, original: fx.GraphModule, prepared: fx.GraphModule, exported: fx.GraphModule, signature: Any
+    ) -> None:
+        self.graph = fx.Graph()
+        self.attributes: dict[str, Any] = {}
+        self._original = original
+        self._prepared = prepared
+        self._exported = exported
+        self._signature = signature
+        self._lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self._inputs = exported.graph.find_nodes(op="placeholder")
+        self._copies: dict[fx.Node, fx.Node] = {}
+        self._constants: list[str] = []
+
+    def copy_inputs(self) -> None:
+        """Dynamo's inputs, in its order, and an attribute for each parameter or buffer that tracing lifted."""
+        placeholders = self._original.graph.find_nodes(op="placeholder")
+        user_inputs = [node for node in self._inputs if node.name not in self._lifted]
+        if len(user_inputs) != len(placeholders):
+            raise CaptureError(f"tracing returned {len(user_inputs)} inputs for {len(placeholders)}")
+        for source, traced in zip(placeholders, user_inputs, strict=True):
+            node = self.graph.placeholder(str(source.target))
+            copy_attributes(source, node)
+            node.meta = {**source.meta, "val": traced.meta["val"]}
+            self._copies[traced] = node
+        for traced in self._inputs:
+            if traced.name in self._lifted:
+                name = self._lifted[traced.name]
+                node = self.graph.get_attr(name)
+                node.meta = dict(traced.meta)
+                self._copies[traced] = node
+                self.attributes[name] = attribute_of(self._prepared, name)
+
+    def copy_calls(self) -> None:
+        for node in self._exported.graph.nodes:
+            if node.op in ("placeholder", "output") or _is_metadata_assertion(node):
+                continue
+            number = _lifted_number(node, self._exported)
+            if number is not None:
+                self._copies[node] = self.graph.call_function(*number)
+                self._copies[node].meta = dict(node.meta)
+                continue
+            self._copies[node] = self.graph.node_copy(node, self._copies.__getitem__)
+            if node.op == "get_attr":
+                self.attributes[node.target] = constant = attribute_of(self._exported, node.target)
+                if isinstance(constant, torch.Tensor):
+                    self._constants.append(node.target)
+
+    def write_back_updates(self) -> dict[fx.Node, fx.Node]:
+        """Writes new values into the inputs that the graph updates; gives each such input with its ``copy_``."""
+        signature = self._signature
+        # By the name of the new value.
+        names = {
+            **signature.parameters_to_mutate,
+            **signature.buffers_to_mutate,
+            **signature.user_inputs_to_mutate,
+        }
+        new_values, _ = self._results()
+        if len(new_values) != len(names):
+            raise CaptureError("two inputs are updated with the same value")
+        by_name = {node.name: self._copies[node] for node in self._inputs}
+        by_name.update({self._lifted[name]: by_name[name] for name in self._lifted})
+        updated: dict[fx.Node, fx.Node] = {}
+        for new_value, name in zip(new_values, names.values(), strict=True):
+            target = by_name[name]
+            updated[target] = self.graph.call_function(torch.ops.aten.copy_.default, (target, self._copies[new_value]))
+            updated[target].meta["val"] = target.meta["val"]
+        if wants_gradients(self._original):
+            for target in updated:
+                _read_from_copy(self.graph, target)
+        return updated
+
+    def copy_outputs(self, updated: dict[fx.Node, fx.Node]) -> None:
+        _, results = self._results()
+        outputs = [self._copies[result] if isinstance(result, fx.Node) else result for result in results]
+        if updated:
+            original_outputs = self._original.graph.output_node().args[0]
+            outputs = _alias_updated_inputs(self.graph, outputs, original_outputs, updated)
+        self.graph.output(tuple(outputs))
+
+    def _results(self) -> tuple[list[Any], list[Any]]:
+        """What the exported graph returns: new values of updated inputs, and the original's outputs."""
+        (results,) = self._exported.graph.output_node().args
+        assert isinstance(results, (tuple, list))
+        count = len(results) - len(self._signature.user_outputs)
+        return list(results[:count]), list(results[count:])
+
+    def module(self) -> fx.GraphModule:
+        constants = self._constants_in_use()
+        ir = fx.GraphModule(self.attributes, self.graph, self._original.__class__.__name__)
+        for name in constants:
+            # A tensor that the graph itself makes (`torch.tensor([1, 2])`) is no buffer: the inner compiler would look
+            # for the place in the user's module that it comes from.
+            constant = getattr(ir, name)
+            delattr(ir, name)
+            ir.__dict__[name] = constant
+        copy_attributes(self._original, ir)
+        ir.meta = self._original.meta
+        return ir
+
+    def _constants_in_use(self) -> list[str]:
+        """The constants that something reads; the nodes of the others are removed."""
+        used: list[str] = []
+        for name in dict.fromkeys(self._constants):
+            nodes = self.graph.find_nodes(op="get_attr", target=name)
+            if any(node.users for node in nodes):
+                used.append(name)
+                continue
+            for node in nodes:
+                self.graph.erase_node(node)
+        return used
 
 
 def _read_from_copy(graph: fx.Graph, updated: fx.Node) -> None:
@@ -151,14 +195,15 @@ def _is_metadata_assertion(node: fx.Node) -> bool:
 
 
 def _alias_updated_inputs(
-    graph: fx.Graph,
-    outputs: list[Any],
-    original_outputs: Any,
-    updated: Sequence[fx.Node],
-    written: dict[fx.Node, fx.Node],
+    graph: fx.Graph, outputs: list[Any], original_outputs: Any, updated: dict[fx.Node, fx.Node]
 ) -> list[Any]:
-    """Outputs that were views of an updated input are views of it again, not of the value written into it."""
+    """Outputs that were views of an updated input are views of it again, not of the value written into it.
+
+    Args:
+        updated: the updated inputs, each with the ``copy_`` that writes to it.
+    """
     storages = {storage_of(node.meta.get("example_value", node.meta["val"])) for node in updated}
+    written = {copy.args[1]: copy for copy in updated.values()}
 
     def rebase(node: fx.Node) -> fx.Node:
         if node in written:

@@ -20,12 +20,12 @@ from attnrewrite.ir.bounds import BUFFER_ENTRIES
 from attnrewrite.ir.stored import StoredPattern
 from attnrewrite.torch_private import STATIC_INPUT
 
-__all__ = ["Constants"]
+__all__ = ["KnownBuffers"]
 
 log = logging.getLogger("attnrewrite")
 
 
-class Constants:
+class KnownBuffers:
     """The buffers among a graph's inputs."""
 
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:

@@ -8,7 +8,6 @@ called here and nowhere else.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from attnrewrite.capture.autocast import AutocastRegions
 from attnrewrite.capture.convention import restore_calling_convention
-from attnrewrite.capture.legalize import legalised
+from attnrewrite.capture.normalize import fill_constants, name_metadata_reads
 from attnrewrite.capture.opaque import OpaqueCalls
 from attnrewrite.capture.prepare import prepared_graph
 from attnrewrite.capture.support import CaptureError, first_line
@@ -37,37 +36,59 @@ from attnrewrite.torch_private import (
 __all__ = ["Captured", "capture"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Captured:
     """``gm`` takes the same inputs and returns the same outputs as the graph that was captured."""
 
     gm: fx.GraphModule
-    seconds: float
 
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     """The IR of ``gm``.
 
     Args:
-        gm: a graph made by Dynamo. It is not changed.
+        gm: a graph made by Dynamo, legalized (:mod:`attnrewrite.capture.legalize`). It is not changed.
         example_inputs: what Dynamo hands to a backend with it; used where the graph's placeholders carry no fake value.
 
     Raises:
         CaptureError: the graph is not one that functional tracing can express. Nothing has been changed then.
     """
-    start = time.perf_counter()
-    gm = legalised(gm)
-    if holds_vmap(gm):
-        try:
-            gm = written_out(gm)
-        except Exception as error:
-            raise CaptureError(f"vmap could not be written out: {first_line(error)}") from error
+    gm = _without_vmap(gm)
     _refuse_function_transforms(gm)
     placeholders = gm.graph.find_nodes(op="placeholder")
     context, inputs = _tracing_inputs(placeholders, example_inputs)
     regions = AutocastRegions()
     opaque = OpaqueCalls()
     prepared = prepared_graph(gm, regions, opaque)
+    exported, signature = _traced(prepared, inputs, context, regions, opaque)
+    ir = restore_calling_convention(gm, prepared, exported, signature, opaque)
+    fill_constants(ir)
+    name_metadata_reads(ir)
+    ir.recompile()
+    return Captured(ir)
+
+
+def _without_vmap(gm: fx.GraphModule) -> fx.GraphModule:
+    if not holds_vmap(gm):
+        return gm
+    try:
+        return written_out(gm)
+    except Exception as error:
+        raise CaptureError(f"vmap could not be written out: {first_line(error)}") from error
+
+
+def _traced(
+    prepared: fx.GraphModule,
+    inputs: Sequence[Any],
+    context: TracingContext,
+    regions: AutocastRegions,
+    opaque: OpaqueCalls,
+) -> tuple[fx.GraphModule, Any]:
+    """The functional graph, whose parameters and buffers are inputs, and torch's ``GraphSignature`` of it.
+
+    Raises:
+        CaptureError: tracing failed.
+    """
     try:
         with (
             tracing(context),
@@ -80,8 +101,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     finally:
         opaque.forget()
     assert isinstance(exported, fx.GraphModule)
-    ir = restore_calling_convention(gm, prepared, placeholders, exported, signature, opaque)
-    return Captured(ir, time.perf_counter() - start)
+    return exported, signature
 
 
 def _refuse_function_transforms(gm: fx.GraphModule) -> None:

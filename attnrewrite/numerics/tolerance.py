@@ -24,8 +24,9 @@ from attnrewrite.numerics.outcome import SiteCheck, Verification
 from attnrewrite.numerics.verify import Original
 from attnrewrite.options.compile_options import Policy
 from attnrewrite.options.request import Request
-from attnrewrite.passes.pipeline import as_asked, rewrite
+from attnrewrite.passes.pipeline import rewrite
 from attnrewrite.passes.result import Rewritten
+from attnrewrite.passes.rewriting import as_requested
 from attnrewrite.report.rows import KernelVerdict, SiteReport
 from attnrewrite.selection.ask import ask, refusals
 from attnrewrite.torch_private import FakeTensor, tracing
@@ -52,7 +53,7 @@ class Admission:
     def kernel_at(self, name: str) -> str | None:
         return next((verdict.kernel for verdict in self.verdicts.get(name, ()) if verdict.willing), None)
 
-    def asking(self, name: str, site: CanonicalAttention, request: Request | None) -> Request | None:
+    def adjust_request(self, name: str, site: CanonicalAttention, request: Request | None) -> Request | None:
         """What is asked for at a site, with the kernel that was let in."""
         kernel = self.kernel_at(name)
         return request if kernel is None else _with(request, kernel)
@@ -85,7 +86,7 @@ def admitted(gm: fx.GraphModule, policy: Policy, inputs: Sequence[Any], toleranc
         return admission
     survey = _Survey()
     exact = _copied(gm)
-    exactly = rewrite(exact, policy, survey.asking)
+    exactly = rewrite(exact, policy, survey.adjust_request)
     for reason, names in survey.excluded.items():
         admission.notes.append(f"{said}: not applied at {', '.join(names)}: {reason}")
     if not survey.answers:
@@ -136,7 +137,7 @@ class _Survey:
         self.excluded: dict[str, list[str]] = {}
         self._kernels = _candidates()
 
-    def asking(self, name: str, site: CanonicalAttention, request: Request | None) -> Request | None:
+    def adjust_request(self, name: str, site: CanonicalAttention, request: Request | None) -> Request | None:
         asked = request.names if request is not None else ("auto",)
         reason = _incomparable(site)
         if "auto" not in asked:
@@ -186,11 +187,11 @@ class _Trials:
         if not sites:
             return {}
 
-        def asking(name: str, site: CanonicalAttention, request: Request | None) -> Request | None:
-            return _with(request, kernel) if name in sites else as_asked(name, site, request)
+        def adjust_request(name: str, site: CanonicalAttention, request: Request | None) -> Request | None:
+            return _with(request, kernel) if name in sites else as_requested(name, site, request)
 
         trial = _copied(self._gm)
-        rows = rewrite(trial, self._policy, asking).sites
+        rows = rewrite(trial, self._policy, adjust_request).sites
         # Another kernel may have been asked for by name, before the automatic choice.
         served = {row.name for row in rows if row.name in sites and row.kernel == kernel}
         checks = self._compared(trial, rows).checks if served else []

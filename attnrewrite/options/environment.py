@@ -10,7 +10,14 @@ import platformdirs
 from attnrewrite.errors import OptionError
 from attnrewrite.options.request import Request, kernel_names
 
-__all__ = ["cache_directory", "debug_directory", "debug_tensor_limit", "request_of_environment"]
+__all__ = [
+    "cache_directory",
+    "debug_directory",
+    "debug_tensor_limit",
+    "raises_defects",
+    "request_of_environment",
+    "switched",
+]
 
 
 _DIFFSYNTH = {
@@ -59,6 +66,14 @@ def switched(name: str) -> bool | None:
     if value not in ("", "0", "1"):
         raise OptionError(f"{name} takes 1 or 0; got {value!r}")
     return value == "1" if value else None
+
+
+def raises_defects() -> bool:
+    """``ATTNREWRITE_RAISE=1``: a defect of the rewriting is an error, and the graph is checked after each step.
+
+    By default it is a warning, and the graph runs as it was. For tests: of attnrewrite, and of patterns and kernels.
+    """
+    return bool(switched("ATTNREWRITE_RAISE"))
 
 
 def cache_directory() -> Path:

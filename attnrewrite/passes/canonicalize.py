@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols, statically_known_true
 
 from attnrewrite.analysis.entries import Cases
 from attnrewrite.analysis.formulas import Formula, conjunction, negation
@@ -59,6 +60,7 @@ from attnrewrite.ir.site import (
     Zero,
 )
 from attnrewrite.options.compile_options import Policy
+from attnrewrite.passes.fold_batches import with_folded_batches
 from attnrewrite.torch_private import operator_name
 
 __all__ = ["canonical_scores", "canonicalized"]
@@ -101,12 +103,26 @@ class _Reading:
 
 
 def canonicalized(site: AttentionSite, policy: Policy) -> CanonicalAttention:
-    """The site with its modifications in canonical form.
+    """The site with its scores in canonical form, and batches that share keys and values folded.
 
     Raises:
         NotAttention: there is none that gives the source's values for every input.
     """
-    return CanonicalAttention.of(site, canonical_scores(site, policy))
+    _require_sizes(site)
+    return with_folded_batches(CanonicalAttention.of(site, canonical_scores(site, policy)))
+
+
+def _require_sizes(site: AttentionSite) -> None:
+    """Raises:
+    NotAttention: a size is known only once the data is there, and kernels decide by sizes.
+    """
+    positions = {*site.query_axes, *site.key_axes}
+    others = [axis.size for axis in (*site.query.axes, *site.key.axes, *site.value.axes) if axis not in positions]
+    if has_free_unbacked_symbols(others):
+        raise NotAttention("a size depends on the data (a selection by a mask, say), and kernels decide by sizes")
+    counted = [axis.size for axis in positions if has_free_unbacked_symbols(axis.size)]
+    if not site.fused and not all(statically_known_true(size > 0) for size in counted):
+        raise NotAttention("a number of positions depends on the data, and may be zero")
 
 
 def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:

@@ -1,4 +1,4 @@
-"""Sites in the words of the report."""
+"""Sites in the words of the report: their rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from attnrewrite.patterns import NearMiss
 from attnrewrite.report.rows import SiteReport
 from attnrewrite.torch_private import operator_name
 
-# Rows of the report.
+__all__ = ["describe_canonical", "row_of_attention", "row_of_linear", "row_of_near_miss"]
 
 
 def row_of_near_miss(name: str, miss: NearMiss) -> SiteReport:
@@ -67,7 +67,7 @@ def row_of_attention(name: str, site: AttentionSite) -> SiteReport:
             *(["NaN set to zero"] if site.nan_to_zero else []),
         ),
         dropout=f"{site.dropout:g}" if site.dropout else "",
-        grouping=describe_grouping(site),
+        grouping=_grouping_in_words(site),
         slices=_slices_in_words(site),
         nodes_before=tuple(node.name for node in site.interior),
     )
@@ -99,7 +99,14 @@ def row_of_linear(name: str, site: LinearAttention) -> SiteReport:
     )
 
 
-def describe_grouping(site: AttentionSite) -> str:
+def describe_canonical(site: CanonicalAttention, row: SiteReport, ended: Ended) -> None:
+    """Adds to the row what the site's canonical form tells, and at which bounds searches for it ended."""
+    row.proof = _proof_in_words(site, ended)
+    row.grouping = _grouping_in_words(site)
+    row.mask = " + ".join(site.scores.structure) or "none"
+
+
+def _grouping_in_words(site: AttentionSite) -> str:
     grouped, folded = ("x".join(str(axis.size) for axis in axes) for axes in (site.group_axes, site.folded))
     words = [f"{folded} batches share a key and are one with as many more queries"] if folded else []
     words += [f"{grouped} query heads share a key"] if grouped else []
@@ -139,7 +146,7 @@ def _mod_in_words(mod: Any) -> str:
     return operator_name(mod.node.target)
 
 
-def describe_proof(site: CanonicalAttention, ended: Ended) -> tuple[str, ...]:
+def _proof_in_words(site: CanonicalAttention, ended: Ended) -> tuple[str, ...]:
     """What was proved of the mask; where its structure was not, at which bounds searches for it ended."""
     proof = _proof(site)
     shaped = site.scores.is_causal or site.scores.band is not None or site.scores.isolated is not None

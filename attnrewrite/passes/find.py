@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from torch import fx
 
 from attnrewrite.ir.linear_site import LinearAttention
-from attnrewrite.passes.merge_slices import merge_slices
-from attnrewrite.passes.unrepeat_kv import undo_repetitions
 from attnrewrite.patterns import Finding, GraphView, NearMiss
 from attnrewrite.patterns.registry import catalogue
 
+__all__ = ["find"]
 
-def find(gm: fx.GraphModule) -> list[Finding]:
-    view = GraphView(gm)
+
+def find(view: GraphView) -> list[Finding]:
+    """What the patterns find, in graph order; of what several find, the first pattern's reading counts."""
     findings = [finding for pattern in catalogue() for finding in pattern.find(view)]
-    order = {node: position for position, node in enumerate(gm.graph.nodes)}
+    order = {node: position for position, node in enumerate(view.graph.nodes)}
     claimed: dict[fx.Node, str] = {}
     found: list[Finding] = []
     # Scores, or weights and values, may be a product of three as well: what has a softmax is read first.
@@ -27,7 +27,7 @@ def find(gm: fx.GraphModule) -> list[Finding]:
             claimed.update(dict.fromkeys(nodes, finding.pattern))
             found.append(finding)
     found.sort(key=lambda each: order[each.anchor])
-    return undo_repetitions(merge_slices(found, view), view)
+    return found
 
 
 def _nodes_of(finding: Finding) -> Sequence[fx.Node]:

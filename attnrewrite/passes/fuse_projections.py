@@ -24,6 +24,8 @@ from attnrewrite.ir.nodes import Size, same, tensor
 from attnrewrite.ir.ops import is_cast, is_view, same_argument
 from attnrewrite.ir.views import is_layout_op
 from attnrewrite.passes.join_projections import tags
+from attnrewrite.passes.result import ReportedSite
+from attnrewrite.passes.splice import latest, remove_unused
 from attnrewrite.patterns import GraphView
 from attnrewrite.torch_private import is_traceable_wrapper_subclass, schema_of
 
@@ -35,20 +37,50 @@ _PRODUCTS = frozenset({aten.linear.default, aten.matmul.default, aten.mm.default
 
 
 def fuse_projections(
+    gm: fx.GraphModule, served: Sequence[ReportedSite], replaced: dict[fx.Node, fx.Node], constants: bool
+) -> bool:
+    """Makes one of the projections of one input that an attention's operands are made of.
+
+    It comes after `join_projections`, since parts of one batch are not one input.
+
+    Args:
+        served: the attentions that were rewritten or, without a softmax, recognised. Their rows get a note.
+        replaced: nodes that are no longer in the graph, each with what took its place; more are added.
+        constants: only weights that are constants of the graph are put together, which an inner compiler that freezes
+            them does once. The others are put together at each call.
+
+    Returns:
+        Whether any projections were fused.
+    """
+    view: GraphView | None = None
+    changed = False
+    kernels = {name for _, row in served for name in row.nodes_after}
+    for site, row in served:
+        parts = {"query": site.query, "key": site.key, "value": site.value}
+        operands = {role: latest(part.node, replaced) for role, part in parts.items()}
+        view = view or GraphView(gm)
+        note, fused = _fuse_behind(view, operands, kernels, constants)
+        row.projections = "; ".join(filter(None, (row.projections, note)))
+        if fused:
+            replaced.update(fused)
+            remove_unused(gm.graph, list(fused))
+            view, changed = None, True
+    return changed
+
+
+def _fuse_behind(
     view: GraphView, operands: Mapping[str, fx.Node], kernels: Collection[str], constants: bool
 ) -> tuple[str, dict[fx.Node, fx.Node]]:
-    """Makes one of the projections of one input that the operands of an attention are made of.
+    """Fuses the projections behind one attention's operands.
 
     Args:
         view: of the graph as it is; where nodes were replaced, another one is needed for the next attention.
         operands: query, key and value, each under its name.
         kernels: the names of nodes that kernels wrote: they take operands whatever lies between two positions.
-        constants: only weights that are constants of the graph are put together, which an inner compiler that freezes
-            them does once. The others are put together at each call.
 
     Returns:
-        What is to be said of it (what was fused, and why what might have been was not), and the nodes that were
-        replaced, each with what took its place; they are in the graph still.
+        A note for the report (what was fused, and why what might have been was not), and the nodes that were replaced,
+        each with what took its place; they are in the graph still.
     """
     roles: dict[fx.Node, list[str]] = {}
     apart: list[str] = []
@@ -59,6 +91,29 @@ def fuse_projections(
             roles.setdefault(node, []).append(name)
         if ended and not constants:
             apart.append(f"behind {name}: {ended}")
+    groups = _grouped(roles, view, kernels, constants, apart)
+    notes: list[str] = []
+    replaced: dict[fx.Node, fx.Node] = {}
+    for group in groups:
+        if len(group) > 1:
+            replaced |= _fuse(group, view)
+            named = {role for each in group for role in roles[each.node]}
+            names = [role for role in operands if role in named]
+            features = sum(each.features for each in group)
+            notes.append(
+                f"{_in_words(names)} {'are' if len(names) > 1 else 'is'} one projection to {features} features"
+            )
+    return "; ".join([*notes, *apart]), replaced
+
+
+def _grouped(
+    roles: Mapping[fx.Node, list[str]],
+    view: GraphView,
+    kernels: Collection[str],
+    constants: bool,
+    apart: list[str],
+) -> list[list[_Projection]]:
+    """The projections that may be one, together; why others stay apart is added to ``apart``."""
     writing = [node for node in view.graph.nodes if _writes(node)]
     groups: list[list[_Projection]] = []
     for node in sorted(roles):
@@ -79,16 +134,7 @@ def fuse_projections(
         else:
             groups.append([projection])
             apart += reasons
-    said: list[str] = []
-    replaced: dict[fx.Node, fx.Node] = {}
-    for group in groups:
-        if len(group) > 1:
-            replaced |= _fuse(group, view)
-            named = {role for each in group for role in roles[each.node]}
-            names = [role for role in operands if role in named]
-            features = sum(each.features for each in group)
-            said.append(f"{_in_words(names)} {'are' if len(names) > 1 else 'is'} one projection to {features} features")
-    return "; ".join([*said, *apart]), replaced
+    return groups
 
 
 def _in_words(names: Sequence[str]) -> str:

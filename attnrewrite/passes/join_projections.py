@@ -30,6 +30,8 @@ from attnrewrite.ir.nodes import Size, is_tensor, product, same, same_shape, ten
 from attnrewrite.ir.ops import is_cast, is_pointwise, is_view, same_argument
 from attnrewrite.ir.views import is_layout_op, permutation_of
 from attnrewrite.kernels.common.layout import in_memory_order_of
+from attnrewrite.passes.result import ReportedSite
+from attnrewrite.passes.splice import latest, remove_unused
 from attnrewrite.patterns import GraphView
 from attnrewrite.torch_private import is_erased, schema_of
 
@@ -38,10 +40,38 @@ __all__ = ["join_projections", "tags"]
 aten = torch.ops.aten
 
 
-def join_projections(
+def join_projections(gm: fx.GraphModule, served: Sequence[ReportedSite], replaced: dict[fx.Node, fx.Node]) -> bool:
+    """Makes one of the projections that attentions share with parts of the batch that they do not attend.
+
+    Args:
+        served: the attentions that were rewritten or, without a softmax, recognised. Their rows get a note.
+        replaced: nodes that are no longer in the graph, each with what took its place; more are added.
+
+    Returns:
+        Whether any projections were joined.
+    """
+    view: GraphView | None = None
+    changed = False
+    for site, row in served:
+        output = latest(site.result, replaced)
+        if is_erased(output):
+            continue
+        view = view or GraphView(gm)
+        query, key, value = (latest(part.node, replaced) for part in (site.query, site.key, site.value))
+        row.projections, joined = _join_around(view, query, key, value, output)
+        if joined:
+            replaced.update(joined)
+            remove_unused(gm.graph, list(joined))
+            present = {node.name for node in gm.graph.nodes}
+            row.nodes_after = tuple(name for name in row.nodes_after if name in present)
+            view, changed = None, True
+    return changed
+
+
+def _join_around(
     view: GraphView, query: fx.Node, key: fx.Node, value: fx.Node, output: fx.Node
 ) -> tuple[str, dict[fx.Node, fx.Node]]:
-    """Makes one of the projections that an attention shares with parts of the batch that it does not attend.
+    """Joins the projections around one attention.
 
     Args:
         view: of the graph as it is; where nodes were replaced, another one is needed for the next attention.
@@ -49,10 +79,10 @@ def join_projections(
         output: its result, or what a kernel put in its place.
 
     Returns:
-        What is to be said of it, where a search for them ended at its bound too, empty if there is nothing; and the
-        nodes that were replaced, each with what took its place; they are in the graph still.
+        A note for the report, also where a search ended at its bound, empty if there is nothing to say; and the nodes
+        that were replaced, each with what took its place; they are in the graph still.
     """
-    said = ""
+    note = ""
     replaced: dict[fx.Node, fx.Node] = {}
     weights = [node.args[1] for node in projections_behind(value)]
     own = dict.fromkeys(node for part in (query, key, value) for node in projections_behind(part))
@@ -75,10 +105,10 @@ def join_projections(
         joint.replace_all_uses_with(whole)
         joining.take_back()
         replaced[joint] = whole
-        said = said or _in_words(joining, weights)
-    if before and not said:
-        said = ended.added_to("projections of parts of the batch are one")
-    return said or str(apart), replaced
+        note = note or _in_words(joining, weights)
+    if before and not note:
+        note = ended.added_to("projections of parts of the batch are one")
+    return note or str(apart), replaced
 
 
 def _in_words(joining: _Joining, value_weights: Sequence[Any]) -> str:

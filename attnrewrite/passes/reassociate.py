@@ -19,14 +19,41 @@ from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.linear_site import LinearAttention, Order
 from attnrewrite.ir.nodes import Size, hint, product
 from attnrewrite.kernels.common.layout import lay_out, modified
+from attnrewrite.passes.splice import current_operand, replace_node
+from attnrewrite.report.rows import SiteReport
+from attnrewrite.torch_private import is_erased
 
-__all__ = ["Choice", "choose_order", "emit_result", "emit_sum", "operations"]
+__all__ = ["operations", "reassociate"]
 
 aten = torch.ops.aten
 
 
+def reassociate(gm: fx.GraphModule, site: LinearAttention, row: SiteReport, replaced: dict[fx.Node, fx.Node]) -> None:
+    """Multiplies linear attention in the cheaper order; its row says which, or why the source's order stays.
+
+    Args:
+        site: its operands are in the graph.
+        replaced: nodes that are no longer in the graph, each with what took its place; more are added.
+    """
+    choice = _choose_order(site)
+    if choice.order == site.order:
+        row.status, row.reason = "kept" if choice.refused else "recognised", choice.reason
+        return
+    row.status, row.kernel = "rewritten", f"{choice.order} order"
+    row.order = f"{choice.order}, was {site.order}"
+    created: list[fx.Node] = []
+    for total, applied in site.sums:
+        builder = Builder(gm, before=total.node, like=total.node)
+        replace_node(gm.graph, total.node, _emit_sum(site, total, applied, builder), builder, replaced)
+        created += builder.created
+    site = site.with_operands(lambda operand: current_operand(operand, replaced))
+    builder = Builder(gm, before=site.result, like=site.anchor)
+    replace_node(gm.graph, site.result, _emit_result(site, builder), builder, replaced)
+    row.nodes_after = tuple(node.name for node in (*created, *builder.created) if not is_erased(node))
+
+
 @dataclass(frozen=True)
-class Choice:
+class _OrderChoice:
     """``order``: the one to multiply in. ``reason``: why the source's order stays; empty where it is changed."""
 
     order: Order
@@ -50,7 +77,7 @@ def _spans(site: LinearAttention, order: Order) -> tuple[tuple[Axis, ...], tuple
     return tuple(first), tuple(second)
 
 
-def choose_order(site: LinearAttention) -> Choice:
+def _choose_order(site: LinearAttention) -> _OrderChoice:
     """The cheaper order, or why the source's stays; ``refused`` where the other one would be cheaper."""
     own: Order = site.order
     other: Order = "quadratic" if own == "linear" else "linear"
@@ -63,24 +90,24 @@ def choose_order(site: LinearAttention) -> Choice:
 
     before, after = cost(own), cost(other)
     if has_free_unbacked_symbols([before, after]):
-        return Choice(own, "which order is the cheaper one depends on the data")
+        return _OrderChoice(own, "which order is the cheaper one depends on the data")
     if statically_known_true(before <= after):
-        return Choice(own, f"the {own} order is the cheaper one")
+        return _OrderChoice(own, f"the {own} order is the cheaper one")
     if not statically_known_true(after < before):
         if own == "linear":
-            return Choice(
+            return _OrderChoice(
                 own,
                 "which order is the cheaper one depends on symbolic sizes, and the linear one needs no "
                 "matrix of all pairs",
             )
         if not hint(after) < hint(before):
-            return Choice(own, f"the {own} order is the cheaper one for the sizes of the first call")
+            return _OrderChoice(own, f"the {own} order is the cheaper one for the sizes of the first call")
     if site.fixed:
-        return Choice(own, f"the {other} order would be cheaper: {site.fixed}", refused=True)
-    return Choice(other)
+        return _OrderChoice(own, f"the {other} order would be cheaper: {site.fixed}", refused=True)
+    return _OrderChoice(other)
 
 
-def emit_result(site: LinearAttention, builder: Builder) -> fx.Node:
+def _emit_result(site: LinearAttention, builder: Builder) -> fx.Node:
     """The result in the order that is not the source's: ``(outer @ middle) @ inner``."""
     batch = _dims(site.batch_axes)
     transposed = not _ends_with(site.result_layout, site.inner_axes)
@@ -100,7 +127,7 @@ def emit_result(site: LinearAttention, builder: Builder) -> fx.Node:
     return lay_out(builder, result, dims, site.result_layout)
 
 
-def emit_sum(site: LinearAttention, total: Operand, applied: int, builder: Builder) -> fx.Node:
+def _emit_sum(site: LinearAttention, total: Operand, applied: int, builder: Builder) -> fx.Node:
     """A sum of ``middle @ inner`` over what the second product sums over: ``inner`` times the sum of ``middle``.
 
     Args:

@@ -31,20 +31,20 @@ from attnrewrite.ir.views import is_layout_op, peel, pull
 from attnrewrite.kernels.common.layout import lay_out
 from attnrewrite.patterns import Finding, GraphView
 
-__all__ = ["undo_repetitions"]
+__all__ = ["unrepeat_kv"]
 
 aten = torch.ops.aten
 
 
-def undo_repetitions(findings: Sequence[Finding], view: GraphView) -> list[Finding]:
+def unrepeat_kv(findings: Sequence[Finding], view: GraphView) -> list[Finding]:
     """The findings, in which key and value are what they are made of, wherever they are made of something repeated.
 
     Nodes that are written for it are among the site's ``written``.
     """
-    return [_undone(finding, view) if isinstance(finding, AttentionSite) else finding for finding in findings]
+    return [_unrepeated(finding, view) if isinstance(finding, AttentionSite) else finding for finding in findings]
 
 
-def _undone(site: AttentionSite, view: GraphView) -> AttentionSite:
+def _unrepeated(site: AttentionSite, view: GraphView) -> AttentionSite:
     shared = [axis for axis in axes_of((site.query.axes,)) if axis not in axes_of((site.query_axes,))]
     free = [axis for axis in shared if axis not in axes_of((site.feature_axes,))]
     copied: dict[Axis, Axis] = {}

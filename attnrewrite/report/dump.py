@@ -1,15 +1,17 @@
-"""Graphs as Python: the source that a report shows, and the scripts of ``ATTNREWRITE_DEBUG`` that run by themselves.
+"""``ATTNREWRITE_DEBUG``: graphs as Python, step by step to be read, and before and after to be run.
 
-A dumped script needs nothing but torch. It holds the graph's code as ``nn.Module`` classes and loads the inputs that
-were there at compile time from ``inputs.pt`` next to it. What cannot be written down (a function of ``__main__``, a
-tensor subclass of some package) is said in a comment at the top of the script and in a warning; it never stops the
-compilation that asked for the dump.
+Each compiled graph has a folder. Numbered files show its code after each step that changed it, and are to be read. A
+dumped script, before or after, needs nothing but torch. It holds the graph's code as ``nn.Module`` classes and loads
+the inputs that were there at compile time from ``inputs.pt`` next to it. What cannot be written down (a function of
+``__main__``, a tensor subclass of some package) is said in a comment at the top of the script and in a warning; it
+never stops the compilation that asked for the dump.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import operator
 import pickle
 import re
 from collections.abc import Sequence
@@ -22,67 +24,100 @@ from torch import fx
 from attnrewrite.options.environment import debug_tensor_limit
 from attnrewrite.report.dump_script import AmbientState, Script
 from attnrewrite.report.dump_tensors import DumpTensors
-from attnrewrite.report.graph_code import one_line
+from attnrewrite.report.graph_code import graph_source, one_line
 from attnrewrite.report.html import report_to_html
 from attnrewrite.report.report import RewriteReport
 from attnrewrite.report.rows import GraphReport
 from attnrewrite.report.text import report_to_text
 from attnrewrite.torch_private import disable_current_modes
 
-__all__ = ["dump_graph"]
+__all__ = ["GraphDump"]
 
 log = logging.getLogger("attnrewrite.dump")
 
 
-def dump_graph(
-    graph: GraphReport, before: fx.GraphModule, after: fx.GraphModule, example_inputs: Sequence[Any], directory: Path
-) -> Path:
-    """Writes both forms of a graph as scripts that run, with their inputs and the report.
+class GraphDump:
+    """The folder of one graph's dump: the graph after each step, both forms as scripts that run, and the report."""
 
-    Args:
-        graph: the graph's report; its name gives the folder and the files their names.
-        before: the graph as it was captured.
-        after: the graph as it was rewritten; it takes the same inputs.
-        example_inputs: what the graph is called with: tensors, fake tensors, symbolic or plain numbers.
-        directory: where the graph's folder goes. A folder that is there already is left alone: the next one is
-            called ``<name>_2``.
+    def __init__(self, folder: Path, tensor_limit: int) -> None:
+        """
+        Args:
+            folder: a new one.
+            tensor_limit: up to how many bytes of floating-point inputs are stored.
+        """
+        self.folder = folder
+        self._tensor_limit = tensor_limit
+        self._count = 0
+        self._written: list[object] = []
 
-    Returns:
-        The graph's folder. A file that could not be written is missing from it, and a warning says why.
+    @staticmethod
+    def begin(directory: Path, name: str) -> GraphDump | None:
+        """Makes the folder of a graph; None if it cannot be made, and a warning says why.
 
-    Raises:
-        OptionError: ``ATTNREWRITE_DEBUG_MB`` is not a number.
-    """
-    limit = debug_tensor_limit()
-    try:
-        folder = _fresh_folder(directory, _safe_name(graph.name))
-    except OSError as error:
-        log.warning("no dump of graph %s: %s", graph.name, error)
-        return directory / _safe_name(graph.name)
-    state = AmbientState.current()
-    # The dump may be asked for in the middle of a compilation, under its fake tensor and proxy modes.
-    with disable_current_modes(), torch.no_grad():
-        tensors = DumpTensors(limit)
-        inputs = [tensors.add(("inputs", index), value) for index, value in enumerate(example_inputs)]
-        scripts = {
-            side: Script(graph, side, module, tensors, inputs, state, folder.name)
-            for side, module in (("before", before), ("after", after))
-        }
-        tensors.settle()
+        Args:
+            directory: where the folder goes. One that is there already is left alone: the next one is called
+                ``<name>_2``.
+            name: the graph's; it gives the folder its name.
+
+        Raises:
+            OptionError: ``ATTNREWRITE_DEBUG_MB`` is not a number.
+        """
+        limit = debug_tensor_limit()
         try:
-            torch.save(tensors.stored(), folder / "inputs.pt")
-        except (OSError, RuntimeError, pickle.PicklingError) as error:
-            for script in scripts.values():
-                script.problems.append(f"the inputs could not be stored: {one_line(error)}")
-    for side, script in scripts.items():
-        _write(folder / f"{folder.name}_{side}.py", script.source())
-        for problem in script.problems:
-            log.warning("the dumped graph %s_%s.py does not run by itself: %s", folder.name, side, problem)
-    report = RewriteReport(model=graph.name, graphs=[graph], versions={"torch": torch.__version__})
-    _write(folder / "report.json", report.to_json())
-    _write(folder / "report.txt", report_to_text(report))
-    _write(folder / "report.html", report_to_html(report))
-    return folder
+            return GraphDump(_fresh_folder(directory, _safe_name(name)), limit)
+        except OSError as error:
+            log.warning("no dump of graph %s: %s", name, error)
+            return None
+
+    def add(self, step: str, gm: fx.GraphModule) -> None:
+        """Writes the graph's code, to be read, under the next number, unless it is what was written last."""
+        graph = [part for node in gm.graph.nodes for part in (node, node.target, node.args, node.kwargs)]
+        # Whatever changes a node gives it new arguments: nothing is compared by value, which might add a guard.
+        if len(graph) == len(self._written) and all(map(operator.is_, graph, self._written)):
+            return
+        self._written = graph
+        name = f"{self._count:02}_{_safe_name(step)}.py"
+        self._count += 1
+        with disable_current_modes():
+            _write(self.folder / name, f"# {self.folder.name}: {step}\n\n{graph_source(gm)}")
+
+    def finish(
+        self, graph: GraphReport, before: fx.GraphModule, after: fx.GraphModule, example_inputs: Sequence[Any]
+    ) -> None:
+        """Writes both forms of the graph as scripts that run, with their inputs and the report.
+
+        A file that cannot be written is left out, and a warning says why.
+
+        Args:
+            graph: the graph's report.
+            before: the graph as it was captured.
+            after: the graph as it was rewritten; it takes the same inputs.
+            example_inputs: what the graph is called with: tensors, fake tensors, symbolic or plain numbers.
+        """
+        folder = self.folder
+        state = AmbientState.current()
+        # The dump may be asked for in the middle of a compilation, under its fake tensor and proxy modes.
+        with disable_current_modes(), torch.no_grad():
+            tensors = DumpTensors(self._tensor_limit)
+            inputs = [tensors.add(("inputs", index), value) for index, value in enumerate(example_inputs)]
+            scripts = {
+                side: Script(graph, side, module, tensors, inputs, state, folder.name)
+                for side, module in (("before", before), ("after", after))
+            }
+            tensors.settle()
+            try:
+                torch.save(tensors.stored(), folder / "inputs.pt")
+            except (OSError, RuntimeError, pickle.PicklingError) as error:
+                for script in scripts.values():
+                    script.problems.append(f"the inputs could not be stored: {one_line(error)}")
+        for side, script in scripts.items():
+            _write(folder / f"{folder.name}_{side}.py", script.source())
+            for problem in script.problems:
+                log.warning("the dumped graph %s_%s.py does not run by itself: %s", folder.name, side, problem)
+        report = RewriteReport(model=graph.name, graphs=[graph], versions={"torch": torch.__version__})
+        _write(folder / "report.json", report.to_json())
+        _write(folder / "report.txt", report_to_text(report))
+        _write(folder / "report.html", report_to_html(report))
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

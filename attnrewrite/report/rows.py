@@ -73,9 +73,10 @@ class GraphReport:
     """One graph that Dynamo handed over.
 
     ``captured`` is False when the graph went to the inner compiler untouched; ``reason`` then says why.
-    ``before_code`` and ``after_code`` are Python source of the graph's module. ``seconds`` maps the name of a step
-    ("capture", "find", "choose", "splice", "inner") to the time that it took. ``unmatched_rules``: the globs of
-    ``options["kernel_rules"]`` that match no site of this graph; those of another graph may.
+    ``before_code`` and ``after_code`` are Python source of the graph's module. ``seconds`` maps the name of each step,
+    in the order in which the steps ran, to the time that it took: "capture", those of
+    :func:`attnrewrite.passes.pipeline.rewrite`, "inner", and others that options ask for. ``unmatched_rules``: the
+    globs of ``options["kernel_rules"]`` that match no site of this graph; those of another graph may.
     """
 
     name: str

@@ -13,9 +13,10 @@ from torch import Tensor, fx, nn
 
 from attnrewrite.analysis.kinds import SiteKind, kinds_of
 from attnrewrite.capture.trace import capture
+from attnrewrite.ir.graph_view import GraphView
 from attnrewrite.ir.linear_site import LinearAttention
 from attnrewrite.ir.site import AttentionSite
-from attnrewrite.passes.find import find
+from attnrewrite.passes.pipeline import find_sites
 from tests.processors.models import MODELS
 from tests.support.zoo import noise, padded
 
@@ -26,7 +27,7 @@ def told(function: Callable[..., Any], *args: Any, dynamic: bool = False, **kwar
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         ir = capture(gm, example_inputs).gm
-        sites = [site for site in find(ir) if isinstance(site, (AttentionSite, LinearAttention))]
+        sites = [site for site in find_sites(GraphView(ir)) if isinstance(site, (AttentionSite, LinearAttention))]
         before = [(node, node.args) for node in ir.graph.nodes]
         found.extend(kinds_of(ir, sites))
         assert [(node, node.args) for node in ir.graph.nodes] == before

@@ -41,9 +41,12 @@ def test_the_command_prints_a_table_and_writes_the_data(tmp_path: Path) -> None:
         "sites",
         "capture s",
         "find s",
-        "simplify s",
+        "merge_slices s",
+        "unrepeat_kv s",
+        "canonicalize s",
         "choose s",
         "splice s",
+        "join_projections s",
         "pass s",
         "ms per node",
     ):

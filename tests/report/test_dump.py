@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from attnrewrite.errors import OptionError
-from attnrewrite.report.dump import dump_graph
+from attnrewrite.report.dump import GraphDump
 from attnrewrite.report.graph_code import graph_source
 from attnrewrite.report.rows import GraphReport, SiteReport
 
@@ -63,11 +63,21 @@ def runs(path: Path) -> bool:
     return bool(load(path).main([]) == 0)
 
 
+def dump_report(
+    report: GraphReport, before: fx.GraphModule, after: fx.GraphModule, inputs: Any, directory: Path
+) -> Path:
+    """Dumps a graph; gives its folder."""
+    graph_dump = GraphDump.begin(directory, report.name)
+    assert graph_dump is not None
+    graph_dump.finish(report, before, after, inputs)
+    return graph_dump.folder
+
+
 def dump(
     tmp_path: Path, gm: fx.GraphModule, inputs: Any, after: fx.GraphModule | None = None, name: str = "graph_0"
 ) -> tuple[Path, Path]:
     """Dumps a graph; gives the scripts before and after."""
-    folder = dump_graph(GraphReport(name), gm, after if after is not None else gm, inputs, tmp_path)
+    folder = dump_report(GraphReport(name), gm, after if after is not None else gm, inputs, tmp_path)
     return folder / f"{folder.name}_before.py", folder / f"{folder.name}_after.py"
 
 
@@ -361,8 +371,7 @@ def test_what_cannot_run_is_said_and_does_not_raise(tmp_path: Path, caplog: pyte
 def test_an_unwritable_directory_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
-    x = torch.randn(2)
-    dump_graph(GraphReport("graph_0"), traced(torch.sin, x), traced(torch.sin, x), [x], blocked)
+    assert GraphDump.begin(blocked, "graph_0") is None
     assert "no dump of graph graph_0" in caplog.text
 
 
@@ -372,7 +381,7 @@ def test_hostile_names_stay_in_comments(tmp_path: Path) -> None:
     for node in gm.graph.nodes:
         node.meta["stack_trace"] = '  File "a\\nb.py", line 3, in f\n    x = """\n'
     site = SiteReport("a\nraise SystemExit(3)", "", "kept", reason='"""\nraise SystemExit(4)')
-    folder = dump_graph(GraphReport("graph_0", sites=[site]), gm, gm, [x], tmp_path)
+    folder = dump_report(GraphReport("graph_0", sites=[site]), gm, gm, [x], tmp_path)
     assert run_script(folder / "graph_0_after.py").returncode == 0
 
 

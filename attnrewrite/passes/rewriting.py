@@ -1,0 +1,210 @@
+"""One run of the passes over a graph: what is known of it so far, and what is done at each site."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from torch import fx
+
+from attnrewrite.analysis.kinds import SiteKind, begins_with_batch, kinds_of
+from attnrewrite.errors import KernelError
+from attnrewrite.ir.bounds import searching
+from attnrewrite.ir.linear_site import LinearAttention
+from attnrewrite.ir.reason import Reason
+from attnrewrite.ir.site import AttentionSite, CanonicalAttention, NotAttention, RoundingDecides
+from attnrewrite.ir.source import source_location
+from attnrewrite.kernels import Kernel
+from attnrewrite.options.compile_options import Policy
+from attnrewrite.options.request import Request
+from attnrewrite.passes.canonicalize import canonicalized
+from attnrewrite.passes.describe import describe_canonical, row_of_attention, row_of_linear, row_of_near_miss
+from attnrewrite.passes.insert_checks import insert_check
+from attnrewrite.passes.reassociate import reassociate
+from attnrewrite.passes.result import ReportedSite, Rewritten
+from attnrewrite.passes.splice import WrittenByRegion, current_operand, latest, redirected, remove_unused, splice
+from attnrewrite.passes.steps import Steps
+from attnrewrite.patterns import Finding, GraphView, NearMiss
+from attnrewrite.report.rows import SiteReport
+from attnrewrite.selection.choose import choose, say_unserved
+from attnrewrite.selection.decorated_parts import policy_at
+from attnrewrite.selection.requests import request_for
+from attnrewrite.torch_private import is_erased
+
+__all__ = ["AdjustRequest", "Rewriting", "as_requested", "current_site"]
+
+AdjustRequest = Callable[[str, CanonicalAttention, Request | None], Request | None]
+"""Given a site's name in the report, the site, and what the user asked for there: what is asked for."""
+
+
+def as_requested(name: str, site: CanonicalAttention, request: Request | None) -> Request | None:
+    """Nothing is asked for beyond what the user asked for."""
+    return request
+
+
+def current_site(site: AttentionSite, replaced: dict[fx.Node, fx.Node], policy: Policy) -> AttentionSite:
+    """The site of the graph as it stands now.
+
+    Args:
+        replaced: nodes that are no longer in the graph, each with what took its place.
+    """
+    return replace(redirected(site, replaced), for_inductor=policy.inner_backend == "inductor")
+
+
+class Rewriting:
+    """One run of the passes over a graph, which changes in place.
+
+    Attributes:
+        view: the graph as patterns read it.
+        replaced: nodes that are no longer in the graph, each with what took its place.
+        served: attentions that were rewritten or, without a softmax, recognised.
+    """
+
+    def __init__(self, gm: fx.GraphModule, policy: Policy, adjust_request: AdjustRequest, steps: Steps) -> None:
+        self.view = GraphView(gm)
+        self.replaced: dict[fx.Node, fx.Node] = {}
+        self.served: list[ReportedSite] = []
+        self._gm = gm
+        self._policy = policy
+        self._adjust_request = adjust_request
+        self._steps = steps
+        self._result = Rewritten()
+        self._attentions: list[ReportedSite] = []
+        self._pending: deque[tuple[str, Finding]] = deque()
+        self._written = WrittenByRegion(gm.graph)
+        self._kinds: dict[fx.Node, SiteKind] = {}
+        self._begins_with_batch: frozenset[fx.Node] = frozenset()
+
+    def step(self, name: str, site: str = "") -> contextlib.AbstractContextManager[None]:
+        """Runs one step; ``site``: the name of the site, if the step runs once for each."""
+        return self._steps.step(name, self._gm, site)
+
+    def each(self, findings: Sequence[Finding]) -> Iterator[tuple[str, Finding]]:
+        """The findings with their names in the report; where a merged site is kept, its slices follow.
+
+        A site has the same name whatever becomes of others: what it is asked for goes by names.
+        """
+        self._pending.extend((f"site{index}", finding) for index, finding in enumerate(findings))
+        while self._pending:
+            yield self._pending.popleft()
+
+    def read_kinds(self, findings: Sequence[Finding], with_kinds: bool, with_batch: bool) -> None:
+        """What attention reuse asks of the graph before it changes."""
+        if with_kinds:
+            sites = [finding for finding in findings if not isinstance(finding, NearMiss)]
+            # Of wholes, and of the slices that may stand for them.
+            sites += [part for site in sites if isinstance(site, AttentionSite) for part in site.parts]
+            kinds = kinds_of(self._gm, sites)
+            self._kinds = {site.result: kind for site, kind in zip(sites, kinds, strict=True)}
+        if with_batch:
+            self._begins_with_batch = begins_with_batch(self._gm)
+
+    def report_near_miss(self, name: str, miss: NearMiss) -> None:
+        self._result.sites.append(row_of_near_miss(name, miss))
+
+    def reassociate(self, name: str, site: LinearAttention) -> None:
+        """Multiplies linear attention in the cheaper order."""
+        site = site.resolved().with_operands(lambda operand: current_operand(operand, self.replaced))
+        row = row_of_linear(name, site)
+        reassociate(self._gm, site, row, self.replaced)
+        self._result.sites.append(row)
+        self._attentions.append(ReportedSite(site, row))
+        self.served.append(self._attentions[-1])
+
+    def begin(self, name: str, site: AttentionSite) -> tuple[AttentionSite, SiteReport]:
+        """The site with operands that are in the graph, and its row of the report."""
+        site = current_site(site, self.replaced, self._policy)
+        return site, row_of_attention(name, site)
+
+    def canonicalized(self, site: AttentionSite, row: SiteReport) -> CanonicalAttention | None:
+        """The site in the form that kernels read; None if it has none, and the row says why.
+
+        Raises:
+            KernelError: with ``strict``, kernels were asked for at a site that stays because its rounding decides.
+        """
+        policy = policy_at(self._policy, site.anchor)
+        try:
+            with searching() as ended:
+                attention = canonicalized(site, policy)
+        except NotAttention as reason:
+            row.reason = ended.added_to(str(reason))
+            # The slices of a whole speak for themselves.
+            if isinstance(reason, RoundingDecides) and not site.parts:
+                self._result.round_like_eager = self._result.offered = True
+                request = request_for(policy, row.location, site.anchor)
+                if request is not None:
+                    say_unserved(request, row, row.reason)
+            return None
+        describe_canonical(attention, row, ended)
+        return attention
+
+    def choose(self, site: CanonicalAttention, row: SiteReport) -> Kernel | None:
+        """The kernel that takes the site; None if none does, and the row says why.
+
+        Raises:
+            KernelError: with ``strict``, no kernel that was asked for does.
+        """
+        self._result.offered = True
+        if not self._requested_alike(site):
+            row.reason = "its slices are not asked for alike (kernels, or other options of single sites)"
+            return None
+        policy = policy_at(self._policy, site.anchor)
+        request = self._adjust_request(row.name, site, request_for(policy, row.location, site.anchor))
+        try:
+            return choose(self._gm, site, request, row, policy)
+        except KernelError as refusal:
+            if not site.parts:
+                raise
+            row.reason = str(refusal)
+            return None
+
+    def _requested_alike(self, site: AttentionSite) -> bool:
+        """Whether the same is asked for at all slices of a whole."""
+        requests = []
+        for part in site.parts:
+            policy = policy_at(self._policy, part.anchor)
+            requests.append((policy, request_for(policy, source_location(part.anchor), part.anchor)))
+        return all(each == requests[0] for each in requests)
+
+    def splice(self, site: CanonicalAttention, row: SiteReport, kernel: Kernel) -> None:
+        """Puts the kernel in the site's place, behind a check if one is asked for."""
+        row.status, row.kernel = "rewritten", kernel.name
+        created = splice(self._gm, site, kernel, self.replaced, self._written)
+        if policy_at(self._policy, site.anchor).checks:
+            check = insert_check(self._gm, site, created, row.location)
+            created = created if check is None else (check, *created)
+        # A mask that was proved is not read.
+        remove_unused(self._gm.graph, site.written)
+        row.nodes_after = tuple(node.name for node in (*site.written, *created) if not is_erased(node))
+        self._result.sites.append(row)
+        self._attentions.append(ReportedSite(site, row))
+        self.served.append(self._attentions[-1])
+
+    def keep(self, site: AttentionSite, row: SiteReport) -> None:
+        """Leaves the site as it is; a whole gives way to its slices. Operands written for a kernel are removed."""
+        remove_unused(self._gm.graph, site.written)
+        if not site.parts:
+            self._result.sites.append(row)
+            self._attentions.append(ReportedSite(site, row))
+            return
+        why = Reason(f"the whole is not taken: {row.reason}")
+        slices = [(f"{row.name}_{number}", replace(part, unmerged=why)) for number, part in enumerate(site.parts)]
+        self._pending.extendleft(reversed(slices))
+
+    def finish(self, projections_changed: bool) -> Rewritten:
+        """What became of the graph, which is checked and compiled to Python if it changed."""
+        result = self._result
+        result.projections_changed = projections_changed
+        for site, row in self._attentions:
+            node = latest(site.result, self.replaced)
+            if not is_erased(node):
+                result.results.append((row, self._kinds.get(site.result), node))
+                if site.result in self._begins_with_batch:
+                    self._begins_with_batch |= {node}
+        result.begins_with_batch = self._begins_with_batch
+        if result.changed:
+            self._gm.graph.lint()
+            self._gm.recompile()
+        return result

@@ -1,0 +1,66 @@
+"""What every step on a graph's way has in common: its time, its log line, the check of the graph, and its dump.
+
+with steps.step("merge_slices", gm):
+    findings = merge_slices(findings, view)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+
+from torch import fx
+
+from attnrewrite.options.environment import raises_defects
+from attnrewrite.report.dump import GraphDump
+
+__all__ = ["Steps"]
+
+log = logging.getLogger("attnrewrite")
+
+
+class Steps:
+    """The steps of one graph's compilation.
+
+    Attributes:
+        seconds: by the name of each step, in the order in which they first ran, the time that it took; that of a step
+            that runs once for each site is the sum over the sites.
+    """
+
+    def __init__(self, graph: str = "a graph", dump: GraphDump | None = None) -> None:
+        """
+        Args:
+            graph: the graph's name in the log.
+            dump: where the graph is written after each step that changed it; None: nowhere.
+        """
+        self.seconds: dict[str, float] = {}
+        self._graph = graph
+        self._dump = dump
+        self._checks_graph = raises_defects()
+
+    @contextlib.contextmanager
+    def step(self, name: str, gm: fx.GraphModule | None = None, site: str = "") -> Iterator[None]:
+        """Runs one step.
+
+        Args:
+            gm: the graph that the step may change; None if it has none.
+            site: the name of the site, if the step runs once for each.
+        """
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        label = f"{name} {site}" if site else name
+        log.debug("%s: %s took %.1f ms", self._graph, label, 1e3 * seconds)
+        if gm is not None:
+            self._after(label, gm)
+
+    def _after(self, label: str, gm: fx.GraphModule) -> None:
+        if self._checks_graph:
+            gm.graph.lint()
+        if self._dump is not None:
+            self._dump.add(label, gm)
