@@ -154,7 +154,7 @@ def _keeps_constants(mod: ScoreMod, reader: _Walking) -> bool:
     """Whether a number that is the same for all keys of a row is still so afterwards, or cancels all the same."""
     if isinstance(mod, Scale) and isinstance(mod.factor, Operand):
         if possible_values(mod.factor.node) <= {0.0, 1.0}:
-            return True  # A mask, if large negative numbers are added where it is zero; else `simplify` refuses it.
+            return True  # A mask, if large negative numbers are added where it is zero; else `canonicalize` refuses it.
         return not set(mod.factor.axes) & {leaf for axis in reader.key_axes for leaf in axis.leaves()}
     if isinstance(mod, Fill):
         return is_far_below(mod.value, mod.dtype)

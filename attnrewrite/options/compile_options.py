@@ -31,11 +31,11 @@ class Policy:
         assume_attended_rows: the user's word that every query row has at least one key that is not masked. It lifts
             refusals that exist only for the sake of fully masked rows (see docs/exactness.md). Default False.
         verify: whether the first call of each compiled graph compares every rewritten site with the source
-            (:mod:`attnrewrite.verify`). Default ``ATTNREWRITE_VERIFY``, which is False where it is unset.
+            (:mod:`attnrewrite.numerics.verify`). Default ``ATTNREWRITE_VERIFY``, which is False where it is unset.
         tolerance: the largest error, relative to the largest number of a site's result, with which a kernel of lower
-            precision is let in (:mod:`attnrewrite.tolerance`). Default None: such kernels serve by name only.
+            precision is let in (:mod:`attnrewrite.numerics.tolerance`). Default None: such kernels serve by name only.
         checks: whether device, dtype and shapes of the operands are checked before each call of a kernel
-            (:mod:`attnrewrite.checks`). Default ``ATTNREWRITE_CHECKS``, which is False where it is unset.
+            (:mod:`attnrewrite.passes.insert_checks`). Default ``ATTNREWRITE_CHECKS``, which is False where it is unset.
         kernels: the kernels to use, in order of preference; empty for the automatic choice.
         kernel_rules: kernels for single sites: pairs of a glob, over the module's path or over "file:line", and names.
             The first that matches holds. An option takes them as a dictionary.

@@ -6,7 +6,7 @@
 Rows of softmax attention depend on nothing but their own query, and batches and heads on nothing but themselves. So
 the slices may be merged where each operand is either sliced in the same way as the result, along the axis that the
 result is sliced along, or does not have that axis and is the same for all; and where all else is the same. The keys may
-be another slice for each: see ``windows.py``.
+be another slice for each: see ``key_windows.py``.
 """
 
 from __future__ import annotations

@@ -307,3 +307,12 @@ def test_a_pattern_that_goes_wrong_leaves_the_model_as_it_was(
     if message is not None:
         assert graph.reason.startswith("rewriting failed, so the graph is as it was: PatternError")
         assert message in graph.reason
+
+
+def test_a_pattern_that_goes_wrong_is_an_error_if_that_is_asked_for(
+    registered: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATTNREWRITE_RAISE", "1")
+    registered(Mistaken(lambda call, site: 1 / 0))
+    with pytest.raises(Exception, match="the pattern 'mistaken' raised ZeroDivisionError"):
+        rewritten(first)(*operands())
