@@ -1,66 +1,312 @@
-"""One spelling for what PyTorch spells in several ways."""
+"""One operator, one spelling: what capture leaves -> the spellings that the rest of the package reads.
+
+ATen has many operators by two names (``multiply`` and ``mul``), and capture keeps the name that the user called. One
+walk over the graph renames them, and writes out the few calls that are short for others. A result keeps its bits,
+except that of ``addcmul`` and ``addcdiv`` between a matrix product and a softmax (:func:`_multiply_and_add`). What is
+not in the table is as the user wrote it; ``tests/capture/vocabulary.txt`` lists all that arrives here and all that
+leaves.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import fx
 
+from attnrewrite.ir.bounds import STEPS_OF_SCORES
 from attnrewrite.ir.builder import Builder
-from attnrewrite.ir.nodes import same_shape
+from attnrewrite.ir.nodes import is_tensor, same_shape, tensor
+from attnrewrite.ir.ops import CAST_OPS, is_view
+from attnrewrite.torch_private import OpOverload, schema_of
+
+__all__ = ["ALIASES", "normalize"]
+
+aten = torch.ops.aten
+
+_OTHER_NAMES = {
+    "abs": ("absolute",),
+    "acos": ("arccos",),
+    "acosh": ("arccosh",),
+    "asin": ("arcsin",),
+    "asinh": ("arcsinh",),
+    "atan": ("arctan",),
+    "atan2": ("arctan2",),
+    "atanh": ("arctanh",),
+    "bitwise_and": ("__and__",),
+    "bitwise_or": ("__or__",),
+    "bitwise_xor": ("__xor__",),
+    "cat": ("concat", "concatenate"),
+    "clamp": ("clip",),
+    "digamma": ("special_digamma", "special_psi"),
+    "div": ("divide", "true_divide"),
+    "erf": ("special_erf",),
+    "erfc": ("special_erfc",),
+    "erfinv": ("special_erfinv",),
+    "exp2": ("special_exp2",),
+    "expm1": ("special_expm1",),
+    "ge": ("greater_equal",),
+    "gt": ("greater",),
+    "i0": ("special_i0",),
+    "igamma": ("special_gammainc",),
+    "igammac": ("special_gammaincc",),
+    "le": ("less_equal",),
+    "lgamma": ("special_gammaln",),
+    "log1p": ("special_log1p",),
+    "logit": ("special_logit",),
+    "logsumexp": ("special_logsumexp",),
+    "lt": ("less",),
+    "matmul": ("linalg_matmul",),
+    "mul": ("multiply",),
+    "mvlgamma": ("special_multigammaln",),
+    "ne": ("not_equal",),
+    "neg": ("negative",),
+    "outer": ("ger",),
+    "polygamma": ("special_polygamma",),
+    "sigmoid": ("special_expit",),
+    "sinc": ("special_sinc",),
+    "sub": ("subtract",),
+    "trunc": ("fix",),
+}
+"""Operators, and those that ATen implements by calling them with the same arguments, overload by overload."""
 
 
-def fill_constants(ir: fx.GraphModule) -> None:
-    """``aten.copy``, which a slice assignment leaves, has no derivative; the conversions that it stands for have."""
-    aten = torch.ops.aten
-    for node in ir.graph.find_nodes(op="call_function", target=aten.copy.default):
-        builder = Builder(ir, before=node, like=node)
-        value, source = node.meta["val"], node.args[1]
-        if source.meta["val"].device != value.device:
-            source = builder.call(aten.to.device, source, value.device, value.dtype)
-        elif source.meta["val"].dtype is not value.dtype:
-            source = builder.call(aten.to.dtype, source, value.dtype)
-        if not same_shape(source.meta["val"].shape, value.shape):
-            source = builder.call(aten.expand.default, source, list(value.shape))
-        copied = builder.call(aten.clone.default, source, memory_format=torch.contiguous_format)
-        node.replace_all_uses_with(copied)
-        ir.graph.erase_node(node)
-
-
-def name_metadata_reads(ir: fx.GraphModule) -> None:
-    """Operators that read only the shape or the dtype of a tensor are told it, so that they do not keep it alive."""
-    aten = torch.ops.aten
-    numbers = {
-        aten.zeros_like.default: 0,
-        aten.ones_like.default: 1,
-        aten.new_zeros.default: 0,
-        aten.new_ones.default: 1,
-        aten.full_like.default: None,
-        aten.new_full.default: None,
+def _aliases() -> dict[Any, Any]:
+    aliases: dict[Any, Any] = {
+        aten.max.other: aten.maximum.default,
+        aten.min.other: aten.minimum.default,
+        aten.special_log_softmax.default: aten.log_softmax.int,
+        aten.special_softmax.default: aten.softmax.int,
+        aten.special_xlogy.default: aten.xlogy.Tensor,
+        aten.special_xlogy.other_scalar: aten.xlogy.Scalar_Other,
+        aten.special_xlogy.self_scalar: aten.xlogy.Scalar_Self,
     }
+    for name, others in _OTHER_NAMES.items():
+        packet = getattr(aten, name)
+        for other in (getattr(aten, each) for each in others):
+            for overload in set(packet.overloads()) & set(other.overloads()):
+                alias, target = getattr(other, overload), getattr(packet, overload)
+                takes_tensors = any("Tensor" in str(argument.type) for argument in schema_of(target).arguments)
+                if takes_tensors and not schema_of(target).is_mutable:
+                    aliases[alias] = target
+    return aliases
+
+
+ALIASES = _aliases()
+"""Overloads, and those that they are other names of."""
+
+
+def normalize(ir: fx.GraphModule) -> None:
+    """Brings each operator of ``ir`` to its one spelling, in place."""
     for node in list(ir.graph.nodes):
-        if node.op != "call_function" or not node.args:
+        if node.op != "call_function":
             continue
-        filled = node.target in numbers and isinstance(node.args[0], fx.Node) and node.args[0].op == "call_function"
-        if not filled and (len(node.args) < 2 or not isinstance(node.args[1], fx.Node)):
+        rule = _RULES.get(node.target)
+        if rule is None:
             continue
-        builder = Builder(ir, before=node, like=node)
-        value = node.meta.get("val")
-        if filled:
-            number = numbers[node.target]
-            number = node.args[-1] if number is None else number
-            dense = value.is_contiguous() or all(user.target is aten.where.self for user in node.users)
-            if not isinstance(number, (bool, int, float)) or not dense:
-                continue
-            kind = {"dtype": value.dtype, "layout": value.layout, "device": value.device, "pin_memory": False}
-            told = builder.insert(aten.full.default, (list(value.shape), number), kind, value)
-        elif node.target is aten.type_as.default and value.device == node.args[0].meta["val"].device:
-            told = builder.call(aten.to.dtype, node.args[0], value.dtype)
-        elif node.target in (aten.view_as.default, aten.reshape_as.default):
-            told = builder.call(aten.reshape.default, node.args[0], list(value.shape))
-        elif node.target is aten.expand_as.default:
-            told = builder.call(aten.expand.default, node.args[0], list(value.shape))
+        if isinstance(rule, OpOverload):
+            node.target = rule
         else:
-            continue
-        told.meta = {**node.meta}
-        node.replace_all_uses_with(told)
-        ir.graph.erase_node(node)
+            rule(ir, node)
+
+
+def _replace(node: fx.Node, by: fx.Node) -> None:
+    by.meta = {**node.meta}
+    node.replace_all_uses_with(by)
+    node.graph.erase_node(node)
+
+
+def _argument(node: fx.Node, name: str, default: Any) -> Any:
+    return node.kwargs.get(name, default)
+
+
+# Truth values.
+
+
+def _truth_values(target: Any) -> Callable[[fx.GraphModule, fx.Node], None]:
+    """``logical_not`` of truth values is ``bitwise_not``; of numbers it compares with zero as well."""
+
+    def rename(ir: fx.GraphModule, node: fx.Node) -> None:
+        if all(is_tensor(arg) and tensor(arg).dtype is torch.bool for arg in node.args):
+            node.target = target
+
+    return rename
+
+
+# Concatenation and repetition.
+
+
+def _concatenate(dim: int, rank: int) -> Callable[[fx.GraphModule, fx.Node], None]:
+    """``vstack`` and its like: ``cat`` of tensors that have the rank already, which they are given otherwise."""
+
+    def rename(ir: fx.GraphModule, node: fx.Node) -> None:
+        (parts,) = node.args
+        assert isinstance(parts, (list, tuple))
+        if all(tensor(part).dim() >= rank for part in parts):
+            node.target, node.args = aten.cat.default, (parts, dim)
+
+    return rename
+
+
+def _hstack(ir: fx.GraphModule, node: fx.Node) -> None:
+    (parts,) = node.args
+    assert isinstance(parts, (list, tuple))
+    if all(tensor(part).dim() >= 1 for part in parts):
+        node.target, node.args = aten.cat.default, (parts, 0 if tensor(parts[0]).dim() == 1 else 1)
+
+
+def _tile(ir: fx.GraphModule, node: fx.Node) -> None:
+    source, repeats = node.args
+    assert isinstance(repeats, (list, tuple))
+    missing = tensor(source).dim() - len(repeats)
+    node.target, node.args = aten.repeat.default, (source, [1] * missing + list(repeats))
+
+
+# Sums and products.
+
+
+def _reversed_difference(ir: fx.GraphModule, node: fx.Node) -> None:
+    subtracted, other = node.args[:2]
+    if is_tensor(other):
+        node.target, node.args = aten.sub.Tensor, (other, subtracted, *node.args[2:])
+
+
+def _inner_products(ir: fx.GraphModule, node: fx.Node) -> None:
+    """``vecdot``: of vectors alone it is a kernel of its own, and complex numbers are conjugated."""
+    left, right = node.args[:2]
+    if tensor(left).is_complex() or max(tensor(left).dim(), tensor(right).dim()) < 2:
+        return
+    builder = Builder(ir, before=node, like=node)
+    multiplied = builder.call(aten.mul.Tensor, left, right)
+    _replace(node, builder.call(aten.sum.dim_IntList, multiplied, [_argument(node, "dim", -1)]))
+
+
+def _multiply_and_add(ir: fx.GraphModule, node: fx.Node) -> None:
+    """``a + value * b * c``, or ``/ c``, of which kernels may round the product and the sum at once.
+
+    So only where it may be a step of an attention's scores: elsewhere the last bit would change for nothing.
+    """
+    added, factor, other = node.args[:3]
+    value = _argument(node, "value", 1)
+    dtypes = {tensor(arg).dtype for arg in (added, factor, other)}
+    if len(dtypes) > 1 or not tensor(node).is_floating_point() or not _is_step_of_scores(node):
+        return
+    builder = Builder(ir, before=node, like=node)
+    if not (isinstance(value, (int, float)) and value == 1):
+        factor = builder.call(aten.mul.Tensor, factor, value)
+    combine = aten.mul.Tensor if node.target is aten.addcmul.default else aten.div.Tensor
+    _replace(node, builder.call(aten.add.Tensor, added, builder.call(combine, factor, other)))
+
+
+_MATRIX_PRODUCTS = frozenset(
+    {
+        *(aten.matmul.default, aten.linalg_matmul.default, aten.bmm.default, aten.mm.default, aten.einsum.default),
+        *(aten.baddbmm.default, aten.addmm.default, aten.linear.default, aten.inner.default, aten.tensordot.default),
+        aten.sum.dim_IntList,
+    }
+)
+_SOFTMAX = frozenset({aten.softmax.int, aten.special_softmax.default, aten.exp.default})
+
+
+def _is_step_of_scores(node: fx.Node) -> bool:
+    """Whether elementwise steps lead from a matrix product to the node, and on to a softmax."""
+    return _reaches(node, lambda step: step.all_input_nodes, _MATRIX_PRODUCTS) and _reaches(
+        node, lambda step: step.users, _SOFTMAX
+    )
+
+
+def _reaches(start: fx.Node, neighbors: Callable[[fx.Node], Iterable[fx.Node]], targets: frozenset[Any]) -> bool:
+    pending, seen = [start], {start}
+    while pending and len(seen) < STEPS_OF_SCORES:
+        for other in neighbors(pending.pop()):
+            if other.target in targets:
+                return True
+            if other not in seen and _is_elementwise(other):
+                seen.add(other)
+                pending.append(other)
+    return False
+
+
+def _is_elementwise(node: fx.Node) -> bool:
+    return is_view(node) or node.target in CAST_OPS or torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+# Tensors of which only the shape, the dtype or the device is read. Named, they are not kept alive for it.
+
+
+def _fill_value(number: float | None) -> Callable[[fx.GraphModule, fx.Node], None]:
+    """``zeros_like`` and the like of a computed tensor: ``full`` of a shape. None: the value is the last argument."""
+
+    def spell(ir: fx.GraphModule, node: fx.Node) -> None:
+        like, value = node.args[0], node.meta["val"]
+        filled = node.args[-1] if number is None else number
+        dense = value.is_contiguous() or all(user.target is aten.where.self for user in node.users)
+        if not isinstance(like, fx.Node) or like.op != "call_function" or not dense:
+            return
+        if not isinstance(filled, (bool, int, float)):
+            return
+        kind = {"dtype": value.dtype, "layout": value.layout, "device": value.device, "pin_memory": False}
+        builder = Builder(ir, before=node, like=node)
+        _replace(node, builder.insert(aten.full.default, (list(value.shape), filled), kind, value))
+
+    return spell
+
+
+def _dtype_of_other(ir: fx.GraphModule, node: fx.Node) -> None:
+    source, value = node.args[0], node.meta["val"]
+    if value.device == tensor(source).device:
+        _replace(node, Builder(ir, before=node, like=node).call(aten.to.dtype, source, value.dtype))
+
+
+def _shape_of_other(target: Any) -> Callable[[fx.GraphModule, fx.Node], None]:
+    def spell(ir: fx.GraphModule, node: fx.Node) -> None:
+        builder = Builder(ir, before=node, like=node)
+        _replace(node, builder.call(target, node.args[0], list(tensor(node).shape)))
+
+    return spell
+
+
+def _conversions(ir: fx.GraphModule, node: fx.Node) -> None:
+    """``aten.copy``, which a slice assignment leaves, has no derivative; the conversions that it stands for have."""
+    builder = Builder(ir, before=node, like=node)
+    value, source = tensor(node), node.args[1]
+    if tensor(source).device != value.device:
+        source = builder.call(aten.to.device, source, value.device, value.dtype)
+    elif tensor(source).dtype is not value.dtype:
+        source = builder.call(aten.to.dtype, source, value.dtype)
+    if not same_shape(tensor(source).shape, value.shape):
+        source = builder.call(aten.expand.default, source, list(value.shape))
+    copied = builder.call(aten.clone.default, source, memory_format=torch.contiguous_format)
+    node.replace_all_uses_with(copied)
+    ir.graph.erase_node(node)
+
+
+_RULES: dict[Any, Any] = {
+    **ALIASES,
+    aten.logical_not.default: _truth_values(aten.bitwise_not.default),
+    aten.logical_and.default: _truth_values(aten.bitwise_and.Tensor),
+    aten.logical_or.default: _truth_values(aten.bitwise_or.Tensor),
+    aten.logical_xor.default: _truth_values(aten.bitwise_xor.Tensor),
+    aten.hstack.default: _hstack,
+    aten.vstack.default: _concatenate(0, 2),
+    aten.row_stack.default: _concatenate(0, 2),
+    aten.dstack.default: _concatenate(2, 3),
+    aten.column_stack.default: _concatenate(1, 2),
+    aten.tile.default: _tile,
+    aten.rsub.Tensor: _reversed_difference,
+    aten.linalg_vecdot.default: _inner_products,
+    aten.addcmul.default: _multiply_and_add,
+    aten.addcdiv.default: _multiply_and_add,
+    aten.zeros_like.default: _fill_value(0),
+    aten.ones_like.default: _fill_value(1),
+    aten.new_zeros.default: _fill_value(0),
+    aten.new_ones.default: _fill_value(1),
+    aten.full_like.default: _fill_value(None),
+    aten.new_full.default: _fill_value(None),
+    aten.type_as.default: _dtype_of_other,
+    aten.view_as.default: _shape_of_other(aten.reshape.default),
+    aten.reshape_as.default: _shape_of_other(aten.reshape.default),
+    aten.expand_as.default: _shape_of_other(aten.expand.default),
+    aten.copy.default: _conversions,
+}

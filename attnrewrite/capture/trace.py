@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from attnrewrite.capture.autocast import AutocastRegions
 from attnrewrite.capture.convention import restore_calling_convention
-from attnrewrite.capture.normalize import fill_constants, name_metadata_reads
+from attnrewrite.capture.normalize import normalize
 from attnrewrite.capture.opaque import OpaqueCalls
 from attnrewrite.capture.prepare import prepared_graph
 from attnrewrite.capture.support import CaptureError, first_line
@@ -62,8 +62,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     prepared = prepared_graph(gm, regions, opaque)
     exported, signature = _traced(prepared, inputs, context, regions, opaque)
     ir = restore_calling_convention(gm, prepared, exported, signature, opaque)
-    fill_constants(ir)
-    name_metadata_reads(ir)
+    normalize(ir)
     ir.recompile()
     return Captured(ir)
 

@@ -27,6 +27,7 @@ __all__ = [
     "INDEX_ENTRIES",
     "LONGEST_SEQUENCE",
     "SHARED_PROJECTIONS",
+    "STEPS_OF_SCORES",
     "TENSOR_VALUES",
     "Bound",
     "Ended",
@@ -187,6 +188,13 @@ BUFFER_ENTRIES = Bound(2**24, "a buffer of more than {most} entries is not read"
 
 What is read is copied, to be compared when the buffer was written to. Beyond it: it may hold anything. The mask stays a
 tensor, and fully masked rows cannot be ruled out.
+"""
+
+STEPS_OF_SCORES = 64
+"""Elementwise nodes around an ``addcmul`` among which a matrix product and a softmax are looked for.
+
+It is written out where both are there. Beyond it: the call stays whole, and a site that it belongs to is kept with it
+as the reason.
 """
 
 LONGEST_SEQUENCE = 2**20
