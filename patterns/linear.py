@@ -33,6 +33,7 @@ from attnrewrite.ir.bounds import BEHIND_DIVISOR, BETWEEN_PRODUCTS, Ended, searc
 from attnrewrite.ir.finding import Finding, NearMiss
 from attnrewrite.ir.graph_view import GraphView, reader_in_words
 from attnrewrite.ir.linear_site import LinearAttention, Order
+from attnrewrite.ir.model_state import is_learned
 from attnrewrite.ir.nodes import dtype_name, is_tensor, same_shape, scalar, tensor
 from attnrewrite.ir.ops import is_cast
 from attnrewrite.ir.products import Product, factors_of, is_product, product_from_result
@@ -219,7 +220,7 @@ class _Computed:
         if isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)):
             return False  # A size says nothing of what is in a tensor.
         if node.op == "placeholder":
-            return not isinstance(node.meta.get("example_value"), torch.nn.Parameter)
+            return not is_learned(node)
         return any(self._known[source] for source in node.all_input_nodes)
 
 

@@ -117,6 +117,49 @@ def pooling(x: Tensor, weight: Tensor) -> Tensor:
     return (x * (x @ weight).softmax(dim=1)).sum(dim=1)
 
 
+_TABLE = torch.nn.Parameter(torch.arange(48 * 16.0).sin().view(48, 16) / 5)
+
+
+@_lookalike(normal(2, "L", 16), normal(24, 16))
+def gates_by_linear(x: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+    """A layer that chooses among learned rows, of whatever part of a table: a projection, and no scores."""
+    first, stacked = _TABLE[:24], _TABLE.view(2, 24, 16)
+    weights = (
+        *(
+            first,
+            _TABLE.chunk(2)[0],
+            torch.split(_TABLE, [24, 24])[1],
+            _TABLE.narrow(0, 3, 24),
+            _TABLE.tensor_split(2)[1],
+        ),
+        *(
+            stacked[1],
+            stacked.unbind()[0],
+            stacked.select(0, 1),
+            first.double().float(),
+            torch.cat([first[12:], first[:12]]),
+        ),
+    )
+    return tuple(F.linear(x, weight).softmax(-1) @ values for weight in weights)
+
+
+@_lookalike(normal(2, "L", 16), normal(24, 16), reason="gate")
+def gates_by_products(x: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+    """The same, by the other products."""
+    gate = _TABLE[:24]
+    scores = (
+        *(x @ gate.mT, x @ _TABLE.chunk(2)[0].T, torch.matmul(x, torch.split(_TABLE, 24)[1].t()), x @ gate.mT[None]),
+        *(torch.einsum("bld,nd->bln", x, gate), torch.einsum("nd,bld->bln", gate, x), torch.inner(x, gate)),
+        *(
+            torch.tensordot(x, gate, ([2], [1])),
+            (x[:, :, None] * gate).sum(-1),
+            torch.linalg.vecdot(x[:, :, None], gate),
+        ),
+        *(torch.bmm(x, gate.mT.expand(2, -1, -1)), (gate @ x.mT).mT, x @ torch.cat([gate[12:], gate[:12]]).mT * 0.25),
+    )
+    return tuple(each.softmax(-1) @ values for each in scores)
+
+
 @_lookalike(normal("L", 16), normal(10, 16))
 def cosine_classifier(x: Tensor, prototypes: Tensor) -> Tensor:
     scores = F.normalize(x, dim=-1) @ F.normalize(prototypes, dim=-1).T

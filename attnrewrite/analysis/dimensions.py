@@ -21,12 +21,13 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.ir.axes import Axis, Dim, Layout, axes_of, regroup, resolve, size_of
+from attnrewrite.ir.model_state import is_model_state
 from attnrewrite.ir.nodes import Size, is_tensor, product, same, tensor
 from attnrewrite.ir.products import is_product, product_from_operand
 from attnrewrite.ir.views import is_layout_op, permutation_of, push
-from attnrewrite.torch_private import STATIC_INPUT, schema_of, tree_leaves
+from attnrewrite.torch_private import schema_of, tree_leaves
 
-__all__ = ["Dimension", "Dimensions", "Origin", "Role", "is_learned", "origins_of"]
+__all__ = ["Dimension", "Dimensions", "Origin", "Role", "origins_of"]
 
 aten = torch.ops.aten
 
@@ -84,17 +85,6 @@ class Dimension(Axis):
             (dimension,) = dimension.sources
 
 
-def is_learned(node: fx.Node) -> bool:
-    """Whether the node is a parameter or a buffer of the model."""
-    return node.op == "get_attr" or (
-        node.op == "placeholder"
-        and (
-            STATIC_INPUT in node.meta.get("tensor_dict", {})
-            or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
-        )
-    )
-
-
 class Dimensions:
     """The dimensions of all tensors of a graph."""
 
@@ -107,7 +97,7 @@ class Dimensions:
             if not is_tensor(node):
                 continue
             self._layouts[node] = self._layout(node)
-            if node.op == "placeholder" and not is_learned(node):
+            if node.op == "placeholder" and not is_model_state(node):
                 self._inputs.append(node)
         for node in self._inputs:
             _note_input(node, self._layouts[node])
@@ -517,11 +507,11 @@ def _knowledge(dim: Dim) -> int:
     """How little the dimension says: data, then what is not known, then a parameter, then a constant."""
     origins = origins_of(dim)
     begins = [origin[0] for origin in origins if origin is not None]
-    if any(node.op == "placeholder" and not is_learned(node) for node in begins):
+    if any(node.op == "placeholder" and not is_model_state(node) for node in begins):
         return 0
     if None in origins:
         return 1
-    return 2 if any(map(is_learned, begins)) else 3
+    return 2 if any(map(is_model_state, begins)) else 3
 
 
 def _is_weight(layout: Layout) -> bool:

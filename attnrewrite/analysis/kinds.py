@@ -17,9 +17,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import fx
 
-from attnrewrite.analysis.dimensions import Dimension, Dimensions, Origin, is_learned, origins_of
+from attnrewrite.analysis.dimensions import Dimension, Dimensions, Origin, origins_of
 from attnrewrite.ir.axes import Axis, Operand, axes_of, resolve, size_of, take_minor
 from attnrewrite.ir.linear_site import LinearAttention
+from attnrewrite.ir.model_state import is_model_state
 from attnrewrite.ir.nodes import is_tensor, same, tensor
 from attnrewrite.ir.site import AttentionSite
 from attnrewrite.ir.source import source_location
@@ -172,7 +173,7 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 
 
 def _is_data(node: fx.Node) -> bool:
-    return node.op == "placeholder" and is_tensor(node) and not is_learned(node)
+    return node.op == "placeholder" and is_tensor(node) and not is_model_state(node)
 
 
 def _is_input(dim: Iterable[Axis]) -> bool:
@@ -187,7 +188,7 @@ def _nodes(origins: Iterable[Origin | None]) -> set[fx.Node]:
 
 def _in_words(nodes: Iterable[fx.Node]) -> str:
     inputs = sorted(_input_name(node) for node in nodes if _is_data(node))
-    learned = ["a parameter"] if any(map(is_learned, nodes)) else []
+    learned = ["a parameter"] if any(map(is_model_state, nodes)) else []
     return " and ".join([*inputs, *learned]) or "a constant"
 
 

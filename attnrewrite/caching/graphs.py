@@ -21,12 +21,12 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statica
 from attnrewrite.analysis.kinds import Kind, SiteKind
 from attnrewrite.caching.identity import content_of, is_copy, is_size, written
 from attnrewrite.ir.builder import Builder
+from attnrewrite.ir.model_state import is_module_tensor
 from attnrewrite.ir.nodes import copy_attributes, is_tensor, product, same, tensor
 from attnrewrite.ir.ops import CAST_OPS, is_view
 from attnrewrite.ir.source import parameter_path
 from attnrewrite.kernels.common.layout import in_memory_order_of
 from attnrewrite.torch_private import (
-    STATIC_INPUT,
     HigherOrderOperator,
     OpOverload,
     is_composite,
@@ -39,7 +39,6 @@ __all__ = [
     "AttentionValue",
     "CachedAttention",
     "find_values",
-    "is_parameter",
     "nearest",
     "parameters_of",
     "with_values",
@@ -231,7 +230,7 @@ def _sources(gm: fx.GraphModule, attentions: Sequence[CachedAttention], affine: 
             if node.meta["val"].node.expr.free_symbols <= sizes:
                 constant.add(node)
         elif node.op == "placeholder":
-            if is_parameter(node) and not any(_writes_to(user, node) for user in node.users):
+            if is_module_tensor(node) and not any(_writes_to(user, node) for user in node.users):
                 constant.add(node)
         elif node.op == "call_function" and _is_function(node):
             others = [source for source in node.all_input_nodes if source not in constant]
@@ -287,14 +286,6 @@ def _writes_to(node: fx.Node, argument: fx.Node) -> bool:
 
 def _symbolic(size: Any) -> torch.SymInt | None:
     return size if isinstance(size, torch.SymInt) else None
-
-
-def is_parameter(node: fx.Node) -> bool:
-    """Whether a graph's input is a module's parameter or buffer.
-
-    Other inputs at fixed addresses (``mark_static_address``) do not count: they are written to from step to step.
-    """
-    return STATIC_INPUT in node.meta.get("tensor_dict", {}) and bool(parameter_path(node))
 
 
 def _is_function(node: fx.Node) -> bool:
@@ -380,7 +371,7 @@ def _is_dense(value: torch.Tensor) -> bool:
 def parameters_of(gm: fx.GraphModule) -> dict[fx.Node, int]:
     """The parameters and buffers among a graph's inputs, with their positions."""
     placeholders = gm.graph.find_nodes(op="placeholder")
-    return {node: number for number, node in enumerate(placeholders) if is_parameter(node)}
+    return {node: number for number, node in enumerate(placeholders) if is_module_tensor(node)}
 
 
 def nearest(node: fx.Node, parameters: Collection[fx.Node]) -> fx.Node | None:

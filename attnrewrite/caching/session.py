@@ -20,13 +20,13 @@ from torch import Tensor, fx, nn
 
 from attnrewrite.analysis.kinds import KINDS
 from attnrewrite.caching.call import ModelCall, ModelReuse
-from attnrewrite.caching.graphs import is_parameter
 from attnrewrite.caching.guidance import check_halved, copied, first_output, halved_inputs
 from attnrewrite.caching.memory import CacheMemory
 from attnrewrite.caching.method import method_of
 from attnrewrite.caching.model_paths import ModelPaths
 from attnrewrite.caching.streams import Observer, Stream, current_stream, is_separate
 from attnrewrite.errors import CacheError
+from attnrewrite.ir.model_state import is_module_tensor
 from attnrewrite.options.cache_callbacks import timestep_of
 from attnrewrite.options.cache_config import FasterCacheConfig, PyramidAttentionBroadcastConfig
 from attnrewrite.torch_private import mark_static, tree_leaves, tree_map_only
@@ -107,8 +107,8 @@ class Session:
         Modules that share the graph, and have parameters of their own, have a session each.
         """
         placeholders = gm.graph.find_nodes(op="placeholder")
-        inputs = [number for number, node in enumerate(placeholders) if not is_parameter(node)]
-        parameters = [number for number, node in enumerate(placeholders) if is_parameter(node)]
+        inputs = [number for number, node in enumerate(placeholders) if not is_module_tensor(node)]
+        parameters = [number for number, node in enumerate(placeholders) if is_module_tensor(node)]
         sessions: dict[tuple[int, ...], tuple[list[weakref.ref[Tensor]], Session]] = {}
 
         def session_of(own: Sequence[Tensor]) -> Session:

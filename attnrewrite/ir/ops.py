@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from attnrewrite.ir.nodes import is_tensor, tensor
 from attnrewrite.torch_private import schema_of
 
-__all__ = ["CAST_OPS", "VIEW_OPS", "is_cast", "is_pointwise", "is_pure", "is_view", "same_argument"]
+__all__ = ["CAST_OPS", "SPLIT_OPS", "VIEW_OPS", "is_cast", "is_pointwise", "is_pure", "is_view", "same_argument"]
 
 aten = torch.ops.aten
 
@@ -61,6 +61,23 @@ CAST_OPS = frozenset(
         aten.type_as.default,
     }
 )
+
+
+SPLIT_OPS = frozenset(
+    {
+        aten.split.Tensor,
+        aten.split.sizes,
+        aten.split_with_sizes.default,
+        aten.chunk.default,
+        aten.tensor_split.sections,
+        aten.tensor_split.indices,
+        aten.unbind.int,
+        aten.unsafe_split.Tensor,
+        aten.unsafe_split_with_sizes.default,
+        aten.unsafe_chunk.default,
+    }
+)
+"""Operators that give a list of the parts of their first argument."""
 
 
 def is_view(node: fx.Node) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,8 @@ import torch
 from torch import fx
 
 from attnrewrite.ir.axes import Dim, Layout, Operand, broadcast, fresh_dim
+from attnrewrite.ir.model_state import is_learned
 from attnrewrite.ir.nodes import Size, is_tensor, same, tensor
-from attnrewrite.ir.ops import is_cast
-from attnrewrite.ir.views import is_layout_op
 
 __all__ = ["Product", "factors_of"]
 
@@ -181,7 +179,7 @@ def _linear(node: fx.Node) -> _Terms | None:
     args: Any = node.args
     lhs, weight = args[:2]
     bias = args[2] if len(args) > 2 else None
-    if not (is_tensor(lhs) and is_tensor(weight)) or tensor(weight).dim() != 2 or _is_learned(weight):
+    if not (is_tensor(lhs) and is_tensor(weight)) or tensor(weight).dim() != 2 or is_learned(weight):
         return None
     batch = _letters(tensor(lhs).dim() - 1)
     more = {"addend": bias} if is_tensor(bias) else {}
@@ -209,16 +207,6 @@ def _tensordot(node: fx.Node) -> _Terms | None:
     summed = {left[int(a)] for a in dims}
     out = [letter for letter in (*left, *right) if letter not in summed]
     return _Terms(lhs, rhs, tuple(left), tuple(right), tuple(out))
-
-
-def _is_learned(node: fx.Node) -> bool:
-    """Whether the node is a parameter, seen through views, casts and pieces of it."""
-    while node.op == "call_function" and (is_layout_op(node) or is_cast(node) or node.target in _PIECES):
-        node = node.all_input_nodes[0]
-    return node.op == "get_attr" or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
-
-
-_PIECES = frozenset({aten.slice.Tensor, aten.select.int, aten.narrow.default, operator.getitem, aten.chunk.default})
 
 
 def _multiplied_and_summed(node: fx.Node) -> _Terms | None:

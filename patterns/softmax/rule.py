@@ -28,6 +28,7 @@ from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of
 from attnrewrite.ir.bounds import AROUND_SOFTMAX, searching
 from attnrewrite.ir.finding import Finding, NearMiss
 from attnrewrite.ir.graph_view import GraphView, reader_in_words
+from attnrewrite.ir.model_state import is_learned
 from attnrewrite.ir.nodes import tensor
 from attnrewrite.ir.products import Product, is_product
 from attnrewrite.ir.site import AttentionSite, Narrow, NotAttention, Scale
@@ -122,7 +123,7 @@ class SoftmaxAttention:
         query, key = (view.origin(operand, scores.product.node, narrow_to=dtype) for operand in (query, key))
         value = view.origin(value, product.node)
         query_axes = _query_axes(scores, key_axes, key)
-        _require_attention(scores.product, query, key, value, query_axes)
+        _require_attention(scores.product, query, key, value, query_axes, key_axes)
         own_dtype = tensor(softmax.node).dtype
         narrowed = [Narrow(own_dtype)] if is_narrower(own_dtype, tensor(softmax.scores).dtype) else []
         site = AttentionSite(
@@ -179,11 +180,18 @@ def _require_one_region(scores: ScoreWalk, product: Product, interior: Sequence[
 
 
 def _require_attention(
-    product: Product, query: Operand, key: Operand, value: Operand, query_axes: tuple[Axis, ...]
+    product: Product,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    query_axes: tuple[Axis, ...],
+    key_axes: tuple[Axis, ...],
 ) -> None:
     alone = set(query.axes) == set(axes_of((product.contracted,))) and query.node.op != "call_function"
     if alone and key.node is value.node:
         raise NotAttention("every key is scored by one and the same stored vector: this is pooling")
+    if key_axes and is_learned(key.node) and tensor(key.node).dim() == 2:
+        raise NotAttention("the keys are a learned matrix: this is a gate over its rows")
     if set(axes_of((query_axes,))) & set(value.axes):
         raise NotAttention("the value differs from one query position to the next, so this is no attention")
 

@@ -1,0 +1,55 @@
+"""Which tensors of a graph come with the model, and which of them are learned."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnrewrite.ir.ops import CAST_OPS, SPLIT_OPS, VIEW_OPS
+from attnrewrite.ir.source import parameter_path
+from attnrewrite.torch_private import STATIC_INPUT
+
+__all__ = ["is_learned", "is_model_state", "is_module_tensor"]
+
+aten = torch.ops.aten
+
+
+def is_module_tensor(node: fx.Node) -> bool:
+    """Whether a graph's input is a module's parameter or buffer, whose path is known.
+
+    Other inputs at fixed addresses (``mark_static_address``, the keys and values of a cache) are written to from step
+    to step.
+    """
+    return STATIC_INPUT in node.meta.get("tensor_dict", {}) and bool(parameter_path(node))
+
+
+def is_model_state(node: fx.Node) -> bool:
+    """Whether a tensor comes with the model and not with the call: a parameter, a buffer, a constant of the graph."""
+    return node.op == "get_attr" or (node.op == "placeholder" and (_is_parameter(node) or is_module_tensor(node)))
+
+
+def is_learned(node: fx.Node) -> bool:
+    """Whether a tensor is a parameter, or a constant of the graph; buffers may hold what was computed.
+
+    So are views, copies, casts and parts of one, and several of them side by side; what is computed from one is not.
+    """
+    if node.op == "call_function" and node.target in _REARRANGED:
+        sources = node.all_input_nodes if node.target in _PUT_TOGETHER else node.all_input_nodes[:1]
+        return bool(sources) and all(map(is_learned, sources))
+    return node.op == "get_attr" or (node.op == "placeholder" and _is_parameter(node))
+
+
+def _is_parameter(placeholder: fx.Node) -> bool:
+    return isinstance(placeholder.meta.get("example_value"), torch.nn.Parameter)
+
+
+_PUT_TOGETHER = frozenset({aten.cat.default, aten.stack.default})
+_REARRANGED: frozenset[Any] = frozenset(
+    {
+        *(*VIEW_OPS, *CAST_OPS, *SPLIT_OPS, *_PUT_TOGETHER),
+        *(operator.getitem, aten.clone.default, aten.contiguous.default, aten.repeat.default),
+    }
+)
