@@ -506,4 +506,47 @@ def cached_keys(q: Tensor, past_k: Tensor, k: Tensor, past_v: Tensor, v: Tensor)
     return (q @ k.mT * 8**-0.5).softmax(-1) @ v
 
 
+# Operators by their other names.
+
+
+@_spelling.add(_Q, _K, _V, learned("L", "S"))
+def other_names_of_arithmetic(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    scores = torch.linalg.matmul(q, k.swapaxes(-1, -2)).true_divide(4.0).multiply(1.5)
+    scores = torch.subtract(scores, bias).clip(-50.0, 50.0)
+    weights: Tensor = torch.special.softmax(scores, dim=-1)
+    return weights.matmul(v)
+
+
+@_spelling.add(_Q, _Q, _Q, keep(2, 1, 1, "L"))
+def other_names_in_a_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    rows = torch.arange(q.shape[2])
+    later = torch.less(rows[:, None], rows)
+    scores = torch.divide(q @ k.mT, 3.0).masked_fill(torch.logical_or(later, mask.logical_not()), -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+@_spelling.add(_Q, _K, _V)
+def scores_by_vecdot(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores: Tensor = torch.linalg.vecdot(q[..., :, None, :], k[..., None, :, :])
+    return scores.divide(8**0.5).softmax(-1) @ v
+
+
+@_spelling.add(_Q, _K, _V, learned("L", "S"), learned(4, 1, 1))
+def scores_by_addcmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, temperature: Tensor) -> Tensor:
+    return torch.addcmul(bias, q @ k.mT, temperature, value=0.5).softmax(-1) @ v
+
+
+@_spelling.add(_Q, _K, _V)
+def heads_by_hstack(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    pairs = zip(*(torch.split(t, 2, dim=1) for t in (q, k, v)), strict=True)
+    return torch.hstack([(a @ b.mT * 8**-0.5).softmax(-1) @ c for a, b, c in pairs])
+
+
+@_spelling.add(_Q, _K, _V, learned(4))
+def sinks_by_concat(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    scores = q @ k.mT * 8**-0.5
+    column = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.concat([scores, column], dim=-1).softmax(-1)[..., :-1] @ v
+
+
 SPECIMENS = tuple(_spelling)
