@@ -271,6 +271,9 @@ def _conversions(ir: fx.GraphModule, node: fx.Node) -> None:
     """``aten.copy``, which a slice assignment leaves, has no derivative; the conversions that it stands for have."""
     builder = Builder(ir, before=node, like=node)
     value, source = tensor(node), node.args[1]
+    if not is_tensor(source):
+        kind = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
+        return _replace(node, builder.call(aten.full.default, list(value.shape), source, **kind))
     if tensor(source).device != value.device:
         source = builder.call(aten.to.device, source, value.device, value.dtype)
     elif tensor(source).dtype is not value.dtype:

@@ -89,6 +89,7 @@ _TRUE = _X > 0
         (lambda x, y: torch.rsub(x, y, alpha=2), [aten.sub.Tensor]),
         (lambda x, y: torch.linalg.vecdot(x, y, dim=1), [aten.mul.Tensor, aten.sum.dim_IntList]),
         (lambda x, y: torch.max(x, y), [aten.maximum.default]),
+        (lambda x, y: x.clone().copy_(0.5) + y, [aten.clone.default, aten.full.default, aten.add.Tensor]),
     ],
 )
 def test_written_out(function: Callable[..., Any], expected: list[Any]) -> None:
