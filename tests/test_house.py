@@ -29,31 +29,6 @@ PRIVATE_OF_OTHERS = {
 }
 """Private names of other packages than torch, by the module that uses them."""
 
-CLASSES_OF_ONE_NAME = {"Request", "_Call", "_Reader", "_Reading", "_Row", "_Site", "_Step"}
-
-LONG_FUNCTIONS = {
-    "attnrewrite.analysis.weights._divided_by_sum",
-    "attnrewrite.backend._compiled",
-    "attnrewrite.capture.convention.restore_calling_convention",
-    "attnrewrite.passes.merge_slices.site",
-    "attnrewrite.patterns.linear._between",
-    "attnrewrite.patterns.linear._read",
-    "attnrewrite.patterns.site_builder.attention_site",
-    "attnrewrite.patterns.softmax.rule._read",
-}
-"""Above ``LONG`` lines, and without a comment that says why."""
-
-KERNELS_READ_BY_NAME = {
-    "attnrewrite.doctor",
-    "attnrewrite.kernels.registry",
-    "attnrewrite.numerics.tolerance",
-    "attnrewrite.selection.choose",
-    "attnrewrite.selection.requests",
-}
-"""Modules with a ``getattr(kernel, "...")``."""
-
-CIRCLES: set[frozenset[str]] = set()
-
 LONG = 60
 FILES_AT_THE_TOP = 14
 
@@ -171,7 +146,7 @@ def test_no_kernel_is_read_by_name() -> None:
         for node in module.nodes
         if isinstance(node, ast.Call) and re.match(r"(get|has)attr\((\w+\.)*kernel, '", ast.unparse(node))
     }
-    assert found == KERNELS_READ_BY_NAME
+    assert not found
 
 
 def test_a_class_has_its_name_for_itself() -> None:
@@ -180,7 +155,7 @@ def test_a_class_has_its_name_for_itself() -> None:
         for node in module.nodes:
             if isinstance(node, ast.ClassDef):
                 homes[node.name].add(name)
-    assert {each for each, where in homes.items() if len(where) > 1} == CLASSES_OF_ONE_NAME
+    assert not {each: where for each, where in homes.items() if len(where) > 1}
 
 
 def test_a_long_function_says_why() -> None:
@@ -193,7 +168,7 @@ def test_a_long_function_says_why() -> None:
                 reason = module.lines[first - 2].strip().startswith("# Long:")
                 if length(node) - (length(node.body[0]) if ast.get_docstring(node) else 0) > LONG and not reason:
                     found.add(f"{name}.{node.name}")
-    assert found == LONG_FUNCTIONS
+    assert not found
 
 
 def length(node: ast.stmt) -> int:
@@ -242,7 +217,7 @@ def test_imports_make_no_circle() -> None:
         graph[name] = (sources & modules().keys()) - {name}
     graph["attnrewrite"] = set()  # Its names are loaded when they are used.
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == {frozenset("bc")}
-    assert circles(graph) == CIRCLES
+    assert not circles(graph)
 
 
 def circles(graph: Mapping[str, set[str]]) -> set[frozenset[str]]:

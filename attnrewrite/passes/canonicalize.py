@@ -140,28 +140,9 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     terms = [term for term, formula in zip(reading.terms, formulas, strict=True) if formula is not True]
     kept = [formula for formula in formulas if formula is not True]
 
-    attended = "the caller's word (assume_attended_rows)" if policy.assume_attended_rows else None
-    attended = attended_everywhere(terms, positions) or _by_sink(site) or attended
-    if site.foreign and attended is None and any(map(_may_mask, terms)):
-        raise NotAttention(
-            "what the library's call gives a row whose keys are all masked is not known, and no such row could be "
-            "ruled out (if none occurs, say so: options={'assume_attended_rows': True})"
-        )
+    attended = _attended(site, reading, terms, positions, policy)
     dtype = min((term.dtype for term in terms), key=lambda dtype: dtype.itemsize, default=site.softmax_dtype)
     inexpressible, refused = reading.inexpressible, FINE
-    if reading.makes_nan and (site.nan_to_zero or any(isinstance(mod, Zero) for mod in site.weight_mods)):
-        raise NotAttention("a tensor multiplies masked scores, which gives NaN where it is zero, and NaN is replaced")
-    leaves_range = reading.bounded > (_EXPONENT if site.underflows else -ABSORBING)
-    if leaves_range and attended_everywhere([*reading.bounded_terms, *terms], positions) is None:
-        attended = attended if policy.assume_attended_rows else None
-        reading.overflows = Reason("masked scores that a function bounds underflow or overflow afterwards")
-    if reading.lifted and (site.underflows or site.rounds_rows):
-        reading.overflows = Reason("exponentials are taken of masked scores whose maximum was subtracted before")
-    if attended is None and reading.overflows:
-        raise NotAttention(
-            f"{reading.overflows}, which matters in a row that has no key, and no such row could be ruled out "
-            "(if none occurs, say so: options={'assume_attended_rows': True})"
-        )
     if attended is None:
         terms = _as_written_out(site, terms)
     if not site.fused:
@@ -172,13 +153,7 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     value_mods, output_mods, masked_rows = _placed_weight_mods(
         site, positions, masked, _rows_without_key(site, terms) if attended is None else MaskedRows.NONE
     )
-    band = isolated = None
-    if site.is_causal:
-        square = same(size_of(site.query_axes), size_of(site.key_axes))
-        band = Band((None, 0), (None, 0) if square else None)
-    elif attended is not None and masked is not None and None not in kept:
-        band = band_of(masked, positions)
-        isolated = _isolated(masked, positions, site)
+    band, isolated = _shape_of_mask(site, positions, masked if None not in kept else None, attended)
     becomes_causal = not inexpressible and site.sink is None and band is not None and band.is_causal
     return CanonicalScores(
         scale=None if site.default_scale else reading.scale,
@@ -199,6 +174,51 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
         structure=_structure(site, terms, kept, positions),
         inexpressible=inexpressible,
     )
+
+
+def _attended(
+    site: AttentionSite, reading: _Reading, terms: list[Term], positions: Positions, policy: Policy
+) -> str | None:
+    """How it is known that every row keeps a key; None if that is not known.
+
+    Raises:
+        NotAttention: it is not known, and what the source gives a row without a key is not, either.
+    """
+    said = "the caller's word (assume_attended_rows)" if policy.assume_attended_rows else None
+    attended = attended_everywhere(terms, positions) or _by_sink(site) or said
+    if site.foreign and attended is None and any(map(_may_mask, terms)):
+        raise NotAttention(
+            "what the library's call gives a row whose keys are all masked is not known, and no such row could be "
+            "ruled out (if none occurs, say so: options={'assume_attended_rows': True})"
+        )
+    if reading.makes_nan and (site.nan_to_zero or any(isinstance(mod, Zero) for mod in site.weight_mods)):
+        raise NotAttention("a tensor multiplies masked scores, which gives NaN where it is zero, and NaN is replaced")
+    overflows = reading.overflows
+    leaves_range = reading.bounded > (_EXPONENT if site.underflows else -ABSORBING)
+    # The terms that were there before the function may have masked whole rows, too.
+    if leaves_range and attended_everywhere([*reading.bounded_terms, *terms], positions) is None:
+        attended = said
+        overflows = Reason("masked scores that a function bounds underflow or overflow afterwards")
+    if reading.lifted and (site.underflows or site.rounds_rows):
+        overflows = Reason("exponentials are taken of masked scores whose maximum was subtracted before")
+    if attended is None and overflows:
+        raise NotAttention(
+            f"{overflows}, which matters in a row that has no key, and no such row could be ruled out "
+            "(if none occurs, say so: options={'assume_attended_rows': True})"
+        )
+    return attended
+
+
+def _shape_of_mask(
+    site: AttentionSite, positions: Positions, kept: Formula | None, attended: str | None
+) -> tuple[Band | None, tuple[Size, Size] | None]:
+    """The band or the isolated block that the terms together are proved to be, every row with a key."""
+    if site.is_causal:
+        square = same(size_of(site.query_axes), size_of(site.key_axes))
+        return Band((None, 0), (None, 0) if square else None), None
+    if attended is None or kept is None:
+        return None, None
+    return band_of(kept, positions), _isolated(kept, positions, site)
 
 
 def _as_written_out(site: AttentionSite, terms: list[Term]) -> list[Term]:
