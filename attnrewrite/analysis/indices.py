@@ -123,10 +123,10 @@ def _within(entry: int, size: Size) -> Size | None:
 
 def _counted(entries: Sequence[int], size: Size) -> tuple[Size, int, int, int, int] | None:
     """(start, step, count, inner, outer) of entries that count up and repeat."""
+    start = _within(entries[0], size)
     if isinstance(size, int):
         entries = [entry + size if entry < 0 else entry for entry in entries]
     if len(set(entries)) == 1:
-        start = _within(entries[0], size)
         return None if start is None else (start, 1, 1, len(entries), 1)
     first = entries[0]
     inner = next(place for place, entry in enumerate(entries) if entry != first)

@@ -122,6 +122,7 @@ def test_an_index_of_data_says_nothing() -> None:
         ([0, 0, 5, 5], None),
         ([5, 5], None),
         ([-6, -6], None),
+        ([-6, -1], None),
     ],
 )
 def test_counting(entries: list[int], found: Any) -> None:
