@@ -519,7 +519,7 @@ def other_names_of_arithmetic(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> 
 
 @_spelling.add(_Q, _Q, _Q, keep(2, 1, 1, "L"))
 def other_names_in_a_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    rows = torch.arange(q.shape[2])
+    rows = torch.arange(q.shape[2], device=q.device)
     later = torch.less(rows[:, None], rows)
     scores = torch.divide(q @ k.mT, 3.0).masked_fill(torch.logical_or(later, mask.logical_not()), -torch.inf)
     return scores.softmax(-1) @ v
