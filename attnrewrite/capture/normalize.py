@@ -85,7 +85,7 @@ def _aliases() -> dict[Any, Any]:
     for name, others in _OTHER_NAMES.items():
         packet = getattr(aten, name)
         for other in (getattr(aten, each) for each in others):
-            for overload in set(packet.overloads()) & set(other.overloads()):
+            for overload in sorted(set(packet.overloads()) & set(other.overloads())):
                 alias, target = getattr(other, overload), getattr(packet, overload)
                 takes_tensors = any("Tensor" in str(argument.type) for argument in schema_of(target).arguments)
                 if takes_tensors and not schema_of(target).is_mutable:
