@@ -261,7 +261,7 @@ def _kind_of(recipe: str) -> Any:
 
 def _kind(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.dtype, value.dim() > 1
+        return value.dtype is torch.bool, value.is_complex(), value.dim() > 1
     return tuple(map(_kind, value)) if isinstance(value, (tuple, list)) else type(value)
 
 
