@@ -350,11 +350,11 @@ def measure(mode: str, loop: Loop, repeats: int, budget: float, latents: dict[st
     row.graphs, row.compilations = (now - then for now, then in zip(compiled_so_far(), before, strict=True))
     row.recompile_limit_hits = hits.count
     if row.failed is None:
-        summarise(row, loop, latents)
+        summarize(row, loop, latents)
     return row
 
 
-def summarise(row: Row, loop: Loop, latents: dict[str, Tensor]) -> None:
+def summarize(row: Row, loop: Loop, latents: dict[str, Tensor]) -> None:
     """What follows from the times and the latents."""
     row.run_s = statistics.median(row.runs_s)
     if row.first_run_s is not None:

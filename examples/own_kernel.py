@@ -120,7 +120,7 @@ chunked_attention.register_autograd(_backward, setup_context=_save)
 
 
 class Chunked(Kernel):
-    """What it cannot honour it refuses, with a sentence that tells a user what to do about it."""
+    """What it cannot honor it refuses, with a sentence that tells a user what to do about it."""
 
     name = "chunked"
     needs = "PyTorch"
@@ -143,7 +143,7 @@ class Chunked(Kernel):
         if site.sink is not None:
             return Verdict.no("takes no sink")
         if KernelLayout.of(site).grouped:
-            return Verdict.no("takes as many key heads as query heads")
+            return Verdict.no("needs as many key heads as query heads")
         if site.is_causal and scores.terms:
             return Verdict.no("the call has a mask and is_causal, and what both together mean is PyTorch's own")
         if scores.masked_rows.may_occur:

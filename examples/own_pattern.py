@@ -24,7 +24,7 @@ from attnrewrite.patterns import (
     call_arguments,
 )
 
-# The library. Its tensors are (batch, length, heads, features), and neighbouring query heads may share a key head.
+# The library. Its tensors are (batch, length, heads, features), and neighboring query heads may share a key head.
 
 
 @torch.library.custom_op("acme::attention", mutates_args=())

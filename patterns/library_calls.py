@@ -82,7 +82,7 @@ def _require(arguments: _Arguments, **wanted: tuple[Any, ...]) -> None:
     for name, values in wanted.items():
         given = arguments.get(name)
         if isinstance(given, fx.Node) or not any(given is value or given == value for value in values):
-            raise NotAttention(f"the argument {name} of the call asks for something that is not read")
+            raise NotAttention(f"the argument {name} of the call has a value that is not supported")
 
 
 def _flash(arguments: _Arguments, query: str, key: str, value: str, **more: Any) -> _CallMeaning:
@@ -97,7 +97,7 @@ def _flash_attn(arguments: _Arguments) -> _CallMeaning:
     _require(arguments, window_size_left=(-1,), window_size_right=(-1, 0), softcap=(0.0,), alibi_slopes=(None,))
     causal = bool(arguments["causal"])
     if arguments["window_size_right"] == 0 and not causal:
-        raise NotAttention("the argument window_size_right of the call asks for something that is not read")
+        raise NotAttention("the argument window_size_right of the call has a value that is not supported")
     _require(arguments, return_softmax=(False,))
     return _flash(
         arguments,
@@ -277,7 +277,7 @@ class LibraryCall:
                 continue
             try:
                 if schema.overload_name:
-                    raise NotAttention(f"the overload {schema.overload_name} is not read")
+                    raise NotAttention(f"the overload {schema.overload_name} is not supported")
                 yield self._read(node, reader(call_arguments(node)), view)
             except NotAttention as reason:
                 yield NearMiss(self.name, node, str(reason), (node,))
@@ -285,14 +285,14 @@ class LibraryCall:
     def _read(self, node: fx.Node, call: _CallMeaning, view: GraphView) -> AttentionSite:
         result = _result(node)
         if view.differentiable(node) and not schema_of(node.target).name.startswith("aten::"):
-            raise NotAttention("the library has its backward pass elsewhere (run it under torch.no_grad())")
+            raise NotAttention("the backward pass of the library is not known here (run it under torch.no_grad())")
         if not isinstance(call.dropout, (int, float)) or not isinstance(call.scale, (int, float, type(None))):
-            raise NotAttention("the scale or the dropout is not a number that the graph knows")
+            raise NotAttention("the scale or the dropout is not a constant number")
         if call.causal and (call.bias is not None or call.masked is not None):
             raise NotAttention("the call has both a mask and a causal mask")
         query, key, value = _sizes(call)
         if call.causal and call.from_last and not same(query.length, key.length):
-            raise NotAttention("a causal mask over unequal numbers of queries and keys, which is not read")
+            raise NotAttention("a causal mask that is counted from the last key needs as many queries as keys here")
         axes = call_axes(query, key, value, query.heads, grouped="H" in call.order or "(HD)" in call.order)
         site = site_of_call(
             view,
@@ -320,9 +320,9 @@ def _result(node: fx.Node) -> fx.Node:
     others = [reader for user in node.users if user not in results for reader in (user.users or [])]
     if others:
         names = ", ".join(sorted({reader_in_words(reader) for reader in others}))
-        raise NotAttention(f"the logarithms of sums, or the like, that the call returns are read ({names})")
+        raise NotAttention(f"a further result of the call, such as logsumexp, is used ({names})")
     if len(results) != 1:
-        raise NotAttention("the result of the call is not read, or read in several ways")
+        raise NotAttention("the result of the call is not used, or used in several ways")
     return results[0]
 
 
@@ -330,7 +330,7 @@ def _sizes(call: _CallMeaning) -> list[Sizes]:
     """The sizes of query, key and value; the heads are (batch, heads), or (batch,) where the call has no heads."""
     shapes = [tensor(part).shape for part in (call.query, call.key, call.value)]
     if any(len(shape) != len(call.order) for shape in shapes):
-        raise NotAttention(f"query, key and value have not {len(call.order)} dimensions each")
+        raise NotAttention(f"query, key and value do not have {len(call.order)} dimensions each")
     query, key, value = sizes = [_sizes_of(shape, call) for shape in shapes]
     if not all(same(each.heads[0], query.heads[0]) for each in sizes):
         raise NotAttention("query, key and value are not known to have one batch size")
@@ -365,12 +365,12 @@ def _masks(call: _CallMeaning, axes: CallAxes) -> list[ScoreMod]:
         if node is None:
             continue
         if not is_tensor(node):
-            raise NotAttention("the mask is no tensor that the graph knows")
+            raise NotAttention("the mask is not a tensor of the graph")
         operand = mask_operand(node, axes)
         if node is call.masked:
             mods.append(Fill(operand, -math.inf, tensor(call.query).dtype))
         elif operand.dtype is torch.bool:
-            raise NotAttention("a boolean mask where numbers are added to the scores")
+            raise NotAttention("the mask is boolean, and this call adds it to the scores")
         else:
             mods.append(added_mask(operand))
     return mods

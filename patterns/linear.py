@@ -4,13 +4,13 @@
            = (phi(query) @ phi(key)^T) @ value / (sum_j (phi(query) @ phi(key)^T)_ij + eps)   quadratic in it
 
 The feature map ``phi`` acts on each key and query by itself (ReLU, elu + 1, exp, softmax over the features), or over
-the positions of the keys (softmax). The normaliser may be absent, a sum of its own, or one more column of ones in the
+the positions of the keys (softmax). The normalizer may be absent, a sum of its own, or one more column of ones in the
 value, by which the other columns are divided. Which order costs less goes by the sizes; they differ in rounding alone.
 
 The rule: a product one operand of which is, behind views and scalings, another product. The axes that the two sum over
 meet in one operand, the key, and the others have rows of their own. That alone is any chain of three matrices, such as
 a low-rank weight: it is attention where all three are computed from the inputs, and where either the key and one of the
-others went through a feature map, or the result is normalised by the sum over keys.
+others went through a feature map, or the result is normalized by the sum over keys.
 """
 
 from __future__ import annotations
@@ -160,14 +160,14 @@ class _LinearReader:
         return site
 
     def _attention(self, site: LinearAttention, between: _Between, ended: Ended) -> Finding | None:
-        """The product of three as attention; None where neither feature maps nor a normaliser say that it is."""
+        """The product of three as attention; None where neither feature maps nor a normalizer say that it is."""
         if not all(self._computed.holds(part.node) for part in site.operands):
             return None
         outer, middle, inner = (features_of(part.node, self._is_attention) for part in site.operands)
         sums = _sums(site, between)
         normaliser, divided = _normaliser(site, sums)
         if sums and not _is_map_of_both(middle, inner):
-            return None  # The sum of a product that may have any sign is no normaliser.
+            return None  # The sum of a product that may have any sign is no normalizer.
         order = divided or _order(outer, middle, inner)
         if order is None:
             return None
@@ -346,7 +346,7 @@ def _chain_of(node: fx.Node, memo: dict[fx.Node, bool]) -> tuple[fx.Node | None,
     return source, second if source is first else first
 
 
-# What normalises, and what the feature maps say.
+# What normalizes, and what the feature maps say.
 
 
 def _sums(site: LinearAttention, between: _Between) -> dict[fx.Node, tuple[Operand, int]]:
@@ -365,7 +365,7 @@ def _sums(site: LinearAttention, between: _Between) -> dict[fx.Node, tuple[Opera
 
 
 def _normaliser(site: LinearAttention, sums: dict[fx.Node, tuple[Operand, int]]) -> tuple[str, Order | None]:
-    """How the result is normalised by the sum over keys, in words, and which order that says that it is in."""
+    """How the result is normalized by the sum over keys, in words, and which order that says that it is in."""
     if sums:
         return "the sum of the weights", "quadratic"
     product = product_from_result(site.result, fresh_layout(tensor(site.result).shape))
@@ -413,7 +413,7 @@ def _fixed(
     if not {*axes_of(site.result_layout)} <= {*stored, *site.outer.axes} or any(
         not {*total.axes} <= stored for total, _ in sums.values()
     ):
-        return Reason("all operands are repeated along an axis of the result")
+        return Reason("the result repeats all operands along an axis")
     if any(not view.same_region(node, last) for node in (*site.interior, *sums)):
         return Reason("grad mode or autocast is switched between the products")
     if view.in_autocast(last):
@@ -428,7 +428,7 @@ def _fixed(
         scale.divide and isinstance(scale.factor, Operand) for scale in site.scales
     )
     if divided and not site.nonnegative:
-        reason = "features may be negative, so that a normaliser may cancel and rounding would decide the result"
+        reason = "features may be negative, so that their sum may cancel and rounding would decide the result"
         return Reason(ended.added_to(reason))
     return FINE
 
@@ -442,7 +442,7 @@ def _is_map_of_both(key: Features, query: Features) -> bool:
 
 def _masks(node: fx.Node) -> str:
     name = operator_name(node.target)
-    return f"{name} changes single pairs of query and key, which only the product of all pairs can be"
+    return f"{name} changes single pairs of query and key, so the product of all pairs is needed"
 
 
 def _is_smaller(part: fx.Node, whole: fx.Node) -> bool:

@@ -309,7 +309,7 @@ def some_of_the_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @_lookalike(_Q, _K, _V, reason=_BETWEEN)
-def renormalised_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def renormalized_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1) + 0.01
     return (weights / weights.sum(-1, keepdim=True)) @ v
 
@@ -370,9 +370,9 @@ def running_sums(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Causal linear attention in the linear order: fast-transformers' and performer-pytorch's without CUDA."""
     context = torch.einsum("bhnd,bhne->bhnde", k.exp(), v).cumsum(dim=2)
     total = torch.einsum("bhnd,bhnd->bhn", q.softmax(-1), k.exp().cumsum(dim=2))
-    normalised = torch.einsum("bhnde,bhnd->bhne", context, q.softmax(-1)) / total[..., None]
+    normalized = torch.einsum("bhnde,bhnd->bhne", context, q.softmax(-1)) / total[..., None]
     context = (F.relu(k)[..., :, None] * v[..., None, :]).cumsum(dim=2)
-    return normalised, (F.relu(q)[..., None, :] @ context).squeeze(-2)
+    return normalized, (F.relu(q)[..., None, :] @ context).squeeze(-2)
 
 
 @_lookalike(_Q, _K, _V, reason="read elsewhere")

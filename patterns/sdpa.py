@@ -48,7 +48,7 @@ class FusedCall:
     def _read(self, call: fx.Node, view: GraphView) -> AttentionSite:
         arguments = call_arguments(call)
         if not isinstance(arguments["dropout_p"], (int, float)):
-            raise NotAttention("dropout_p is not a number that the graph knows")
+            raise NotAttention("dropout_p is not a constant number")
         query, key, value = arguments["query"], arguments["key"], arguments["value"]
         if min(tensor(part).dim() for part in (query, key, value)) < 2:
             raise NotAttention("an operand has fewer than two dimensions")

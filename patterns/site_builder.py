@@ -16,7 +16,7 @@ from torch import fx
 
 from attnrewrite.ir.axes import Dim, Layout, Operand, broadcast, fresh_dim, fresh_layout, size_of
 from attnrewrite.ir.graph_view import GraphView
-from attnrewrite.ir.nodes import Size, is_tensor, same, tensor
+from attnrewrite.ir.nodes import Size, dtype_name, is_tensor, same, tensor
 from attnrewrite.ir.site import AttentionSite, Bias, Fill, NotAttention, Scale, ScoreMod
 from attnrewrite.ir.source import source_location
 from attnrewrite.torch_private import schema_of
@@ -89,7 +89,7 @@ def attention_site(
         is_causal: query position i reads the key positions up to i. Not together with ``mask``.
         dropout: the probability of dropping a weight; 0 when the model does not train.
         length_dim: the dimension of the positions, counted from the end: -2, or -3 and so on; default -2.
-        grouped: the last dimension of the heads is larger in the query, and neighbouring query heads share a key and a
+        grouped: the last dimension of the heads is larger in the query, and neighboring query heads share a key and a
             value head.
         result: the node that holds the result, (batch..., heads, query length, value features); default ``anchor``.
             An operator that returns several tensors needs it: its ``getitem``.
@@ -110,7 +110,7 @@ def attention_site(
     if mask is not None and is_causal:
         raise NotAttention("a mask beside causal masking")
     if not isinstance(scale, (int, float, type(None))):
-        raise NotAttention("the scale is not a number that the graph knows")
+        raise NotAttention("the scale is not a constant number")
     sizes = {name: Sizes.of(node, length_dim) for name, node in operands.items()}
     _require_fitting(**sizes)
     axes = call_axes(sizes["query"], sizes["key"], sizes["value"], sizes["result"].heads, grouped)
@@ -141,7 +141,7 @@ def attention_site(
 def _require_alike(operands: dict[str, fx.Node], length_dim: int) -> None:
     ranks = {name: tensor(node).dim() for name, node in operands.items() if is_tensor(node)}
     if set(ranks) != set(operands):
-        raise NotAttention(f"the {min(set(operands) - set(ranks))} is no tensor that the graph knows")
+        raise NotAttention(f"the {min(set(operands) - set(ranks))} is not a tensor of the graph")
     if len(set(ranks.values())) != 1 or not -ranks["query"] <= length_dim <= -2:
         raise NotAttention(f"query, key, value and result have {ranks} dimensions, with the length at {length_dim}")
 
@@ -170,7 +170,7 @@ def _mask(mask: fx.Node, drops: bool, axes: CallAxes) -> ScoreMod:
     if operand.dtype is torch.bool:
         return Fill(operand, -math.inf, torch.float32, invert=not drops)
     if not operand.dtype.is_floating_point:
-        raise NotAttention(f"a mask of {operand.dtype}, which is neither boolean nor floating".replace("torch.", ""))
+        raise NotAttention(f"a mask of {dtype_name(operand.dtype)}, which is neither boolean nor floating-point")
     return added_mask(operand)
 
 
@@ -230,7 +230,7 @@ def call_axes(query: Sizes, key: Sizes, value: Sizes, heads: Sequence[Size], gro
     Args:
         query, key, value: the sizes of the operands, whose batch and heads broadcast to those of the result.
         heads: the sizes of the result's batch and heads.
-        grouped: the last dimension of the heads may be larger in the query, and neighbouring query heads share a key
+        grouped: the last dimension of the heads may be larger in the query, and neighboring query heads share a key
             and a value head.
 
     Raises:
@@ -262,7 +262,7 @@ def _without_groups(
     if not heads or (key and same(heads[-1], key[-1])):
         return axes, heads
     if not key or not value or not same(key[-1], value[-1]):
-        raise NotAttention("key and value have not the same heads")
+        raise NotAttention("key and value do not have the same number of heads")
     if same(key[-1], 1):
         return axes, heads
     divided = axes[-1][0].divide(heads[-1] // key[-1]) if axes[-1] else None

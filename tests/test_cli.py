@@ -244,7 +244,9 @@ def test_kernels_that_wait_for_one_package_share_a_line() -> None:
         KernelCheck("flash", False, f"{missing} (pip install flash-attn)", "flash-attn", "pip install flash-attn"),
         KernelCheck("sage", True, "sageattention 1.0.6", "sageattention", "pip install sageattention"),
         KernelCheck("flash_varlen", False, f"{missing} (built)", "flash-attn", "built"),
-        KernelCheck("aiter", False, "amd-aiter is installed but of no use: old", "amd-aiter", "pip install amd-aiter"),
+        KernelCheck(
+            "aiter", False, "amd-aiter is installed but cannot be used: old", "amd-aiter", "pip install amd-aiter"
+        ),
     ) == [
         "yes sage sageattention 1.0.6",
         "no flash-attn not installed: flash, flash_varlen (pip install flash-attn; or built)",

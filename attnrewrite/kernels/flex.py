@@ -83,7 +83,7 @@ class Flex(Kernel):
             if not cpu_flex_supported():
                 return Verdict.no("Inductor's FlexAttention needs AVX2 or better on this CPU")
         elif site.device.type != "cuda":
-            return Verdict.no(f"not tested on {site.device.type}")
+            return Verdict.no(f"was never tested on {site.device.type}")
         else:
             widths = [axis.size for axis in (*site.feature_axes, *site.value_axes)]
             if any(not isinstance(width, int) for width in widths) or _narrow(site):
@@ -91,7 +91,7 @@ class Flex(Kernel):
         if site.dropout:
             return Verdict.no("FlexAttention has no dropout")
         if site.device.type == "cuda" and not all(map(_indexed_in_32_bits, _read_by_position(site))):
-            return Verdict.no("a mask or a bias has 2**31 entries or more, and the kernel counts them in 32 bits")
+            return Verdict.no("a mask or a bias has 2**31 entries or more, and the kernel indexes them by 32 bits")
         return Verdict.yes() if _by_blocks(site) is not None else self._supports_steps(site)
 
     def skips_masked(self, site: CanonicalAttention) -> bool:
@@ -101,13 +101,16 @@ class Flex(Kernel):
         """Whether the source's steps can be its function of the scores."""
         scores = site.scores
         if site.is_causal or (site.fused and scores.masked_rows.may_occur):
-            return Verdict.no("an existing fused call with a mask or is_causal has rules that are not written out here")
+            return Verdict.no(
+                "a scaled_dot_product_attention call with a mask or is_causal has rules of its own, which no score_mod "
+                "follows"
+            )
         if site.rounds_rows and scores.masked_rows.may_occur:
-            return Verdict.no("what a row without a key gives is a matter of rounding here")
+            return Verdict.no("what the source gives a row without a key depends on rounding here")
         if any(isinstance(mod, Scale) and _is_symbolic(mod.factor) for mod in site.mods):
             return Verdict.no("a factor of the scores is a symbolic number, which a score_mod does not take")
         if site.sink is not None and not all(isinstance(axis.size, int) for axis in site.key_axes):
-            return Verdict.no("a sink beside a function of the scores needs a number of keys that is known")
+            return Verdict.no("a sink beside a function of the scores needs a number of keys that is not symbolic")
         floored = any(isinstance(mod, Floor) for mod in site.mods) and scores.masked_rows.may_occur
         if site.differentiable and (floored or not scores.masked_rows.is_mean_of_value):
             return Verdict.no(
@@ -220,7 +223,7 @@ class FlexFlash(Flex):
         if not available.available:
             return Verdict.no(f"not available: {available.detail}")
         if not site.for_inductor:
-            return Verdict.no("is made by Inductor (use options={'inner_backend': 'inductor'})")
+            return Verdict.no("needs Inductor (use options={'inner_backend': 'inductor'})")
         return self.verdict(site, capability_of(site.device))
 
     def verdict(self, site: CanonicalAttention, capability: Capability | None) -> Verdict:

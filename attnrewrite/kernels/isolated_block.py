@@ -49,9 +49,9 @@ class IsolatedBlock(Kernel):
     def supports(self, site: CanonicalAttention) -> Verdict:
         scores = site.scores
         if scores.isolated is None:
-            return Verdict.no("the mask is not one within which a block of positions is isolated")
+            return Verdict.no("the mask does not isolate a block of positions from each other")
         if site.device.type != "cpu":
-            return Verdict.no(f"was not run on {site.device.type}")
+            return Verdict.no(f"was never tested on {site.device.type}")
         if site.differentiable:
             return Verdict.no(
                 "has no backward pass: PyTorch's logsumexp has no gradient (run it under torch.no_grad())"
@@ -59,9 +59,9 @@ class IsolatedBlock(Kernel):
         if site.dropout or site.sink is not None or scores.inexpressible:
             return Verdict.no("takes no dropout, no sink and no function of the scores")
         if scores.scale is None:
-            return Verdict.no("takes a scale that is known in numbers")
+            return Verdict.no("takes no symbolic scale")
         if site.group_axes:
-            return Verdict.no("takes as many key heads as query heads")
+            return Verdict.no("needs as many key heads as query heads")
         if not same(size_of(site.feature_axes), size_of(site.value_axes)):
             return Verdict.no("takes values of the query's head size")
         if not site.compute_dtype.is_floating_point or site.compute_dtype.itemsize < 2:
@@ -69,7 +69,7 @@ class IsolatedBlock(Kernel):
         start, stop = scores.isolated
         length = size_of(site.key_axes)
         if not (statically_known_true(start < stop) and statically_known_true(stop - start < length)):
-            return Verdict.no("a position and a key outside the block are not known to exist")
+            return Verdict.no("the block may be empty, or may hold every key")
         return Verdict.yes()
 
     def emit(self, site: CanonicalAttention, builder: Builder) -> fx.Node:

@@ -152,7 +152,7 @@ _FIRST_VARLEN = dataclasses.replace(
 
 def _sm86_is_triton(site: CanonicalAttention, asked: Asked, capability: Capability | None) -> Refusal:
     if capability == (8, 6) and not same(size_of(site.key_axes) % 64, 0):
-        return "is right on this GPU only where the number of keys is known to be a multiple of 64"
+        return "gives right results on this GPU only if the number of keys is known to be a multiple of 64"
     return None
 
 
@@ -166,7 +166,7 @@ _SECOND_LIMITS = Limits(
     minimum_version="2.1.1",
     rules=(
         LimitRule(
-            "on compute capability 8.6, whose kernel is the Triton one: the number of keys a multiple of 64",
+            "on compute capability 8.6, whose kernel is the Triton one: the number of keys must be a multiple of 64",
             _sm86_is_triton,
             f"{_SAGE2} sageattn, {_SAGE2_TRITON}#L24-L35",
         ),

@@ -64,13 +64,13 @@ class _Backend(TorchSDPA):
         if refusal:
             return Verdict.no(refusal)
         if site.scores.scale is None:
-            return Verdict.no("the scale is not known in numbers")
+            return Verdict.no("the scale is symbolic, and must be a number")
         if site.scores.terms and self.limits.masks == "none":
             return Verdict.no("takes no mask but a causal one")
         if site.group_axes and not self.limits.grouped:
-            return Verdict.no("takes as many key heads as query heads, and keys are not repeated here")
+            return Verdict.no("needs as many key heads as query heads, and keys are not repeated here")
         if site.sink is not None and self.limits.masks == "none":
-            return Verdict.no("takes no mask, by which a sink is made")
+            return Verdict.no("takes no mask, and a sink needs one")
         if site.fused and site.scores.masked_rows.may_occur:
             return Verdict.no(
                 "what the call gives rows whose keys are all masked depends on the back end that PyTorch's selector "

@@ -131,7 +131,7 @@ FLASH = Limits(
             f"{_CHECKS} check_head_dim_size_flash",
         ),
         LimitRule(
-            "no training of head sizes over 192 on some GPUs that are not those of data centres",
+            "no training of head sizes over 192 on some GPUs that are not those of data centers",
             None,
             f"{_CHECKS} check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120",
         ),

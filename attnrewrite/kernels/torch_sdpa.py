@@ -65,18 +65,18 @@ class TorchSDPA(Kernel):
             return Verdict.no("there is no key to attend to")
         if site.fused and tensor(site.result).dim() != 4 and site.device.type != "cpu" and scores.masked_rows.may_occur:
             return Verdict.no(
-                "the call has not four dimensions, so PyTorch's MATH serves it, and what the fused kernels give rows "
-                "whose keys are all masked is something else"
+                "the call does not have four dimensions, so PyTorch serves it with its MATH back end, which gives rows "
+                "whose keys are all masked something else than the fused kernels do"
             )
         if self.selects and _cudnn_may_serve(site, capability):
             return Verdict.no(
-                "PyTorch's selector may pick cuDNN, whose backward pass gives wrong gradients where gradients come in "
-                "two layouts in one process"
+                "PyTorch may select cuDNN, whose backward pass gives wrong gradients where gradients come in two "
+                "layouts in one process (torch.backends.cuda.enable_cudnn_sdp(False) rules it out)"
             )
         if _backward_loses_rows(site):
             return Verdict.no(
-                "a bias may lower or raise a whole row of scores by a large amount, whose softmax the fused backward "
-                "passes cannot restore from its logarithm (if every row has a key at ordinary scores, say so: "
+                "a bias may lower or raise a whole row of scores by a large amount, and the backward passes of fused "
+                "kernels lose such a row to rounding (if every row has a key with an ordinary score, say so: "
                 "options={'assume_attended_rows': True})"
             )
         return self._supports_device(site)
@@ -101,12 +101,13 @@ class TorchSDPA(Kernel):
         """Off the CPU the mask must have the query's dtype; a wider one would be rounded, or give NaN in cuDNN."""
         if isinstance(site.sink, Operand) and site.sink.dtype.itemsize > site.compute_dtype.itemsize:
             return Verdict.no(
-                f"the sink is in {site.sink.dtype}, and the kernels here round it to {site.compute_dtype}"
+                f"the sink is in {site.sink.dtype}, and the kernels on this device round it to {site.compute_dtype}"
             )
         for term in site.scores.terms:
             if isinstance(term, Bias) and term.dtype.itemsize > site.compute_dtype.itemsize:
                 return Verdict.no(
-                    f"the bias is added in {term.dtype}, and the kernels here round it to {site.compute_dtype}"
+                    f"the bias is added in {term.dtype}, and the kernels on this device round it to "
+                    f"{site.compute_dtype}"
                 )
             if (
                 isinstance(term, Fill)

@@ -84,7 +84,7 @@ def _only_flash_after_hopper(site: CanonicalAttention, asked: Asked, capability:
     if capability is None or capability <= (9, 0):
         return None
     if asked.mask != "none" or site.compute_dtype is torch.float32:
-        return "takes neither a mask nor float32 on GPUs after compute capability 9.0"
+        return "takes neither a mask nor float32 on GPUs of a compute capability above 9.0"
     return None
 
 

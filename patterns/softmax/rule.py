@@ -5,8 +5,8 @@ r"""Softmax attention, written out.
     weights = dropout(softmax(scores, key length))
     result = weights @ value
 
-The rule starts at a softmax and reads in both directions. Forwards, past casts, dropout and views, it must come to one
-matrix product that contracts exactly the axis that softmax ran over. Backwards, past what is done to the scores, it
+The rule starts at a softmax and reads in both directions. Forward, past casts, dropout and views, it must come to one
+matrix product that contracts exactly the axis that softmax ran over. Backward, past what is done to the scores, it
 must come to a matrix product in which that axis belongs to one operand alone: that operand is the key. Any spelling of
 a product, of a view and of a mask will do, since products are read as einsums over axes and views as layouts.
 
@@ -165,7 +165,7 @@ def _result_layout(softmax: Softmax, product: Product) -> Layout:
     for step in softmax.late_views:
         layout = None if layout is None else push(step, layout)
     if layout is None:
-        raise NotAttention("the result is reordered in a way that no layout expresses")
+        raise NotAttention("the result is reordered in a way that is not supported")
     if softmax.late is not None and any(len(node.users) != 1 for node in (product.node, *softmax.late_views)):
         raise NotAttention("the product of exponentials and value is read before it is divided by their sum")
     return layout
@@ -284,11 +284,11 @@ def _between_products(softmax: Softmax, view: GraphView) -> bool:
     return after is not False and (before is True or after is True)
 
 
-def _product_near(start: fx.Node, neighbours: Callable[[fx.Node], list[fx.Node]]) -> bool | None:
+def _product_near(start: fx.Node, neighbors: Callable[[fx.Node], list[fx.Node]]) -> bool | None:
     """Whether there is one; None where the search ended before that is known."""
     pending, seen = [start], {start}
     for node in pending:
-        for other in neighbours(node):
+        for other in neighbors(node):
             if is_product(other):
                 return True
             if other not in seen and other.op == "call_function" and other.target not in _BARRIERS:

@@ -96,7 +96,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     normal(2, 6, "L", 8), normal(2, 2, "L", 8), normal(2, 2, "L", 8), normal("L", 4), normal("L", 4), learned(8)
 )
 def repeated_before_the_rotation(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: Tensor) -> Tensor:
-    """diffusers' StableAudioAttnProcessor2_0: key heads are repeated, normalised and rotated."""
+    """diffusers' StableAudioAttnProcessor2_0: key heads are repeated, normalized and rotated."""
     k, v = k.repeat_interleave(3, dim=1), v.repeat_interleave(3, dim=1)
     q, k = F.layer_norm(q, (8,), scale), F.layer_norm(k, (8,), scale)
     return F.scaled_dot_product_attention(_rotated(q, cos, sin), _rotated(k, cos, sin), v)

@@ -242,7 +242,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "x-transformers-memory",
-        "rotary, normalised query and key, learned keys",
+        "rotary, normalized query and key, learned keys",
         2,
         _x_transformer("Decoder", rotary_pos_emb=True, attn_qk_norm=True, attn_num_mem_kv=2),
         _tokens("x", "mask"),

@@ -466,7 +466,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "gemma3",
-        "normalised query and key, sliding window",
+        "normalized query and key, sliding window",
         2,
         transformer(
             "Gemma3TextModel",
@@ -498,7 +498,7 @@ CASES: tuple[Case, ...] = (
     Case("qwen2", "GQA, biased projections", 2, transformer("Qwen2Model", "Qwen2Config", **_GROUPED), _left),
     Case(
         "qwen3",
-        "GQA, normalised query and key",
+        "GQA, normalized query and key",
         2,
         transformer("Qwen3Model", "Qwen3Config", **_GROUPED, head_dim=8),
         _left,

@@ -176,7 +176,7 @@ CONSTRAINTS = {
         "native",
         TRAIN._replace(capability=AMPERE),
         TRAIN._replace(capability=HOPPER),
-        "PyTorch's selector may pick cuDNN",
+        "PyTorch may select cuDNN",
     ),
     "cuDNN's gradients in float32": Constraint(
         "native",
@@ -185,31 +185,31 @@ CONSTRAINTS = {
         "whose backward pass gives wrong gradients",
     ),
     "cuDNN in inference": Constraint(
-        "native", Case(capability=HOPPER), TRAIN._replace(capability=None), "PyTorch's selector may pick cuDNN"
+        "native", Case(capability=HOPPER), TRAIN._replace(capability=None), "PyTorch may select cuDNN"
     ),
     "cuDNN in the source": Constraint(
         "native",
         TRAIN._replace(function=call, capability=HOPPER),
         TRAIN._replace(capability=HOPPER),
-        "PyTorch's selector may pick cuDNN",
+        "PyTorch may select cuDNN",
     ),
     "a bias that moves rows": Constraint(
         "native _native_efficient",
         Case(biased, more="given", dtype=torch.float32),
         TRAIN._replace(function=biased, more="given", dtype=torch.float32),
-        "whose softmax the fused backward passes cannot restore from its logarithm",
+        "lose such a row to rounding",
     ),
     "a bias that moves rows, by the caller's word": Constraint(
         "native _native_efficient",
         TRAIN._replace(function=biased, more="learned", dtype=torch.float32, attended=True),
         TRAIN._replace(function=biased, more="given", dtype=torch.float32),
-        "whose softmax the fused backward passes cannot restore from its logarithm",
+        "lose such a row to rounding",
     ),
     "rows without a key in a call of three dimensions": Constraint(
         "native",
         Case(call_of_three, more="keep", place="cpu", capability=None),
         Case(call_of_three, more="keep"),
-        "the call has not four dimensions",
+        "the call does not have four dimensions",
     ),
     "rows without a key on an unknown device": Constraint(
         "native _native_math",
@@ -228,19 +228,19 @@ CONSTRAINTS = {
         "native _native_math _native_efficient _native_cudnn",
         Case(biased, more="learned"),
         Case(biased, more="learned in float32"),
-        "the bias is added in torch.float32, and the kernels here round it to torch.float16",
+        "the bias is added in torch.float32, and the kernels on this device round it to torch.float16",
     ),
     "the bias in float32, on the CPU": Constraint(
         "native _native_math",
         Case(biased, more="learned in float32", place="cpu", capability=None),
         Case(biased, more="learned in float32", dtype=torch.bfloat16),
-        "the kernels here round it to torch.bfloat16",
+        "the kernels on this device round it to torch.bfloat16",
     ),
     "the sink in float32": Constraint(
         "native _native_math _native_efficient _native_cudnn",
         Case(sunk, more="sink"),
         Case(sunk, more="sink in float32"),
-        "the sink is in torch.float32, and the kernels here round it to torch.float16",
+        "the sink is in torch.float32, and the kernels on this device round it to torch.float16",
     ),
     # Single back ends.
     "device": Constraint(SELECTED, Case(), Case(place="cpu", capability=None), "runs on cuda, rocm, not on cpu"),
@@ -251,7 +251,7 @@ CONSTRAINTS = {
         "needs a GPU of compute capability 8.0 to 12.1, not 7.5",
     ),
     "newest GPU": Constraint(SELECTED, Case(capability=(12, 1)), Case(capability=LATER), "to 12.1, not 13.0"),
-    "GPU unknown": Constraint(SELECTED, Case(), Case(capability=None), "none could be asked for its own"),
+    "GPU unknown": Constraint(SELECTED, Case(), Case(capability=None), "that of this device is unknown"),
     "half precision": Constraint(
         "_native_flash _native_cudnn",
         Case(dtype=torch.bfloat16),
@@ -289,7 +289,7 @@ CONSTRAINTS = {
         "takes a value head size of up to 256, not 264",
     ),
     "a symbolic head size": Constraint(
-        SELECTED, Case(dynamic=(2,)), Case(dynamic=(3,)), "the head size is not known in numbers"
+        SELECTED, Case(dynamic=(2,)), Case(dynamic=(3,)), "the head size is symbolic, and must be a number"
     ),
     "a causal mask of two lengths": Constraint(
         "_native_flash",
@@ -299,10 +299,10 @@ CONSTRAINTS = {
     ),
     "masks": Constraint("_native_flash", Case(), LOST, "takes no mask but a causal one"),
     "a sink without masks": Constraint(
-        "_native_flash", Case(), Case(sunk, more="sink"), "takes no mask, by which a sink is made"
+        "_native_flash", Case(), Case(sunk, more="sink"), "takes no mask, and a sink needs one"
     ),
     "grouped heads": Constraint(
-        "_native_efficient", Case(), Case(grouped), "takes as many key heads as query heads, and keys are not repeated"
+        "_native_efficient", Case(), Case(grouped), "needs as many key heads as query heads, and keys are not repeated"
     ),
     "rows without a key in a call": Constraint(
         "_native_efficient _native_cudnn",
@@ -317,7 +317,7 @@ CONSTRAINTS = {
     "flex: dtype": Constraint(
         "flex", Case(), Case(dtype=torch.float64), "takes float32, bfloat16 and float16, not float64"
     ),
-    "flex: device": Constraint("flex", Case(), Case(place="xpu"), "not tested on xpu"),
+    "flex: device": Constraint("flex", Case(), Case(place="xpu"), "was never tested on xpu"),
     "flex: training": Constraint(
         "flex", TRAIN, TRAIN._replace(place="cpu"), "no backward pass on the CPU (run it under torch.no_grad())"
     ),
@@ -329,7 +329,10 @@ CONSTRAINTS = {
         "flex", Case(dynamic=(2,)), Case(dynamic=(3,)), "takes head sizes from 16 on"
     ),
     "flex: a call": Constraint(
-        "flex", Case(masked_call, more="keep"), Case(masked_call, more="given"), "an existing fused call with a mask"
+        "flex",
+        Case(masked_call, more="keep"),
+        Case(masked_call, more="given"),
+        "a scaled_dot_product_attention call with a mask",
     ),
     "flex: dropout": Constraint("flex", Case(), Case(dropped), "FlexAttention has no dropout"),
     "flex: a symbolic factor": Constraint(

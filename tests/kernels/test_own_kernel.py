@@ -119,7 +119,7 @@ def sunk(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
 REFUSED: dict[str, tuple[Callable[..., Tensor], list[Any], str]] = {
     "lost rows": (padded, [*operands(8, 8), torch.ones(2, 8, dtype=torch.bool)], "a row may lose all its keys"),
     "dropout": (dropped, operands(8, 8), "has no dropout (call model.eval(), or ask for another kernel)"),
-    "grouped": (grouped, operands(8, 8), "takes as many key heads as query heads"),
+    "grouped": (grouped, operands(8, 8), "needs as many key heads as query heads"),
     "softcap": (capped, operands(8, 8), "tanh"),
     "sink": (sunk, [*operands(8, 8), torch.randn(3, dtype=torch.float64)], "takes no sink"),
 }

@@ -69,7 +69,7 @@ def cross_attention(x: Tensor, y: Tensor, wq: Tensor, wk: Tensor, wv: Tensor) ->
 
 
 def grouped(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor) -> Tensor:
-    """Two heads of query share one of key and value; the query is normalised."""
+    """Two heads of query share one of key and value; the query is normalized."""
     q, k, v = F.linear(x, wq), F.linear(x, wk[:8]), F.linear(x, wv[:8])
     q = F.rms_norm(q.view(*q.shape[:2], -1, 4), (4,)).flatten(-2)
     return attended(q, k, v)

@@ -129,7 +129,7 @@ def test_causal_flash_attention() -> None:
     inputs = operands(keys=6)
     mask = torch.zeros(6, 6).masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
     check(lambda q, k, v: flash(q, k, v, True)[0], inputs, attend(bhsd(inputs), 0.3, mask).transpose(1, 2))
-    assert "unequal numbers" in reason(lambda q, k, v: flash(q, k, v, True)[0], *operands())
+    assert "needs as many queries as keys" in reason(lambda q, k, v: flash(q, k, v, True)[0], *operands())
 
 
 @pytest.mark.parametrize("order", [["BSND"], ["BNSD"], ["BSH"], ["SBH"]], ids=str)
@@ -231,12 +231,14 @@ def test_what_is_not_read_stays() -> None:
 
 
 def test_logarithms_that_are_read() -> None:
-    assert "are read" in reason(lambda q, k, v: flash(q, k, v)[:2], *operands())
+    assert "such as logsumexp, is used" in reason(lambda q, k, v: flash(q, k, v)[:2], *operands())
 
 
 def test_gradients_are_the_librarys_own() -> None:
     inputs = [part.requires_grad_() for part in operands()]
-    assert "backward pass elsewhere" in reason(lambda q, k, v: flash(q, k, v)[0], *inputs, gradients=True)
+    assert "backward pass of the library is not known" in reason(
+        lambda q, k, v: flash(q, k, v)[0], *inputs, gradients=True
+    )
 
 
 def test_rows_that_may_have_no_key() -> None:

@@ -199,7 +199,7 @@ def test_what_reads_a_second_result_keeps_the_site(registered: Any) -> None:
         ({"length_dim": -2}, "the heads of the key do not broadcast"),
         ({"length_dim": -5}, "dimensions"),
         ({"is_causal": True}, "a mask beside causal masking"),
-        ({"scale": "big"}, "the scale is not a number"),
+        ({"scale": "big"}, "the scale is not a constant number"),
     ],
 )
 def test_what_does_not_fit_is_a_near_miss(settings: dict[str, Any], reason: str, registered: Any) -> None:

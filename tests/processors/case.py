@@ -17,7 +17,7 @@ STRUCTURES: Mapping[str, str] = {
     "perturbed": "part of the batch is attended, part is not or only in part (PAG)",
     "joint": "keys and values of two inputs in one softmax, or one projection for several",
     "ip-adapter": "a sum of attentions of one query",
-    "rotated": "normalised, rotated or grouped before one attention",
+    "rotated": "normalized, rotated or grouped before one attention",
     "adapted": "projections with adapters (LoRA)",
     "linear": "no softmax: products in either order",
     "device": "the call of a library or device",

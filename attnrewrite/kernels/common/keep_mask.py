@@ -90,7 +90,7 @@ def why_rows_stay_lost(site: CanonicalAttention, kind: MaskKind) -> Refusal:
 
 def _words(site: CanonicalAttention) -> str:
     rows = site.scores.masked_rows.value
-    return f"a row may have no key, and what the source gives it ({rows}) is not restored for this kernel"
+    return f"a row may have no key, and this kernel cannot give it what the source does ({rows})"
 
 
 def _is_ordinary_or_infinite(term: Bias | Fill | Floor) -> bool:

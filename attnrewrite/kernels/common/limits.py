@@ -51,7 +51,7 @@ class HeadSizes:
 
     def refusal(self, size: Size, what: str = "head size") -> Refusal:
         if not isinstance(size, int):
-            return f"the {what} is not known in numbers"
+            return f"the {what} is symbolic, and must be a number"
         if self.only:
             fits = size in self.only
         else:
@@ -212,12 +212,12 @@ class Limits:
         """What the kernel is asked for in place of the site's mask, or why it cannot be."""
         scores = site.scores
         if site.is_causal and scores.terms:
-            return "the call has a mask and is_causal, and what both together mean is PyTorch's own"
+            return "the call has a mask and is_causal, and only PyTorch's own kernels know what both together mean"
         reach = self._reach(scores.band, site) if scores.band is not None else None
         if isinstance(reach, Asked):
             return reach
         if scores.is_causal and reach is None:
-            return "a causal mask whose position is not known in numbers"
+            return "a causal mask whose position is symbolic"
         if not scores.terms:
             return reach or Asked()
         mask = self._mask(site)
@@ -275,14 +275,14 @@ class Limits:
             return "takes a causal mask only where there are as many keys as queries, which is not known here"
         where = {"first": "the first query and key", "last": "the last query and key", "square": "both ends"}
         counts = " or ".join(where[name] for name in self.alignments)
-        return f"counts causal masks and windows from {counts}, and this one is not known to be one from there"
+        return f"counts causal masks and windows from {counts}, and this mask is not known to begin there"
 
     def _capability_refusal(self, site: CanonicalAttention, capability: Capability | None) -> Refusal:
         if not (self.min_capability or self.max_capability or self.capabilities) or platform_of(site.device) != "cuda":
             return None
         wanted = self.capability_in_words()
         if capability is None:
-            return f"needs a GPU of compute capability {wanted}, and none could be asked for its own"
+            return f"needs a GPU of compute capability {wanted}, and that of this device is unknown"
         own = ".".join(map(str, capability))
         low = self.min_capability is not None and capability < self.min_capability
         high = self.max_capability is not None and capability > self.max_capability
@@ -329,7 +329,7 @@ class Limits:
                 f"is right only where the number of keys is known to be a multiple of {self.key_multiple}, not {keys}"
             )
         if site.group_axes and not self.grouped:
-            return "takes as many key heads as query heads"
+            return "needs as many key heads as query heads"
         return None
 
     def _scores_refusal(self, site: CanonicalAttention) -> Refusal:

@@ -141,12 +141,12 @@ def _probe(package: Package) -> Availability:
     except Exception as error:  # noqa: BLE001 - A broken package may raise anything; its words are the answer.
         return Availability(False, f"{package.distribution} is installed but cannot be loaded: {_in_one_line(error)}")
     if broken:
-        return Availability(False, f"{package.distribution} is installed but of no use: {broken}")
+        return Availability(False, f"{package.distribution} is installed but cannot be used: {broken}")
     version = package.version()
     if package.minimum_version:
         if not version:
             return Availability(
-                False, f"{package.distribution} does not say its version; it needs {package.how_to_get}"
+                False, f"{package.distribution} does not say its version; needed is {package.how_to_get}"
             )
         if is_older(version, package.minimum_version):
             wanted = package.minimum_version
