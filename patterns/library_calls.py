@@ -2,9 +2,9 @@ r"""Calls of libraries' own attention operators, and of PyTorch's back ends by n
 
     result = softmax(scale * query @ key^T + bias) @ value
 
-An operator is known by its name and read by its schema, so that no package is imported. Each is laid out and aligned in
-its own way; what an argument means beyond the arguments read here is not guessed, and the call stays. What such a call
-gives rows that have no key is the library's own matter, so that every row must be proved to keep one.
+Operators are looked up by name and read by schema, so no package is imported. Each has its own order of dimensions
+and its own alignment of causal masks. A call with an argument that is not read here stays as it is. Libraries differ in
+what they give rows without a key, so every row must be proved to keep one.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class _CallMeaning:
-    """What a call says.
+    """What a call computes.
 
     Attributes:
         query, key, value: nodes.
         order: the dimensions of each: B(atch), S (position), H(ead), D (feature); "(HD)" is one dimension of both.
         scale: None for one over the root of the head size.
-        heads: the number of heads, where no dimension tells it.
-        bias: is added to the scores.
+        heads: the number of heads; None if a dimension says it.
+        bias: added to the scores; None for none.
         masked: a boolean tensor, true where a key is masked.
         causal: keys up to the query's own position. ``from_last``: counted from the last query and the last key.
         dropout: the probability of dropping a weight.

@@ -1,4 +1,4 @@
-"""Linear attention: no softmax, so that a product of three matrices is left, which may be multiplied in either order.
+"""Linear attention: without softmax it is a product of three matrices, which can be multiplied in either order.
 
     result = phi(query) @ (phi(key)^T @ value) / (phi(query) @ sum_j phi(key)_j + eps)        linear in the length
            = (phi(query) @ phi(key)^T) @ value / (sum_j (phi(query) @ phi(key)^T)_ij + eps)   quadratic in it
@@ -7,10 +7,10 @@ The feature map ``phi`` acts on each key and query by itself (ReLU, elu + 1, exp
 the positions of the keys (softmax). The normalizer may be absent, a sum of its own, or one more column of ones in the
 value, by which the other columns are divided. Which order costs less goes by the sizes; they differ in rounding alone.
 
-The rule: a product one operand of which is, behind views and scalings, another product. The axes that the two sum over
-meet in one operand, the key, and the others have rows of their own. That alone is any chain of three matrices, such as
-a low-rank weight: it is attention where all three are computed from the inputs, and where either the key and one of the
-others went through a feature map, or the result is normalized by the sum over keys.
+The rule: one operand of a product is, behind views and scalings, another product. The axes that the two products sum
+over meet in one operand, the key; the other operands have rows of their own. So far it is any chain of three matrices,
+such as a low-rank weight. It is attention if all three are computed from the inputs, and if either the key and one of
+the others went through a feature map, or the result is normalized by the sum over the keys.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class LinearAttentionPattern:
 
 @dataclass(frozen=True)
 class _Between:
-    """What stands between the product of two and the product of all three, the latter's side first.
+    """What lies between the product of two and the product of all three, beginning at the latter.
 
     ``mask``: why the order is part of what is computed: a mask or decay over pairs, dropout or a running sum.
     """
@@ -97,7 +97,7 @@ class _LinearReader:
         self._computed = _Computed(view)
 
     def read(self, second: fx.Node) -> Iterator[Finding]:
-        """What the product ``second`` is the last of; nothing where it is no product of three."""
+        """The finding whose last product is ``second``; nothing if it is not a product of three."""
         product = product_from_result(second, fresh_layout(tensor(second).shape))
         if product is None or product.addend is not None or not product.contracted:
             return
@@ -114,7 +114,7 @@ class _LinearReader:
                 return
 
     def _product_of_three(self, second: Product, outer: Operand, between: _Between) -> LinearAttention | None:
-        """The three and their axes, as if the order were the linear one; None where the axes are not attention's."""
+        """The three operands and their axes, as if the order were linear; None if the axes are not attention's."""
         first = between.first
         then_summed = axes_of((second.contracted,))
         first_summed = axes_of((first.contracted,))
@@ -160,7 +160,7 @@ class _LinearReader:
         return site
 
     def _attention(self, site: LinearAttention, between: _Between, ended: Ended) -> Finding | None:
-        """The product of three as attention; None where neither feature maps nor a normalizer say that it is."""
+        """The product of three as attention; None if neither feature maps nor a normalizer show that it is one."""
         if not all(self._computed.holds(part.node) for part in site.operands):
             return None
         outer, middle, inner = (features_of(part.node, self._is_attention) for part in site.operands)
@@ -240,7 +240,7 @@ class _WayBack:
         self._casts = False
 
     def between(self) -> _Between | None:
-        """What stands on the way; None where it leads to no product."""
+        """What lies on the way; None if it leads to no product."""
         place: Operand | None = self._operand
         while True:
             if place is None or place.node.op != "call_function" or not is_tensor(place.node):
@@ -274,7 +274,7 @@ class _WayBack:
         )
 
     def _before(self, node: fx.Node, layout: Layout) -> Operand | None:
-        """What the node is computed of, on the way to a product; None where that cannot be read."""
+        """What the node is computed from, on the way to a product; None if that cannot be read."""
         args: Any = node.args
         target: Any = node.target
         if is_layout_op(node):
@@ -365,7 +365,7 @@ def _sums(site: LinearAttention, between: _Between) -> dict[fx.Node, tuple[Opera
 
 
 def _normaliser(site: LinearAttention, sums: dict[fx.Node, tuple[Operand, int]]) -> tuple[str, Order | None]:
-    """How the result is normalized by the sum over keys, in words, and which order that says that it is in."""
+    """How the result is normalized by the sum over the keys, in words, and which order of the products this shows."""
     if sums:
         return "the sum of the weights", "quadratic"
     product = product_from_result(site.result, fresh_layout(tensor(site.result).shape))
@@ -381,7 +381,7 @@ def _normaliser(site: LinearAttention, sums: dict[fx.Node, tuple[Operand, int]])
 
 
 def _order(outer: Features, middle: Features, inner: Features) -> Order | None:
-    """How the source multiplies, by the feature maps; None where they do not say that this is attention."""
+    """The order of the products that the feature maps show; None if they do not show that this is attention."""
     named: dict[Order, Features] = {"linear": outer, "quadratic": inner}
     if not middle.name:
         return None

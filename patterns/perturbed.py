@@ -1,9 +1,9 @@
-r"""Specimens of attention of which a part of the batch has none: guidance by perturbed attention (PAG).
+r"""Specimens of guidance by perturbed attention (PAG): a part of the batch is not attended.
 
     result = cat([softmax(mods(query[:n] @ key[:n])) @ value[:n], value[n:]]) @ output
 
 The part that is not attended takes its value as it is. Projections of value and result, which are written for each
-part, are those of the whole batch (:mod:`attnrewrite.projections`).
+part, are those of the whole batch (:mod:`attnrewrite.passes.join_projections`).
 """
 
 from __future__ import annotations

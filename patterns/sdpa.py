@@ -2,9 +2,8 @@ r"""Calls of ``scaled_dot_product_attention`` that are in the graph already.
 
     result = softmax(scale * query @ key^T + mask) @ value
 
-The mathematics is the call's own, and so are its rules for fully masked rows; the call is read so that repeated keys
-and values, more than two batch dimensions and copies made only for layout can be undone, and so that another kernel
-can be chosen for it.
+The call is read so that another kernel can serve it, and so that repeated keys and values, more than two batch
+dimensions, and copies that only change the layout can be undone. It keeps its own rules for fully masked rows.
 """
 
 from __future__ import annotations

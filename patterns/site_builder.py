@@ -1,6 +1,6 @@
-"""Building the :class:`AttentionSite` of a call: for the patterns of calls here, and for patterns of one's own.
+"""Builds the :class:`AttentionSite` of a call, for the patterns here and for patterns of users.
 
-:func:`attention_site` does it in one step where the operands are laid out simply. Its parts serve other layouts:
+:func:`attention_site` does it in one step if all operands have one order of dimensions. Its parts serve other layouts:
 :class:`Sizes` of each operand, :func:`call_axes` of all, masks over them, and :func:`site_of_call`.
 """
 

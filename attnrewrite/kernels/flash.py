@@ -47,8 +47,10 @@ def _deterministic() -> bool:
 
 @dataclasses.dataclass(eq=False)
 class _Flash(LibraryKernel):
-    """Attributes:
-    prefix: the path of the module that has the functions, inside the vendor's.
+    """What all of them share.
+
+    Attributes:
+        prefix: the path of the module that has the functions, inside the vendor's.
     """
 
     prefix: str = ""
@@ -56,8 +58,7 @@ class _Flash(LibraryKernel):
 
 @dataclasses.dataclass(eq=False)
 class Flash2(_Flash):
-    """``_flash_attn_forward``: the package's own operator, which takes every argument and hands out what the backward
-    pass needs."""
+    """``_flash_attn_forward``, the package's own operator: it takes every argument and returns what backward needs."""
 
     def forward_call(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parameters: CallParameters

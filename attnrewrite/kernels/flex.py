@@ -1,9 +1,8 @@
 """``flex``, ``flex_flash``: PyTorch's FlexAttention, which applies any function to each score.
 
-It takes what no mask and no scale can say: tanh soft-capping, clamped scores, factors over query and key positions. The
-operator is inserted as it stands in a traced graph. Masks that only keep keys or not, and bands around the diagonal, go
-into its block mask, so that blocks without a key are skipped; for anything else the source's own arithmetic is its
-``score_mod``.
+It takes what no mask and no scale can express: tanh soft-capping, clamped scores, factors over query and key positions.
+The operator is inserted as it stands in a traced graph. Boolean masks, and bands around the diagonal, become its block
+mask, so that blocks without a key are skipped. For anything else the source's own arithmetic becomes its ``score_mod``.
 
 Source: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_higher_order_ops/flex_attention.py
 """
@@ -54,8 +53,8 @@ aten = torch.ops.aten
 class Flex(Kernel):
     """FlexAttention.
 
-    Rows whose keys are all masked: scores are kept above the range that fused kernels lose, so that such a row gives
-    the mean of the values; where the source gives NaN, that is restored as for PyTorch's own kernels.
+    Rows whose keys are all masked give the mean of the values, since scores are kept above the range that fused kernels
+    lose. If the source gives NaN, it is restored as for PyTorch's own kernels.
     """
 
     name = "flex"
@@ -333,7 +332,7 @@ def _flex_attention(
         score_mod: the source of ``forward(self, score, batch, head, query, key, *buffers)``. It is source and no
             function so that a graph with this call in it can be stored and run elsewhere.
     """
-    # Compiled code may watch its operators by a dispatch mode; what is compiled in here is none of its business.
+    # A dispatch mode may watch the operators of the code around this call; it must not see what is compiled here.
     unlimited = {"recompile_limit": 2**31, "accumulated_recompile_limit": 2**31}
     with disable_current_modes(), dynamo_config.patch(unlimited):
         return _compiled(score_mod)(query, key, value, *buffers).contiguous()

@@ -1,7 +1,7 @@
 """Which blocks of keys FlexAttention skips, masks, or takes whole, computed in the graph.
 
-FlexAttention goes over the scores in blocks of 128 queries and 128 keys. A block whose keys are all masked costs
-nothing, one that is kept as a whole no mask.
+FlexAttention goes over the scores in blocks of 128 queries and 128 keys. A block whose keys are all masked is skipped,
+and a block that is kept as a whole needs no mask.
 
 Source: ``BlockMask`` in https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/attention/flex_attention.py
 """
@@ -79,10 +79,10 @@ _TABLES = (
 def _stored(parts: list[torch.Tensor]) -> list[torch.Tensor]:
     """The same tensors, contiguous in memory.
 
-    Inductor lays out what it computes as it likes, with any stride for a dimension of size one, and puts what it can
-    into the function that reads it. FlexAttention's kernel reads tables by strides that it takes for granted, with
-    wrong results for all but the first entry of a batch, and does not compile where a mask is a function of positions
-    alone (torch 2.11). What another operator has stored is left as it is.
+    Inductor chooses the layout of what it computes, with any stride for a dimension of size one, and fuses what it can
+    into the function that reads it. FlexAttention's kernel assumes the strides of its tables, with wrong results for
+    all but the first entry of a batch, and does not compile if a mask is a function of positions alone (torch 2.11).
+    The result of another operator is neither laid out anew nor fused.
     """
     return [part.clone(memory_format=torch.contiguous_format) for part in parts]
 

@@ -1,13 +1,13 @@
-"""``isolated_block``: within a block of positions each attends to itself alone, and to all that is outside the block.
+"""``isolated_block``: each position of a block attends to itself and to all positions outside the block.
 
-It is the perturbed half of PAG in joint attention: image patches see their own and the text. No mask is needed:
+It is the perturbed half of PAG in joint attention: image patches see themselves and the text. No mask is needed:
 
     rows outside the block    softmax(scores) @ value                     over all keys
     row i of the block        w * value[i] + (1 - w) * rest               with the weight of one score among all,
                               w = sigmoid(score[i, i] - logsumexp(scores of the keys outside))
 
-where ``rest`` is attention to the keys outside the block. So the products are those of the block with the few keys
-outside it, and not with itself.
+where ``rest`` is attention to the keys outside the block. The block is multiplied with the few keys outside it, and not
+with itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``_native_flash``, ``_native_efficient``, ``_native_cudnn``: single back ends of PyTorch's own fused attention.
 
-Each is called by the operator that its selector would call, and not by a switch of PyTorch's: AOTAutograd's cache does
-not see ``sdpa_kernel(...)``. PyTorch's own check says what a back end takes.
+Each is called by the operator that the selector would call, and not by ``sdpa_kernel(...)``, which AOTAutograd's cache
+does not see. PyTorch's own check says what a back end takes.
 
 Source: https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/transformers/cuda/sdp_utils.cpp
 """
@@ -190,9 +190,9 @@ class CudnnAttention(_Backend):
 
 
 def _heard(check: Callable[[], bool]) -> list[str]:
-    """What PyTorch's check warns of.
+    """The warnings of PyTorch's check.
 
-    Called directly it prints to the process's stderr: warnings of C++ become Python's within an operator only
+    It is called within an operator, since only there do warnings of C++ become Python's; elsewhere they go to stderr
     (``PyWarningHandler`` in https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/Exceptions.h).
     """
 

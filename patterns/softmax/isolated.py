@@ -2,9 +2,9 @@
 
     keep[i, j] = i == j  or  i outside the block  or  j outside the block
 
-Patches of an image see themselves and the text, and the text sees everything. The rules are those of softmax attention
-and of fused calls (:mod:`attnrewrite.patterns.softmax`, :mod:`attnrewrite.patterns.fused`); what the mask is, is proved
-from how the graph writes it (:mod:`attnrewrite.analysis.entries`).
+Patches of an image see themselves and the text, and the text sees everything. Such code is read as softmax attention
+(:mod:`attnrewrite.patterns.softmax`) or as a fused call (:mod:`attnrewrite.patterns.sdpa`), and
+its mask from how the graph writes it (:mod:`attnrewrite.analysis.entries`).
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@ r"""Specimens of attention whose keys and values are repeated over frames, batch
     result[f] = softmax(mods(query[f] @ key)) @ value    for all f
     result    = softmax(mods(fold(query) @ key)) @ value,    fold(query): f and the query positions as one length
 
-Rows of softmax are independent of each other, so that the copies need not be made. Key and value lack the axis over
-which they are repeated, however that was written (:mod:`attnrewrite.repetitions`); whether it then counts as more
-queries or as more heads is a matter of how the query lies in memory (:mod:`attnrewrite.folding`).
+Rows of softmax are independent of each other, so the copies need not be made. Key and value lack the axis over
+which they are repeated, however that was written (:mod:`attnrewrite.passes.unrepeat_kv`). Whether that axis then counts
+as more queries or as more heads depends on how the query lies in memory (:mod:`attnrewrite.passes.fold_batches`).
 """
 
 from __future__ import annotations

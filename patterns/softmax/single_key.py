@@ -3,7 +3,7 @@
     softmax([score]) @ [value] = value
 
 The rules are those of softmax attention and of fused calls (:mod:`attnrewrite.patterns.softmax`,
-:mod:`attnrewrite.patterns.fused`). The kernel ``single_key`` serves them where the key is never masked.
+:mod:`attnrewrite.patterns.sdpa`). The kernel ``single_key`` serves them where the key is never masked.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     result[s] = softmax(mods(query[s] @ key[s])) @ value[s]        for slices s that cover a range once
     result    = softmax(mods(query @ key)) @ value
 
-A row of the result depends on its own query, batch and head alone. Each slice is found as any other attention
-(:mod:`attnrewrite.patterns.softmax`, :mod:`attnrewrite.patterns.fused`); what was found is merged in
-:mod:`attnrewrite.merge`. Slices may be of the batch, of heads or of queries, and of several of them; they may be
-written into a buffer, concatenated or stacked.
+A row of the result depends on its own query, batch and head alone. Each slice is found like any other attention
+(:mod:`attnrewrite.patterns.softmax`, :mod:`attnrewrite.patterns.sdpa`), and :mod:`attnrewrite.passes.merge_slices`
+merges what was found. Slices may be of the batch, of heads or of queries, or of several of them; they may be written
+into a buffer, concatenated or stacked.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Masks that do nothing but keep keys or not, and rows that lose all of theirs.
+"""Boolean masks, and what becomes of rows that lose all of their keys.
 
-Kernels differ in what they give a row without a key, and some do not say. None of them is asked: such a row is given
-every key and a query of zero, from which any softmax makes the mean of the values; what the source gives instead (zero,
-NaN) is put in its place afterwards. Where numbers are added that may be minus infinity, NaN is put there all the same.
+Kernels differ in what they give a row without a key, and some do not document it. So no kernel is left to decide: such
+a row gets every key and a query of zero, for which any softmax gives the mean of the values. What the source gives
+instead (zero, NaN) replaces it afterwards. For an added mask that may hold minus infinity, NaN is put there as well.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a kernel cannot do, written down once: each limit with its source, and the sentence that refuses a site.
+"""What a kernel cannot do, as data: each limit with its source, and the sentence that refuses a site.
 
-A limit that is not known is a refusal: what a vendor does not state is not tried.
+What a vendor does not state is refused, and not tried.
 """
 
 from __future__ import annotations

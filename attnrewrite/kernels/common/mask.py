@@ -1,4 +1,4 @@
-"""A site's terms as the mask that kernels take, and what the source gives rows that have no key."""
+"""The mask that kernels take, made of a site's terms; and the source's values for rows without a key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches laid end to end, as kernels for sequences of many lengths take them."""
+"""Batches laid end to end, for kernels that take sequences of different lengths."""
 
 from __future__ import annotations
 
