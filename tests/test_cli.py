@@ -250,7 +250,7 @@ def test_kernels_that_wait_for_one_package_share_a_line() -> None:
     ) == [
         "yes sage sageattention 1.0.6",
         "no flash-attn not installed: flash, flash_varlen (pip install flash-attn; or built)",
-        "no amd-aiter installed but of no use: old: aiter (pip install amd-aiter)",
+        "no amd-aiter installed but cannot be used: old: aiter (pip install amd-aiter)",
     ]
 
 
