@@ -20,7 +20,7 @@ from attnrewrite.caching.compiled import Kept, kept_attention
 from attnrewrite.caching.identity import Identity, identity_of
 from attnrewrite.caching.session import Session
 from attnrewrite.capture.known_buffers import KnownBuffers
-from attnrewrite.capture.legalize import legalised
+from attnrewrite.capture.legalize import legalized
 from attnrewrite.capture.support import CaptureError
 from attnrewrite.capture.trace import capture
 from attnrewrite.errors import KernelError, OptionError
@@ -92,7 +92,7 @@ def attnrewrite(
             f"torch._dynamo.config.{DATA_DEPENDENT_SIZES} = True, or use accelerate_attention"
         )
     # For the inner compiler as well, if the graph cannot be captured or has no attention.
-    gm = legalised(gm)
+    gm = legalized(gm)
     call = current_call()
     if policy.cache is None or (call is not None and call.is_of_graph):
         return _with_variants(gm, example_inputs, policy)

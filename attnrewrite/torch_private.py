@@ -156,7 +156,7 @@ disable_current_modes = torch.utils._python_dispatch._disable_current_modes
 """Leaves every dispatch mode, the fake one too: what is computed within is nobody else's business."""
 
 is_traceable_wrapper_subclass = torch.utils._python_dispatch.is_traceable_wrapper_subclass
-"""Whether a tensor is made of others (DTensor, quantised weights), and has no storage of its own to read."""
+"""Whether a tensor is made of others (DTensor, quantized weights), and has no storage of its own to read."""
 
 tree_leaves = torch.utils._pytree.tree_leaves
 tree_map_only = torch.utils._pytree.tree_map_only

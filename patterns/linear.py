@@ -175,7 +175,7 @@ class _LinearReader:
         site = replace(
             site,
             sums=tuple(sums.values()),
-            normaliser=normaliser,
+            normalizer=normaliser,
             order=order,
             features=tuple(
                 f"{map_.name} of {role}" for map_, role in zip(own, ("query", "key"), strict=True) if map_.name
@@ -424,7 +424,7 @@ def _fixed(
     }
     if len(tags) > 1:
         return Reason("the products are not checkpointed together")
-    divided = bool(site.normaliser or _divisors(last)) or any(
+    divided = bool(site.normalizer or _divisors(last)) or any(
         scale.divide and isinstance(scale.factor, Operand) for scale in site.scales
     )
     if divided and not site.nonnegative:

@@ -29,11 +29,11 @@ _LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default)
 
 @dataclass(frozen=True)
 class Softmax:
-    """One normalisation over one dimension, however it is written.
+    """One normalization over one dimension, however it is written.
 
     Attributes:
         node: the weights.
-        scores: what is normalised.
+        scores: what is normalized.
         dim: the dimension, counted from the first.
         nodes: the nodes that compute it out of ``scores``.
         sink: the score of one more key, whose weight is dropped: the 1 in ``exp(x) / (1 + exp(x).sum())`` is exp(0).

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnrewrite.torch_private import transformer_encoder_layer
 
-__all__ = ["OPENINGS"]
+__all__ = ["DECOMPOSITIONS"]
 
 
 def _encoder_layer(
@@ -39,10 +39,10 @@ def _encoder_layer(
 ) -> Tensor:
     """https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/transformers/transformer.cpp"""
 
-    def normalised(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def normalized(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.layer_norm(x, (embed_dim,), weight, bias, eps)
 
-    x = normalised(src, norm_weight_1, norm_bias_1) if norm_first else src
+    x = normalized(src, norm_weight_1, norm_bias_1) if norm_first else src
     packed = F.linear(x, qkv_weight, qkv_bias)
     packed = packed.view(*packed.shape[:-1], 3, num_heads, embed_dim // num_heads)
     query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
@@ -57,13 +57,13 @@ def _encoder_layer(
     mixed = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
     x = F.linear(mixed, proj_weight, proj_bias) + src
     if not norm_first:
-        x = normalised(x, norm_weight_1, norm_bias_1)
-    inner = normalised(x, norm_weight_2, norm_bias_2) if norm_first else x
+        x = normalized(x, norm_weight_1, norm_bias_1)
+    inner = normalized(x, norm_weight_2, norm_bias_2) if norm_first else x
     inner = F.linear(inner, ffn_weight_1, ffn_bias_1)
     inner = F.gelu(inner) if use_gelu else F.relu(inner)
     x = F.linear(inner, ffn_weight_2, ffn_bias_2) + x
-    return x if norm_first else normalised(x, norm_weight_2, norm_bias_2)
+    return x if norm_first else normalized(x, norm_weight_2, norm_bias_2)
 
 
-OPENINGS = {transformer_encoder_layer: _encoder_layer}
+DECOMPOSITIONS = {transformer_encoder_layer: _encoder_layer}
 """For each call the function that computes the same."""

@@ -16,10 +16,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from attnrewrite.capture.vmap import holds_vmap
 from attnrewrite.ir.nodes import copy_attributes, same
 
-__all__ = ["legalised"]
+__all__ = ["legalized"]
 
 
-def legalised(gm: fx.GraphModule) -> fx.GraphModule:
+def legalized(gm: fx.GraphModule) -> fx.GraphModule:
     """``gm`` itself, or a copy of it in which such calls are replaced.
 
     Args:

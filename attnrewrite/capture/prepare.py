@@ -10,7 +10,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from attnrewrite.capture.autocast import AutocastRegions
-from attnrewrite.capture.decompositions import OPENINGS
+from attnrewrite.capture.decompositions import DECOMPOSITIONS
 from attnrewrite.capture.opaque import OpaqueCalls, is_opaque
 from attnrewrite.capture.support import attribute_of
 from attnrewrite.torch_private import checkpoint_ids, enter_autocast, exit_autocast
@@ -30,14 +30,14 @@ def prepared_graph(gm: fx.GraphModule, autocast: AutocastRegions, opaque: Opaque
         exit_autocast,
         torch.ops.higher_order.tag_activation_checkpoint,
     )
-    special = (*special, *_DROPOUT, *OPENINGS)
+    special = (*special, *_DROPOUT, *DECOMPOSITIONS)
     if not any(node.target in special or is_opaque(node, gm) for node in gm.graph.nodes):
         return gm
     copy = _Preparation(opaque)
     copy.graph.output(copy.copy(gm, {}, prefix="", tags={}))
     for node in copy.graph.nodes:
         autocast.substitute(node)
-        node.target = OPENINGS.get(node.target, node.target) if node.op == "call_function" else node.target
+        node.target = DECOMPOSITIONS.get(node.target, node.target) if node.op == "call_function" else node.target
     _settle_dropout(copy.graph)
     return fx.GraphModule(copy.attributes, copy.graph)
 

@@ -36,11 +36,11 @@ class LinearAttention:
         outer, middle, inner: operands, as far back as views and repetitions could be followed.
         first_summed, then_summed: the axes that ``middle @ inner``, and the product with ``outer``, sum over.
         scales: what the products are multiplied or divided by, in order.
-        sums: sums of ``middle @ inner`` over ``then_summed``, which normalise; each as its node and its dimensions,
+        sums: sums of ``middle @ inner`` over ``then_summed``, which normalize; each as its node and its dimensions,
             with the number of ``scales`` that were applied before.
         features: what is done to query and key beforehand, in words.
         nonnegative: query and key were proved to have no negative entry.
-        normaliser: how the result is normalised, in words; empty where it is not.
+        normalizer: how the result is normalized, in words; empty where it is not.
         fixed: why the order cannot be changed, whatever it costs.
         dtype: what the products are computed in.
         interior: the nodes from the first product to the second, in graph order.
@@ -60,7 +60,7 @@ class LinearAttention:
     sums: tuple[tuple[Operand, int], ...] = ()
     features: tuple[str, ...] = ()
     nonnegative: bool = False
-    normaliser: str = ""
+    normalizer: str = ""
     fixed: Reason = FINE
     dtype: torch.dtype = torch.float32
     interior: tuple[fx.Node, ...] = ()

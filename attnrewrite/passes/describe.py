@@ -92,7 +92,7 @@ def row_of_linear(name: str, site: LinearAttention) -> SiteReport:
         dtype=dtype_name(site.dtype),
         device=tensor(site.result).device.type,
         scale=" * ".join(scale_in_words(scale) for scale in site.scales if isinstance(scale.factor, (int, float))),
-        score_mods=(*site.features, *([f"divided by {site.normaliser}"] if site.normaliser else [])),
+        score_mods=(*site.features, *([f"divided by {site.normalizer}"] if site.normalizer else [])),
         order=site.order,
         operations={order: str(operations(site, order)) for order in orders},
         nodes_before=tuple(node.name for node in site.interior),

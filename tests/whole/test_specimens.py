@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from attnrewrite.backend import collect_reports
-from attnrewrite.capture.legalize import legalised
+from attnrewrite.capture.legalize import legalized
 from attnrewrite.capture.trace import capture
 from attnrewrite.ir.nodes import is_tensor, tensor
 from attnrewrite.options.compile_options import Policy
@@ -145,7 +145,7 @@ def rewritten_code(function: Callable[..., Any], inputs: Sequence[Any], policy: 
     lines: list[str] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        captured = capture(legalised(gm), example_inputs).gm
+        captured = capture(legalized(gm), example_inputs).gm
         rewrite(captured, policy or Policy())
         lines.extend(_lines(captured.graph))
         return gm.forward
