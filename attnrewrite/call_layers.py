@@ -40,7 +40,7 @@ class _Wrapped:
             return call(*args, **kwargs)
 
         # A compiled caller would trace through it, and what is decided anew at each call would be decided once.
-        reason = "what stands around a compiled module's calls is decided anew at each of them"
+        reason = "wrappers around a compiled module decide at each call, so they are not traced"
         opaque: Call = torch.compiler.disable(layered, reason=reason)  # type: ignore[no-untyped-call]
         setattr(opaque, _LAYERS, self)
         object.__setattr__(module, self.attribute, opaque)

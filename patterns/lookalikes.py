@@ -25,7 +25,7 @@ _K = _V = normal(2, 4, "S", 8)
 _OTHER_AXIS = "does not contract the axis that softmax runs over"
 _SHARED_AXIS = "an axis that query and key share"
 _READ_TWICE = "read more than once"
-_BETWEEN = "stands between softmax and"
+_BETWEEN = "between softmax and"
 _VALUE = "the value"
 _OTHER_MASK = "not known to be the mask that was applied before softmax"
 

@@ -138,7 +138,7 @@ def _cross(site: _SiteDims) -> SiteKind | None:
         # What the projections before the graph were given is not known.
         if same(size_of(site.query), size_of(site.key)):
             return None
-        return SiteKind("cross", "query and key are inputs of the graph, and of different lengths")
+        return SiteKind("cross", "query and key are inputs of the graph with different lengths")
     return SiteKind("cross", f"the key comes from {_in_words(from_key)}, the query from {_in_words(from_query)}")
 
 
@@ -156,8 +156,8 @@ def _cross_by_data(site: _SiteDims, from_query: set[fx.Node]) -> SiteKind | None
     if not missing:
         return None
     from_key = {node for node in reach_key if _is_data(node)}
-    others = f"comes from {_in_words(from_key)}" if from_key else "comes from no input"
-    return SiteKind("cross", f"the key {others}, and not from {_in_words(missing)} as the query does")
+    others = f"comes from {_in_words(from_key)}" if from_key else "depends on no input"
+    return SiteKind("cross", f"the key {others}, while the query comes from {_in_words(missing)}")
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
@@ -251,14 +251,14 @@ def _related(
             undecided.append(other)
         elif kind.kind != "cross":
             opposite: Kind = "spatial" if kind.kind == "temporal" else "temporal"
-            return SiteKind(opposite, f"its positions are batch of a {kind.kind} attention")
+            return SiteKind(opposite, f"its positions are the batch of a {kind.kind} attention")
     for other in undecided:
         first = _is_first(site, other, dimensions)
         if first is not None:
-            place = "before" if first else "behind"
-            reason = f"its positions come {place} those of another attention, for which they are batch"
+            place = "before" if first else "after"
+            reason = f"its positions come {place} those of another attention, whose batch they are"
             return SiteKind("temporal" if first else "spatial", reason)
-    return SiteKind("spatial", "a self attention; nothing in the graph tells frames from space", False)
+    return SiteKind("spatial", "self-attention; nothing in the graph tells frames from space", False)
 
 
 def _take_turns(site: _SiteDims, other: _SiteDims) -> bool:

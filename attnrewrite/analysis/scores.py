@@ -13,7 +13,7 @@ from torch import fx
 
 from attnrewrite.analysis.values import ABSORBING, ORDINARY, as_stored, constant_value, is_far_below, possible_values
 from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, broadcast, resolve
-from attnrewrite.ir.nodes import is_tensor, same_shape, scalar, tensor
+from attnrewrite.ir.nodes import dtype_name, is_tensor, same_shape, scalar, tensor
 from attnrewrite.ir.ops import is_cast
 from attnrewrite.ir.products import Product, is_product, product_from_result
 from attnrewrite.ir.site import Bias, Elementwise, Fill, Floor, Narrow, NotAttention, Scale, ScoreMod, Shift
@@ -132,7 +132,10 @@ def _walk(node: fx.Node, layout: Layout, reader: _Walking, plain: bool) -> Score
         return _arrived(node, layout, reader)
     sources = [arg for arg in dict.fromkeys(sources_of_scores(node)) if leads_to_product(arg, reader.memo)]
     if not sources:
-        raise NotAttention(f"{node_in_words(node)} stands between softmax and a product of query and key")
+        raise NotAttention(
+            f"{node_in_words(node)} lies between softmax and the product of query and key, and is not an operation "
+            "on scores that can be rewritten"
+        )
     walks: list[ScoreWalk] = []
     reasons: list[NotAttention] = []
     for source in sources:
@@ -164,9 +167,12 @@ def _keeps_constants(mod: ScoreMod, reader: _Walking) -> bool:
 def _arrived(node: fx.Node, layout: Layout, reader: _Walking) -> ScoreWalk:
     product = product_from_result(node, layout)
     if tensor(node).dtype not in FLOATING:
-        raise NotAttention(f"{node_in_words(node)} multiplies in {tensor(node).dtype}".replace("torch.", ""))
+        dtype = dtype_name(tensor(node).dtype)
+        raise NotAttention(f"{node_in_words(node)} computes the scores in {dtype}, not in a floating-point dtype")
     if product is None:
-        raise NotAttention(f"the operands of {node_in_words(node)} cannot be laid out along the scores' axes")
+        raise NotAttention(
+            f"the dimensions of an operand of {node_in_words(node)} cannot be matched with those of the scores"
+        )
     reader.accepts(product)
     mods: list[ScoreMod] = []
     if product.scale is not None:
@@ -182,13 +188,16 @@ def _step_back(node: fx.Node, source: fx.Node, layout: Layout) -> Layout:
     if is_layout_op(node):
         before = pull(node, layout)
         if before is None or set(axes_of(before)) != set(axes_of(layout)):
-            raise NotAttention(f"{node_in_words(node)} reorders or repeats scores in a way that no layout expresses")
+            raise NotAttention(
+                f"{node_in_words(node)} mixes the dimensions of the scores, so that queries, keys and heads cannot be "
+                "told apart"
+            )
         return before
     if is_cast(node):
         return layout
     before = broadcast(layout, tensor(node).shape, tensor(source).shape)
     if before is None or set(axes_of(before)) != set(axes_of(layout)):
-        raise NotAttention(f"{node_in_words(node)} broadcasts the scores themselves")
+        raise NotAttention(f"{node_in_words(node)} expands the scores to a larger shape")
     return before
 
 
@@ -216,7 +225,7 @@ def _read_step(node: fx.Node, source: fx.Node, layout: Layout, reader: _Walking,
         return [_put(node, layout)], ()
     if target in _WHERE:
         if args[0] is source or (args[1] is source) == (args[2] is source):
-            raise NotAttention(f"{node_in_words(node)} chooses between two values of the scores")
+            raise NotAttention(f"{node_in_words(node)} has the scores as its condition or as both of its values")
         kept_first = args[1] is source
         other = args[2] if kept_first else args[1]
         value = as_stored(_fill_value(other, node), dtype)
@@ -224,7 +233,7 @@ def _read_step(node: fx.Node, source: fx.Node, layout: Layout, reader: _Walking,
     first = args[0] is source
     other = args[1] if first else args[0]
     if len(args) > 1 and args[0] is args[1]:
-        raise NotAttention(f"{node_in_words(node)} combines the scores with themselves")
+        raise NotAttention(f"{node_in_words(node)} has the scores as both of its operands")
     if node.kwargs.get("rounding_mode") is not None or len(args) > 2:
         raise NotAttention(f"{node_in_words(node)} rounds the scores")
     alpha = _number(node.kwargs.get("alpha", 1), node)
@@ -250,7 +259,10 @@ def _read_step(node: fx.Node, source: fx.Node, layout: Layout, reader: _Walking,
 def _shift(number: Any, node: fx.Node, reader: _Walking, plain: bool) -> list[ScoreMod]:
     """A number of ordinary size that is added to all scores of a row is no change to their softmax."""
     if not plain or reader.sink or not isinstance(number, (int, float)) or not abs(number) <= ORDINARY:
-        raise NotAttention(f"{node_in_words(node)} adds a number to the scores that softmax does not cancel")
+        raise NotAttention(
+            f"{node_in_words(node)} adds a number to the scores that softmax does not cancel: it is symbolic or above "
+            f"{ORDINARY:g}, or a function of the scores or an attention sink follows"
+        )
     return [Shift()]
 
 
@@ -262,7 +274,9 @@ def _function(node: fx.Node, source: fx.Node) -> ScoreMod:
     if node.target in _MAXIMUM:
         low = constant_value(args[1] if args[0] is source else args[0])
         if low is None:
-            raise NotAttention(f"{node_in_words(node)} takes the larger of the scores and something else")
+            raise NotAttention(
+                f"{node_in_words(node)} takes the maximum of the scores and a tensor that is not constant"
+            )
         high = None
     elif node.target is aten.clamp.default:
         low = args[1] if len(args) > 1 else node.kwargs.get("min")
@@ -274,7 +288,9 @@ def _function(node: fx.Node, source: fx.Node) -> ScoreMod:
     if high is None and isinstance(low, (int, float)) and low <= ABSORBING:
         return Floor(as_stored(float(low), tensor(node).dtype), tensor(node).dtype)
     if any(isinstance(arg, fx.Node) for arg in args[1:]) or any(isinstance(a, fx.Node) for a in node.kwargs.values()):
-        raise NotAttention(f"{node_in_words(node)} applies a function to the scores whose arguments are no numbers")
+        raise NotAttention(
+            f"{node_in_words(node)} applies a function to the scores whose other arguments are not plain numbers"
+        )
     return Elementwise(node)
 
 
@@ -284,11 +300,11 @@ def _put(node: fx.Node, layout: Layout) -> Fill:
     masks = args[1]
     accumulate = args[3] if len(args) > 3 else node.kwargs.get("accumulate", False)
     if len(masks) != 1 or not is_tensor(masks[0]) or tensor(masks[0]).dtype is not torch.bool or accumulate:
-        raise NotAttention(f"{node_in_words(node)} writes into the scores at positions that are no mask")
+        raise NotAttention(f"{node_in_words(node)} assigns to the scores by an index that is not one boolean mask")
     (mask,) = masks
     rank = tensor(mask).dim()
     if not same_shape(tensor(mask).shape, tensor(node).shape[:rank]):
-        raise NotAttention(f"{node_in_words(node)} writes into the scores at positions that are no mask")
+        raise NotAttention(f"{node_in_words(node)} assigns to the scores by a mask of another shape than theirs")
     dtype = tensor(node).dtype
     return Fill(Operand(mask, layout[:rank]), as_stored(_fill_value(args[2], node), dtype), dtype)
 
@@ -380,28 +396,31 @@ def _require_harmless_cast(node: fx.Node) -> None:
     """A change of precision is one of rounding only; to integers, to float8 or into float16's range it is more."""
     source, dtype = tensor(node.args[0]).dtype, tensor(node).dtype
     if source is not dtype and (dtype not in FLOATING or source not in FLOATING or dtype is torch.float16):
-        raise NotAttention(f"{node_in_words(node)} turns scores in {source} into {dtype}".replace("torch.", ""))
+        raise NotAttention(
+            f"{node_in_words(node)} casts the scores from {dtype_name(source)} to {dtype_name(dtype)}, which may "
+            "change more than their rounding"
+        )
 
 
 def _aligned(other: Any, node: fx.Node, layout: Layout) -> Operand:
     if not is_tensor(other):
-        raise NotAttention(f"{node_in_words(node)} takes a mask that is no tensor")
+        raise NotAttention(f"the mask of {node_in_words(node)} is not a tensor")
     own = broadcast(layout, tensor(node).shape, tensor(other).shape)
     if own is None:
-        raise NotAttention(f"an operand of {node_in_words(node)} does not broadcast to the scores for every size")
+        raise NotAttention(f"an operand of {node_in_words(node)} may not broadcast to the scores for every size")
     return Operand(other, own)
 
 
 def _fill_value(value: Any, node: fx.Node) -> float:
     constant = constant_value(value)
     if constant is None:
-        raise NotAttention(f"the value that {node_in_words(node)} fills in is not a constant of the graph")
+        raise NotAttention(f"the value that {node_in_words(node)} fills in is not a constant; pass a Python number")
     return constant
 
 
 def _number(value: Any, node: fx.Node) -> float:
     if not isinstance(value, (int, float)):
-        raise NotAttention(f"a factor of {node_in_words(node)} is not a number")
+        raise NotAttention(f"alpha or beta of {node_in_words(node)} is not a plain number")
     return float(value)
 
 

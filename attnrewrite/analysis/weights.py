@@ -13,7 +13,7 @@ from torch import fx
 from attnrewrite.analysis.scores import BOUNDED, FLOATING, node_in_words, row_maximum
 from attnrewrite.analysis.values import constant_value, possible_values
 from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, broadcast, fresh_layout, resolve, size_of
-from attnrewrite.ir.nodes import Size, is_tensor, same, same_shape, tensor
+from attnrewrite.ir.nodes import Size, dtype_name, is_tensor, same, same_shape, tensor
 from attnrewrite.ir.ops import is_cast
 from attnrewrite.ir.products import Product, factors_of, is_product, product_from_operand, product_of_factor
 from attnrewrite.ir.site import Fill, NotAttention, Scale, WeightMod, Zero
@@ -536,7 +536,10 @@ def _follow(
     tests = [user for user in users if user.target is aten.isnan.default]
     users = [user for user in users if user not in tests]
     if not users:
-        raise NotAttention("the attention weights are returned")
+        raise NotAttention(
+            "the attention weights are returned, and fused kernels never store them: turn that off "
+            "(output_attentions=False, need_weights=False)"
+        )
     walks: list[WeightWalk] = []
     reasons: list[NotAttention] = []
     for user in users:
@@ -544,11 +547,11 @@ def _follow(
             product = _product_with_value(user, node, layout)
             if product is not None:
                 if sink_dim is not None:
-                    raise NotAttention("the added column of the weights is multiplied with the value")
+                    raise NotAttention("the column of the weights for the attention sink is multiplied with the value")
                 walks.append(replace(walk, weights=node, product=product, nodes=[*walk.nodes, *product.nodes[:-1]]))
                 continue
             if not _may_pass(user, node):
-                raise NotAttention(f"{node_in_words(user)} stands between softmax and the product with the value")
+                raise NotAttention(_unreadable(user))
             further = replace(walk, mods=[*walk.mods], nodes=[*walk.nodes, *tests, user])
             if sink_dim is not None and user.target is aten.slice.Tensor:
                 walks += _follow(user, further, softmax, _without_sink(user, layout, sink_dim), None)
@@ -571,7 +574,7 @@ def _product_with_value(user: fx.Node, node: fx.Node, layout: Layout) -> Product
     product = product_from_operand(found, node, layout)
     # (weights * value).sum() is a product of its elementwise half's operands.
     if product is None:
-        raise NotAttention("the product of weights and value cannot be laid out along the weights' axes")
+        raise NotAttention("the dimensions of the product with the value cannot be matched with those of the weights")
     return product
 
 
@@ -613,7 +616,7 @@ def _step(user: fx.Node, node: fx.Node, layout: Layout, walk: WeightWalk) -> Lay
         and not is_layout_op(user)
         and not same_shape(tensor(user).shape, tensor(node).shape)
     ):
-        raise NotAttention(f"{node_in_words(user)} broadcasts the attention weights")
+        raise NotAttention(f"{node_in_words(user)} expands the attention weights to a larger shape")
     if target is aten.dropout.default:
         if args[2] and args[1] > 0:
             if walk.dropout:
@@ -622,19 +625,22 @@ def _step(user: fx.Node, node: fx.Node, layout: Layout, walk: WeightWalk) -> Lay
         return layout
     if is_cast(user):
         if tensor(user).dtype not in FLOATING:
-            raise NotAttention(f"the attention weights are cast to {tensor(user).dtype}".replace("torch.", ""))
+            raise NotAttention(f"the attention weights are cast to {dtype_name(tensor(user).dtype)}")
         return layout
     if is_layout_op(user):
         pushed = push(user, layout)
         if pushed is None or set(axes_of(pushed)) != set(axes_of(layout)):
-            raise NotAttention("the weights are reordered in a way that no layout expresses")
+            raise NotAttention(
+                f"{node_in_words(user)} mixes the dimensions of the attention weights, so that queries, keys and heads "
+                "cannot be told apart"
+            )
         return pushed
     if target is aten.nan_to_num.default:
         nan = args[1] if len(args) > 1 else user.kwargs.get("nan")
         if nan not in (None, 0, 0.0):
-            raise NotAttention(f"{node_in_words(user)} replaces NaN among the attention weights")
+            raise NotAttention(f"{node_in_words(user)} replaces NaN in the weights by a number other than zero")
         if any(isinstance(mod, Scale) for mod in walk.mods):
-            raise NotAttention(f"{node_in_words(user)} replaces NaN that a factor may have made")
+            raise NotAttention(f"{node_in_words(user)} replaces NaN that scaling the weights may have made")
         walk.nan_to_zero = True
         return layout
     if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
@@ -646,21 +652,29 @@ def _step(user: fx.Node, node: fx.Node, layout: Layout, walk: WeightWalk) -> Lay
         if is_tensor(args[0]) and args[0].target is aten.isnan.default and args[0].args[0] is node and not kept_first:
             _require_zero(args[1], user)
             if any(isinstance(mod, Scale) for mod in walk.mods):
-                raise NotAttention(f"{node_in_words(user)} replaces NaN that a factor may have made")
+                raise NotAttention(f"{node_in_words(user)} replaces NaN that scaling the weights may have made")
             walk.nan_to_zero = True
             return layout
         if args[0] is node or kept_first == (args[2] is node):
-            raise NotAttention(f"{node_in_words(user)} chooses between two values of the attention weights")
+            raise NotAttention(f"{node_in_words(user)} has the weights as its condition or as both of its values")
         _require_zero(args[2] if kept_first else args[1], user)
         walk.mods.append(Zero(_condition(args[0], user, layout), invert=kept_first))
         return layout
     if target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
         other = args[1] if args[0] is node else args[0]
         if other is node or user.kwargs.get("rounding_mode") is not None:
-            raise NotAttention(f"{node_in_words(user)} combines the attention weights with themselves")
+            raise NotAttention(f"{node_in_words(user)} has the weights as both of its operands, or rounds them")
         walk.mods.append(_multiplied(other, user, layout))
         return layout
-    raise NotAttention(f"{node_in_words(user)} stands between softmax and the product with the value")
+    raise NotAttention(_unreadable(user))
+
+
+def _unreadable(user: fx.Node) -> str:
+    """The reason to keep an attention whose weights go through ``user``, which is not understood."""
+    return (
+        f"{node_in_words(user)} lies between softmax and the product with the value, and is not an operation on "
+        "weights that can be rewritten"
+    )
 
 
 def _multiplied(other: Any, user: fx.Node, layout: Layout) -> WeightMod:
@@ -676,13 +690,15 @@ def _multiplied(other: Any, user: fx.Node, layout: Layout) -> WeightMod:
 def _condition(other: Any, user: fx.Node, layout: Layout) -> Operand:
     own = broadcast(layout, tensor(user).shape, tensor(other).shape) if is_tensor(other) else None
     if own is None:
-        raise NotAttention(f"an operand of {node_in_words(user)} does not broadcast to the attention weights")
+        raise NotAttention(
+            f"an operand of {node_in_words(user)} may not broadcast to the attention weights for every size"
+        )
     return Operand(other, own)
 
 
 def _require_zero(value: Any, user: fx.Node) -> None:
     if constant_value(value) != 0:
-        raise NotAttention(f"{node_in_words(user)} puts other numbers than zero among the attention weights")
+        raise NotAttention(f"{node_in_words(user)} replaces attention weights by a value other than zero")
 
 
 def _without_sink(user: fx.Node, layout: Layout, sink_dim: tuple[Dim, Dim, bool]) -> Layout:
@@ -695,7 +711,7 @@ def _without_sink(user: fx.Node, layout: Layout, sink_dim: tuple[Dim, Dim, bool]
     step = args[4] if len(args) > 4 else 1
     starts_right = start == 1 if first else start in (None, 0)
     if resolve((layout[dim],)) != resolve((with_sink,)) or step != 1 or not starts_right:
-        raise NotAttention(f"{node_in_words(user)} takes a part of the attention weights")
+        raise NotAttention(f"{node_in_words(user)} takes a slice of the attention weights")
     if not same(size, size_of(keys)) or not same(before - 1, size):
-        raise NotAttention(f"{node_in_words(user)} takes a part of the attention weights")
+        raise NotAttention(f"{node_in_words(user)} takes a slice of the attention weights")
     return (*layout[:dim], keys, *layout[dim + 1 :])

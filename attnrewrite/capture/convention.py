@@ -63,7 +63,7 @@ class _Restoration:
         placeholders = self._original.graph.find_nodes(op="placeholder")
         user_inputs = [node for node in self._inputs if node.name not in self._lifted]
         if len(user_inputs) != len(placeholders):
-            raise CaptureError(f"tracing returned {len(user_inputs)} inputs for {len(placeholders)}")
+            raise CaptureError(f"the traced graph has {len(user_inputs)} inputs, and Dynamo's {len(placeholders)}")
         for source, traced in zip(placeholders, user_inputs, strict=True):
             node = self.graph.placeholder(str(source.target))
             copy_attributes(source, node)
@@ -103,7 +103,7 @@ class _Restoration:
         }
         new_values, _ = self._results()
         if len(new_values) != len(names):
-            raise CaptureError("two inputs are updated with the same value")
+            raise CaptureError("two inputs are updated in place with the same value")
         by_name = {node.name: self._copies[node] for node in self._inputs}
         by_name.update({self._lifted[name]: by_name[name] for name in self._lifted})
         updated: dict[fx.Node, fx.Node] = {}
@@ -209,7 +209,9 @@ def _alias_updated_inputs(
         if node in written:
             return written[node]
         if not is_view(node) or not isinstance(node.args[0], fx.Node):
-            raise CaptureError(f"an output shares memory with an input that the graph updates, by way of {node.target}")
+            raise CaptureError(
+                f"an output shares memory with an input that is updated in place, by way of {node.target}"
+            )
         source = rebase(node.args[0])
         return graph.node_copy(node, lambda arg: source if arg is node.args[0] else arg)
 

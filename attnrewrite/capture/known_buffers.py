@@ -58,8 +58,8 @@ class KnownBuffers:
             if not warned:
                 warned = True
                 log.warning(
-                    "%s: a buffer that holds a mask was changed, so the graph runs as it was written, without "
-                    "compilation; call torch._dynamo.reset() to have it compiled anew",
+                    "%s: a buffer that holds a mask has changed since compilation, so the original graph runs, "
+                    "uncompiled; call torch._dynamo.reset() to compile it again",
                     name,
                 )
             return untouched(*args)

@@ -40,12 +40,14 @@ class OpaqueCalls:
         outputs = node.meta["example_value"]
         flat = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
         if len(values) != len(inputs) or not all(isinstance(value, torch.Tensor) for value in flat):
-            raise CaptureError(f"a call of the higher-order operator {node.target} whose values are not all tensors")
+            raise CaptureError(
+                f"a call of the higher-order operator {node.target} with an output that is not a tensor, or an input "
+                "of unknown value"
+            )
         if not all(isinstance(value, (torch.Tensor, torch.SymInt, int)) for value in values):
             raise CaptureError(
-                f"a call of the higher-order operator {node.target} with a number that is computed of symbolic sizes "
-                "(flex_attention's default scale where the head size is symbolic: give the scale, or mark the "
-                "head size static)"
+                f"a call of the higher-order operator {node.target} with a number that is computed from symbolic sizes "
+                "(the default scale of flex_attention where head_dim is symbolic: pass scale, or mark head_dim static)"
             )
         storages = {storage_of(value) for value in values if isinstance(value, torch.Tensor)}
         if any(storage_of(value) in storages for value in flat):

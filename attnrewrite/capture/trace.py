@@ -73,7 +73,7 @@ def _without_vmap(gm: fx.GraphModule) -> fx.GraphModule:
     try:
         return written_out(gm)
     except Exception as error:
-        raise CaptureError(f"vmap could not be written out: {first_line(error)}") from error
+        raise CaptureError(f"torch.vmap could not be inlined: {first_line(error)}") from error
 
 
 def _traced(
@@ -110,7 +110,7 @@ def _refuse_function_transforms(gm: fx.GraphModule) -> None:
             name = getattr(node.target, "__name__", node.target)
             raise CaptureError(f"the graph uses a torch.func transform ({name}), which cannot be traced functionally")
         if getattr(node.target, "__name__", "") in FORWARD_MODE_CALLS:
-            raise CaptureError("the graph uses forward-mode differentiation")
+            raise CaptureError("the graph uses forward-mode differentiation, which cannot be traced functionally")
 
 
 def _tracing_inputs(

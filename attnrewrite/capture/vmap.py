@@ -71,7 +71,7 @@ def _inline(gm: fx.GraphModule, stretch: Sequence[fx.Node], graph: fx.Graph, cop
     outputs = [node for node in stretch if any(user not in own for user in node.users)]
     values = [node.meta.get("example_value") for node in inputs]
     if not all(isinstance(value, (torch.Tensor, torch.SymInt, int)) for value in values):
-        raise ValueError("vmap takes something else than tensors and sizes")
+        raise ValueError("an input of vmap is neither a tensor nor a size")
     body = fx.Graph()
     env = {node: body.placeholder(f"input{position}") for position, node in enumerate(inputs)}
     for node in stretch:
@@ -88,7 +88,7 @@ def _inline(gm: fx.GraphModule, stretch: Sequence[fx.Node], graph: fx.Graph, cop
         elif node.op == "output":
             results = node.args[0]
         elif node.op == "get_attr":
-            raise ValueError("vmap holds a constant tensor")
+            raise ValueError("the function that vmap maps uses a constant tensor")
         else:
             inner[node] = graph.node_copy(node, inner.__getitem__)
             inner[node].meta = {**where, "example_value": node.meta.get("val")}

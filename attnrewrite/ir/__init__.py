@@ -1,6 +1,6 @@
-"""The IR: what nodes, operators, axes and attention sites are.
+"""The IR: nodes, operators, axes, views, products and attention sites.
 
-What a pattern or a kernel of one's own is written with is here, too.
+The names below are public: custom patterns and kernels are written with them.
 """
 
 from __future__ import annotations

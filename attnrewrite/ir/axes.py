@@ -1,4 +1,4 @@
-"""Axes, layouts and operands: which axis of the attention each dimension of a tensor is."""
+"""Axes, layouts and operands: which axes of an attention each dimension of a tensor holds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Axis", "Layout", "Operand", "axes_of", "broadcast", "fresh_layout", 
 
 
 class Axis:
-    """An index range; ``parts`` once it has been divided."""
+    """An index range of an attention, compared by identity; ``parts`` is (major, minor) once it was divided."""
 
     __slots__ = ("name", "parts", "size")
 
@@ -24,12 +24,13 @@ class Axis:
         self.parts: tuple[Axis, ...] | None = None
 
     def leaves(self) -> tuple[Axis, ...]:
+        """The undivided axes that the axis consists of, major to minor: the axis itself if it was not divided."""
         if self.parts is None:
             return (self,)
         return tuple(leaf for part in self.parts for leaf in part.leaves())
 
     def divide(self, minor: Size) -> tuple[Axis, Axis] | None:
-        """Divides the axis into (major, minor), if its size is known to be a multiple of ``minor``."""
+        """Divides the axis in place into (major, minor); None if its size may not be a multiple of ``minor``."""
         assert self.parts is None
         if isinstance(minor, int) and minor == 0:
             return None
@@ -49,12 +50,12 @@ Layout = tuple[Dim, ...]
 
 
 def resolve(layout: Iterable[Dim]) -> Layout:
-    """The layout in terms of axes that are not divided further."""
+    """The layout with each divided axis replaced by its parts."""
     return tuple(tuple(leaf for axis in dim for leaf in axis.leaves()) for dim in layout)
 
 
 def axes_of(layout: Iterable[Dim]) -> tuple[Axis, ...]:
-    """The undivided axes of a layout, in memory order of a contiguous tensor."""
+    """The undivided axes of a layout, major to minor: the memory order of a contiguous tensor."""
     return tuple(axis for dim in resolve(layout) for axis in dim)
 
 
@@ -63,6 +64,7 @@ def size_of(dim: Dim) -> Size:
 
 
 def fresh_layout(shape: Sequence[Size], name: str = "") -> Layout:
+    """A layout with a new axis for each dimension; dimensions of size one hold no axis."""
     return tuple(fresh_dim(size, name) for size in shape)
 
 
@@ -72,12 +74,13 @@ def fresh_dim(size: Size, name: str = "") -> Dim:
 
 @dataclass(frozen=True)
 class Operand:
-    """A node and the axes of the attention that its dimensions are."""
+    """A tensor of an attention: a node, and the axes that each of its dimensions holds."""
 
     node: fx.Node
     layout: Layout
 
     def resolved(self) -> Operand:
+        """The operand with each divided axis of its layout replaced by its parts."""
         return Operand(self.node, resolve(self.layout))
 
     @property
@@ -89,11 +92,11 @@ class Operand:
         return tensor(self.node).dtype
 
 
-# Regrouping: the same elements in the same order, other dimensions.
+# Regrouping: the same elements in the same order, in other dimensions.
 
 
 def regroup(layout: Layout, shape: Sequence[Size]) -> Layout | None:
-    """The layout that a reshape to ``shape`` gives, or None where it mixes axes so that no layout can say."""
+    """The layout after a reshape to ``shape``; None if an axis would have to be divided that cannot be."""
     axes = list(axes_of(layout))
     result: list[Dim] = []
     for size in reversed(shape):
@@ -105,7 +108,10 @@ def regroup(layout: Layout, shape: Sequence[Size]) -> Layout | None:
 
 
 def take_minor(axes: list[Axis], size: Size) -> Dim | None:
-    """Takes from the end of ``axes`` those that make up ``size``, dividing the last one if need be."""
+    """Removes from the end of ``axes`` those whose sizes multiply to ``size``, and returns them, major to minor.
+
+    Divides the last one if it is too large. None if that is not possible for every size.
+    """
     taken: list[Axis] = []
     rest = size
     while not same(rest, 1):
@@ -133,7 +139,7 @@ def _is_multiple(size: Size, of: Size) -> bool:
 
 
 def broadcast(layout: Layout, shape: Sequence[Size], operand_shape: Sequence[Size]) -> Layout | None:
-    """The layout of an operand that broadcasts to a result with ``layout`` and ``shape``."""
+    """The layout of an operand that broadcasts to a result of ``layout`` and ``shape``; None if it may not."""
     if len(operand_shape) > len(shape):
         return None
     offset = len(shape) - len(operand_shape)
@@ -157,5 +163,5 @@ def shape_of(layout: Layout) -> tuple[Size, ...]:
 
 
 def fits(operand: Operand) -> bool:
-    """Whether a layout tells the truth about its node's shape; a check for tests and assertions."""
+    """Whether the layout agrees with the shape of its node: a check for tests and assertions."""
     return same_shape(shape_of(operand.layout), tensor(operand.node).shape)

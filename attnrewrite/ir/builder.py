@@ -1,4 +1,4 @@
-"""Writing new nodes, with their fake values, at one place of a graph."""
+"""The builder: inserts new nodes, with their fake values, at one place of a graph."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ aten = torch.ops.aten
 
 
 Written = dict[Any, fx.Node]
-"""Calls that were written, by what they call with which arguments."""
+"""Calls that were inserted, by target and arguments."""
 
 
 _SHARED_BESIDE_ATEN = ("attnrewrite::stored",)
 
 
 def _key_of(target: Any, args: Any, kwargs: Any) -> Any:
-    """What tells calls apart; None for a call that may give something else the next time, or that is a kernel's own.
+    """The key under which equal calls are shared; None for calls that must not be.
 
-    Attentions stay one call each: the report, and what is compared, go by the nodes of each.
+    Those are calls that are random or mutate, and operators of kernels: each attention keeps a call of its own, by
+    which the report and the verification find it.
     """
     if target is not operator.getitem:
         schema = schema_of(target)
@@ -51,18 +52,18 @@ def _frozen(value: Any) -> Any:
 
 
 class Builder:
-    """Writes nodes at one place of a graph, with their fake values, and symbolic sizes as the nodes that carry them.
+    """Inserts nodes at one place of a graph, evaluated under the graph's fake mode.
 
-    Nodes are evaluated under the graph's fake mode. Sizes are never turned into constants: an expression of symbols is
-    written out over nodes that carry the symbols.
+    Symbolic sizes among the arguments never become constants: each is written as arithmetic on the nodes that carry its
+    symbols.
     """
 
     def __init__(self, gm: fx.GraphModule, before: fx.Node, like: fx.Node, written: Written | None = None) -> None:
         """
         Args:
-            before: new nodes go in front of it.
-            like: whose source location and tags they inherit.
-            written: what was written in front of ``before`` already, of which equal calls are taken and not repeated.
+            before: the node in front of which new nodes are inserted.
+            like: the node whose source location and tags they inherit.
+            written: calls that other builders inserted before ``before``; an equal call is reused, not repeated.
         """
         self.graph = gm.graph
         self._gm = gm
@@ -77,7 +78,7 @@ class Builder:
         self._written: Written = {} if written is None else written
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A new call of an operator; sizes among the arguments may be SymInts."""
+        """Inserts a call of an operator, or returns an equal one; sizes among the arguments may be SymInts."""
         args, kwargs = fx.node.map_aggregate((args, kwargs), self._as_argument)
         found = self._found(_key_of(target, args, kwargs))
         if found is not None:
@@ -88,7 +89,7 @@ class Builder:
         return self.insert(target, args, kwargs, value)
 
     def insert(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> fx.Node:
-        """A new call whose fake value the caller knows already."""
+        """Inserts a call whose fake value, ``value``, the caller knows already, or returns an equal one."""
         args, kwargs = fx.node.map_aggregate((args, kwargs), self._as_argument)
         key = _key_of(target, args, kwargs)
         found = self._found(key)
@@ -103,12 +104,12 @@ class Builder:
         return node
 
     def _found(self, key: Any) -> fx.Node | None:
-        """An equal call that was written before."""
+        """An equal call that was inserted before; None if there is none, or it is no longer in the graph."""
         node = None if key is None else self._written.get(key)
         return node if node is not None and not is_erased(node) and node < self._before else None
 
     def submodule(self, name: str, module: fx.GraphModule) -> fx.Node:
-        """A node that stands for a graph of its own, which a higher-order operator takes."""
+        """Inserts a ``get_attr`` node for a subgraph, to be an argument of a higher-order operator."""
         number = sum(key.startswith(name) for key, _ in self._gm.named_children())
         self._gm.add_submodule(f"{name}_{number}", module)
         with self.graph.inserting_before(self._before):
@@ -141,7 +142,7 @@ class Builder:
 
 
 class _Tracer(fx.proxy.GraphAppendingTracer):
-    """Lets arithmetic on proxies write nodes through a builder, with the values of the result."""
+    """Turns arithmetic on proxies into nodes that the builder inserts, with their fake values."""
 
     def __init__(self, builder: Builder) -> None:
         super().__init__(builder.graph)
@@ -153,10 +154,10 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
 
 
 def _source_of(symbol: Any, graph: fx.Graph) -> fx.Node | tuple[fx.Node, int]:
-    """The first node that carries the symbol: a size of its own, or a dimension of a tensor.
+    """The first node that carries the symbol: a node that is that size, or a tensor and its dimension of that size.
 
-    Symbols enter with a graph's inputs, or where an operator makes a size of its data: the first node comes before
-    everything that mentions the symbol, and is found early.
+    Symbols enter with the graph's inputs, or where an operator makes a size out of data, so the first node that carries
+    a symbol comes before all uses of it.
     """
     nodes: Iterable[fx.Node] = graph.nodes
     for node in nodes:
@@ -188,7 +189,7 @@ def _evaluating(fake_mode: FakeTensorMode | None) -> Iterator[None]:
 
 
 def evaluated(node: fx.Node) -> Any:
-    """The fake value of a call, worked out anew of those of its arguments."""
+    """The fake value of a call, computed again from those of its arguments."""
     target: Any = node.target
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
     with _evaluating(_fake_mode_of(node.graph)):

@@ -1,4 +1,4 @@
-"""What a pattern finds."""
+"""What a pattern finds: a site, a linear attention, or a near miss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Finding", "NearMiss"]
 
 @dataclass(frozen=True)
 class NearMiss:
-    """Something that looks like attention and is not taken; ``nodes`` are those that it consists of."""
+    """A computation that looks like attention but is kept, for ``reason``; ``nodes`` are those that it consists of."""
 
     pattern: str
     anchor: fx.Node

@@ -1,4 +1,4 @@
-"""A graph as patterns read it."""
+"""The read-only view of a graph that patterns get."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["GraphView"]
 
 
 class GraphView:
-    """A graph as patterns read it: nothing here writes to it. Nodes that others write to it are seen."""
+    """A graph as patterns read it: its methods never change the graph, and see nodes that passes insert later."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
@@ -33,17 +33,21 @@ class GraphView:
         )
 
     def _region(self, node: fx.Node) -> tuple[int, int]:
-        """What was written after the graph was read is no switch: it lies where the node before it does."""
+        """The grad-mode and autocast regions of ``node``, as :func:`~attnrewrite.ir.nodes.regions` numbers them.
+
+        A node that was inserted later switches nothing, so it lies in the region of the node before it.
+        """
         known = node
         while known not in self._regions:
             known = known.prev
         return self._regions[known]
 
     def ordered(self, nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+        """The nodes in graph order, without duplicates."""
         return tuple(sorted(set(nodes)))
 
     def same_region(self, a: fx.Node, b: fx.Node) -> bool:
-        """Whether no switch of grad mode or autocast lies between what the two nodes compute."""
+        """Whether both nodes run under the same grad mode and in the same autocast region."""
         return self._region(a) == self._region(b)
 
     def grad_region(self, node: fx.Node) -> int:
@@ -59,9 +63,12 @@ class GraphView:
         return enabled and self._has_gradients
 
     def origin(self, operand: Operand, consumer: fx.Node, narrow_to: torch.dtype | None = None) -> Operand:
-        """The operand behind its views, copies and repetitions, as far as ``consumer``'s grad region reaches.
+        """The operand behind its views, copies and repetitions.
 
-        ``narrow_to``: widening casts from this dtype are looked behind as well.
+        Args:
+            operand: the operand, with its layout in ``consumer``.
+            consumer: the node that reads it; the walk does not leave its grad-mode region.
+            narrow_to: if given, the walk goes behind casts from this dtype to wider ones as well.
         """
         region = self.grad_region(consumer)
 
@@ -76,13 +83,14 @@ class GraphView:
             operand = Operand(node.all_input_nodes[0], operand.layout)
 
     def other_readers(self, interior: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-        """What ``interior`` computes, its last node apart, that something outside reads, with the readers."""
+        """For each node of ``interior`` but the last that nodes outside read: these readers."""
         own = set(interior)
         readers = {node: [user for user in node.users if user not in own] for node in interior[:-1]}
         return {node: users for node, users in readers.items() if users}
 
 
 def reader_in_words(node: fx.Node) -> str:
+    """A node that reads a value, in the words of the report: its operator's name and source line."""
     if node.op == "output":
         return "returned from the graph"
     where = source_location(node)

@@ -1,4 +1,4 @@
-"""Linear attention, as its pattern finds it."""
+"""The linear attention site: attention without softmax, as its pattern finds it."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ Order = Literal["linear", "quadratic"]
 class LinearAttention:
     """Attention without softmax, ``scales(query @ key) @ value``: a product of three, in either order.
 
-    ``outer @ (middle @ inner)`` is how the source multiplies. The key is always in the middle; ``order`` says which of
-    the others is the query. Whatever is done between the products is free of the axes that the second one sums over,
-    and so may follow it.
+    The source computes ``outer @ (middle @ inner)``. The key is always in the middle; ``order`` says which of the
+    others is the query. Operations between the products do not depend on the axes that the second product sums over, so
+    they may be applied after it.
 
     Attributes:
         pattern: the name of the pattern that found it.
-        anchor: the node whose source line stands for the site; ``result`` holds the product of all three, and
-            ``result_layout`` names its dimensions.
-        order: how the source multiplies.
+        anchor: the node whose source line the report shows.
+        result: the node that holds the product of all three; ``result_layout`` has the axes of its dimensions.
+        order: which product the source computes first.
         outer, middle, inner: operands, as far back as views and repetitions could be followed.
         first_summed, then_summed: the axes that ``middle @ inner``, and the product with ``outer``, sum over.
-        scales: what the products are multiplied or divided by, in order.
-        sums: sums of ``middle @ inner`` over ``then_summed``, which normalize; each as its node and its dimensions,
-            with the number of ``scales`` that were applied before.
-        features: what is done to query and key beforehand, in words.
+        scales: factors and divisors of the products, in order.
+        sums: the normalizing sums of ``middle @ inner`` over ``then_summed``; each as an operand, with the number of
+            ``scales`` that were applied before it.
+        features: the feature maps of query and key, in words.
         nonnegative: query and key were proved to have no negative entry.
-        normalizer: how the result is normalized, in words; empty where it is not.
-        fixed: why the order cannot be changed, whatever it costs.
-        dtype: what the products are computed in.
+        normalizer: how the result is normalized, in words; empty if it is not.
+        fixed: why the order must not be changed, whatever it costs; empty if it may be.
+        dtype: the dtype that the products are computed in.
         interior: the nodes from the first product to the second, in graph order.
     """
 
@@ -66,13 +66,13 @@ class LinearAttention:
     interior: tuple[fx.Node, ...] = ()
 
     def resolved(self) -> LinearAttention:
-        """The site in which axes that were divided since it was found are told by their parts."""
+        """The site with each axis that was divided since it was found replaced by its parts."""
         outer, middle, inner = (part.resolved() for part in self.operands)
         first, then = axes_of((self.first_summed,)), axes_of((self.then_summed,))
         return replace(self, outer=outer, middle=middle, inner=inner, first_summed=first, then_summed=then)
 
     def with_operands(self, change: Callable[[Operand], Operand]) -> LinearAttention:
-        """The site with query, key, value, and every tensor that scales, changed."""
+        """The site with ``change`` applied to query, key, value and every tensor among the scales."""
         outer, middle, inner = map(change, self.operands)
         scales = tuple(
             Scale(change(scale.factor), scale.divide) if isinstance(scale.factor, Operand) else scale

@@ -1,4 +1,4 @@
-"""Which tensors of a graph come with the model, and which of them are learned."""
+"""Model state: which tensors of a graph come with the model (parameters, buffers), and which are learned."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ aten = torch.ops.aten
 
 
 def is_module_tensor(node: fx.Node) -> bool:
-    """Whether a graph's input is a module's parameter or buffer, whose path is known.
+    """Whether an input of the graph is a parameter or buffer of a module with a known path.
 
-    Other inputs at fixed addresses (``mark_static_address``, the keys and values of a cache) are written to from step
-    to step.
+    Other inputs at fixed addresses (``mark_static_address``, the keys and values of a KV cache) do not count: they are
+    written to from step to step.
     """
     return STATIC_INPUT in node.meta.get("tensor_dict", {}) and bool(parameter_path(node))
 
 
 def is_model_state(node: fx.Node) -> bool:
-    """Whether a tensor comes with the model and not with the call: a parameter, a buffer, a constant of the graph."""
+    """Whether a tensor belongs to the model and not to the call: a parameter, a buffer or a constant of the graph."""
     return node.op == "get_attr" or (node.op == "placeholder" and (_is_parameter(node) or is_module_tensor(node)))
 
 
 def is_learned(node: fx.Node) -> bool:
-    """Whether a tensor is a parameter, or a constant of the graph; buffers may hold what was computed.
+    """Whether a tensor is a parameter or a constant of the graph, or only rearranges such tensors.
 
-    So are views, copies, casts and parts of one, and several of them side by side; what is computed from one is not.
+    Views, copies, casts, slices and concatenations of parameters count; any other computation does not. Nor do buffers,
+    which may hold computed values.
     """
     if node.op == "call_function" and node.target in _REARRANGED:
         sources = node.all_input_nodes if node.target in _PUT_TOGETHER else node.all_input_nodes[:1]

@@ -1,4 +1,4 @@
-"""The IR's vocabulary: reading nodes, comparing symbolic sizes without a guard, and building new nodes."""
+"""Nodes and sizes: reading the values of nodes, comparing symbolic sizes without a guard, numbering regions."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ Size = int | torch.SymInt
 
 
 def copy_attributes(source: Any, target: Any) -> None:
-    """What Dynamo attaches for the inner compiler, such as the sources of placeholders."""
+    """Copies to ``target`` the attributes that Dynamo attached to ``source`` for the inner compiler."""
     for name, value in vars(source).items():
         if name.startswith((*PLACEHOLDER_PREFIXES, SOURCE_ATTRIBUTE)) or name == "compile_subgraph_reason":
             setattr(target, name, value)
 
 
 def tensor(node: Any) -> torch.Tensor:
-    """The fake tensor that stands for ``node``'s value."""
+    """The fake tensor of ``node``: its value's shape, strides, dtype and device."""
     value = node.meta["val"]
     assert isinstance(value, torch.Tensor), f"{node} is {type(value).__name__}, not a tensor"
     return value
@@ -53,15 +53,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def known_number(value: Any) -> Any:
-    """A symbolic number as it was in the call that is compiled, None if unknown; any other value as it is.
+    """The value of a symbolic number in the call that is being compiled, None if unknown; other values unchanged.
 
-    Asking for it adds no guard.
+    Adds no guard.
     """
     return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
 
 
 def hint(size: Size) -> int:
-    """The size in the call that is compiled. Asking for it adds no guard."""
+    """The value of a size in the call that is being compiled. Adds no guard."""
     return int(known_number(size))
 
 
@@ -82,9 +82,9 @@ def product(sizes: Sequence[Size]) -> Size:
 
 
 def regions(graph: fx.Graph) -> dict[fx.Node, tuple[int, int]]:
-    """For each node the grad-mode region and the autocast region it is in, each as a running number.
+    """For each node its grad mode (0: as outside, 1: enabled, 2: disabled) and the number of its autocast region.
 
-    Pre-dispatch graphs carry these switches as nodes. A rewrite may not move work from one region into another.
+    In pre-dispatch graphs nodes switch these modes. A rewrite must not move work from one region into another.
     """
     grad = 0
     autocast = [0]
@@ -103,5 +103,5 @@ def regions(graph: fx.Graph) -> dict[fx.Node, tuple[int, int]]:
 
 
 def scalar(value: Any) -> bool:
-    """A Python number, or a symbolic one."""
+    """Whether the value is a Python or symbolic number; bool is not."""
     return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)

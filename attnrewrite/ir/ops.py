@@ -77,7 +77,7 @@ SPLIT_OPS = frozenset(
         aten.unsafe_chunk.default,
     }
 )
-"""Operators that give a list of the parts of their first argument."""
+"""Operators that return the parts of their first argument as a list."""
 
 
 def is_view(node: fx.Node) -> bool:
@@ -85,7 +85,7 @@ def is_view(node: fx.Node) -> bool:
 
 
 def is_cast(node: fx.Node) -> bool:
-    """A change of dtype and of nothing else."""
+    """Whether the node changes the dtype and not the device."""
     return node.target in CAST_OPS and is_tensor(node.args[0]) and tensor(node).device == tensor(node.args[0]).device
 
 
@@ -94,7 +94,7 @@ def _tags(node: fx.Node) -> Sequence[torch.Tag]:
 
 
 def is_pure(node: fx.Node) -> bool:
-    """Whether the operator gives the same each time that it is called; of operators of others that is not known."""
+    """Whether the operator mutates nothing and returns the same for the same arguments; False outside of ATen."""
     target: Any = node.target
     schema = schema_of(target)
     random = torch.Tag.nondeterministic_seeded in _tags(node)
@@ -102,7 +102,7 @@ def is_pure(node: fx.Node) -> bool:
 
 
 def is_pointwise(node: fx.Node) -> bool:
-    """Whether an entry of the result depends on the entries of the arguments that broadcast to its place alone."""
+    """Whether each entry of the result depends only on the entries of the arguments that broadcast to its position."""
     return is_pure(node) and (torch.Tag.pointwise in _tags(node) or node.target in _WHERE)
 
 
@@ -114,7 +114,7 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat)
 
 
 def same_argument(a: Any, b: Any) -> bool:
-    """Whether two arguments that are no tensors are the same, whatever the inputs."""
+    """Whether two arguments of operators are known to be equal for all inputs; tensors are equal only to themselves."""
     if isinstance(a, fx.Node) and isinstance(b, fx.Node):
         numbers = [value for value in (a.meta.get("val"), b.meta.get("val")) if isinstance(value, _SYMBOLIC)]
         return a is b or (len(numbers) == 2 and statically_known_true(numbers[0] == numbers[1]))

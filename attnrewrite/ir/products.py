@@ -1,4 +1,4 @@
-"""Matrix products of any spelling, as einsums over axes."""
+"""Matrix products in every spelling (matmul, einsum, linear, mul and sum), read as einsums over axes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ __all__ = ["Product", "factors_of"]
 aten = torch.ops.aten
 
 
-# Products, all of them as one thing: an einsum over axes.
-
-
 @dataclass(frozen=True)
 class Product:
-    """A matrix product whose result has ``layout``; ``contracted`` are the axes that it sums over.
+    """A matrix product, ``addend_factor * addend + factor * scale * (lhs @ rhs)``.
 
-    ``addend``: a ``baddbmm``'s first operand (or a ``linear``'s bias) with its factor; ``factor``: a number that the
-    product is multiplied by; ``scale``: a third operand of an einsum, which is not summed over; ``nodes``: the nodes
-    that compute it, ``node`` last.
+    Attributes:
+        node: the node of the result.
+        lhs, rhs: the two operands.
+        layout: the layout of the result.
+        contracted: the axes that the product sums over.
+        factor: a number that multiplies the product.
+        addend: the first operand of ``baddbmm``, or the bias of ``linear``; None if nothing is added.
+        addend_factor: a number that multiplies the addend.
+        scale: a third operand of an einsum, which is not summed over.
+        nodes: the nodes that compute the product, ``node`` last.
     """
 
     node: fx.Node
@@ -44,7 +48,7 @@ class Product:
 
 @dataclass(frozen=True)
 class _Terms:
-    """A product as an einsum: a letter for each dimension, None for one of size one that is kept after summing."""
+    """A product as an einsum with a letter for each dimension, or None for a summed one that is kept (``keepdim``)."""
 
     lhs: fx.Node
     rhs: fx.Node
@@ -60,12 +64,12 @@ class _Terms:
 
 
 def is_product(node: fx.Node) -> bool:
-    """Whether the node is a product of two computed tensors; a projection by learned weights is none."""
+    """Whether the node is a product of two computed tensors; ``linear`` with learned weights is a projection."""
     return _terms(node) is not None
 
 
 def product_of_factor(node: fx.Node) -> fx.Node | None:
-    """The product that ``node`` is the elementwise half of: the sum in ``(a * b).sum(dim)``."""
+    """For ``a * b`` in ``(a * b).sum(dim)``: the sum, which is the node of the product. None for any other node."""
     if node.target is aten.mul.Tensor and len(node.users) == 1:
         (user,) = node.users
         return user if user.target is aten.sum.dim_IntList and is_product(user) else None
@@ -73,14 +77,14 @@ def product_of_factor(node: fx.Node) -> fx.Node | None:
 
 
 def factors_of(node: fx.Node) -> tuple[fx.Node, ...]:
-    """The two operands of a product; none where the node is no plain product."""
+    """The two operands of a product; empty if the node is not a product, or adds or scales as well."""
     terms = _terms(node)
     plain = terms is not None and terms.addend is None and terms.scale is None
     return (terms.lhs, terms.rhs) if terms is not None and plain else ()
 
 
 def product_from_result(node: fx.Node, layout: Layout) -> Product | None:
-    """The product ``node``, given the layout of its result."""
+    """The product ``node``, given the layout of its result; None if it is not a product or its sizes may not agree."""
     terms = _terms(node)
     if terms is None:
         return None
@@ -89,7 +93,7 @@ def product_from_result(node: fx.Node, layout: Layout) -> Product | None:
 
 
 def product_from_operand(node: fx.Node, operand: fx.Node, layout: Layout) -> Product | None:
-    """The product ``node``, given the layout of one of its operands."""
+    """The product ``node``, given the layout of one operand; None if it is not a product of that operand."""
     terms = _terms(node)
     if terms is None or terms.addend is not None or (terms.lhs is operand) == (terms.rhs is operand):
         return None
@@ -175,7 +179,7 @@ def _baddbmm(node: fx.Node) -> _Terms | None:
 
 
 def _linear(node: fx.Node) -> _Terms | None:
-    """``x @ weight.T + bias`` of a weight that was computed; by a parameter it is a projection."""
+    """``x @ weight.T + bias`` with a computed weight; with a learned one it is a projection (None)."""
     args: Any = node.args
     lhs, weight = args[:2]
     bias = args[2] if len(args) > 2 else None
@@ -187,7 +191,7 @@ def _linear(node: fx.Node) -> _Terms | None:
 
 
 def _inner(node: fx.Node) -> _Terms | None:
-    """``inner(a, b)``: both over their last dimension."""
+    """``inner(a, b)``, which sums over the last dimension of both."""
     args: Any = node.args
     lhs, rhs = args[:2]
     if not (is_tensor(lhs) and is_tensor(rhs)) or not tensor(lhs).dim() or not tensor(rhs).dim():
@@ -210,7 +214,7 @@ def _tensordot(node: fx.Node) -> _Terms | None:
 
 
 def _multiplied_and_summed(node: fx.Node) -> _Terms | None:
-    """``(a * b).sum(dim)``, which broadcasts as it likes."""
+    """``(a * b).sum(dim)``, with any broadcasting."""
     args: Any = node.args
     multiplied = args[0]
     if not isinstance(multiplied, fx.Node) or multiplied.target is not aten.mul.Tensor or len(multiplied.users) != 1:
@@ -259,7 +263,7 @@ def _einsum(node: fx.Node) -> _Terms | None:
     *inputs, out = spelled
     scale = None
     if len(nodes) == 3:
-        # The operand that brings no letter of its own and is summed over nothing scales the product of the others.
+        # One operand scales the product of the others: all its letters are theirs, and in the result.
         scale = next(
             (
                 position
@@ -306,7 +310,10 @@ _PRODUCTS.update(
 
 
 def _einsum_terms(equation: str, ranks: Sequence[int]) -> list[str] | None:
-    """Strings of single letters, the result last; an ellipsis is spelled out in letters that are not in use."""
+    """The letters of each operand, and of the result last, with an ellipsis replaced by unused letters.
+
+    None if the equation does not fit the ranks, or an operand repeats a letter.
+    """
     equation = equation.replace(" ", "")
     inputs, arrow, out = equation.partition("->")
     terms = inputs.split(",")

@@ -1,4 +1,4 @@
-"""Why something is not so: one type for what is fine without a word, and otherwise says why it is not."""
+"""The type of reasons: a string that says why something cannot be done, or is empty if it can."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from typing import NewType
 __all__ = ["FINE", "Reason"]
 
 Reason = NewType("Reason", str)
-"""Why not, as a part of a sentence that a user can act on; empty, and so false, where there is nothing against it."""
+"""Why not, as part of a sentence that a user can act on; empty, and so false, if there is no obstacle."""
 
 FINE = Reason("")
