@@ -1,8 +1,8 @@
-"""What an attention means, as one value: the contract between patterns, which find it, and kernels, which compute it.
+"""The attention site: the contract between patterns, which find attention, and kernels, which compute it.
 
-``result = dropout(softmax(mods(query @ key))) @ value``, where softmax runs over the key axes. How the source spelled
-it is gone: which tensor dimension is a batch, a head, a position or a feature is told by axes
-(:mod:`attnrewrite.analysis.views`), and grouped or broadcast operands are operands that lack an axis.
+A site means ``result = dropout(softmax(mods(query @ key))) @ value``, where softmax runs over the key axes. It does not
+depend on how the source spelled that: axes (:mod:`attnrewrite.ir.axes`) say whether a dimension of a tensor is a batch,
+a head, a position or a feature, and an operand that is shared (GQA) or broadcast lacks an axis.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ __all__ = [
 
 
 class NotAttention(Exception):
-    """A near miss: something that looks like attention, with the reason why it is not taken."""
+    """Raised with the reason when a computation that looks like attention must be kept: it is a near miss."""
 
 
 class RoundingDecides(NotAttention):
-    """It is attention, but the rounding of half-precision scores decides the result of a fully masked row."""
+    """Raised when the rounding of half-precision scores would decide the result of a fully masked row."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """``scores * factor``, or ``scores / factor``; a number, a symbolic number's node, or a tensor."""
+    """``scores * factor``, or with ``divide``, ``scores / factor``, by a number, a symbolic number or a tensor."""
 
     factor: float | fx.Node | Operand
     divide: bool = False
@@ -68,7 +68,7 @@ class Bias:
     scales: tuple[Scale, ...] = ()
 
     def of(self, value: float) -> float | None:
-        """What is added where the operand is ``value``, each step rounded; None where a tensor scales it."""
+        """What is added where the operand is ``value``, each step rounded to ``dtype``; None if a tensor scales it."""
         for scale in self.scales:
             if not isinstance(scale.factor, (int, float)):
                 return None
@@ -76,7 +76,7 @@ class Bias:
         return _stored(value * self.factor, self.dtype)
 
     def scaled(self, scale: Scale) -> Bias:
-        """The bias with one more factor, which is applied as a step of its own."""
+        """The bias with one more factor, applied after the others and rounded by itself."""
         own = () if self.factor == 1 else (Scale(self.factor),)
         return Bias(self.operand, self.dtype, 1.0, (*self.scales, *own, scale))
 
@@ -87,9 +87,9 @@ def _stored(value: float, dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Fill:
-    """``where(condition, value, scores)``, or with ``invert`` where the condition does not hold.
+    """``where(condition, value, scores)``; with ``invert``, ``where(condition, scores, value)``.
 
-    ``multiplied``: it is written as a product with zeros and ones, which lets NaN through, also in gradients.
+    ``multiplied``: the source multiplies by zeros and ones instead, which lets NaN through, also in gradients.
     """
 
     condition: Operand
@@ -101,7 +101,7 @@ class Fill:
 
 @dataclass(frozen=True)
 class Floor:
-    """``maximum(scores, value)`` with a value that only masked scores are below."""
+    """``maximum(scores, value)`` with a value so low that only masked scores are below it."""
 
     value: float
     dtype: torch.dtype
@@ -109,9 +109,10 @@ class Floor:
 
 @dataclass(frozen=True)
 class Shift:
-    """A number is added to all scores of a row, which is nothing to softmax.
+    """Adds one number to all scores of a row, which softmax cancels.
 
-    ``by_maximum``: it is minus their maximum, which makes low scores ordinary again before more is added.
+    ``by_maximum``: the number is minus the maximum of the row, which brings low scores back to ordinary size before
+    further steps.
     """
 
     by_maximum: bool = False
@@ -119,14 +120,14 @@ class Shift:
 
 @dataclass(frozen=True)
 class Narrow:
-    """``scores.to(dtype)`` with a dtype that holds smaller numbers, or fewer of them."""
+    """``scores.to(dtype)`` with a dtype of less range or precision."""
 
     dtype: torch.dtype
 
 
 @dataclass(frozen=True)
 class Elementwise:
-    """Any other function of one score (tanh, clamp), as the node that applies it to its first argument."""
+    """Any other function of one score, such as tanh or clamp: the node applies it to its first argument."""
 
     node: fx.Node
 
@@ -136,9 +137,9 @@ ScoreMod = Scale | Bias | Fill | Floor | Shift | Narrow | Elementwise
 
 @dataclass(frozen=True)
 class Zero:
-    """``where(condition, 0, weights)``, or with ``invert`` where the condition does not hold.
+    """``where(condition, 0, weights)``; with ``invert``, ``where(condition, weights, 0)``.
 
-    ``multiplied``: it is written as a product with zeros and ones, which leaves NaN as it is.
+    ``multiplied``: the source multiplies by zeros and ones instead, which leaves NaN as it is.
     """
 
     condition: Operand
@@ -150,16 +151,16 @@ WeightMod = Scale | Zero
 
 
 Reach = tuple[int | None, int | None]
-"""How many positions before and after its own a query attends, both included; None where there is no bound."""
+"""How many positions before and after its own a query attends to, inclusive; None on a side without bound."""
 
 
 @dataclass(frozen=True)
 class Band:
-    """A mask that keeps the keys around the diagonal, which may be told in two ways.
+    """A mask that keeps the keys in a band around the diagonal.
 
     Attributes:
-        from_first: the reach where the first query stands beside the first key; None if it is not known in numbers.
-        from_last: the reach where the last query stands beside the last key; None if it is not known in numbers.
+        from_first: the reach with the first query aligned to the first key; None if it is not a known number.
+        from_last: the reach with the last query aligned to the last key; None if it is not a known number.
     """
 
     from_first: Reach | None
@@ -167,26 +168,26 @@ class Band:
 
     @property
     def is_causal(self) -> bool:
-        """Whether exactly the keys up to the query's own position are kept, counted from the first."""
+        """Whether the band is a top-left aligned causal mask."""
         return self.from_first == (None, 0)
 
 
 class MaskedRows(str, enum.Enum):
-    """What the source gives rows whose keys are all masked. The value is what reports say.
+    """The source's result for rows whose keys are all masked. The value is what reports say.
 
-    Members are strings as well: in kernels of one's own that compare with the words, ``== "NaN"`` says what it said.
+    Members are strings, so that custom kernels may compare with the words: ``masked_rows == "NaN"``.
     """
 
     NONE = "none"
     """There are no such rows."""
     MEAN_OF_VALUE = "mean of value"
-    """The mean of the values: softmax of scores that are all the same, and finite."""
+    """The mean of the values: softmax of equal, finite scores."""
     NAN = "NaN"
-    """NaN where the mask is infinite, as softmax gives there; else the mean of the values."""
+    """NaN where the mask is infinite, as softmax gives; else the mean of the values."""
     ZERO = "zero"
     """Zero, whatever the mask is."""
     ZERO_UNLESS_NAN = "zero unless NaN"
-    """NaN where the mask is infinite, else zero: weights that were multiplied by the mask."""
+    """NaN where the mask is infinite, else zero: the weights were multiplied by the mask."""
     ZERO_WHERE_NAN = "zero where NaN"
     """Zero where the mask is infinite, else the mean of the values."""
 
@@ -195,56 +196,57 @@ class MaskedRows(str, enum.Enum):
 
     @property
     def may_occur(self) -> bool:
-        """Whether there may be such rows at all."""
+        """Whether there may be fully masked rows."""
         return self is not MaskedRows.NONE
 
     @property
     def may_be_nan(self) -> bool:
-        """Whether the source gives NaN where the mask is infinite."""
+        """Whether fully masked rows are NaN where the mask is infinite."""
         return self in (MaskedRows.NAN, MaskedRows.ZERO_UNLESS_NAN)
 
     @property
     def tells_nan(self) -> bool:
-        """Whether the source gives rows in which softmax is NaN something else than the others."""
+        """Whether fully masked rows with an infinite mask, where softmax is NaN, differ from the others."""
         return self.may_be_nan or self is MaskedRows.ZERO_WHERE_NAN
 
     @property
     def is_zero_unless_nan(self) -> bool:
-        """Whether all such rows that are not NaN are zero."""
+        """Whether all fully masked rows that are not NaN are zero."""
         return self in (MaskedRows.ZERO, MaskedRows.ZERO_UNLESS_NAN)
 
     @property
     def is_mean_of_value(self) -> bool:
-        """Whether all such rows, if there are any, are the mean of the values."""
+        """Whether all fully masked rows, if there are any, are the mean of the values."""
         return self in (MaskedRows.NONE, MaskedRows.MEAN_OF_VALUE)
 
 
 @dataclass(frozen=True)
 class CanonicalScores:
-    """``scale * query_factors * key_factors * (query @ key) + replay(terms)``.
+    """The canonical form of the scores: ``scale * query_factors * key_factors * (query @ key) + replay(terms)``.
 
     Attributes:
-        scale: a number; None for one over the root of the head size, which is symbolic.
-        query_factors, key_factors: what is multiplied (or, with ``divide``, divided) into query and key beforehand.
-        value_mods, output_mods: what is done to the value beforehand and to the output afterwards.
-        terms: biases, fills and floors, in the order in which they apply; a factor includes the scaling after it.
+        scale: a number; None for ``1 / sqrt(head_dim)`` with a symbolic head_dim.
+        query_factors, key_factors: factors (or, with ``divide``, divisors) to apply to query and key beforehand.
+        value_mods: what to do to the value beforehand.
+        output_mods: what to do to the output afterwards.
+        terms: biases, fills and floors, in the order in which they apply; each factor includes all scaling after it.
         dtype: the dtype in which the source adds the terms.
-        rounded_to: the dtype that the masked scores are rounded to at last; None where that is no narrower one.
-        attended: how it was proved that every row keeps a key, or None.
-        masked_rows: what the source gives rows that have no key.
-        fills_decide: rows without a key can come from fills alone, and all fill in the same value: the kernel is
-            given such rows as rows that attend every key with a score of zero, and what the source gives them (the
-            mean of the values, zero or NaN) is made from that.
-        is_causal: the mask was proved to be causal from the first key on, and is asked of the kernel by name.
-        band: what all terms together were proved to be, every row with a key; a kernel with a window or a causal mask
-            of its own takes it in the terms' place.
-        isolated: the positions, from the first up to and without the second, within which each attends to itself alone;
-            to those outside it attends, and they to all. All terms together were proved to say no more and no less.
-        softcap: where ``inexpressible`` is for nothing but a soft cap, its height: the scores that the terms apply to
-            are ``softcap * tanh(scale * (query @ key) / softcap)``.
-        structure: the mask's structure in words.
-        inexpressible: why the modifications are not of this form; a kernel that applies any function of the scores
-            replays the site's own.
+        rounded_to: the narrower dtype that the masked scores are rounded to in the end; None if there is none.
+        attended: the proof, in words, that every row keeps a key; None if there is none.
+        masked_rows: the source's result for rows without a key.
+        fills_decide: rows without a key can only come from fills, which all fill in the same value. The kernel then
+            computes such rows as attending to every key with a score of zero, and the source's result for them (the
+            mean of the values, zero or NaN) is made from its output.
+        is_causal: the mask was proved to be top-left aligned causal, and the kernel is asked for it by its flag.
+        band: the band that all terms together were proved to be, with a key for every row. A kernel with a window or
+            causal flag may take it instead of the terms.
+        isolated: the block of positions (first, one past the last) that are masked from each other, but not from
+            themselves or from positions outside. All terms together were proved to be exactly that.
+        softcap: the height of the soft cap, if that is the only reason for ``inexpressible``: the terms apply to
+            ``softcap * tanh(scale * (query @ key) / softcap)``.
+        structure: the mask's structure, in words.
+        inexpressible: why the modifications do not have this form; empty if they do. A kernel that takes any function
+            of the scores (score_mod) replays the site's ``mods`` then.
     """
 
     scale: float | None
@@ -268,41 +270,43 @@ class CanonicalScores:
 
 @dataclass(frozen=True, eq=False)
 class AttentionSite:
-    """One attention, found. It does not change: what a pass makes of it is another.
+    """One attention in a graph. Sites are immutable: a pass returns a changed copy.
 
     Attributes:
         pattern: the name of the pattern that found it.
-        anchor: the node whose source line stands for the site (the softmax, or the call).
-        result: the node that the kernel's output replaces; ``result_layout`` names its dimensions.
+        anchor: the node whose source line the report shows: the softmax, or the fused call.
+        result: the node that the kernel's output replaces; ``result_layout`` has the axes of its dimensions.
         query, key, value: operands, as far back as views and repetitions could be followed.
-        query_axes: the axes that are query positions. Other axes that the key lacks are groups of query heads.
-        folded: those of the query axes that are batches, or heads, which share their key and value.
+        query_axes: the axes that are query positions. Other axes of the query that the key lacks are query heads that
+            share a key (GQA).
+        folded: the query axes that were batches or heads with the same key and value, before they were folded into
+            the query positions.
         key_axes: the axes that softmax runs over.
         feature_axes: the axes that query and key are contracted over.
-        weight_layout: the dimensions of the scores in the source. A batch or a head may be there that no operand has.
-        mods: what is done to the scores, in the order in which it is done.
+        weight_layout: the layout of the scores in the source; it may have batches or heads that no operand has.
+        mods: the operations on the scores, in order.
         sink: the score of one more key, whose value is zero: a number, or a tensor over all axes but the key's.
-        sink_is_shifted: a row whose scores are all minus infinity gives NaN in spite of the sink.
-        weight_mods: what is done to the weights between softmax and the product with the value, dropout apart.
-        underflows: a row whose scores are all far below zero gives NaN.
-        rounds_rows: the weights of a row whose scores are all far below zero, and finite, are 1 each.
+        sink_is_shifted: a row whose scores are all minus infinity is NaN in spite of the sink.
+        weight_mods: the operations on the weights between softmax and the product with the value, except dropout.
+        underflows: a row whose scores are all far below zero is NaN.
+        rounds_rows: the weights of a row whose scores are all far below zero, but finite, are 1 each.
         nan_to_zero: weights that are NaN, as in rows without a key, are set to zero.
         softmax_dtype: the dtype that softmax is computed in.
         dropout: the probability of dropping a weight; 0 when not training.
-        is_causal: top-left aligned causal masking asked of an existing fused call.
-        default_scale: an existing fused call leaves the scale to its default, and the head size is symbolic.
+        is_causal: an existing fused call asks for top-left aligned causal masking.
+        default_scale: an existing fused call uses its default scale, and head_dim is symbolic.
         differentiable: a backward pass may follow.
-        fused: the site is a fused call already; its own rules for fully masked rows hold.
-        foreign: the call is a library's own operator; what it gives rows without a key is not known.
-        compute_dtype: the lowest dtype in which the products may be computed without losing what the source kept.
-        interior: the nodes that go when the site is replaced, in graph order.
+        fused: the site is a fused call already, whose own rules for fully masked rows hold.
+        foreign: the fused call is another library's operator, whose result for rows without a key is unknown.
+        compute_dtype: the lowest dtype that the products may be computed in without losing precision the source kept.
+        interior: the nodes to delete when the site is replaced, in graph order.
         for_inductor: the graph goes on to Inductor.
-        in_autocast: whether an autocast region is in force around the site.
-        parts: the sites of the slices that this one was merged from; they stand for it where no kernel takes the whole.
-        written: nodes that hold operands of a merged site and were not in the source.
-        windowed: the slices that it was merged from had a window of the keys each, and computed no more.
-        unmerged: why the site, whose result is put together with those of others, was not merged with them.
-        still_repeated: at which bounds the search for repetitions behind key and value ended, without one, in words.
+        in_autocast: an autocast region is in force around the site.
+        parts: the sites of the slices that this one was merged from; they are used if no kernel takes the whole.
+        written: nodes with operands of a merged site that were not in the source.
+        windowed: the slices that it was merged from each computed only a window of the keys.
+        unmerged: why the site, whose result is concatenated with those of others, was not merged with them.
+        still_repeated: the bounds that the search for ``repeat_kv`` reached without finding any, in words.
     """
 
     pattern: str
@@ -342,7 +346,7 @@ class AttentionSite:
     folded: tuple[Axis, ...] = ()
 
     def with_operands(self, change: Callable[[Operand], Operand]) -> AttentionSite:
-        """The site with query, key, value, and every tensor that modifies scores or weights, changed."""
+        """The site with ``change`` applied to query, key, value and every tensor that modifies scores or weights."""
         return replace(
             self,
             query=change(self.query),
@@ -365,7 +369,7 @@ class AttentionSite:
 
     @property
     def shared_axes(self) -> tuple[Axis, ...]:
-        """Batch and head axes, those of query heads that share a key apart: in the query's order, then the others."""
+        """Batch and head axes, except :attr:`group_axes`: first those of the query, in its order, then the others."""
         own = {*self.query_axes, *self.key_axes, *self.feature_axes, *self.value_axes}
         stored = dict.fromkeys(axis for axis in (*self.key.axes, *self.value.axes) if axis not in own)
         stored |= dict.fromkeys(axis for axis in self._batch_axes if axis not in self.query.axes)
@@ -374,7 +378,7 @@ class AttentionSite:
 
     @property
     def group_axes(self) -> tuple[Axis, ...]:
-        """Axes of the query, positions apart, over which one key and value serve many."""
+        """Axes of the query, except positions, over which key and value are shared (GQA)."""
         stored = {*self.key.axes, *self.value.axes, *self.query_axes}
         return tuple(axis for axis in self.query.axes if axis not in stored)
 
@@ -390,6 +394,7 @@ class AttentionSite:
         return tuple(axis for axis in axes_of(self.weight_layout) if axis not in positions)
 
     def describe_scale(self) -> str:
+        """The scales of the scores in words, such as ``0.125 * 1/tensor sigma``; empty if there are none."""
         parts: list[str] = []
         for mod in self.mods:
             if isinstance(mod, Scale):
@@ -399,7 +404,7 @@ class AttentionSite:
 
 @dataclass(frozen=True, eq=False)
 class CanonicalAttention(AttentionSite):
-    """A site with its modifications in the form that kernels read."""
+    """A site whose score modifications are in canonical form: what kernels receive."""
 
     scores: CanonicalScores = field(kw_only=True)
 
@@ -430,6 +435,7 @@ def _with_operands(mod: Any, change: Callable[[Operand], Operand]) -> Any:
 
 
 def scale_in_words(scale: Scale) -> str:
+    """A scale in the words of the report: ``0.125``, ``1/8``, ``tensor sigma``."""
     factor: Any = scale.factor
     text = f"{factor:.6g}" if isinstance(factor, (int, float)) else f"tensor {getattr(factor, 'node', factor)}"
     return f"1/{text}" if scale.divide else text

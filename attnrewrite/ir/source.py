@@ -1,4 +1,4 @@
-"""Where in the user's source a node comes from."""
+"""Source locations: which line of the user's source a node or an input of the graph comes from."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ __all__ = [
 
 
 own_files: set[str] = set()
-"""Files of entrances whose lines are never the user's: a node that was made there stands where the user called it."""
+"""Files of attnrewrite's entry points: a node that was made there is located at the line that called them."""
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.*)\n\s*(?P<code>.*)')
 
 
 called_from: ContextVar[SourceLocation | None] = ContextVar("attnrewrite_called_from", default=None)
-"""The line that calls ``attention_forward`` eagerly: the graph that is compiled for it begins inside."""
+"""The line that calls ``attention_forward`` eagerly, in which case the graph begins inside it; else None."""
 
 
 def source_location(node: fx.Node) -> SourceLocation | None:
-    """The innermost line of the user's source that made ``node``, and the module it ran in."""
+    """The innermost line of the user's source that made ``node``, and the module it ran in; None if unknown."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:
         return None
@@ -54,7 +54,7 @@ SOURCE_ATTRIBUTE = "_attnrewrite_source"
 
 
 def name_source(placeholder: fx.Node, name: str) -> None:
-    """Says where a graph's input comes from: :func:`source_name` of the graph that was compiled once more."""
+    """Sets what :func:`source_name` returns for an input of a graph that attnrewrite made from another graph."""
     setattr(placeholder, SOURCE_ATTRIBUTE, name)
 
 
@@ -67,15 +67,16 @@ def source_name(placeholder: fx.Node) -> str:
 
 
 def parameter_path(placeholder: fx.Node) -> str:
-    """The dotted path of a module's parameter or buffer, from the module that the graph is of; empty for others."""
+    """The dotted path of an input that is a parameter or buffer, from the compiled module; empty for other inputs."""
     path = f".{_module_path(source_name(placeholder))}"
     found = re.fullmatch(r"(.*)\.(?:_parameters|_buffers)(\.[^.]+)", path)
     return "" if found is None else "".join(found.groups()).strip(".")
 
 
 def _module_path(path: str) -> str:
-    """The dotted path, for Dynamo's ``L['self'].encoder.layer.0``, ``L['self']._modules['encoder']`` or
-    ``L['self'].__dict__['_modules']['encoder']``.
+    """The dotted path ``encoder.layer.0`` of Dynamo's ``L['self'].encoder.layer.0``.
+
+    The forms ``L['self']._modules['encoder']`` and ``L['self'].__dict__['_modules']['encoder']`` are read as well.
     """
     path = re.sub(r"\.__dict__\[['\"]_modules['\"]\]", "._modules", path)
     path = re.sub(r"\.?_modules\[['\"]([^'\"]+)['\"]\]", r".\1", path)
@@ -86,9 +87,10 @@ def _module_path(path: str) -> str:
 
 @dataclass(frozen=True)
 class SourceLocation:
-    """Where a node comes from in the user's source.
+    """A line of the user's source.
 
-    ``module`` is the dotted path of the ``nn.Module`` that ran it ("encoder.layer.0.attention"), empty for a function.
+    ``module`` is the dotted path of the ``nn.Module`` that ran it, such as ``encoder.layer.0.attention``; empty for a
+    function.
     """
 
     file: str

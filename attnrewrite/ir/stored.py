@@ -1,4 +1,4 @@
-"""Buffers whose content is a known pattern, such as a triangle of ones."""
+"""Stored tensors that may hold a known pattern: one number, a range, or a triangle (a causal mask)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["StoredPattern", "Triangle"]
 
 @dataclass
 class Triangle:
-    """``inside`` where column <= row + ``diagonal``, over the last two dimensions; ``outside`` elsewhere."""
+    """A matrix that holds ``inside`` where column <= row + ``diagonal`` and ``outside`` elsewhere."""
 
     inside: float
     outside: float
@@ -24,14 +24,14 @@ class Triangle:
 
 @dataclass
 class StoredPattern:
-    """A stored tensor, read for one of a few patterns; ``was_read`` tells whether anything rests on it."""
+    """A stored tensor; ``was_read`` if the rewriting relies on its contents, so that a guard must watch it."""
 
     tensor: torch.Tensor
     was_read: bool = False
 
     @property
     def pattern(self) -> float | range | Triangle | None:
-        """One number, the numbers of a range, a triangle, or None; a positive answer counts as read."""
+        """The number, range or triangle that the tensor holds, or None; any other answer than None counts as read."""
         return self._pattern if BUFFER_ENTRIES.allows(self.tensor.numel()) else None
 
     @functools.cached_property
@@ -41,7 +41,7 @@ class StoredPattern:
         return found
 
     def holds_only_up_to(self, size: float) -> bool:
-        """Whether no entry is larger than ``size``, whatever its sign; a positive answer counts as read."""
+        """Whether no absolute value is above ``size``; True counts as read."""
         if BUFFER_ENTRIES.allows(self.tensor.numel()) and self._largest <= size:
             self.was_read = True
             return True
@@ -49,7 +49,7 @@ class StoredPattern:
 
     @functools.cached_property
     def _largest(self) -> float:
-        # Truth values have no abs() in their own dtype, and of the lowest integer it is negative.
+        # abs() does not take bool, and of the lowest integer it is negative.
         values = self.tensor.detach()
         values = values if values.is_complex() else values.float()
         return float(values.abs().amax().nan_to_num(math.inf))

@@ -1,11 +1,11 @@
-"""Layout algebra: which axis of the attention each dimension of a tensor is, followed through views.
+"""Layout algebra: follows the axes of an attention through views, in either direction.
 
-An :class:`Axis` is an atomic index range of one attention: a batch, a head, a query position, a key position, a
-feature. A tensor's :data:`Layout` says for each of its dimensions which axes it holds, major to minor: the scores of
+An :class:`Axis` is an index range of one attention: a batch, a head, a query position, a key position, a feature. A
+tensor's :data:`Layout` says which axes each of its dimensions holds, major to minor: the scores of
 ``q.view(B * H, L, D) @ k.view(B * H, D, S)`` have the layout ``((b, h), (l,), (s,))``. A dimension of size one holds no
-axis: ``()``. Views are followed in either direction; where a reshape divides what was one axis until then, the axis
-itself is divided, so every layout that mentions it sees the parts. An ``expand`` or ``repeat`` shows as an axis that
-the operand lacks, which is all that grouped, multi-query and broadcast attention are.
+axis: ``()``. If a reshape divides what was one axis until then, the axis itself is divided, so every layout that
+mentions it sees the parts. Behind an ``expand`` or ``repeat`` the operand lacks an axis; grouped, multi-query and
+broadcast attention are nothing else.
 
 No size is guessed or guarded on: two sizes are equal only if that is known for every input.
 """
@@ -26,7 +26,7 @@ __all__ = ["peel", "permutation_of", "pull", "push"]
 aten = torch.ops.aten
 
 
-# Views, from the result's layout to the operand's (pull) and the other way (push).
+# Views: from the layout of the result to that of the operand (pull), and back (push).
 
 _SHAPE_ONLY = frozenset(
     {
@@ -60,7 +60,7 @@ _REPEATS = frozenset(
 
 
 def permutation_of(node: fx.Node) -> list[int] | None:
-    """``result dim -> operand dim`` of an operator that only reorders dimensions."""
+    """For each dimension of the result that of the operand; None if the operator does more than reorder them."""
     rank = tensor(node.args[0]).dim()
     order = list(range(rank))
     target: Any = node.target
@@ -86,7 +86,7 @@ def permutation_of(node: fx.Node) -> list[int] | None:
 
 
 def is_layout_op(node: fx.Node) -> bool:
-    """Whether ``pull`` may see through the node: a view, a copy, a repetition."""
+    """Whether the node is a view, copy or repetition that ``pull`` can follow."""
     return (
         node.op == "call_function"
         and bool(node.args)
@@ -102,12 +102,12 @@ def is_layout_op(node: fx.Node) -> bool:
 
 
 def _takes_all(node: fx.Node) -> bool:
-    """``x[:, :]``, which dynamic shapes leave in the graph."""
+    """Whether the node is a slice of everything, ``x[:, :]``, which dynamic shapes leave in the graph."""
     return node.target is aten.slice.Tensor and same_shape(tensor(node).shape, tensor(node.args[0]).shape)
 
 
 def pull(node: fx.Node, layout: Layout) -> Layout | None:
-    """The layout of ``node``'s operand, given the layout of its result; None where that cannot be said."""
+    """The layout of ``node``'s operand, given the layout of its result; None if no layout expresses it."""
     source = tensor(node.args[0])
     if node.target in _SAME_LAYOUT or _takes_all(node):
         return layout
@@ -129,7 +129,7 @@ def pull(node: fx.Node, layout: Layout) -> Layout | None:
 
 
 def _pull_repeat(layout: Layout, shape: Sequence[Size], source: Sequence[Size]) -> Layout | None:
-    """``repeat`` lays copies one after another: each result dimension is (copy, own)."""
+    """``repeat`` puts whole copies one after another: each dimension of the result is (copy, own)."""
     if len(source) > len(shape):
         return None
     offset = len(shape) - len(source)
@@ -144,7 +144,7 @@ def _pull_repeat(layout: Layout, shape: Sequence[Size], source: Sequence[Size]) 
 
 
 def _pull_repeat_interleave(node: fx.Node, layout: Layout, source: Sequence[Size]) -> Layout | None:
-    """``repeat_interleave`` lays copies beside each element: the result dimension is (own, copy)."""
+    """``repeat_interleave`` puts copies beside each entry: the dimension of the result is (own, copy)."""
     dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
     if not isinstance(dim, int):
         return None
@@ -159,7 +159,7 @@ def _pull_repeat_interleave(node: fx.Node, layout: Layout, source: Sequence[Size
 
 
 def push(node: fx.Node, layout: Layout) -> Layout | None:
-    """The layout of ``node``'s result, given the layout of its first operand; None where that cannot be said."""
+    """The layout of ``node``'s result, given the layout of its first operand; None if no layout expresses it."""
     if node.target in _SAME_LAYOUT or _takes_all(node):
         return layout
     order = permutation_of(node)
@@ -180,9 +180,9 @@ def push(node: fx.Node, layout: Layout) -> Layout | None:
 
 
 def peel(operand: Operand, may_enter: Callable[[fx.Node], bool]) -> list[Operand]:
-    """The operand as seen behind each view, copy and repetition that made it, nearest first.
+    """The operand, followed by the operands behind each view, copy and repetition that made it, nearest first.
 
-    ``may_enter(node)`` says whether the walk may look behind ``node``.
+    The walk looks behind a node only if ``may_enter(node)`` is true.
     """
     chain = [operand]
     while is_layout_op(operand.node) and may_enter(operand.node):
