@@ -1,1 +1,1 @@
-"""Reading the IR: layouts (``views``), what is done to the scores (``scores``), how masks are computed (``masks``)."""
+"""Analysis: proofs about a graph, such as the operations on scores or the structure of a mask. Nothing here writes."""

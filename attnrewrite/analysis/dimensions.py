@@ -1,13 +1,13 @@
-"""Where the dimensions of a tensor come from: followed forwards through a whole graph, beyond what views can say.
+"""Dimension tracking: where each dimension of each tensor of a graph comes from.
 
-:mod:`attnrewrite.analysis.views` follows the axes of one attention through views and products, exactly. Here every
-tensor of a graph has a layout of :class:`Dimension` s, which are followed through everything else as well: through a
-projection, whose other dimensions stay what they are; through a convolution, which makes an image's height smaller and
-leaves it a height; through slices and concatenations. So it is known of the positions of a query that they were the
-frames of an input once. Nothing rests on it but what is reported and which attentions are reused together: it may not
-know, and it adds no guard.
+:mod:`attnrewrite.ir.views` follows the axes of one attention through views and products, exactly. This module follows
+the :class:`Dimension` s of all tensors forward through a whole graph, and through other operators as well: through a
+projection, which changes only the last dimension; through a convolution, after which a smaller height is still a
+height; through slices and concatenations. It finds, for example, that the positions of a query are the frames of an
+input. Only reports and the grouping of attentions for reuse depend on the result, so it may be unknown. No guard is
+added.
 
-On the way it is noted what two- and three-dimensional operators treat as space, and what as batch.
+It also notes which dimensions two- and three-dimensional operators treat as space, and which as frames.
 """
 
 from __future__ import annotations
@@ -34,19 +34,20 @@ aten = torch.ops.aten
 Role = Literal["frames", "space"]
 
 Origin = tuple[fx.Node, int]
-"""The node that a dimension begins at, and its place there: an input, a parameter, ``arange``."""
+"""The node that a dimension starts at (an input, a parameter, ``arange``), and the number of the dimension there."""
 
 
 class Dimension(Axis):
-    """A dimension, or a part of one, and what it comes from.
+    """A dimension of a tensor, or a part of one, and where it comes from.
 
     Attributes:
-        origins: where it begins, and among it None where that is not known: the features that a projection makes.
-        sources: the dimensions that it is a slice, a rescaling or a concatenation of.
-        pieces: of a concatenation, what stands one after another.
-        whole: what it is a part of.
-        seen: the operators that took it for frames or for space, in words.
-        contracted: a projection sums over all of it.
+        origins: where the dimension starts; contains None if that is partly unknown, as for the features that a
+            projection makes.
+        sources: the dimensions that it was sliced, resized or concatenated from.
+        pieces: the dimensions that were concatenated, in order; empty for any other dimension.
+        whole: the dimension that it is a part of; None for a whole one.
+        seen: the roles that operators gave the dimension, each with the operator in words.
+        contracted: a projection sums over the whole dimension.
     """
 
     __slots__ = ("contracted", "origins", "pieces", "seen", "sources", "whole")
@@ -76,7 +77,7 @@ class Dimension(Axis):
         return major, rest
 
     def note(self, role: Role, by: str) -> None:
-        """It was taken for frames or space, and so was what it is a slice or a rescaling of."""
+        """Records a role of the dimension, and of the dimension that it was sliced or resized from."""
         dimension: Axis = self
         while isinstance(dimension, Dimension) and role not in dimension.seen:
             dimension.seen[role] = by
@@ -86,7 +87,7 @@ class Dimension(Axis):
 
 
 class Dimensions:
-    """The dimensions of all tensors of a graph."""
+    """The dimensions of all tensors of a graph, computed once by a walk over its nodes."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self._layouts: dict[fx.Node, Layout] = {}
@@ -101,16 +102,16 @@ class Dimensions:
                 self._inputs.append(node)
         for node in self._inputs:
             _note_input(node, self._layouts[node])
-        # Sources before what comes of them, so that no chain is long.
+        # Oldest first, so that the recursion through sources stays shallow.
         for dimension in self._made:
             self.roles(dimension)
 
     def of(self, node: fx.Node) -> Layout:
-        """The node's dimensions, each as what it is made of, major to minor; one of size one is of nothing."""
+        """The node's layout: for each dimension its undivided parts, major to minor; empty for size one."""
         return resolve(self._layouts[node])
 
     def roles(self, axis: Axis) -> dict[Role, str]:
-        """What the dimension was taken for, and by what."""
+        """The roles of a dimension, its sources and the dimension it is a part of, each with its operator."""
         if not isinstance(axis, Dimension):
             return {}
         if axis not in self._roles:
@@ -120,7 +121,7 @@ class Dimensions:
             whole = axis.whole
             while whole is not None:
                 found |= whole.seen
-                # Of frames and space that were put into one it cannot be said which part is which.
+                # If frames and space were flattened into one dimension, nothing says which part is which.
                 each = [self.roles(source) for source in axes_of((whole.sources,))]
                 if each and len(each[0]) == 1 and all(set(roles) == set(each[0]) for roles in each):
                     found |= each[0]
@@ -149,7 +150,7 @@ class Dimensions:
         return self._made[-1]
 
     def _derived(self, dim: Dim, size: Size, pieces: tuple[Dim, ...] = ()) -> Dim:
-        """A slice or a rescaling of ``dim``, or with ``pieces`` what they make one after another."""
+        """``dim`` sliced or resized to ``size``, or the concatenation of ``pieces``; ``dim`` itself if it fits."""
         (dim,) = resolve((dim,))
         if same(size, 1):
             return ()
@@ -191,7 +192,7 @@ class Dimensions:
         return self._regrouped(layout, tensor(source).shape, tensor(node).shape)
 
     def _with_copies(self, node: fx.Node, layout: Layout, before: bool) -> Layout | None:
-        """Dimensions of which there are more copies, one after another or (``before`` not) beside each entry."""
+        """The layout after ``repeat`` (``before``: copy, own) or ``repeat_interleave`` (own, copy)."""
         shape, own = tensor(node).shape, tensor(node.args[0]).shape
         if len(shape) < len(own):
             return None
@@ -203,7 +204,10 @@ class Dimensions:
         return tuple(result)
 
     def _regrouped(self, layout: Layout, own: Sequence[Size], shape: Sequence[Size]) -> Layout:
-        """A reshape, or what is not known better: what is the same at both ends, and something of the rest between."""
+        """The layout after a reshape, or after an unknown operator: equal leading and trailing dimensions are kept.
+
+        The dimensions between them become parts of one new dimension, which comes from all that they replace.
+        """
         regrouped = regroup(layout, shape) if same(product(own), product(shape)) else None
         if regrouped is not None:
             return regrouped
@@ -221,7 +225,7 @@ class Dimensions:
         return (*layout[:start], *middle, *layout[len(layout) - end :])
 
     def _multiplied(self, node: fx.Node) -> Layout | None:
-        """A product of two computed tensors; the other dimensions of a projection stay what they are."""
+        """The layout of a matrix product: the dimensions of its operands that it does not sum over."""
         result: Layout | None = None
         own: set[Axis] = set()
         for operand in node.all_input_nodes:
@@ -244,7 +248,7 @@ class Dimensions:
         return result
 
     def _over_space(self, node: fx.Node, rank: int) -> Layout | None:
-        """A convolution, a pooling, a rescaling over the last ``rank`` dimensions."""
+        """The layout of a convolution, pooling or resizing of the last ``rank`` dimensions; notes their roles."""
         source: Any = node.args[0]
         layout, shape = self.of(source), tensor(node).shape
         name = f"{rank}-d convolution" if _is_convolution(node) else str(node.target).removeprefix("aten.")
@@ -260,7 +264,7 @@ class Dimensions:
         return tuple(result)
 
     def _reduced(self, node: fx.Node) -> Layout | None:
-        """A sum, a mean, a maximum: None where the node is none."""
+        """The layout after a sum, mean or maximum; None if the node is not a reduction."""
         schema = schema_of(node.target)
         names = [argument.name for argument in schema.arguments] if schema is not None else []
         if "keepdim" not in names or not is_tensor(node.args[0]):
@@ -275,10 +279,10 @@ class Dimensions:
         return tuple(dim for place, dim in enumerate(layout) if place not in summed)
 
     def _alike(self, node: fx.Node, broadcasts: bool) -> Layout | None:
-        """Each dimension of the result is that of an argument at the same place.
+        """The layout of an operator whose dimensions are those of its arguments at the same places.
 
-        Where the arguments broadcast, the one with most dimensions says what they are: positions are added to a
-        sequence, and a sequence is scaled. Computed data says more than a parameter, and that more than a constant.
+        If several have the full size, data counts before parameters, and these before constants; of equals, the one
+        with most dimensions larger than one: position embeddings are added to a sequence.
         """
         shape = tensor(node).shape
         arguments = [each for each in tree_leaves((node.args, node.kwargs)) if is_tensor(each)]
@@ -327,7 +331,7 @@ class Dimensions:
         return self._joined(arguments, shape, broadcasts=False)
 
     def _between(self, layout: Layout, place: int, start: Size, end: Size, size: Size) -> Layout:
-        """A slice of dimension ``place``: of a concatenation, the pieces that stand there."""
+        """The layout after slicing dimension ``place``; a slice of a concatenation becomes the pieces in it."""
         dim = layout[place]
         taken: Dim | None = None
         if len(dim) == 1 and isinstance(dim[0], Dimension) and dim[0].pieces:
@@ -355,10 +359,10 @@ class Dimensions:
             flat.extend(nested or (dim,))
         return self._derived(axes_of(flat), size, tuple(flat))
 
-    # Operators that are neither views nor alike in all their dimensions.
+    # Operators with a rule of their own.
 
     def _added_product(self, node: fx.Node) -> Layout | None:
-        """``addmm``, ``baddbmm``."""
+        """The layout of ``addmm`` and ``baddbmm``."""
         left, right = node.args[1:3]
         if not (is_tensor(left) and is_tensor(right)):
             return None
@@ -417,7 +421,7 @@ class Dimensions:
         return (*joined[:place], *_unknown(shape[place : place + 1]), *joined[place:])
 
     def _windows(self, node: fx.Node) -> Layout | None:
-        """``tensor.unfold``: windows along a dimension, and the entries of each last."""
+        """The layout of ``tensor.unfold``: (..., windows, ..., entries of a window)."""
         source: Any = node.args[0]
         place = _dim_of(node, "dimension", 0)
         layout, shape = self.of(source), tensor(node).shape
@@ -425,7 +429,7 @@ class Dimensions:
         return (*layout[:place], along, *layout[place + 1 :], within)
 
     def _columns(self, node: fx.Node) -> Layout | None:
-        """``F.unfold``: (batch, channels and window, windows)."""
+        """The layout of ``F.unfold``: (batch, channels and window, windows)."""
         source: Any = node.args[0]
         layout, shape = self.of(source), tensor(node).shape
         if len(layout) != 4:
@@ -435,12 +439,12 @@ class Dimensions:
         return layout[0], *_unknown(shape[1:2]), self._derived((*layout[2], *layout[3]), shape[2])
 
     def _looked_up(self, node: fx.Node) -> Layout | None:
-        """``embedding``: one row for each index."""
+        """The layout of ``embedding``: that of the indices, and features."""
         indices: Any = node.args[1]
         return (*self.of(indices), *_unknown(tensor(node).shape[-1:]))
 
     def _indexed(self, node: fx.Node) -> Layout | None:
-        """``x[:, index]`` of one index: positions are picked."""
+        """The layout of ``x[:, index]`` with a single index, which selects positions."""
         source: Any = node.args[0]
         indices: Any = node.args[1]
         if sum(index is not None for index in indices) != 1:
@@ -454,7 +458,7 @@ class Dimensions:
         return (*layout[:place], *picked, *layout[place + 1 :])
 
     def _attended(self, node: fx.Node) -> Layout | None:
-        """A fused call: the positions of the query, the features of the value."""
+        """The layout of a fused attention call: that of the query, with the features of the value."""
         query, value = node.args[0], node.args[2]
         assert isinstance(query, fx.Node) and isinstance(value, fx.Node)
         layout = self._joined([query], tensor(node).shape, broadcasts=True)
@@ -492,7 +496,7 @@ _SPLITS = frozenset(
 
 
 def origins_of(dim: Iterable[Axis]) -> frozenset[Origin | None]:
-    """Where the dimensions begin; with None among it where that is not known of one of them."""
+    """The origins of the dimensions; contains None if any is unknown."""
     found: set[Origin | None] = set()
     for axis in dim:
         found |= axis.origins if isinstance(axis, Dimension) else {None}
@@ -504,7 +508,7 @@ def _unknown(shape: Sequence[Size]) -> Layout:
 
 
 def _knowledge(dim: Dim) -> int:
-    """How little the dimension says: data, then what is not known, then a parameter, then a constant."""
+    """The rank of a dimension by what its origin tells: 0 data, 1 unknown, 2 a parameter, 3 a constant."""
     origins = origins_of(dim)
     begins = [origin[0] for origin in origins if origin is not None]
     if any(node.op == "placeholder" and not is_model_state(node) for node in begins):
@@ -531,10 +535,10 @@ def _note_contracted(dim: Dim) -> None:
 
 
 def _note_input(node: fx.Node, layout: Layout) -> None:
-    """An input of a projection that contracts its channels, as a convolution would: the others are frames and space.
+    """Notes frames and space of an input whose channels a projection contracts, as patch embeddings by ``linear`` do.
 
-    Images are told by four dimensions with the channels second, videos by five with them second, third or last. It
-    counts only where no convolution has told what the dimensions are.
+    An image has four dimensions with the channels second, a video five with the channels second, third or last.
+    Nothing is noted if a convolution has given any of the dimensions a role.
     """
     dims = [dim[0] if dim and isinstance(dim[0], Dimension) else None for dim in layout]
     known = [dim for dim in dims if dim is not None]
@@ -555,7 +559,7 @@ def _parts(dimension: Dimension) -> list[Dimension]:
 
 
 def _name_of(node: fx.Node) -> str:
-    """The operator's name with its namespace, overloads apart; empty for what is none."""
+    """The operator's name with its namespace, without overload; empty if the target is not an operator."""
     schema = schema_of(node.target)
     return "" if schema is None else str(schema.name)
 
@@ -565,20 +569,20 @@ def _is_convolution(node: fx.Node) -> bool:
 
 
 def _rank_of_space(node: fx.Node) -> int | None:
-    """How many dimensions a convolution, a pooling or a rescaling works on; None where the operator is none."""
+    """The number of dimensions that a convolution, pooling or resizing works on; None for other operators."""
     name = _name_of(node)
     if not name or not node.args or not is_tensor(node.args[0]):
         return None
     rank, own = tensor(node).dim(), tensor(node.args[0]).dim()
     if name == "aten::convolution":
         return rank - 2
-    # conv2d.padding, upsample_nearest2d.vec, reflection_pad2d; atleast_2d works on nothing.
+    # conv2d.padding, upsample_nearest2d.vec, reflection_pad2d; but not atleast_2d.
     found = int(name[-2]) if name[-2:] in ("1d", "2d", "3d") and name[-3] != "_" else None
     return found if found is not None and rank == own and rank in (found + 1, found + 2) else None
 
 
 def _argument(node: fx.Node, name: str, default: Any) -> Any:
-    """An operator's argument by its name in the schema."""
+    """An operator's argument by its name in the schema; ``default`` if it is not given."""
     if name in node.kwargs:
         return node.kwargs[name]
     target: Any = node.target

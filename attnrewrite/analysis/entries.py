@@ -1,8 +1,8 @@
-"""Entries of a tensor as the graph computes them: what stands at an index that is given in symbols.
+"""Symbolic entries of a tensor: the value at an index of symbols, as the graph computes it.
 
-An entry is one of four things. Of a boolean tensor it is a formula (:mod:`attnrewrite.analysis.formulas`). Of a numeric
-one it is an expression of positions and sizes, or one of a few numbers each under a formula (:class:`Cases`), or
-:class:`Unknown`, which only equals itself.
+An entry of a boolean tensor is a formula (:mod:`attnrewrite.analysis.formulas`). An entry of a numeric tensor is an
+expression of positions and sizes, one of a few numbers depending on formulas (:class:`Cases`), or :class:`Unknown`,
+which equals only itself.
 """
 
 from __future__ import annotations
@@ -30,21 +30,24 @@ aten = torch.ops.aten
 
 
 _EXACT = (torch.bool, torch.int32, torch.int64, torch.float32, torch.float64)
-"""Dtypes in which positions, and what is computed from them here, are what they are in mathematics."""
+"""Dtypes in which positions, and the arithmetic on them that is followed here, are exact."""
 
 
 @dataclass(frozen=True)
 class Cases:
-    """Each number with the formula under which it stands there; exactly one of the formulas holds."""
+    """Numbers, each with the formula under which the entry has it; exactly one of the formulas holds."""
 
     numbers: tuple[tuple[float, Formula], ...]
 
     def where(self, accepted: Callable[[float], bool]) -> Formula:
+        """The formula under which the entry is a number that ``accepted`` accepts."""
         return disjunction(formula for number, formula in self.numbers if accepted(number))
 
 
 @dataclass(frozen=True)
 class Unknown:
+    """An entry of which nothing is known but ``key``, which names it, and the symbols that it depends on."""
+
     key: Hashable
     symbols: frozenset[Any]
 
@@ -59,13 +62,14 @@ def expression_of(size: Any) -> Any:
 
 
 class Entries:
-    """Reads entries; ``highest`` gives the largest value of each position."""
+    """Reads entries of tensors; ``highest`` maps each position's symbol to its largest value."""
 
     def __init__(self, highest: Mapping[Any, Any]) -> None:
         self._highest = highest
         self._memo: dict[tuple[fx.Node, tuple[Any, ...]], Entry] = {}
 
     def at(self, node: Any, index: Sequence[Any]) -> Entry:
+        """The entry of ``node``, a tensor's node or a number, at an index of expressions."""
         if isinstance(node, bool):
             return node
         if isinstance(node, (int, float)):
@@ -89,7 +93,7 @@ class Entries:
         return Unknown((node, tuple(index)), symbols)
 
     def _entry(self, node: fx.Node, index: list[Any]) -> Entry | None:
-        """None where nothing is known."""
+        """The entry of a node that is computed; None if nothing is known of it."""
         if node.op != "call_function":
             return self._of_stored(node, index)
         dtype = tensor(node).dtype
@@ -105,7 +109,7 @@ class Entries:
             entry = self.at(args[0], index)
             if dtype is torch.bool and tensor(args[0]).dtype is not torch.bool:
                 return self._compared("ne", entry, sympy.Integer(0), exact=True)
-            # Numbers of which nothing is known stay the same only in a dtype that holds them all.
+            # Unknown numbers stay the same only in a dtype that holds all of the old one.
             widened = (tensor(args[0]).dtype, dtype) in ((dtype, dtype), (torch.int32, torch.int64))
             return entry if widened or not isinstance(entry, Unknown) else None
         if target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
@@ -146,7 +150,7 @@ class Entries:
         return None
 
     def _written(self, node: fx.Node, index: list[Any]) -> Entry | None:
-        """An assignment to a slice, a row or a diagonal: what was written there, and elsewhere what was before."""
+        """The entry after an assignment to a slice, row or diagonal: the new value inside, the old one outside."""
         args: Any = node.args
         before, written = args[:2]
         if node.target is aten.diagonal_scatter.default:
@@ -168,11 +172,11 @@ class Entries:
             from_first = index[dim] - first
             inside = conjunction([at_least(from_first, self._highest), at_least(size - 1 - from_first, self._highest)])
             own = [*index[:dim], *([from_first] * (node.target is aten.slice_scatter.default)), *index[dim + 1 :]]
-        # Where nothing was written the entry at ``own`` is that of no index, and the condition leaves it out.
+        # Outside of the slice ``own`` is no valid index, but there the condition does not hold.
         return self._chosen(inside, self.at(written, own), self.at(before, index), tensor(node).dtype)
 
     def _operand(self, arg: Any, index: list[Any]) -> Entry:
-        """The entry of a broadcast operand at the result's index."""
+        """The entry of an operand, which may broadcast, at an index of the result."""
         if not is_tensor(arg):
             return self.at(arg, index)
         shape = tensor(arg).shape
@@ -180,7 +184,7 @@ class Entries:
         return self.at(arg, [sympy.Integer(0) if same(size, 1) else i for size, i in zip(shape, tail, strict=True)])
 
     def _promoted(self, args: Sequence[Any], index: list[Any]) -> tuple[Entry, Entry] | None:
-        """Two operands' entries in the dtype in which they meet; None where one is not known to be the same in it."""
+        """The entries of two operands in their common dtype; None if one of them may change when it is cast."""
         values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
         dtype = torch.result_type(*(_example(value) for value in values))
         entries: list[Entry] = []
@@ -192,7 +196,7 @@ class Entries:
         return None if None in entries else (entries[0], entries[1])
 
     def _gathered(self, node: fx.Node, index: list[Any]) -> Entry | None:
-        """``table[rows, columns]`` with computed positions."""
+        """The entry of ``table[rows, columns]`` with computed positions; None if they may be negative."""
         table, positions = node.args[0], node.args[1]
         if not is_tensor(table) or not isinstance(positions, (list, tuple)):
             return None
@@ -209,7 +213,7 @@ class Entries:
         entries = [self._operand(part, own) for part in parts]
         if not all(isinstance(entry, sympy.Expr) for entry in entries):
             return None
-        # A negative position counts from the end, which no expression here says.
+        # A negative position counts from the end, which is not modeled.
         if not all(at_least(entry, self._highest) is True for entry in entries):
             return None
         return self.at(table, [*index[: given[0]], *entries, *index[given[0] + rank :]])
@@ -233,7 +237,7 @@ class Entries:
         )
 
     def _as_truth(self, entry: Entry) -> Formula:
-        """A number is true where it is not 0."""
+        """The entry as a formula: a number counts as true where it is not 0."""
         return entry if _is_formula(entry) else self._compared("ne", entry, sympy.Integer(0), exact=True)
 
     def _distance(self, entry: Entry | None) -> Entry | None:
@@ -259,7 +263,10 @@ class Entries:
         return conjunction(entries) if name == "and" else disjunction(entries)
 
     def _compared(self, relation: str, a: Entry, b: Entry, exact: bool) -> Formula:
-        """``exact``: the numbers are integers or truth values, of which one is less, equal or greater than another."""
+        """The formula of ``a relation b``.
+
+        ``exact``: both are integers or booleans. Floats may be NaN, which is neither less, equal nor greater.
+        """
         if relation == "ne":
             return negation(self._compared("eq", a, b, exact))
         if relation in ("gt", "ge"):
@@ -285,7 +292,7 @@ class Entries:
         return Known((relation, *keys), symbols)
 
     def _of_stored(self, node: fx.Node, index: list[Any]) -> Entry | None:
-        """A stored tensor that holds one number, a range, or a triangle (GPT-2's causal buffer)."""
+        """The entry of a tensor that holds one number, a range, or a triangle (GPT-2's causal buffer); else None."""
         stored = node.meta.get("stored")
         pattern = stored.pattern if isinstance(stored, StoredPattern) else None
         dtype = tensor(node).dtype
@@ -303,7 +310,7 @@ class Entries:
 
 
 def _example(value: Any) -> Any:
-    """A tensor, or a number of the same kind as a symbolic one."""
+    """The value itself, or for a symbolic number a plain one of the same type, for type promotion."""
     if isinstance(value, torch.SymInt):
         return 1
     return 1.0 if isinstance(value, torch.SymFloat) else value
@@ -330,7 +337,7 @@ def _cases(entry: Entry) -> Cases | None:
 
 
 def _merged(numbers: Sequence[tuple[float, Formula]], dtype: torch.dtype) -> Entry | None:
-    """One formula for each number; None where a number is NaN or there are too many."""
+    """The entry with one formula for each number, rounded to ``dtype``; None if one is NaN or there are too many."""
     merged: dict[float, Formula] = {}
     for number, formula in numbers:
         if formula is False:
@@ -356,7 +363,7 @@ def _combined(function: Callable[[Any, Any], Any], a: Entry, b: Entry, dtype: to
 
 
 def _stored(entry: Entry, dtype: torch.dtype) -> Entry | None:
-    """The entry in ``dtype``, where that is what it is in mathematics."""
+    """The entry as ``dtype`` holds it; None if its value there is not exactly known."""
     if dtype is torch.bool:
         return entry if _is_formula(entry) else None
     if isinstance(entry, Unknown):
@@ -364,7 +371,7 @@ def _stored(entry: Entry, dtype: torch.dtype) -> Entry | None:
     if isinstance(entry, (sympy.Number, Cases)) or _is_formula(entry):
         cases = _cases(entry)
         return None if cases is None else _merged(cases.numbers, dtype)
-    # Fractions of positions are rounded, each step of their computation by itself.
+    # Each step of computing a fraction of positions rounds, so its value is not exactly known.
     if dtype not in _EXACT or not entry.is_integer:
         return None
     return entry if _largest(entry) <= _EXACT_UP_TO[dtype] else None
@@ -374,7 +381,7 @@ _EXACT_UP_TO = {torch.float32: 2**24, torch.float64: 2**53, torch.int32: 2**31 -
 
 
 def _largest(expression: Any) -> float:
-    """A bound on the size of an expression of positions and lengths."""
+    """An upper bound of the absolute value of an expression of positions and lengths."""
     total = 0.0
     for term in sympy.Add.make_args(sympy.expand(expression)):
         factor, rest = term.as_coeff_Mul()
@@ -399,7 +406,7 @@ def _symbols(entry: Entry) -> frozenset[Any]:
 
 
 def _integer(value: Any) -> Any:
-    """An integer argument of an operator, as an expression."""
+    """An integer argument of an operator as an expression; None if it is not an integer."""
     if isinstance(value, fx.Node):
         value = value.meta.get("val")
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
@@ -408,7 +415,7 @@ def _integer(value: Any) -> Any:
 
 
 def _moved_index(node: fx.Node, index: list[Any]) -> list[Any] | None:
-    """Where in the first argument the entry at ``index`` comes from, for operators that only move entries."""
+    """For an operator that only moves entries: the index in its first argument of the entry at ``index``; else None."""
     target: Any = node.target
     args: Any = node.args
     if target in (
@@ -470,7 +477,7 @@ def _moved_index(node: fx.Node, index: list[Any]) -> list[Any] | None:
 
 
 def _diagonal_arguments(given: Sequence[Any], named: Mapping[str, Any], rank: int) -> tuple[int, int, int] | None:
-    """The offset of a diagonal, and the two dimensions that it runs along."""
+    """The offset of a diagonal and the two dimensions that it runs along; None if the offset is symbolic."""
     values = {"offset": 0, "dim1": 0, "dim2": 1, **dict(zip(("offset", "dim1", "dim2"), given, strict=False)), **named}
     offset, rows, columns = (values[name] for name in ("offset", "dim1", "dim2"))
     return (offset, rows % rank, columns % rank) if isinstance(offset, int) else None

@@ -1,4 +1,4 @@
-"""Feature maps: the functions of query and key that stand in linear attention where softmax stood."""
+"""Feature maps of linear attention: the functions of query and key that replace softmax."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ PIECES = frozenset(
         aten.roll.default,
     }
 )
-"""Operators whose result holds entries of their first argument, and no others."""
+"""Operators whose result consists of entries of their first argument."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Features:
     """What is known of the entries of a tensor.
 
     Attributes:
-        name: the feature map that it went through; empty where there is none.
+        name: the feature map that the tensor went through; empty if there is none.
         nonnegative: whether no entry is negative, whatever the inputs.
     """
 
@@ -95,10 +95,12 @@ _NOTHING = Features()
 
 
 def features_of(node: Any, is_attention: Callable[[fx.Node], bool], depth: int = 0) -> Features:
-    """The feature map behind views, casts, masks and scalings of ``node``.
+    """The feature map of ``node``, behind views, casts, masks and scalings.
 
     Args:
-        is_attention: of a softmax, whether it is one of scores, which is no feature map.
+        node: a node or a number.
+        is_attention: whether a softmax node is a softmax of scores, and so not a feature map.
+        depth: how many steps the search has taken.
     """
     if isinstance(node, (int, float)) and not isinstance(node, bool):
         return Features("", node >= 0)
@@ -138,7 +140,7 @@ _Of = Callable[[Any], Features]
 
 
 def _of_piece(node: fx.Node, of: _Of) -> Features:
-    """One of several results of an operator that takes its argument apart."""
+    """The features of one of the results of a split."""
     source: Any = node.args[0]
     if not isinstance(source, fx.Node) or source.target not in PIECES:
         return _NOTHING
@@ -186,7 +188,7 @@ def _of_product(node: fx.Node, of: _Of) -> Features:
     if first is second:
         return Features("square", True)
     factors = (of(first), of(second))
-    # A gate of the tensor's own shape is no map of the features; a mask, a decay or a wave over positions is smaller.
+    # Masks and decays over positions are smaller than the result. If both factors have its shape, one is a gate.
     whole = [is_tensor(factor) and same_shape(tensor(factor).shape, tensor(node).shape) for factor in (first, second)]
     named = factors[whole.index(True)] if whole.count(True) == 1 else _NOTHING
     return replace(named, nonnegative=all(factor.nonnegative for factor in factors))
@@ -203,7 +205,7 @@ def _of_sum(node: fx.Node, of: _Of) -> Features:
     source = args[0]
     while is_layout_op(source) or is_cast(source):
         source = source.args[0]
-    # elu with its scales at 1 does not fall below -1.
+    # elu with default arguments is never below -1.
     plain = source.target is aten.elu.default and all(
         value == 1 for value in (*source.args[1:], *source.kwargs.values())
     )

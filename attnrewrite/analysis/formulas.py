@@ -1,8 +1,8 @@
-"""Truth of a mask's entry as a formula over positions, in a form in which equal formulas are equal.
+"""Boolean formulas over positions, in a normal form: where a mask keeps a score.
 
-A formula is a plain truth value, or built from two kinds of literal: an inequality ``expression >= 0`` over integer
-positions and sizes, and an entry of a tensor of which nothing is known. Negation is carried down to the literals, and
-``All`` and ``Some`` are sets, so ``~(a | b)`` and ``~b & ~a`` are the same formula.
+A formula is True, False, or built from two kinds of literals: inequalities ``expression >= 0`` over integer positions
+and sizes, and facts of the data (an unknown entry of a tensor). Negation is pushed down to the literals, and ``All``
+and ``Some`` are sets, so ``~(a | b)`` and ``~b & ~a`` are the same formula.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ __all__ = ["All", "AtLeast", "Formula", "Known", "Some", "at_least", "conjunctio
 
 @dataclass(frozen=True)
 class AtLeast:
-    """``expression >= 0``, of integers."""
+    """The literal ``expression >= 0`` over integers."""
 
     expression: Any
 
 
 @dataclass(frozen=True)
 class Known:
-    """A fact of the data, named by ``key``: true, or with ``holds=False`` not."""
+    """The literal that a fact of the data, named by ``key``, is true; with ``holds=False``, that it is false."""
 
     key: Hashable
     symbols: frozenset[Any]
@@ -35,11 +35,15 @@ class Known:
 
 @dataclass(frozen=True)
 class All:
+    """The conjunction of at least two terms."""
+
     terms: frozenset[Any]
 
 
 @dataclass(frozen=True)
 class Some:
+    """The disjunction of at least two terms."""
+
     terms: frozenset[Any]
 
 
@@ -77,7 +81,7 @@ def _joined(formulas: Iterable[Formula], kind: type[All] | type[Some], neutral: 
             terms.add(formula)
     if any(negation(term) in terms for term in terms):
         return not neutral
-    # Of alternatives those are out that contradict what holds beside them; and the other way round.
+    # a & (~a | b) is a & b, and a | (~a & b) is a | b.
     other = Some if kind is All else All
     for term in [term for term in terms if isinstance(term, other)]:
         left = frozenset(part for part in term.terms if negation(part) not in terms)
@@ -93,7 +97,7 @@ def _joined(formulas: Iterable[Formula], kind: type[All] | type[Some], neutral: 
     for a in inequalities:
         for b in inequalities:
             difference = sympy.expand(b.expression - a.expression)
-            # a implies b. Of two that both hold the stronger says all; of two alternatives the weaker does.
+            # a implies b, so that a & b is a, and a | b is b.
             if a is not b and difference.is_nonnegative:
                 terms.discard(b if neutral else a)
     terms = _absorbed(terms, kind)
@@ -103,7 +107,7 @@ def _joined(formulas: Iterable[Formula], kind: type[All] | type[Some], neutral: 
 
 
 def _absorbed(terms: set[Any], kind: type[All] | type[Some]) -> set[Any]:
-    """``a & (a | b)`` is ``a``, and the other way round."""
+    """The terms without those that others absorb: ``a & (a | b)`` is ``a``, and so is ``a | (a & b)``."""
     other = Some if kind is All else All
     return {
         term for term in terms if not (isinstance(term, other) and any(t in term.terms for t in terms if t is not term))
@@ -111,9 +115,11 @@ def _absorbed(terms: set[Any], kind: type[All] | type[Some]) -> set[Any]:
 
 
 def at_least(expression: Any, highest: Mapping[Any, Any]) -> Formula:
-    """``expression >= 0``, decided where it is the same for all positions.
+    """The formula ``expression >= 0``; True or False if it is the same for all positions.
 
-    ``highest``: each position's largest value; the smallest is 0.
+    Args:
+        expression: an integer expression of positions and sizes.
+        highest: the largest value of each position; the smallest is 0.
     """
     expression = sympy.expand(expression)
     distances = expression.atoms(sympy.Abs)
@@ -133,7 +139,7 @@ def at_least(expression: Any, highest: Mapping[Any, Any]) -> Formula:
 
 
 def _extremes(expression: Any, highest: Mapping[Any, Any]) -> tuple[Any, Any]:
-    """The least and the largest value of a linear expression over all positions, which start at 0."""
+    """The smallest and the largest value of an expression over all positions; (None, None) if it is not linear."""
     low = high = expression
     for symbol in expression.free_symbols:
         if symbol not in highest:
@@ -147,7 +153,7 @@ def _extremes(expression: Any, highest: Mapping[Any, Any]) -> tuple[Any, Any]:
 
 
 def parts(formula: Formula) -> tuple[Formula, ...]:
-    """What must hold together: the terms of a conjunction, or the formula itself; none where it always holds."""
+    """The terms whose conjunction the formula is: those of ``All``, else the formula itself; none for True."""
     if formula is True:
         return ()
     return tuple(formula.terms) if isinstance(formula, All) else (formula,)
@@ -155,7 +161,7 @@ def parts(formula: Formula) -> tuple[Formula, ...]:
 
 @functools.singledispatch
 def symbols(formula: Any) -> frozenset[Any]:
-    """The positions that the formula depends on."""
+    """The symbols (positions and sizes) that the formula depends on."""
     return frozenset()
 
 

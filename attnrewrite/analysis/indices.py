@@ -1,8 +1,8 @@
-"""Indexing by a constant: ``key[:, [0] * frames]``, ``index_select``, ``gather`` by what the graph says that it holds.
+"""Indexing by a constant that repeats a slice: ``key[:, [0] * frames]``, ``index_select``, ``gather``.
 
-An index that counts ``start, start + step, ...`` over ``count`` entries, each of them ``inner`` times in a row and all
-of it ``outer`` times, takes a slice and repeats it: the result's dimension is (outer, own, inner), and the source
-lacks the first and the last of these axes. With ``count`` one it is a selection that is broadcast.
+Such an index counts ``start, start + step, ...`` over ``count`` entries, repeats each of them ``inner`` times in a row,
+and the whole sequence ``outer`` times. The dimension of the result is (outer, own, inner), and the source lacks the
+first and the last of these axes. With a ``count`` of one, it is a selection that is broadcast.
 """
 
 from __future__ import annotations
@@ -32,10 +32,15 @@ _ROW_BY_ROW = (aten.gather.default, aten.take_along_dim.default)
 
 @dataclass(frozen=True)
 class Repetition:
-    """A node repeats ``source[start : start + step * count : step]`` along ``dim``.
+    """A node that repeats ``source[start : start + step * count : step]`` along ``dim``.
 
-    Each entry stands there ``inner`` times in a row, and all of it ``outer`` times over.
-    ``rank``: how many dimensions of the node stand for ``dim``: those of the index.
+    Attributes:
+        source: the tensor that is indexed.
+        dim: its dimension that is indexed.
+        rank: the number of dimensions of the index, which replace ``dim`` in the node.
+        start, step, count: the slice.
+        inner: how often each entry is repeated in a row.
+        outer: how often the whole sequence is repeated.
     """
 
     source: fx.Node
@@ -48,7 +53,7 @@ class Repetition:
     outer: Size
 
     def pulled(self, layout: Layout) -> Layout | None:
-        """The layout of the slice, given that of the node; None where that cannot be said."""
+        """The layout of the slice, given that of the node; None if no layout expresses it."""
         axes = list(axes_of(layout[self.dim : self.dim + self.rank]))
         if take_minor(axes, self.inner) is None:
             return None
@@ -57,9 +62,9 @@ class Repetition:
 
 
 def repetition_of(node: fx.Node) -> Repetition | None:
-    """The slice that ``node`` repeats by a constant index; None for anything else, an index that repeats nothing, too.
+    """The slice that ``node`` repeats by a constant index; None if it is not such a node, or the index repeats nothing.
 
-    Adds no guard: an entry must be known to be within the source, whatever its size.
+    Adds no guard: all entries of the index must be known to be in range for every size.
     """
     indexed = _indexed(node)
     if indexed is None:
@@ -68,7 +73,7 @@ def repetition_of(node: fx.Node) -> Repetition | None:
     size, shape = tensor(source).shape[dim], tensor(index).shape
     number = constant_value(index)
     if node.target in _ROW_BY_ROW:
-        # What the index says may differ from row to row.
+        # Each row has its own entries of the index, so only a single number is read.
         (_, *others), (mine, *rest) = _first(dim, tensor(source).shape), _first(dim, tensor(node).shape)
         if number is None:
             number = _one_number(index)
@@ -92,7 +97,7 @@ def _first(dim: int, shape: Sequence[Size]) -> list[Size]:
 
 
 def _indexed(node: fx.Node) -> tuple[fx.Node, int, fx.Node] | None:
-    """The source, the dimension and the index of integers by which ``node`` is taken along that dimension alone."""
+    """(source, dim, index) of a node that indexes one dimension by a tensor of integers; None for any other node."""
     args: Any = node.args
     if node.op != "call_function" or not args or not is_tensor(args[0]) or not is_tensor(node):
         return None
@@ -108,21 +113,21 @@ def _indexed(node: fx.Node) -> tuple[fx.Node, int, fx.Node] | None:
         dim, index = args[2] % rank, args[1]
     else:
         return None
-    # A boolean index, or one of bytes, selects and does not count.
+    # A boolean or uint8 index is a mask.
     if not is_tensor(index) or tensor(index).dtype not in (torch.int64, torch.int32) or tensor(index).dim() == 0:
         return None
     return args[0], dim, index
 
 
 def _within(entry: int, size: Size) -> Size | None:
-    """``entry`` counted from the first, where it is known to be in range."""
+    """``entry`` as a nonnegative index; None if it may be out of range."""
     if entry >= 0:
         return entry if statically_known_true(size > entry) else None
     return size + entry if statically_known_true(size + entry >= 0) else None
 
 
 def _counted(entries: Sequence[int], size: Size) -> tuple[Size, int, int, int, int] | None:
-    """(start, step, count, inner, outer) of entries that count up and repeat."""
+    """(start, step, count, inner, outer) of entries that count up and repeat; None for any others."""
     start = _within(entries[0], size)
     if isinstance(size, int):
         entries = [entry + size if entry < 0 else entry for entry in entries]
@@ -142,7 +147,7 @@ def _counted(entries: Sequence[int], size: Size) -> tuple[Size, int, int, int, i
     return first, step, count, inner, outer
 
 
-# What a constant index holds.
+# The entries of a constant index.
 
 
 def _one_number(index: fx.Node) -> int | None:
@@ -156,7 +161,7 @@ def _entries(index: fx.Node) -> list[int] | None:
 
 
 def _evaluated(node: fx.Node, memo: dict[fx.Node, torch.Tensor | None]) -> torch.Tensor | None:
-    """What ``node`` holds, where it is computed from constants of the graph alone; None where it is not."""
+    """The value of ``node`` if it is computed from constants of the graph only; else None."""
     if node not in memo:
         memo[node] = None
         if _is_small(node):
@@ -187,7 +192,7 @@ def _is_made_of_constants(node: fx.Node) -> bool:
 
 
 def _stored(node: fx.Node) -> torch.Tensor | None:
-    """A buffer that holds one number or a range, which is checked at each call (:mod:`attnrewrite.constants`)."""
+    """The value of a buffer that holds one number or a range, which a guard of the graph checks; else None."""
     stored = node.meta.get("stored")
     if not isinstance(stored, StoredPattern) or stored.tensor.dtype is not tensor(node).dtype:
         return None
@@ -205,7 +210,7 @@ def _called(node: fx.Node, memo: dict[fx.Node, torch.Tensor | None]) -> torch.Te
     if node.target is aten.lift_fresh_copy.default:
         return _literal(node.all_input_nodes[0])
     if node.target in CAST_OPS:
-        # Devices apart it is a change of dtype.
+        # The device does not matter here, only the dtype.
         source = _evaluated(node.all_input_nodes[0], memo)
         return None if source is None else source.to(tensor(node).dtype)
     target: Any = node.target
@@ -228,7 +233,7 @@ def _called(node: fx.Node, memo: dict[fx.Node, torch.Tensor | None]) -> torch.Te
 
 
 def _literal(node: fx.Node) -> torch.Tensor | None:
-    """What ``torch.tensor([0, 0])``, or a list as an index, left in the graph: a constant that nothing else holds."""
+    """The value of a constant that ``torch.tensor([0, 0])``, or a list as an index, left in the graph; else None."""
     owner = node.graph.owning_module
     value = vars(owner).get(str(node.target)) if node.op == "get_attr" and owner is not None else None
     if type(value) is not torch.Tensor or value.is_floating_point() or value.numel() > INDEX_ENTRIES.most:

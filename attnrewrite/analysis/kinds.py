@@ -1,11 +1,11 @@
-"""Whether an attention is spatial, temporal or cross attention, told from the graph.
+"""Kinds of attention: whether the graph shows spatial, temporal or cross attention.
 
-    cross       the key's positions are other data than the query's
-    temporal    the query's positions are the frames of a video, and nothing else
+    cross       the positions of the key are other data than those of the query
+    temporal    the positions of the query are the frames of a video, and nothing else
     spatial     all others: height and width, space and time at once, a plain sequence
 
-These are the kinds that Pyramid Attention Broadcast (https://arxiv.org/abs/2408.12588) tells apart. An attention whose
-keys are the query's own sequence and more besides (a text appended) is self attention.
+Pyramid Attention Broadcast (https://arxiv.org/abs/2408.12588) distinguishes these kinds. An attention whose keys
+contain the query's own sequence and more (an appended text) is self-attention.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ KINDS: tuple[Kind, ...] = ("spatial", "temporal", "cross")
 
 
 class SiteKind(NamedTuple):
-    """The kind of one attention, and what tells it, in words; not proved where that is a name, or nothing."""
+    """The kind of one attention and its reason in words; not proved if that is only a name, or a default."""
 
     kind: Kind
     reason: str
@@ -42,16 +42,16 @@ class SiteKind(NamedTuple):
 
 
 def kinds_of(gm: fx.GraphModule, sites: Sequence[AttentionSite | LinearAttention]) -> list[SiteKind]:
-    """The kind of each attention of a captured graph that was not rewritten yet.
+    """The kind of each attention of a captured graph, before it is rewritten.
 
     Args:
         gm: the graph; it is not changed, and no guard is added.
-        sites: its attentions, as they were found. Their operands may be nodes that were written for a merged site.
+        sites: its attentions, as they were found. Their operands may be nodes that were inserted for a merged site.
 
     Returns:
-        a kind for each site, in order. Where the graph does not tell whether a self attention is spatial or temporal,
-        the sites' relation to each other does, then the words of the module's path, and at last it is spatial; the
-        reason says which.
+        A kind for each site, in order. If convolutions and projections do not tell whether a self-attention is spatial
+        or temporal, the names in the module's path decide, then its relation to the other sites; the default is
+        spatial. The reason says what decided.
     """
     if not sites:
         return []
@@ -59,13 +59,13 @@ def kinds_of(gm: fx.GraphModule, sites: Sequence[AttentionSite | LinearAttention
     read = [_SiteDims(site, dimensions) for site in sites]
     for each in read:
         each.resolve()
-    kinds = [_cross(each) or _told(each, dimensions) for each in read]
-    kinds = [kind or _named(each) for kind, each in zip(kinds, read, strict=True)]
-    return [kind or _related(each, read, kinds, dimensions) for kind, each in zip(kinds, read, strict=True)]
+    kinds = [_cross(each) or _kind_by_roles(each, dimensions) for each in read]
+    kinds = [kind or _kind_by_name(each) for kind, each in zip(kinds, read, strict=True)]
+    return [kind or _kind_by_relation(each, read, kinds, dimensions) for kind, each in zip(kinds, read, strict=True)]
 
 
 def begins_with_batch(gm: fx.GraphModule) -> frozenset[fx.Node]:
-    """The tensors whose dimension 0 is known to be, or to begin with, dimension 0 of inputs that are data."""
+    """The tensors whose first dimension is, or starts with, the first dimension of inputs that are data."""
     dimensions = Dimensions(gm.graph)
     found = set()
     for node in gm.graph.nodes:
@@ -82,9 +82,9 @@ class _SiteDims:
     """A site in terms of the graph's dimensions.
 
     Attributes:
-        query, key: the positions of each; a single position has no dimension.
-        query_features, key_features: what the scores are summed over.
-        batch: the query's other dimensions.
+        query, key: the dimensions that are positions; empty for a single position.
+        query_features, key_features: the dimensions that the scores are summed over.
+        batch: all other dimensions of the query.
     """
 
     def __init__(self, site: AttentionSite | LinearAttention, dimensions: Dimensions) -> None:
@@ -100,12 +100,12 @@ class _SiteDims:
         self.batch = tuple(axis for axis in axes_of(dimensions.of(site.query.node)) if axis not in own)
 
     def resolve(self) -> None:
-        """Dimensions that were divided since are told by their parts."""
+        """Replaces dimensions that were divided since by their parts, in place."""
         self.query, self.key, self.batch = resolve((self.query, self.key, self.batch))
 
 
 def _of_axes(operand: Operand, axes: set[Axis], dimensions: Dimensions) -> tuple[Axis, ...]:
-    """The graph's dimensions that are ``axes`` of the site."""
+    """The graph's dimensions of ``operand`` that are among ``axes`` of the site."""
     found: list[Axis] = []
     operand = operand.resolved()
     for dim, own in zip(operand.layout, dimensions.of(operand.node), strict=True):
@@ -116,7 +116,7 @@ def _of_axes(operand: Operand, axes: set[Axis], dimensions: Dimensions) -> tuple
         for axis in reversed(dim):
             taken = take_minor(rest, axis.size)
             if taken is None:
-                # The dimension is divided otherwise than the graph says; all of it stands for its part.
+                # The site divides the dimension in another way than the graph: all of it is taken for the part.
                 found.extend(rest if axes.intersection(dim) else ())
                 break
             found.extend(taken if axis in axes else ())
@@ -127,7 +127,7 @@ def _of_axes(operand: Operand, axes: set[Axis], dimensions: Dimensions) -> tuple
 
 
 def _cross(site: _SiteDims) -> SiteKind | None:
-    """Whether the key's positions are other data than the query's; None for a self attention."""
+    """Cross attention if the positions of the key are other data than those of the query; else None."""
     query, key = origins_of(site.query), origins_of(site.key)
     from_query, from_key = _nodes(query), _nodes(key)
     if from_query & from_key:
@@ -135,7 +135,7 @@ def _cross(site: _SiteDims) -> SiteKind | None:
     if not query or not key or None in query | key:
         return _cross_by_data(site, from_query)
     if _is_input(site.query_features) and _is_input(site.key_features):
-        # What the projections before the graph were given is not known.
+        # The projections lie before the graph, so their inputs are unknown.
         if same(size_of(site.query), size_of(site.key)):
             return None
         return SiteKind("cross", "query and key are inputs of the graph with different lengths")
@@ -143,9 +143,9 @@ def _cross(site: _SiteDims) -> SiteKind | None:
 
 
 def _cross_by_data(site: _SiteDims, from_query: set[fx.Node]) -> SiteKind | None:
-    """The same where a single position, or an operator that mixes them, leaves nothing to go by but the flow of data.
+    """Fallback for :func:`_cross` if positions have no known origin: compares the inputs that query and key depend on.
 
-    Of inputs that the query alone reads, a vector (a timestep, a scale) does not say where its positions come from.
+    Inputs of one dimension (a timestep, a scale) do not count: positions do not come from them.
     """
     reach_key = _ancestors(site.site.key.node)
     if from_query:
@@ -161,7 +161,7 @@ def _cross_by_data(site: _SiteDims, from_query: set[fx.Node]) -> SiteKind | None
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
-    """The node, and all that its data are computed of; what only gives sizes is left out."""
+    """The node and all nodes that its data depend on; nodes that are sizes are left out."""
     found: set[fx.Node] = set()
     ahead = [node]
     while ahead:
@@ -177,7 +177,7 @@ def _is_data(node: fx.Node) -> bool:
 
 
 def _is_input(dim: Iterable[Axis]) -> bool:
-    """Whether the dimension is one of the graph's inputs as it is, and was made by no projection."""
+    """Whether the dimension comes only from inputs of the graph that are data, not from a projection."""
     origins = origins_of(dim)
     return bool(origins) and all(origin is not None and _is_data(origin[0]) for origin in origins)
 
@@ -200,8 +200,8 @@ def _input_name(node: fx.Node) -> str:
 # Spatial and temporal attention.
 
 
-def _told(site: _SiteDims, dimensions: Dimensions) -> SiteKind | None:
-    """What convolutions and projections say of the query's positions."""
+def _kind_by_roles(site: _SiteDims, dimensions: Dimensions) -> SiteKind | None:
+    """The kind by the roles that convolutions and projections gave the query's positions; None without roles."""
     each = [dimensions.roles(axis) for axis in site.query]
     space = [roles["space"] for roles in each if "space" in roles]
     if space:
@@ -217,8 +217,8 @@ _TEMPORAL = frozenset({"temporal", "time", "motion"})
 _NOT_TEMPORAL = frozenset({"spatial", "spatio", "space", "embed", "embedder", "embedding", "emb", "step"})
 
 
-def _named(site: _SiteDims) -> SiteKind | None:
-    """What the name of a module says that the attention is in."""
+def _kind_by_name(site: _SiteDims) -> SiteKind | None:
+    """Temporal if the path of the attention's module has a name that says so; else None."""
     location = source_location(site.site.anchor)
     name = is_named_temporal(location.module if location is not None else "")
     if not name:
@@ -227,7 +227,7 @@ def _named(site: _SiteDims) -> SiteKind | None:
 
 
 def is_named_temporal(path: str) -> str:
-    """The name in a module's path that says that its attention is temporal; empty if none does."""
+    """The innermost name in a module's path that says that its attention is temporal; empty if there is none."""
     for name in reversed(path.split(".")):
         words = set(name.lower().split("_"))
         if words & _TEMPORAL and not words & _NOT_TEMPORAL:
@@ -235,13 +235,14 @@ def is_named_temporal(path: str) -> str:
     return ""
 
 
-def _related(
+def _kind_by_relation(
     site: _SiteDims, sites: Sequence[_SiteDims], kinds: Sequence[SiteKind | None], dimensions: Dimensions
 ) -> SiteKind:
-    """What another attention says, for which this one's positions are batch, as its own are for this one.
+    """The kind by another attention that takes turns with this one: the positions of each are the batch of the other.
 
-    One of the two attends over frames, the other one over space. If neither is known, frames are what comes first in
-    the input of both: (batch, frames, height, width, channels), (batch, channels, frames, height, width).
+    One of the two attends over frames, the other over space. If neither kind is known, frames are the dimension that
+    comes first in their common input: (batch, frames, height, width, channels), (batch, channels, frames, height,
+    width). Without such an attention the kind is spatial, by default.
     """
     undecided = []
     for other, kind in zip(sites, kinds, strict=True):
@@ -262,12 +263,13 @@ def _related(
 
 
 def _take_turns(site: _SiteDims, other: _SiteDims) -> bool:
-    own, others = _begun(site.query), _begun(other.query)
-    return bool(own and others) and own <= _begun(other.batch) and others <= _begun(site.batch)
+    """Whether the positions of each site are among the batch of the other."""
+    own, others = _sources_of(site.query), _sources_of(other.query)
+    return bool(own and others) and own <= _sources_of(other.batch) and others <= _sources_of(site.batch)
 
 
-def _begun(dim: Iterable[Axis]) -> set[Axis]:
-    """The dimensions that these are slices and rescalings of."""
+def _sources_of(dim: Iterable[Axis]) -> set[Axis]:
+    """The dimensions that ``dim`` was sliced and resized from."""
     found = set()
     for axis in dim:
         while isinstance(axis, Dimension) and len(axis.sources) == 1 and len(axis.sources[0].leaves()) == 1:
@@ -277,13 +279,13 @@ def _begun(dim: Iterable[Axis]) -> set[Axis]:
 
 
 def _is_first(site: _SiteDims, other: _SiteDims, dimensions: Dimensions) -> bool | None:
-    """Whether the site's positions come before the other's in the one input that both come from."""
+    """Whether the positions of the site come before the other's in their common input; None if that is unknown."""
     origins = origins_of((*site.query, *other.query))
     nodes = _nodes(origins)
     if None in origins or len(nodes) != 1:
         return None
     order = axes_of(dimensions.of(*nodes))
-    own, others = _begun(site.query), _begun(other.query)
+    own, others = _sources_of(site.query), _sources_of(other.query)
     if not own | others <= set(order):
         return None
     own_places, other_places = ([order.index(axis) for axis in dims] for dims in (own, others))

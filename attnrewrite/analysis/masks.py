@@ -1,8 +1,8 @@
-"""What can be proved about a mask from how the graph computes it.
+"""Proofs about a mask from how the graph computes it, never from data.
 
-Two questions are answered here, neither by looking at data. Which structure has the mask (:func:`mask_structure`)?
-Does every query row keep a key (:func:`attended_everywhere`)? The second is shown by a witness: a key position, written
-in terms of the query position, at which the mask is computed to be open.
+They answer two questions. Which structure does the mask have (:func:`in_words`, :func:`band_of`)? Does every query row
+keep a key (:func:`attended_everywhere`)? The second is proved by a witness: a key position, as an expression of the
+query position, at which the mask is open.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 
 
 class Positions:
-    """A symbol for each axis of an attention, by which entries of its masks are read."""
+    """Symbols for the axes of an attention, in which the entries of its masks are expressed."""
 
     def __init__(self, query_axes: Sequence[Axis], key_axes: Sequence[Axis]) -> None:
         self.query_axes, self.key_axes = tuple(query_axes), tuple(key_axes)
@@ -49,6 +49,7 @@ class Positions:
         return length
 
     def symbol(self, axis: Axis) -> Any:
+        """The symbol of the position along ``axis``, created at the first call."""
         if axis not in self._symbols:
             symbol = sympy.Symbol(f"x{len(self._symbols)}", integer=True, nonnegative=True)
             self._symbols[axis] = symbol
@@ -56,10 +57,11 @@ class Positions:
         return self._symbols[axis]
 
     def is_position(self, symbol: Any) -> bool:
-        """Whether a symbol is the place along an axis, and no size."""
+        """Whether a symbol is the position along an axis, not a size."""
         return symbol in self._highest
 
     def index(self, operand: Operand, at: dict[Axis, Any] | None = None) -> list[Any]:
+        """The symbolic index into ``operand``, where ``at`` gives other positions for some axes."""
         return [self._position(dim, at or {}) for dim in operand.resolved().layout]
 
     def _position(self, dim: Dim, at: dict[Axis, Any]) -> Any:
@@ -69,12 +71,12 @@ class Positions:
         return position
 
     def of(self, operand: Operand, at: dict[Axis, Any] | None = None) -> Any:
-        """The operand's entry at a query and a key, or ``at`` positions of some axes."""
+        """The operand's entry at the symbolic index, where ``at`` gives other positions for some axes."""
         return self.entries.at(operand.node, self.index(operand, at))
 
 
 def kept_where(mod: Bias | Fill, positions: Positions) -> Formula | None:
-    """The formula under which a term leaves the score as it is; None if it is no mask, or not known to be one."""
+    """The formula under which a term leaves the score unmasked; None if it is not known to be a mask."""
     if isinstance(mod, Fill):
         if not is_far_below(mod.value, mod.dtype):
             return None
@@ -92,7 +94,7 @@ def kept_where(mod: Bias | Fill, positions: Positions) -> Formula | None:
 
 
 def truth(entry: Any) -> Formula | None:
-    """The entry of a condition; one that is written in numbers (0 and 1) holds where it is not 0."""
+    """The entry of a condition as a formula: numbers hold where they are not 0. None if it is unknown."""
     if isinstance(entry, Cases):
         return entry.where(lambda number: number != 0)
     if isinstance(entry, sympy.Number):
@@ -104,7 +106,7 @@ def truth(entry: Any) -> Formula | None:
 
 
 def in_words(kept: Formula, positions: Positions) -> tuple[str, ...]:
-    """The structure of a mask that keeps the scores where ``kept`` holds, one phrase for each thing that must hold."""
+    """The structure of a mask that keeps the scores where ``kept`` holds: a phrase for each term of the conjunction."""
     query = tuple(positions.symbol(axis) for axis in positions.query_axes)
     key = tuple(positions.symbol(axis) for axis in positions.key_axes)
     if kept is False:
@@ -116,7 +118,7 @@ def in_words(kept: Formula, positions: Positions) -> tuple[str, ...]:
 
 
 def band_of(kept: Formula, positions: Positions) -> Band | None:
-    """The band that ``kept`` is; None if it is not exactly one."""
+    """The band of keys that a mask keeps where ``kept`` holds; None if that is not exactly a band."""
     if len(positions.query_axes) != 1 or len(positions.key_axes) != 1 or kept is True:
         return None
     query, key = (positions.symbol(axes[0]) for axes in (positions.query_axes, positions.key_axes))
@@ -139,10 +141,10 @@ def band_of(kept: Formula, positions: Positions) -> Band | None:
 
 
 def isolated_block_of(kept: Formula, positions: Positions) -> tuple[Any, Any] | None:
-    """The positions, from the first bound up to and without the second, that are kept from each other.
+    """The block of positions (first, one past the last) that a mask isolates from each other.
 
-    ``kept``: the query's own position, or a query or a key outside the block. None if it is not exactly that, which is
-    decided by going through the ways in which a query and a key can lie to the bounds and to each other.
+    Each of them attends to itself and to all positions outside the block, which attend to all. None if ``kept`` is not
+    exactly that; it is compared in every order that the query, the key and the bounds of the block can have.
     """
     if len(positions.query_axes) != 1 or len(positions.key_axes) != 1 or not isinstance(kept, (All, Some)):
         return None
@@ -156,7 +158,7 @@ def isolated_block_of(kept: Formula, positions: Positions) -> tuple[Any, Any] | 
     if len(bounds) == 2 and (bounds[0] - bounds[1]).is_positive:
         bounds.reverse()
     if any(positions.is_position(symbol) for bound in bounds for symbol in bound.free_symbols):
-        return None  # The block is another in each batch or head.
+        return None  # The block differs between batches or heads.
     if not bounds or len(bounds) > 2 or (len(bounds) == 2 and not (bounds[1] - bounds[0]).is_positive):
         return None
     edges = [sympy.Integer(0), *bounds, positions.keys]
@@ -190,7 +192,7 @@ def isolated_block_of(kept: Formula, positions: Positions) -> tuple[Any, Any] | 
 
 
 def _arrangements(count: int) -> Iterator[dict[str, int]]:
-    """Which of ``count`` ranges a query and a key are in, and the sign of the query's distance from the key."""
+    """Each possible choice of the ranges (of ``count``) with the query and the key, and of the sign of query - key."""
     for query in range(count):
         for key in range(count):
             for distance in (-1, 0, 1) if query == key else ((query > key) - (query < key),):
@@ -204,9 +206,9 @@ def _literals(formula: Formula) -> set[AtLeast | Known]:
 
 
 def _read_literal(literal: AtLeast | Known, query: Any, key: Any) -> tuple[str, Any, bool] | None:
-    """(what, bound, True) of ``what >= bound`` and (what, bound, False) of ``what < bound``; None for anything else.
+    """(what, bound, True) for ``what >= bound`` and (what, bound, False) for ``what < bound``; None for other literals.
 
-    It is the query, the key, or the distance of the query from the key, whose bound is a sign that it may have.
+    ``what`` is "query", "key", or "distance" for query - key, whose bound must be 0 or 1.
     """
     if not isinstance(literal, AtLeast):
         return None
@@ -223,7 +225,7 @@ def _read_literal(literal: AtLeast | Known, query: Any, key: Any) -> tuple[str, 
 
 
 def _reach(left: list[Any], right: list[Any]) -> Reach | None:
-    """The tightest bound on each side, if all are numbers."""
+    """The reach with the tightest bound on each side; None if a bound is symbolic."""
     bounds = [[sympy.expand(bound) for bound in side] for side in (left, right)]
     if not all(bound.is_Integer for side in bounds for bound in side):
         return None
@@ -232,6 +234,7 @@ def _reach(left: list[Any], right: list[Any]) -> Reach | None:
 
 
 def _phrase(part: Formula, query: tuple[Any, ...], key: tuple[Any, ...], positions: Positions) -> str:
+    """The words for one term of a mask, such as "causal", "sliding window of 8" or "key padding"."""
     used = symbols(part)
     on_query, on_key = bool(used & set(query)), bool(used & set(key))
     if isinstance(part, Some):
@@ -260,7 +263,7 @@ def _phrase(part: Formula, query: tuple[Any, ...], key: tuple[Any, ...], positio
 
 
 def _compares_entries(key: Any) -> bool:
-    """Whether a fact is that two entries of tensors are equal."""
+    """Whether the key of a fact says that two entries of tensors are equal."""
     if not isinstance(key, tuple) or key[0] != "eq" or len(key[1]) != 2:
         return False
     a, b = key[1]
@@ -271,10 +274,10 @@ def _compares_entries(key: Any) -> bool:
 
 
 def attended_everywhere(mods: Sequence[ScoreMod], positions: Positions) -> str | None:
-    """A proof that every query row has a key whose score no mod lowers by a large amount; None if none was found.
+    """The proof that every query row has a key that no mod masks; None if none was found.
 
-    The proof is a witness in words, such as "key position = query position". Tried: the query's own position, the
-    first key, and the query's position counted from the end.
+    The proof is a witness in words, such as "key position = query position". Three are tried: the first key, the
+    query's own position, and the query's position counted from the end.
     """
     masking = [mod for mod in mods if isinstance(mod, (Bias, Fill))]
     if not masking:
@@ -314,7 +317,7 @@ def _is_open(mod: Bias | Fill, positions: Positions, at: dict[Axis, Any]) -> boo
 
 
 def may_mask(mod: Bias) -> bool:
-    """Whether a bias may be there to mask: what it adds may be anything, or is a large negative number."""
+    """Whether a bias may mask: its entries may be anything, or large negative numbers."""
     for value in possible_values(mod.operand.node):
         added = mod.of(value) if isinstance(value, float) else None
         if value is ValueKind.ANY or (isinstance(value, float) and (added is None or added < -ORDINARY)):

@@ -1,4 +1,4 @@
-"""Which projections an operand of an attention is made of."""
+"""Projections behind the operands of an attention."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ _LINEAR = frozenset({aten.linear.default})
 
 
 def projections_behind(operand: fx.Node, products: Collection[Any] = _LINEAR) -> list[fx.Node]:
-    """The projections that an operand of an attention is made of, behind views, pieces, norms and arithmetic.
+    """The projections that an operand of an attention is computed from, behind views, slices, norms and arithmetic.
 
-    ``products``: the operators that count as projections.
+    Args:
+        operand: the node of the operand.
+        products: the operators that count as projections.
     """
     found: dict[fx.Node, None] = {}
     seen = [] if is_erased(operand) else [operand]
@@ -43,7 +45,7 @@ _PUT_TOGETHER = frozenset({aten.cat.default, aten.pad.default, aten.constant_pad
 
 
 def is_piece(node: fx.Node) -> bool:
-    """Whether the node is a part of its operand, or of what was split, or is split."""
+    """Whether the node takes a part of its operand: a slice, a split, or one result of a split."""
     return node.target in PIECES or node.target is operator.getitem
 
 
@@ -51,4 +53,5 @@ ROW_WISE = frozenset({aten.linear.default, aten.layer_norm.default, aten.rms_nor
 
 
 def is_row_wise(node: fx.Node) -> bool:
+    """Whether the node is a projection, a norm, a view, a cast or elementwise."""
     return node.target in ROW_WISE or is_layout_op(node) or is_cast(node) or is_pointwise(node)

@@ -1,4 +1,4 @@
-"""Score algebra: what a graph does to the scores between the product of query and key and the softmax."""
+"""Score modifications: the operations of a graph between the product of query and key and softmax."""
 
 from __future__ import annotations
 
@@ -63,7 +63,13 @@ _BINARY = _ADD | _SUB | _MUL | _DIV | {aten.rsub.Scalar}
 
 @dataclass(frozen=True)
 class ScoreWalk:
-    """The product of query and key, what is then done to it in order, and the nodes on the way, nearest to it first."""
+    """The way from the product of query and key to softmax.
+
+    Attributes:
+        product: the product of query and key.
+        mods: the operations on the scores, in order.
+        nodes: the nodes on the way, in order.
+    """
 
     product: Product
     mods: tuple[ScoreMod, ...]
@@ -71,7 +77,7 @@ class ScoreWalk:
 
 
 def leads_to_product(node: Any, memo: dict[fx.Node, bool]) -> bool:
-    """Whether a walk back from ``node`` through score operations can reach a matrix product."""
+    """Whether a walk back from ``node`` through operations on scores reaches a matrix product; ``memo`` caches."""
     if not is_tensor(node) or node.op != "call_function":
         return False
     if node not in memo:
@@ -81,7 +87,7 @@ def leads_to_product(node: Any, memo: dict[fx.Node, bool]) -> bool:
 
 
 def sources_of_scores(node: fx.Node) -> list[Any]:
-    """The arguments through which the scores may have come."""
+    """The arguments of ``node`` that may be the scores; empty if it is not an operation on scores."""
     args: Any = node.args
     target: Any = node.target
     if is_cast(node) or is_layout_op(node) or target in _UNARY:
@@ -95,6 +101,8 @@ def sources_of_scores(node: fx.Node) -> list[Any]:
 
 @dataclass(frozen=True)
 class _Walking:
+    """The arguments of :func:`read_scores` that stay the same along the walk."""
+
     memo: dict[fx.Node, bool]
     key_axes: tuple[Axis, ...]
     accepts: Callable[[Product], object]
@@ -109,25 +117,27 @@ def read_scores(
     accepts: Callable[[Product], object],
     sink: bool = False,
 ) -> ScoreWalk:
-    """Walks back from the argument of softmax, whose dimensions are ``layout``, to the product of query and key.
+    """Walks back from the argument of softmax to the product of query and key.
 
-    Where two terms of a sum are products (a relative position beside the scores) the one that fits more of the
-    attention's axes is the product of query and key, and the other one is a bias.
+    If two terms of a sum are products (relative positions added to the scores), the one whose operands share more axes
+    is the product of query and key, and the other is a bias.
 
     Args:
-        memo: what :func:`leads_to_product` remembers.
+        node: the argument of softmax.
+        layout: its layout.
+        memo: the cache of :func:`leads_to_product`.
         key_axes: the axes that softmax runs over.
-        accepts: raises NotAttention for a product that is none of query and key.
-        sink: softmax has one more key, so that a number added to all scores matters.
+        accepts: raises NotAttention for a product that is not of query and key.
+        sink: softmax has an attention sink, so that a number added to all scores matters.
 
     Raises:
-        NotAttention: something on the way cannot be read as a function of the scores.
+        NotAttention: an operation on the way cannot be read as a function of the scores.
     """
     return _walk(node, layout, _Walking(memo, key_axes, accepts, sink), plain=True)
 
 
 def _walk(node: fx.Node, layout: Layout, reader: _Walking, plain: bool) -> ScoreWalk:
-    """``plain``: nothing but sums, scales and masks lies between here and softmax, so constants of a row cancel."""
+    """``plain``: only sums, scales and masks lie between ``node`` and softmax, so a constant of a row cancels."""
     if is_product(node):
         return _arrived(node, layout, reader)
     sources = [arg for arg in dict.fromkeys(sources_of_scores(node)) if leads_to_product(arg, reader.memo)]
@@ -154,7 +164,7 @@ def _walk(node: fx.Node, layout: Layout, reader: _Walking, plain: bool) -> Score
 
 
 def _keeps_constants(mod: ScoreMod, reader: _Walking) -> bool:
-    """Whether a number that is the same for all keys of a row is still so afterwards, or cancels all the same."""
+    """Whether a number added to a whole row before ``mod`` is still cancelled by softmax after it."""
     if isinstance(mod, Scale) and isinstance(mod.factor, Operand):
         if possible_values(mod.factor.node) <= {0.0, 1.0}:
             return True  # A mask, if large negative numbers are added where it is zero; else `canonicalize` refuses it.
@@ -165,6 +175,7 @@ def _keeps_constants(mod: ScoreMod, reader: _Walking) -> bool:
 
 
 def _arrived(node: fx.Node, layout: Layout, reader: _Walking) -> ScoreWalk:
+    """The walk's end at the product ``node``, whose factor and addend are the first modifications."""
     product = product_from_result(node, layout)
     if tensor(node).dtype not in FLOATING:
         dtype = dtype_name(tensor(node).dtype)
@@ -185,6 +196,7 @@ def _arrived(node: fx.Node, layout: Layout, reader: _Walking) -> ScoreWalk:
 
 
 def _step_back(node: fx.Node, source: fx.Node, layout: Layout) -> Layout:
+    """The layout of the scores in ``source``, given that in ``node``."""
     if is_layout_op(node):
         before = pull(node, layout)
         if before is None or set(axes_of(before)) != set(axes_of(layout)):
@@ -205,7 +217,7 @@ _Step = tuple[list[ScoreMod], tuple[fx.Node, ...]]
 
 
 def _read_step(node: fx.Node, source: fx.Node, layout: Layout, reader: _Walking, plain: bool) -> _Step:
-    """What ``node`` does to the scores, last thing first, and the nodes beside it that only serve that."""
+    """The modifications by ``node``, last one first, and the other nodes that only they use (the row's maximum)."""
     args: Any = node.args
     target: Any = node.target
     if is_cast(node):
@@ -249,7 +261,7 @@ def _read_step(node: fx.Node, source: fx.Node, layout: Layout, reader: _Walking,
             steps = _shift(other, node, reader, plain)
         else:
             steps = [Bias(_aligned(other, node, layout), dtype, sign if first else 1.0)]
-        # a - alpha * scores: the scores are negated first. Read backwards, the addition comes before.
+        # a - alpha * scores: the scores are negated first, so that comes last here.
         return (steps if first or sign == 1 else [*steps, Scale(sign)]), ()
     if is_tensor(other) and tensor(other).dim() > 0:
         return [Scale(_aligned(other, node, layout), divide=target in _DIV)], ()
@@ -257,7 +269,7 @@ def _read_step(node: fx.Node, source: fx.Node, layout: Layout, reader: _Walking,
 
 
 def _shift(number: Any, node: fx.Node, reader: _Walking, plain: bool) -> list[ScoreMod]:
-    """A number of ordinary size that is added to all scores of a row is no change to their softmax."""
+    """The modification by a number of ordinary size that is added to all scores of a row, and that softmax cancels."""
     if not plain or reader.sink or not isinstance(number, (int, float)) or not abs(number) <= ORDINARY:
         raise NotAttention(
             f"{node_in_words(node)} adds a number to the scores that softmax does not cancel: it is symbolic or above "
@@ -267,7 +279,7 @@ def _shift(number: Any, node: fx.Node, reader: _Walking, plain: bool) -> list[Sc
 
 
 def _function(node: fx.Node, source: fx.Node) -> ScoreMod:
-    """A floor far below, or any function of one score whose other arguments are numbers."""
+    """The modification by ``maximum``, ``clamp`` and the like: a floor far below, or any function of one score."""
     args: Any = node.args
     low: Any
     high: Any
@@ -295,7 +307,7 @@ def _function(node: fx.Node, source: fx.Node) -> ScoreMod:
 
 
 def _put(node: fx.Node, layout: Layout) -> Fill:
-    """``scores[mask] = value``."""
+    """The modification by ``scores[mask] = value``."""
     args: Any = node.args
     masks = args[1]
     accumulate = args[3] if len(args) > 3 else node.kwargs.get("accumulate", False)
@@ -312,13 +324,17 @@ def _put(node: fx.Node, layout: Layout) -> Fill:
 def row_maximum(
     node: Any, scores: fx.Node, layout: Layout | None, reader: _Walking | tuple[Axis, ...], own_row: bool = False
 ) -> tuple[fx.Node, ...] | None:
-    """The nodes that compute a maximum of ``scores`` which is the same for all keys of a row; None if it is none.
+    """The nodes that compute ``node`` as a maximum of ``scores`` that is the same for all keys of a row; else None.
 
-    Softmax of scores less their maximum is softmax of the scores: that is how it is computed in any case. A detached
-    maximum is no different, since the gradient that goes through it adds up to nothing.
+    Subtracting such a maximum does not change softmax, which subtracts one itself. It may be detached, since the
+    gradients through it add up to zero.
 
-    ``own_row``: it must be the maximum of the row itself, and nothing more; else one of several rows, or one that is
-    kept within bounds, will do as well.
+    Args:
+        node: the node that may be the maximum.
+        scores: the scores that it is subtracted from.
+        layout: the layout of the scores.
+        reader: the walk, or the axes that softmax runs over.
+        own_row: only the exact maximum of each row counts, not one over several rows or a clamped one.
     """
     keys = set(reader.key_axes if isinstance(reader, _Walking) else reader)
     if layout is None or not is_tensor(node):
@@ -359,7 +375,7 @@ def row_maximum(
         return None
     if own_row and set(axes_of(layout)) - set(axes_of(own)) != keys:
         return None
-    # Each dimension must meet the scores' own, or be one that broadcasts.
+    # Each dimension must be aligned with the same one of the scores, or broadcast.
     expected = layout[len(layout) - len(own) :]
     if len(own) > len(layout) or any(dim and dim != other for dim, other in zip(own, expected, strict=True)):
         return None
@@ -393,7 +409,7 @@ def is_narrower(dtype: torch.dtype, source: torch.dtype) -> bool:
 
 
 def _require_harmless_cast(node: fx.Node) -> None:
-    """A change of precision is one of rounding only; to integers, to float8 or into float16's range it is more."""
+    """Refuses casts of the scores that may change more than rounding: to integers, to float8, to float16's range."""
     source, dtype = tensor(node.args[0]).dtype, tensor(node).dtype
     if source is not dtype and (dtype not in FLOATING or source not in FLOATING or dtype is torch.float16):
         raise NotAttention(
@@ -403,6 +419,7 @@ def _require_harmless_cast(node: fx.Node) -> None:
 
 
 def _aligned(other: Any, node: fx.Node, layout: Layout) -> Operand:
+    """A tensor that is combined with the scores in ``node``, with its layout."""
     if not is_tensor(other):
         raise NotAttention(f"the mask of {node_in_words(node)} is not a tensor")
     own = broadcast(layout, tensor(node).shape, tensor(other).shape)
@@ -430,7 +447,7 @@ def _factor(value: Any) -> float | fx.Node:
 
 
 def node_in_words(node: fx.Node) -> str:
-    """An operator in the user's terms: its name and the line that called it."""
+    """An operator in the words of the report: its name and the source line that called it."""
     name = operator_name(node.target)
     where = source_location(node)
     return f"{name} ({where.code!r}, {where})" if where else name

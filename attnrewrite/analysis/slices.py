@@ -1,8 +1,8 @@
-"""Which part of which tensor a node is, and of which pieces a tensor is put together.
+"""Slices: which part of a tensor a node takes, and from which pieces a tensor is assembled.
 
-A part is taken by a slice, a selection, a split. A whole is put together by a concatenation, a stack, or by writing
-slice after slice into a buffer, which in the IR is a chain of scatters. Both are boxes of index ranges; sizes may be
-symbolic, and what is not known for every input is not used.
+A slice, a selection or a split takes a part. A concatenation, a stack, or a chain of scatters (slices written into a
+buffer, one after another) assembles a whole. Parts and pieces are boxes of index ranges with sizes that may be
+symbolic; only what is known for every input is used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Span:
-    """The indices from ``start`` on, ``size`` of them."""
+    """The index range ``start : start + size``."""
 
     start: Size
     size: Size
@@ -57,7 +57,7 @@ def _at_most(a: Size, b: Size) -> bool:
 
 @dataclass(frozen=True)
 class Taken:
-    """A node is the part ``span`` of ``source`` along ``dim``, which it has no longer if it was ``selected``."""
+    """The part ``span`` of ``source`` along ``dim``; ``selected`` if the dimension was removed, as by ``x[0]``."""
 
     source: fx.Node
     dim: int
@@ -79,7 +79,7 @@ _SPLITS = frozenset(
 
 
 def taken_from(node: fx.Node) -> Taken | None:
-    """What ``node`` was taken from by a slice, a selection or a split; None for anything else."""
+    """The part that ``node`` takes by a slice, a selection or a split; None for any other node."""
     args: Any = node.args
     target: Any = node.target
     if node.op != "call_function" or not args or not is_tensor(node):
@@ -117,7 +117,13 @@ def _dim(node: fx.Node, rank: int, position: int = 1) -> int:
 
 
 def span_of(node: fx.Node, part: torch.Tensor, position: int = 1) -> Span | None:
-    """The span that a slice, a selection or their scatter is about; ``position`` of the argument that is the dim."""
+    """The span of a slice, a selection, or their scatters; None if it is not known or has a step.
+
+    Args:
+        node: the call.
+        part: the fake tensor that is taken, or written.
+        position: the position of the argument ``dim``.
+    """
     whole = tensor(node.args[0])
     dim = _dim(node, whole.dim(), position)
     if node.target in (aten.select.int, aten.select_scatter.default):
@@ -130,7 +136,7 @@ def span_of(node: fx.Node, part: torch.Tensor, position: int = 1) -> Span | None
 
 
 def _from_start(index: Any, size: Size) -> Size | None:
-    """An index counted from the first entry, at which a slice begins."""
+    """The start of a slice as a nonnegative index; None if its sign is not known."""
     if index is None:
         return 0
     if not isinstance(index, (int, torch.SymInt)):
@@ -142,12 +148,12 @@ def _from_start(index: Any, size: Size) -> Size | None:
     return None
 
 
-# What a tensor is put together of.
+# How a tensor is assembled.
 
 
 @dataclass(frozen=True)
 class Piece:
-    """``node`` fills the ``box`` of a whole. ``dims``: the node's dimension for each of the whole's, None for none."""
+    """``node`` fills the ``box`` of a whole; ``dims`` has its dimension for each of the whole's, or None."""
 
     box: Box
     node: fx.Node
@@ -156,7 +162,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class _Ground:
-    """What is there where no piece was written: the ``box`` of ``node``, less the dimensions that are not ``kept``."""
+    """The contents where no piece was written: the ``box`` of ``node``, with only the ``kept`` dimensions."""
 
     node: fx.Node
     box: Box
@@ -165,9 +171,13 @@ class _Ground:
 
 @dataclass(frozen=True)
 class Assembly:
-    """A tensor that pieces were written into.
+    """A tensor that is assembled from pieces.
 
-    ``nodes``: those that put it together; ``problem``: why the pieces cannot be told apart.
+    Attributes:
+        pieces: the pieces.
+        ground: the contents where no piece was written; None if the pieces cover the whole.
+        nodes: the nodes that assemble it.
+        problem: why the pieces cannot be separated; empty if they can.
     """
 
     pieces: tuple[Piece, ...] = ()
@@ -177,7 +187,7 @@ class Assembly:
 
     @property
     def buffer(self) -> fx.Node | None:
-        """The tensor that was written into, if there is one."""
+        """The tensor that the pieces were written into; None for a concatenation."""
         return None if self.ground is None else self.ground.node
 
 
@@ -191,7 +201,7 @@ def _untouched(node: fx.Node) -> Assembly:
 
 
 def assemblies(graph: fx.Graph) -> dict[fx.Node, Assembly]:
-    """What each concatenation, stack and scatter of the graph puts together, in graph order."""
+    """The assembly of each concatenation, stack and scatter of the graph, in graph order."""
     known: dict[fx.Node, Assembly] = {}
     found: dict[fx.Node, Assembly] = {}
 
@@ -203,7 +213,7 @@ def assemblies(graph: fx.Graph) -> dict[fx.Node, Assembly]:
             continue
         args: Any = node.args
         if node.target in (aten.cat.default, aten.stack.default):
-            # An empty tensor of one dimension may be concatenated with any other (transformers' empty cache is one).
+            # torch.cat skips empty tensors of one dimension (such as the empty cache of transformers).
             rank = tensor(node).dim() - (node.target is aten.stack.default)
             if all(is_tensor(part) and tensor(part).dim() == rank for part in args[0]):
                 known[node] = found[node] = _joined(node, [(part, contents(part)) for part in args[0]])
@@ -238,7 +248,7 @@ def _whole_piece(node: fx.Node) -> Assembly:
 
 
 def _placed(piece: Piece, dim: int, span: Span, inserted: bool) -> Piece:
-    """A piece of a part as a piece of the whole, in which the part is ``span``, along a dimension that may be new."""
+    """A piece of a part as a piece of the whole: the part is ``span`` along ``dim``, a new one if ``inserted``."""
     if inserted:
         return Piece(
             (*piece.box[:dim], span, *piece.box[dim:]), piece.node, (*piece.dims[:dim], None, *piece.dims[dim:])
@@ -253,7 +263,7 @@ def _moved(piece: Piece, dim: int, by: Size) -> Piece:
 
 
 def _written(node: fx.Node, into: Assembly, source: Assembly) -> Assembly:
-    """``into`` after a scatter along one dimension."""
+    """The assembly ``into`` after the scatter ``node`` wrote ``source`` into it."""
     args: Any = node.args
     selected = node.target is aten.select_scatter.default
     span = span_of(node, tensor(args[1]), position=2)
@@ -279,7 +289,7 @@ def _same_ground(a: _Ground, b: _Ground | None) -> bool:
 
 
 def _restricted(whole: Assembly, taken: Taken) -> Assembly | None:
-    """What the part of a whole is put together of; None where it cuts a piece."""
+    """The assembly of a part of ``whole``; None if the part cuts a piece."""
     dim, span = taken.dim, taken.span
     pieces: list[Piece] = []
     for piece in whole.pieces:
@@ -303,9 +313,9 @@ def _restricted(whole: Assembly, taken: Taken) -> Assembly | None:
 
 
 def grid(pieces: Sequence[Piece], shape: Sequence[Size]) -> list[list[Span]] | None:
-    """For each dimension the spans, in order, that the pieces divide it into, if they cover the whole exactly once.
+    """The spans that the pieces divide each dimension into, in order.
 
-    None where they do not, where that is not known, or where they are not laid out as a grid.
+    None if the pieces are not known to form a grid that covers the whole exactly once.
     """
     spans: list[list[Span]] = []
     places: list[tuple[int, ...]] = [() for _ in pieces]
@@ -322,7 +332,10 @@ def grid(pieces: Sequence[Piece], shape: Sequence[Size]) -> list[list[Span]] | N
 
 
 def _in_order(spans: Sequence[Span], size: Size) -> tuple[list[Span], list[int]] | None:
-    """The different ones among ``spans`` one after another from 0 to ``size``, and the place of each."""
+    """The distinct spans in order from 0 to ``size``, and for each of ``spans`` its place among them.
+
+    None if they leave a gap or overlap, or if that is not known.
+    """
     different: list[Span] = []
     index: list[int] = []
     seen: dict[Any, int] = {}

@@ -1,4 +1,4 @@
-"""Which values can a term of the scores take? Told from how the graph computes it, not from data."""
+"""Possible values of a tensor, proved from how the graph computes it and not from data."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ multiplication by log2(e) that fused kernels apply before exponentiation."""
 
 
 class ValueKind(enum.Enum):
-    """What is known of values that are no listed constants.
+    """The kind of values that are not known constants.
 
-    LEARNED is an expectation and no proof: a parameter may hold minus infinity as well. It says that the numbers are
-    there to be added to scores like any other, so that rounding them is the rounding that any sum has.
+    LEARNED is an expectation, not a proof: a parameter may hold minus infinity as well. Such numbers are meant to be
+    added to scores like any other, so that rounding them is the ordinary rounding of a sum.
     """
 
     LEARNED = "learned, or computed from what is"
@@ -51,11 +51,11 @@ class ValueKind(enum.Enum):
 Value = float | ValueKind
 
 ORDINARY = 64.0
-"""Constants up to this size are taken for scores like any other; beyond it they may be there to mask."""
+"""Constants up to this absolute value are taken for ordinary scores; larger ones may be masks."""
 
 
 FAR_BELOW = -(2.0**24)
-"""A value from here down is taken for a mask: at this magnitude float32 itself resolves no fraction of a score."""
+"""Values at or below this are taken for a mask: at this magnitude float32 has no fractions of a score left."""
 
 UNDERFLOW = -1000.0
 """The exponential of this is 0 in every dtype."""
@@ -66,7 +66,7 @@ def is_far_below(value: float, dtype: torch.dtype) -> bool:
 
 
 def possible_values(node: fx.Node) -> frozenset[Value]:
-    """A set that holds every value the node's entries can take; constants listed, the rest as :class:`ValueKind`."""
+    """All values that entries of the node can take: constants as numbers, others as :class:`ValueKind`."""
     return _values(node, {})
 
 
@@ -74,7 +74,7 @@ def _values(node: Any, memo: dict[fx.Node, frozenset[Value]]) -> frozenset[Value
     if isinstance(node, (bool, int, float)):
         return frozenset({float(node)})
     if not is_tensor(node):
-        # A Python float that changes between calls is a symbol of the graph, and may be any float.
+        # A Python float that changes between calls is a symbol of the graph and may have any value.
         value = node.meta.get("val") if isinstance(node, fx.Node) else node
         return frozenset({ValueKind.INTEGER if isinstance(value, (int, torch.SymInt)) else ValueKind.ANY})
     if node not in memo:
@@ -140,7 +140,7 @@ _POWERS = (aten.pow.Tensor_Tensor, aten.pow.Tensor_Scalar, aten.pow.Scalar)
 
 
 def _values_of_power(base: Any, exponent: Any, memo: dict[fx.Node, frozenset[Value]]) -> frozenset[Value]:
-    """A power is of ordinary size where nothing is divided by zero: of positive numbers, or by a positive number."""
+    """The values of a power: of ordinary size if no zero can be divided by (positive base, or nonnegative exponent)."""
     bases, exponents = _values(base, memo), _values(exponent, memo)
     positive = all(isinstance(value, float) and 0 < value <= ORDINARY for value in bases)
     learned = all(value is ValueKind.LEARNED or isinstance(value, float) for value in bases)
@@ -150,7 +150,7 @@ def _values_of_power(base: Any, exponent: Any, memo: dict[fx.Node, frozenset[Val
 
 
 def _values_of_quotient(dividend: Any, divisor: Any, memo: dict[fx.Node, frozenset[Value]]) -> frozenset[Value]:
-    """By a number it is a product; by a tensor only what is learned is expected to stay of ordinary size."""
+    """The values of a quotient. By a tensor, only learned numbers are expected to stay of ordinary size."""
     number = constant_value(divisor)
     dividends, divisors = _values(dividend, memo), _values(divisor, memo)
     if number is not None:
@@ -167,7 +167,7 @@ def _over(value: Value, number: float) -> Value:
 
 
 def _kind_of_input(node: fx.Node) -> ValueKind:
-    """A parameter holds learned numbers; a tensor that the caller hands over may hold anything."""
+    """The kind of an input: parameters, and buffers of small numbers, are learned; other tensors may hold anything."""
     stored = node.meta.get("stored")
     if isinstance(stored, StoredPattern) and stored.holds_only_up_to(ORDINARY):
         return ValueKind.LEARNED
@@ -237,7 +237,7 @@ MOVES = VIEW_OPS | {
     aten.roll.default,
     aten.flip.default,
 }
-"""Operators that only move entries of their first argument about."""
+"""Operators that only move, repeat or drop entries of their first argument."""
 
 _ORDINARY = frozenset(
     {
@@ -251,7 +251,7 @@ _ORDINARY = frozenset(
         aten.clamp.default,
     }
 )
-"""Operators that make numbers of ordinary size from numbers of ordinary size; a logarithm does not, nor a quotient."""
+"""Operators whose result is of ordinary size if their arguments are; not so logarithms and quotients."""
 
 _COMPUTED = frozenset(
     {
@@ -267,11 +267,11 @@ _COMPUTED = frozenset(
         aten.tanh.default,
     }
 )
-"""What a model computes by these is there to be added to scores like any other number, whatever it is made from."""
+"""Operators whose result is taken for ordinary scores (LEARNED), whatever their arguments."""
 
 
 def constant_value(node: Any) -> float | None:
-    """The one value that all entries of the node have, where the graph says so in numbers."""
+    """The value that all entries of the node have, if the graph creates it from a constant number; else None."""
     if isinstance(node, (bool, int, float)):
         return float(node)
     if not isinstance(node, fx.Node) or node.op != "call_function" or not is_tensor(node):
@@ -299,5 +299,5 @@ def constant_value(node: Any) -> float | None:
 
 
 def as_stored(value: float, dtype: torch.dtype) -> float:
-    """What ``dtype`` makes of a number: float32's lowest is minus infinity in bfloat16, 0.5 is 0 in int64."""
+    """The number after a cast to ``dtype``: float32's lowest is minus infinity in bfloat16, 0.5 is 0 in int64."""
     return float(torch.tensor(value, dtype=torch.float64).to(dtype))

@@ -1,4 +1,4 @@
-"""Attention weights: the ways to write softmax, and what is done between it and the product with the value."""
+"""Attention weights: the spellings of softmax, and the operations between it and the product with the value."""
 
 from __future__ import annotations
 
@@ -29,24 +29,25 @@ _LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default)
 
 @dataclass(frozen=True)
 class Softmax:
-    """One normalization over one dimension, however it is written.
+    """A softmax over one dimension, in any spelling.
 
     Attributes:
-        node: the weights.
-        scores: what is normalized.
-        dim: the dimension, counted from the first.
-        nodes: the nodes that compute it out of ``scores``.
+        node: the node of the weights.
+        scores: the node of the scores.
+        dim: the dimension, nonnegative.
+        nodes: the nodes that compute the weights from ``scores``.
         sink: the score of one more key, whose weight is dropped: the 1 in ``exp(x) / (1 + exp(x).sum())`` is exp(0).
-        nan_to_zero: a row whose scores are all minus infinity gives zeros.
-        sink_is_shifted: the sink's exponential is that of its score less the row's maximum, so that a row whose scores
-            are all minus infinity gives NaN in spite of it.
-        underflows: the exponentials are taken of the scores themselves, so that a row whose scores are all far below
-            zero is 0 / 0.
-        late: the division by the sum, where it comes after the product with the value: ``exp(x) @ v / exp(x).sum()``;
-            ``late_views`` lie between the two.
-        rounds_rows: the logarithm of the sum is subtracted, which is rounded away beside scores that are all far below
-            zero, so that such a row's weights are all 1.
-        fills: what the exponentials are multiplied by before they are added up, as fills with minus infinity.
+        nan_to_zero: a row whose scores are all minus infinity is zero.
+        sink_is_shifted: the row's maximum is subtracted from the sink as well, so that a row whose scores are all minus
+            infinity is NaN in spite of the sink.
+        underflows: no maximum is subtracted from the scores, so that a row whose scores are all far below zero is NaN,
+            0 / 0.
+        rounds_rows: ``logsumexp`` is subtracted, and rounded away if all scores are far below zero, so that the weights
+            of such a row are 1 each.
+        fills: masks that the exponentials are multiplied by before they are summed, as fills with minus infinity.
+        layout: the layout of the weights.
+        late: the division by the sum, if it comes after the product with the value: ``exp(x) @ v / exp(x).sum()``.
+        late_views: the views between the product and that division.
     """
 
     node: fx.Node
@@ -65,7 +66,7 @@ class Softmax:
 
 
 def every_softmax(graph: fx.Graph) -> Iterator[Softmax]:
-    """Every softmax of the graph."""
+    """Yields every softmax of the graph, in all spellings."""
     for target in _SOFTMAX:
         for node in graph.find_nodes(op="call_function", target=target):
             dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
@@ -88,7 +89,7 @@ def _whole(found: Softmax) -> Softmax:
 
 
 def _exponential_of_logarithm(node: fx.Node) -> Softmax | None:
-    """``log_softmax(x).exp()``, ``exp(x - logsumexp(x))``."""
+    """The softmax written ``log_softmax(x).exp()`` or ``exp(x - logsumexp(x))``; None for any other exponential."""
     inner, casts = _behind_casts(node.args[0])
     if inner is None:
         return None
@@ -116,21 +117,22 @@ def _behind_casts(node: Any) -> tuple[fx.Node | None, list[fx.Node]]:
     return (node if is_tensor(node) and node.op == "call_function" else None), casts
 
 
-# exp(x) / exp(x).sum(), written out.
+# exp(x) / exp(x).sum().
 
 
 @dataclass
 class _Exponentials:
-    """``exp(argument) * masks``, with the nodes that compute it."""
+    """The exponentials ``exp(argument) * masks`` of a decomposed softmax, with the nodes that compute them."""
 
     node: fx.Node
     argument: fx.Node
     fills: list[tuple[fx.Node, fx.Node, bool]]
-    """The mask, the node that applies it, and whether that multiplies by it: then it keeps, else it masks."""
+    """For each mask: its node, the node that applies it, and whether that multiplies (1 keeps) or fills (1 masks)."""
     nodes: list[fx.Node]
 
 
 def _divided_by_sum(node: fx.Node) -> Softmax | None:
+    """The softmax whose division by the sum of exponentials is ``node``; None for any other division."""
     if node.kwargs or not (is_tensor(node.args[0]) and is_tensor(node.args[1])):
         return None
     args: Any = node.args
@@ -161,7 +163,7 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
     if read is None:
         return None
     sink, sink_nodes = read
-    # Where no sink needs it, the walk back over the scores knows a maximum that is subtracted.
+    # Without a sink, read_scores reads the subtraction of the maximum as one of the steps.
     scores, own = (shifted, maximum) if sink_nodes else (top.argument, ())
     nodes = dict.fromkeys([*top.nodes, *bottom_nodes, *([] if late else [node]), *sink_nodes])
     return Softmax(
@@ -180,7 +182,7 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
 
 
 def _fills(top: _Exponentials, layout: Layout) -> list[Fill] | None:
-    """Where exponentials are set to zero, as fills of their argument; None where a condition does not broadcast."""
+    """The masks of exponentials as fills of the scores; None if one may not broadcast."""
     fills = []
     for condition, at, multiplied in top.fills:
         own = broadcast(layout, tensor(at).shape, tensor(condition).shape)
@@ -198,13 +200,19 @@ def _sink_among(
     keys: tuple[Axis, ...],
     lost: float | None,
 ) -> tuple[Operand | float | None, Sequence[fx.Node]] | None:
-    """The sink that is added to the sum of exponentials, if any, and the nodes that compute it.
+    """The sink that is added to the sum of exponentials, or None, and the nodes that compute it.
 
     Args:
-        lost: numbers below it, which are added, change nothing: the sum is at least 1; None where it may be less.
+        addends: what is added to the sum.
+        shifted: the scores before their maximum is subtracted.
+        maximum: the nodes that subtract it; empty if none is subtracted.
+        layout: the layout of the scores.
+        keys: the axes that softmax runs over.
+        lost: the sum is at least 1, so that a smaller number than this (an epsilon) is rounded away; None if the sum
+            may be smaller.
 
     Returns:
-        None where what is added is no sink, or more than one.
+        None if an addend is not a sink, or there are several.
     """
     sink: Operand | float | None = None
     nodes: Sequence[fx.Node] = ()
@@ -217,7 +225,7 @@ def _sink_among(
                 return None
             sink, nodes = read
         elif lost is not None:
-            # What float32 cannot add to 1 changes nothing.
+            # An epsilon that is rounded away is not a sink.
             if not 0 <= addend < lost:
                 return None
         elif addend <= 0 or maximum:
@@ -230,7 +238,10 @@ def _sink_among(
 def _exponentials_in_product(
     numerator: fx.Node,
 ) -> tuple[_Exponentials, tuple[fx.Node, ...], tuple[fx.Node, ...]] | None:
-    """The exponentials that a product multiplies, the views behind the product, and those in front, nearest first."""
+    """For ``numerator``, views of a product: its factor of exponentials, these views, and views of the exponentials.
+
+    None if no factor of the product is made of exponentials.
+    """
     product, late_views = _behind_views(numerator)
     for factor in factors_of(product):
         inner, views = _behind_views(factor)
@@ -241,6 +252,7 @@ def _exponentials_in_product(
 
 
 def _behind_views(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    """The node behind views, and the views, nearest to it first."""
     views: list[fx.Node] = []
     while is_layout_op(node):
         views.append(node)
@@ -255,7 +267,7 @@ def _result_layout(
     late_views: tuple[fx.Node, ...],
     weight_views: tuple[fx.Node, ...],
 ) -> Layout | None:
-    """The layout of the product with the value, behind its views, in terms of the axes of the exponentials."""
+    """The layout of ``numerator``, views of the product with the value, in the axes of the exponentials."""
     own = _pushed(weight_views, layout)
     factor = weight_views[-1] if weight_views else weights
     product = None if own is None else product_from_operand(_behind_views(numerator)[0], factor, own)
@@ -269,7 +281,7 @@ def _pushed(views: tuple[fx.Node, ...], layout: Layout | None) -> Layout | None:
 
 
 def _sum_layout(nodes: list[fx.Node], layout: Layout, dim: int, kept: bool) -> Layout | None:
-    """The layout of the denominator: ``nodes`` lead from it to the sum, and further."""
+    """The layout of the denominator; ``nodes`` lead from it back to the sum."""
     place = next(place for place, node in enumerate(nodes) if node.target is aten.sum.dim_IntList)
     own: Layout | None = (*layout[:dim], *([()] if kept else []), *layout[dim + 1 :])
     return _pushed(tuple(node for node in reversed(nodes[:place]) if is_layout_op(node)), own)
@@ -286,6 +298,7 @@ def _divides_rows(divided: Layout, sums: Layout, layout: Layout, dim: int) -> bo
 
 
 def _exponentials(node: Any) -> _Exponentials | None:
+    """The exponentials at ``node``, behind casts and masks; None if there are none."""
     start = node
     nodes: list[fx.Node] = []
     fills: list[tuple[fx.Node, fx.Node, bool]] = []
@@ -311,7 +324,7 @@ def _exponentials(node: Any) -> _Exponentials | None:
 
 
 def _denominator(node: fx.Node, top: _Exponentials) -> tuple[int, list[Any], list[fx.Node], bool] | None:
-    """``sum(exponentials, dim) + addends``: (dim, addends, nodes from the last on, whether dim was kept)."""
+    """(dim, addends, nodes from the last on, keepdim) of ``sum(exponentials, dim) + addends``; None for other nodes."""
     addends: list[Any] = []
     nodes: list[fx.Node] = []
     current: Any = node
@@ -329,7 +342,7 @@ def _denominator(node: fx.Node, top: _Exponentials) -> tuple[int, list[Any], lis
             first, second = args[:2]
             into_first = is_tensor(first) and _reaches_sum(first)
             addend, current = (second, first) if into_first else (first, second)
-            # A tensor is read along the exponentials' own dimensions: the sum must have kept them.
+            # A tensor is aligned with the dimensions of the exponentials, so the sum must have kept them.
             if is_tensor(addend) and not (is_tensor(current) and _is_plain_sum(current, nodes[-1])):
                 return None
             addends.append(addend)
@@ -358,13 +371,13 @@ def _reaches_sum(node: Any) -> bool:
 
 
 def _same_up_to_casts(node: Any, top: _Exponentials, nodes: list[fx.Node]) -> bool:
-    """Whether what is added up is what is divided: the same exponentials, behind casts on either side."""
+    """Whether ``node`` has the exponentials ``top``, up to casts: what is summed must be what is divided."""
     while node not in top.nodes and is_tensor(node) and is_cast(node) and tensor(node).dtype in FLOATING:
         nodes.append(node)
         node = node.args[0]
     if node not in top.nodes:
         return False
-    # What the numerator has on top of it must be casts only.
+    # Above it, the numerator may only have casts.
     above = top.nodes[: top.nodes.index(node)]
     return all(is_cast(part) for part in above)
 
@@ -372,7 +385,7 @@ def _same_up_to_casts(node: Any, top: _Exponentials, nodes: list[fx.Node]) -> bo
 def _without_maximum(
     argument: fx.Node, layout: Layout, key_axes: tuple[Axis, ...], own_row: bool
 ) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-    """``x`` of ``x - x.max()`` with the nodes in between; the argument itself where no maximum is subtracted."""
+    """``x`` for ``x - x.max()``, with the nodes that subtract; the argument itself, and none, for anything else."""
     inner, casts = _behind_casts(argument)
     if inner is None or inner.target is not aten.sub.Tensor or inner.kwargs or not is_tensor(inner.args[1]):
         return argument, ()
@@ -386,7 +399,10 @@ def _without_maximum(
 def _sink_in_denominator(
     addend: Any, scores: fx.Node, maximum: tuple[fx.Node, ...], layout: Layout, key_axes: tuple[Axis, ...]
 ) -> tuple[Operand | float, list[fx.Node]] | None:
-    """``exp(-max)`` (a sink of zero) or ``exp(sink - max)`` beside a shifted sum; ``exp(sink)`` beside a plain one."""
+    """The sink of ``addend``, with its nodes; None if ``addend`` is not a sink.
+
+    It is ``exp(sink)``, or with a maximum ``exp(sink - max)`` or ``exp(-max)`` (a sink of zero).
+    """
     inner, casts = _behind_casts(addend)
     if inner is None or inner.target is not aten.exp.default or not is_tensor(inner.args[0]):
         return None
@@ -413,19 +429,20 @@ def _sink_in_denominator(
 
 
 def _result_of(maximum: tuple[fx.Node, ...]) -> Any:
-    """What is subtracted from the scores, among the nodes of ``x - x.max()``."""
+    """The node of the maximum, among the nodes of ``x - x.max()``."""
     subtraction = next((node for node in maximum if node.target is aten.sub.Tensor), None)
     return None if subtraction is None else subtraction.args[1]
 
 
-# One more key, as a column of the scores.
+# An attention sink as one more column of the scores.
 
 
 def split_sink(softmax: Softmax, key_dim: Dim) -> tuple[Softmax, Dim, bool] | None:
-    """Softmax over scores to which a column was joined: the same over the scores alone, with a sink.
+    """Reads a softmax over scores with one concatenated column as a softmax with a sink.
 
-    Returns the softmax, the dimension of the keys without the sink, and whether the sink comes first; None where the
-    scores are not joined from two parts, one of them of size one.
+    Returns:
+        The softmax over the scores without the column, the dimension of the keys without the sink, and whether the sink
+        comes first. None if the scores are not concatenated from two parts, one of them of size one.
     """
     chain: list[fx.Node] = []
     node: Any = softmax.scores
@@ -462,7 +479,7 @@ def split_sink(softmax: Softmax, key_dim: Dim) -> tuple[Softmax, Dim, bool] | No
 
 
 def _joined_column(node: fx.Node, dim: int) -> tuple[fx.Node, fx.Node | float, bool] | None:
-    """(scores, column, whether the column comes first) of ``cat([scores, column], dim)`` or a padded column."""
+    """(scores, column, whether it comes first) of ``cat([scores, column], dim)`` or ``pad``; None for other nodes."""
     args: Any = node.args
     value: Any
     rank = tensor(node).dim()
@@ -503,9 +520,15 @@ def _number_or(node: fx.Node) -> fx.Node | float:
 
 @dataclass
 class WeightWalk:
-    """The way of the weights to the product with the value.
+    """The way from softmax to the product with the value.
 
-    ``weights``: the operand of the product; ``nodes``: those in between; ``mods``: what they do, in order.
+    Attributes:
+        weights: the operand of the product.
+        product: the product.
+        dropout: the probability of dropping a weight.
+        mods: the operations on the weights, in order.
+        nan_to_zero: NaN among the weights is replaced by zero.
+        nodes: the nodes on the way.
     """
 
     weights: fx.Node
@@ -517,14 +540,16 @@ class WeightWalk:
 
 
 def follow_weights(softmax: Softmax, layout: Layout, sink_dim: tuple[Dim, Dim, bool] | None) -> list[WeightWalk]:
-    """Follows the weights, whose dimensions are ``layout``, to the products with a value: as a rule there is one.
+    """Follows the weights to the products with a value; usually there is one.
 
     Args:
-        sink_dim: the dimension with the sink, the same without it, and whether the sink comes first; a slice must
-            drop it on the way.
+        softmax: the softmax.
+        layout: the layout of the weights.
+        sink_dim: the dimension of keys with the sink, the same without it, and whether the sink comes first. A slice
+            must drop the sink on the way. None if the weights have no column for a sink.
 
     Raises:
-        NotAttention: something on the way cannot be read.
+        NotAttention: an operation on the way cannot be read.
     """
     return _follow(softmax.node, WeightWalk(softmax.node), softmax, layout, sink_dim)
 
@@ -565,14 +590,13 @@ def _follow(
 
 
 def _product_with_value(user: fx.Node, node: fx.Node, layout: Layout) -> Product | None:
-    """The product that ``user`` is, or is the elementwise half of; None if it is none."""
+    """The product with the value that ``user`` is, or that it is ``a * b`` of in ``(a * b).sum(dim)``; else None."""
     found = user if is_product(user) else None
     if found is None and product_of_factor(user) is not None and _sums_keys(user, node):
         found = product_of_factor(user)
     if found is None:
         return None
     product = product_from_operand(found, node, layout)
-    # (weights * value).sum() is a product of its elementwise half's operands.
     if product is None:
         raise NotAttention("the dimensions of the product with the value cannot be matched with those of the weights")
     return product
@@ -597,7 +621,7 @@ _PASSING = frozenset(
 
 
 def _sums_keys(factor: fx.Node, weights: fx.Node) -> bool:
-    """Whether an elementwise product that is summed afterwards has the weights stretched over another tensor."""
+    """Whether ``a * b`` in ``(a * b).sum(dim)`` broadcasts the weights, as over the features of the value."""
     other = factor.args[1] if factor.args[0] is weights else factor.args[0]
     return is_tensor(other) and any(same(size, 1) for size in tensor(weights).shape)
 
@@ -609,6 +633,7 @@ def _may_pass(user: fx.Node, node: fx.Node) -> bool:
 
 
 def _step(user: fx.Node, node: fx.Node, layout: Layout, walk: WeightWalk) -> Layout:
+    """The layout of the weights after ``user``, whose effect is added to ``walk``."""
     args: Any = user.args
     target: Any = user.target
     if (
@@ -702,6 +727,7 @@ def _require_zero(value: Any, user: fx.Node) -> None:
 
 
 def _without_sink(user: fx.Node, layout: Layout, sink_dim: tuple[Dim, Dim, bool]) -> Layout:
+    """The layout of the weights after ``user``, a slice that must drop exactly the sink's column."""
     with_sink, keys, first = sink_dim
     args: Any = user.args
     dim = (args[1] if len(args) > 1 else 0) % len(layout)
