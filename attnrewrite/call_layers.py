@@ -1,4 +1,4 @@
-"""What stands around the calls of a compiled module: layers that come and go in any order."""
+"""Call layers: wrappers around the calls of a compiled module, added and removed in any order."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ Layer = Callable[[Call], Call]
 
 
 class _Wrapped:
-    """One module's call without layers, and the layers by their names, the innermost first."""
+    """The call of a module without layers, and its layers by name, innermost first."""
 
     def __init__(self, module: nn.Module) -> None:
-        # An OptimizedModule calls its forward; a module that is compiled in place has its call here. One of which only
-        # parts are compiled has none.
+        # An OptimizedModule calls its forward; a module that is compiled in place has a compiled call. If only parts of
+        # a module are compiled, it has none (None).
         self.attribute = call_attribute(module)
         self.before = getattr(module, self.attribute)
         self.layers: dict[str, Layer] = {}
 
     def apply(self, module: nn.Module) -> None:
+        """Sets the module's call to that with all layers around it, or restores it if there are none."""
         if not self.layers:
             object.__setattr__(module, self.attribute, self.before)
             return
@@ -39,7 +40,7 @@ class _Wrapped:
         def layered(*args: Any, **kwargs: Any) -> Any:
             return call(*args, **kwargs)
 
-        # A compiled caller would trace through it, and what is decided anew at each call would be decided once.
+        # A compiled caller would trace through the layers, and decide once what they decide at each call.
         reason = "wrappers around a compiled module decide at each call, so they are not traced"
         opaque: Call = torch.compiler.disable(layered, reason=reason)  # type: ignore[no-untyped-call]
         setattr(opaque, _LAYERS, self)
@@ -47,7 +48,7 @@ class _Wrapped:
 
 
 _LAYERS = "_attnrewrite_layers"
-"""Where a wrapped call holds its :class:`_Wrapped`: with the module alone, so that both are freed together."""
+"""The attribute of a wrapped call with its :class:`_Wrapped`, so that it is freed together with the module."""
 
 
 def _wrapped_of(module: nn.Module) -> _Wrapped | None:
@@ -56,27 +57,27 @@ def _wrapped_of(module: nn.Module) -> _Wrapped | None:
 
 
 def wrap_calls(module: nn.Module, name: str, layer: Layer) -> None:
-    """Puts ``layer(call)`` in the place of the module's call, instead of the layer of that name that may be there."""
+    """Replaces the module's call by ``layer(call)``; a layer of the same name that is there already is replaced."""
     wrapped = _wrapped_of(module) or _Wrapped(module)
     wrapped.layers[name] = layer
     wrapped.apply(module)
 
 
 def unwrap_calls(module: nn.Module, name: str) -> None:
-    """Undoes :func:`wrap_calls`; nothing happens where it was not called."""
+    """Removes the layer that :func:`wrap_calls` added; does nothing if there is none of that name."""
     wrapped = _wrapped_of(module)
     if wrapped is not None and wrapped.layers.pop(name, None) is not None:
         wrapped.apply(module)
 
 
 def has_layer(module: nn.Module, name: str) -> bool:
-    """Whether the module's call has that layer still: compiling a module in place once more drops all."""
+    """Whether the module's call has a layer of that name. Compiling a module in place again drops all layers."""
     wrapped = _wrapped_of(module)
     return wrapped is not None and name in wrapped.layers
 
 
 def compiled_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """The outermost modules that are compiled: the model itself, or parts of it."""
+    """Yields the outermost compiled modules: the model itself, or parts of it."""
     if is_compiled(model):
         yield model
         return

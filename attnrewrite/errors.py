@@ -1,4 +1,4 @@
-"""The errors a user may see. Each message is one line that says what to do; a list may follow it."""
+"""Errors that users may see. Each message is one line that says what to do; a list may follow it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = [
 
 
 class AttnRewriteError(Exception):
-    """Base class of the errors that attnrewrite raises for its callers' mistakes."""
+    """Base class of all errors that attnrewrite raises for wrong use."""
 
 
 class AcceleratedTypeError(AttnRewriteError, TypeError):
-    """``accelerate_attention`` was put on something that cannot be compiled."""
+    """``accelerate_attention`` was applied to something that cannot be compiled."""
 
 
 class BackendTypeError(AttnRewriteError, TypeError):
-    """``set_attention_backend`` was called on something that is not compiled."""
+    """``set_attention_backend`` was called on a model that is not compiled."""
 
 
 class AttentionInputError(AttnRewriteError, ValueError):
@@ -36,44 +36,44 @@ class AttentionInputError(AttnRewriteError, ValueError):
 
 
 class AttentionCheckError(AttnRewriteError):
-    """With ``checks``: the operands of a rewritten attention are not what it was compiled for."""
+    """With ``checks``: the operands of a rewritten attention are not as they were when it was compiled."""
 
 
 class CacheError(AttnRewriteError, RuntimeError):
-    """Attention cannot be reused across steps: a callback's answer or the model's tensors do not fit the settings."""
+    """Attention cannot be reused across steps: a callback's result or the model's tensors do not fit the settings."""
 
 
 class CacheMemoryError(CacheError):
-    """The attention values to store for reuse across steps take more than ``memory_limit``."""
+    """The attention outputs stored for reuse across steps would take more memory than ``memory_limit``."""
 
 
 class CacheTypeError(AttnRewriteError, TypeError):
-    """A cache was asked for on something that is not a compiled module."""
+    """Caching was enabled on something that is not a compiled module."""
 
 
 class PatternError(AttnRewriteError, ValueError):
-    """A registered pattern, or what it found, is wrong."""
+    """A registered pattern, or a site that it returned, is not valid."""
 
 
 class _RaisedInBackend(AttnRewriteError, ShortenTraceback):
     """An error for the user that is raised while Dynamo compiles.
 
-    It derives from Dynamo's ``ShortenTraceback`` so that Dynamo hands it on as it is, without the frames of the
-    compiler and without wrapping it into ``BackendCompilerFailed``
+    It derives from Dynamo's ``ShortenTraceback`` so that Dynamo raises it unchanged, without the frames of the compiler
+    and not wrapped into ``BackendCompilerFailed``
     (https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_dynamo/output_graph.py, ``_call_user_compiler``).
     """
 
     def __init__(self, message: str, details: str = "") -> None:
         """Args:
         message: one line.
-        details: further lines, such as a list of what there is.
+        details: further lines, such as the list of valid names.
         """
         ShortenTraceback.__init__(self, message, first_useful_frame=None)
         self.message = message
         self._details = details
 
     def __str__(self) -> str:
-        """The message alone: Dynamo adds a hint at its own stack trace to an exception's arguments."""
+        """The message and details, without the hint about its stack trace that Dynamo adds to the arguments."""
         return f"{self.message}\n{self._details}" if self._details else self.message
 
 
@@ -82,4 +82,4 @@ class OptionError(_RaisedInBackend, ValueError):
 
 
 class KernelError(_RaisedInBackend):
-    """A kernel that was asked for with ``strict`` cannot serve a site."""
+    """A kernel that was requested with ``strict`` cannot serve a site."""

@@ -1,1 +1,1 @@
-"""From Dynamo's graph to the IR."""
+"""Capture: turns Dynamo's graph into the IR (functional, pre-dispatch, normalized ATen)."""

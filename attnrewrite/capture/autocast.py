@@ -1,4 +1,4 @@
-"""Autocast regions of a graph that take effect while it is traced."""
+"""Autocast during tracing: makes the autocast regions of a graph take effect while it is traced."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from attnrewrite.torch_private import enter_autocast, exit_autocast
 
 
 class AutocastRegions:
-    """Makes a graph's autocast regions take effect while it is traced, and not only be recorded.
+    """Makes the autocast regions of a graph take effect while it is traced.
 
-    Without it the operators of a region are traced in their uncast dtypes, and a ``.float()`` on a half-precision
-    result is taken for a no-op and lost. ``autocast.__enter__`` both switches and records, the function that Dynamo
-    puts into the graph records only (https://github.com/pytorch/pytorch/blob/v2.13.0/torch/amp/autocast_mode.py).
+    Otherwise they would only be recorded: their operators would be traced without casts, and a ``.float()`` of a
+    half-precision result would be dropped as a no-op. ``autocast.__enter__`` switches autocast and records that; the
+    function that Dynamo puts into the graph only records
+    (https://github.com/pytorch/pytorch/blob/v2.13.0/torch/amp/autocast_mode.py).
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class AutocastRegions:
 
     @contextlib.contextmanager
     def closed_at_exit(self) -> Iterator[None]:
-        """Tracing that fails midway leaves no region open and the grad mode as it was."""
+        """Restores the grad mode and closes all open regions at exit, even if tracing fails midway."""
         grad = torch.is_grad_enabled()
         try:
             yield
@@ -45,6 +46,7 @@ class AutocastRegions:
                 self._open.pop().__exit__(None, None, None)
 
     def substitute(self, node: fx.Node) -> None:
+        """Replaces a call that enters or exits autocast, in place, by one that takes effect."""
         if node.target is enter_autocast:
             node.target = self.enter
         elif node.target is exit_autocast:

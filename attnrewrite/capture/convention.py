@@ -1,4 +1,4 @@
-"""The captured graph with the inputs and outputs of the graph that it came from."""
+"""Calling convention: gives the traced graph the inputs and outputs of Dynamo's graph again."""
 
 from __future__ import annotations
 
@@ -22,15 +22,20 @@ def restore_calling_convention(
     signature: Any,
     opaque: OpaqueCalls,
 ) -> fx.GraphModule:
-    """Lifted parameters become attributes again, updated inputs are written back, outputs are the original's.
+    """Returns the traced graph with the inputs and outputs of Dynamo's graph.
+
+    Parameters that tracing lifted to inputs become attributes again, inputs that the graph updates in place are written
+    back, and opaque calls replace their stand-ins.
 
     Args:
-        original: Dynamo's graph; ``prepared``: the one that was traced; ``exported``: what came of it.
+        original: Dynamo's graph.
+        prepared: the graph that was traced.
+        exported: the result of tracing.
         signature: torch's ``GraphSignature`` of ``exported``.
-        opaque: calls that a stand-in was traced for.
+        opaque: the calls that stand-ins were traced for.
 
     Raises:
-        CaptureError: the original's convention cannot be expressed.
+        CaptureError: the calling convention cannot be restored.
     """
     restoration = _Restoration(original, prepared, exported, signature)
     restoration.copy_inputs()
@@ -42,7 +47,7 @@ def restore_calling_convention(
 
 
 class _Restoration:
-    """The graph with the original's inputs and outputs, while it is written."""
+    """Builds the graph with the calling convention of ``original``, step by step."""
 
     def __init__(
         self, original: fx.GraphModule, prepared: fx.GraphModule, exported: fx.GraphModule, signature: Any
@@ -59,7 +64,7 @@ class _Restoration:
         self._constants: list[str] = []
 
     def copy_inputs(self) -> None:
-        """Dynamo's inputs, in its order, and an attribute for each parameter or buffer that tracing lifted."""
+        """Adds Dynamo's inputs, in its order, and an attribute for each parameter or buffer that tracing lifted."""
         placeholders = self._original.graph.find_nodes(op="placeholder")
         user_inputs = [node for node in self._inputs if node.name not in self._lifted]
         if len(user_inputs) != len(placeholders):
@@ -78,6 +83,7 @@ class _Restoration:
                 self.attributes[name] = attribute_of(self._prepared, name)
 
     def copy_calls(self) -> None:
+        """Adds all calls of the traced graph, without the assertions that tracing left."""
         for node in self._exported.graph.nodes:
             if node.op in ("placeholder", "output") or _is_metadata_assertion(node):
                 continue
@@ -93,9 +99,9 @@ class _Restoration:
                     self._constants.append(node.target)
 
     def write_back_updates(self) -> dict[fx.Node, fx.Node]:
-        """Writes new values into the inputs that the graph updates; gives each such input with its ``copy_``."""
+        """Writes new values into the inputs that the graph updates in place; returns the ``copy_`` of each."""
         signature = self._signature
-        # By the name of the new value.
+        # Names of updated inputs by the names of their new values.
         names = {
             **signature.parameters_to_mutate,
             **signature.buffers_to_mutate,
@@ -117,6 +123,7 @@ class _Restoration:
         return updated
 
     def copy_outputs(self, updated: dict[fx.Node, fx.Node]) -> None:
+        """Adds the outputs of the original graph; ``updated`` is the result of :meth:`write_back_updates`."""
         _, results = self._results()
         outputs = [self._copies[result] if isinstance(result, fx.Node) else result for result in results]
         if updated:
@@ -125,18 +132,19 @@ class _Restoration:
         self.graph.output(tuple(outputs))
 
     def _results(self) -> tuple[list[Any], list[Any]]:
-        """What the exported graph returns: new values of updated inputs, and the original's outputs."""
+        """The new values of updated inputs, and the original's outputs, as the exported graph returns them."""
         (results,) = self._exported.graph.output_node().args
         assert isinstance(results, (tuple, list))
         count = len(results) - len(self._signature.user_outputs)
         return list(results[:count]), list(results[count:])
 
     def module(self) -> fx.GraphModule:
+        """The finished graph module, without constants that nothing reads."""
         constants = self._constants_in_use()
         ir = fx.GraphModule(self.attributes, self.graph, self._original.__class__.__name__)
         for name in constants:
-            # A tensor that the graph itself makes (`torch.tensor([1, 2])`) is no buffer: the inner compiler would look
-            # for the place in the user's module that it comes from.
+            # A constant of the graph (`torch.tensor([1, 2])`) must not be a buffer: the inner compiler would look for
+            # its source in the user's module.
             constant = getattr(ir, name)
             delattr(ir, name)
             ir.__dict__[name] = constant
@@ -145,7 +153,7 @@ class _Restoration:
         return ir
 
     def _constants_in_use(self) -> list[str]:
-        """The constants that something reads; the nodes of the others are removed."""
+        """Removes the nodes of constants that nothing reads, and returns the names of the others."""
         used: list[str] = []
         for name in dict.fromkeys(self._constants):
             nodes = self.graph.find_nodes(op="get_attr", target=name)
@@ -158,10 +166,10 @@ class _Restoration:
 
 
 def _read_from_copy(graph: fx.Graph, updated: fx.Node) -> None:
-    """Readers of an input that is written back at the end read a copy of it.
+    """Makes the readers of an input that is updated at the end read a copy of it.
 
-    Autograd keeps what a functional operator read (``_native_batch_norm_legit_functional`` the running statistics) and
-    would find it changed.
+    Autograd saves arguments of functional operators for the backward pass (the running statistics of batch norm) and
+    raises an error if they were changed since.
     """
     readers = [user for user in updated.users if user.target is not torch.ops.aten.copy_.default]
     if not readers:
@@ -174,7 +182,10 @@ def _read_from_copy(graph: fx.Graph, updated: fx.Node) -> None:
 
 
 def _lifted_number(node: fx.Node, exported: fx.GraphModule) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
-    """``torch.tensor(0.5)`` is traced as a copy of a constant: the call that says its value, for those who read it."""
+    """The call of ``full`` for a copy of a one-element constant (``torch.tensor(0.5)``), so that its value can be read.
+
+    None for any other node.
+    """
     if node.target is not torch.ops.aten.lift_fresh_copy.default:
         return None
     (source,) = node.args
@@ -190,17 +201,20 @@ def _lifted_number(node: fx.Node, exported: fx.GraphModule) -> tuple[Any, tuple[
 
 
 def _is_metadata_assertion(node: fx.Node) -> bool:
-    # Export's tracing leaves one behind every `.to()`; it only asserts the dtype that the trace has already shown.
+    # Tracing adds one after every `.to()`; it asserts a dtype that is known already.
     return node.target is torch.ops.aten._assert_tensor_metadata.default
 
 
 def _alias_updated_inputs(
     graph: fx.Graph, outputs: list[Any], original_outputs: Any, updated: dict[fx.Node, fx.Node]
 ) -> list[Any]:
-    """Outputs that were views of an updated input are views of it again, not of the value written into it.
+    """Returns the outputs, where views of an updated input are views of it again, not of the value written into it.
 
     Args:
-        updated: the updated inputs, each with the ``copy_`` that writes to it.
+        graph: the graph, in which the views are added.
+        outputs: the outputs of the traced graph.
+        original_outputs: the outputs of Dynamo's graph.
+        updated: the ``copy_`` of each updated input.
     """
     storages = {storage_of(node.meta.get("example_value", node.meta["val"])) for node in updated}
     written = {copy.args[1]: copy for copy in updated.values()}

@@ -1,7 +1,7 @@
-"""Calls that hold a whole module, attention included, opened up into the operators that they stand for.
+"""Decompositions of calls that compute a whole module with attention in it.
 
-``nn.TransformerEncoderLayer`` runs as one native call when it is evaluated without gradients. That call writes the
-scores to memory; opened up, its attention is found like any other.
+In inference ``nn.TransformerEncoderLayer`` is one native call, which writes the scores to memory. Decomposed into
+operators, its attention is found like any other.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _encoder_layer(
     mask: Tensor | None = None,
     mask_type: int | None = None,
 ) -> Tensor:
-    """https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/transformers/transformer.cpp"""
+    """As in https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/transformers/transformer.cpp"""
 
     def normalized(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.layer_norm(x, (embed_dim,), weight, bias, eps)
@@ -66,4 +66,4 @@ def _encoder_layer(
 
 
 DECOMPOSITIONS = {transformer_encoder_layer: _encoder_layer}
-"""For each call the function that computes the same."""
+"""For each such call, the function of operators that computes the same."""

@@ -1,9 +1,8 @@
-"""Buffers that hold a known pattern, such as GPT-2's triangle of ones, taken for what they are.
+"""Known buffers: reads buffers that hold a known pattern, such as GPT-2's causal mask, and guards their contents.
 
-A registered buffer is an input of the graph, and nothing in the graph says what it holds. Its contents are read once,
-when the graph is compiled; the compiled graph is then used as long as they are the same, which is checked at each call
-by identity and version, without looking at the data. A buffer that was written to since is looked at again. Writes that
-PyTorch does not count (``buffer.data.fill_(...)``, a NumPy view) are not seen.
+A registered buffer is an input of the graph, which does not say what it holds. Its contents are read once, at compile
+time. Each call then checks that they are unchanged, by the buffer's identity and version; only if these differ is the
+data compared. Writes that PyTorch does not count (``buffer.data.fill_(...)``, a NumPy view) go unnoticed.
 """
 
 from __future__ import annotations
@@ -26,25 +25,28 @@ log = logging.getLogger("attnrewrite")
 
 
 class KnownBuffers:
-    """The buffers among a graph's inputs."""
+    """The buffers among the inputs of a graph, and the guard on those that the rewriting has read."""
 
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         self._buffers: dict[int, StoredPattern] = {}
         placeholders = gm.graph.find_nodes(op="placeholder")
         for position, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
             if STATIC_INPUT in node.meta.get("tensor_dict", {}) and _readable(value):
-                # One that is not read in any case is not kept alive either.
+                # A buffer that is too large to be read is not kept alive.
                 read = value.numel() <= BUFFER_ENTRIES.most
                 self._buffers[position] = StoredPattern(value if read else torch.empty_like(value, device="meta"))
 
     def attach(self, captured: fx.GraphModule) -> None:
-        """Lets the rewriting read them, at the same places among the captured graph's inputs."""
+        """Attaches the buffers to the same inputs of the captured graph, where the rewriting reads them."""
         for position, node in enumerate(captured.graph.find_nodes(op="placeholder")):
             if position in self._buffers:
                 node.meta["stored"] = self._buffers[position]
 
     def guarded(self, compiled: Callable[..., Any], untouched: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """``compiled`` as long as the buffers that the rewriting has read hold what they held; else ``untouched``."""
+        """A function that calls ``compiled`` while the buffers that were read are unchanged, else ``untouched``.
+
+        ``name`` is the graph's name, for the warning.
+        """
         watched = [_Watched(position, stored.tensor) for position, stored in self._buffers.items() if stored.was_read]
         self._buffers.clear()
         if not watched:
@@ -80,6 +82,8 @@ def _readable(value: Any) -> bool:
 
 
 class _Watched:
+    """A buffer that the rewriting has read, with its contents at compile time."""
+
     def __init__(self, position: int, tensor: torch.Tensor) -> None:
         self.position = position
         self._contents = tensor.detach().clone()
@@ -89,6 +93,7 @@ class _Watched:
         self._seen, self._version, self._address = weakref.ref(tensor), tensor._version, tensor.data_ptr()
 
     def unchanged(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` is the buffer, not written to since, or has equal contents."""
         if self._seen() is tensor and self._version == tensor._version and self._address == tensor.data_ptr():
             return True
         if tensor.is_inference() or tensor.shape != self._contents.shape or tensor.dtype != self._contents.dtype:

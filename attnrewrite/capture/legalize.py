@@ -1,7 +1,7 @@
-"""Calls that functional tracing refuses, in an equal form that it takes.
+"""Legalization: replaces calls that functional tracing refuses by equivalent ones.
 
-``x.fill_diagonal_(value)`` is traced as ``as_strided``, through which an update of a view cannot be made functional:
-no backend built on AOTAutograd compiles it. ``x.diagonal().fill_(value)`` writes the same entries.
+``x.fill_diagonal_(value)`` is traced as ``as_strided``, and updates through ``as_strided`` cannot be made functional,
+so no backend built on AOTAutograd compiles it. ``x.diagonal().fill_(value)`` writes the same entries.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ __all__ = ["legalized"]
 
 
 def legalized(gm: fx.GraphModule) -> fx.GraphModule:
-    """``gm`` itself, or a copy of it in which such calls are replaced.
+    """A copy of ``gm`` with such calls replaced; ``gm`` itself if it has none.
 
     Args:
         gm: a graph made by Dynamo. It is not changed.
     """
-    # Within vmap a node's value has one dimension more than the call sees.
+    # Within vmap a node's value has one more dimension than the call sees.
     return gm if holds_vmap(gm) else _replaced(gm) or gm
 
 
 def _replaced(gm: fx.GraphModule) -> fx.GraphModule | None:
-    """The copy; None where there is nothing to replace."""
+    """The copy with the calls replaced; None if there are none."""
     children = {
         name: copy
         for name, child in gm.named_children()
@@ -71,9 +71,9 @@ def _fills_diagonal(node: fx.Node) -> bool:
     if value.dim() < 2:
         return False
     if value.dim() > 2:
-        # Eager raises an error where the sides are not equal.
+        # With unequal sides, eager raises an error.
         return all(same(size, value.shape[0]) for size in value.shape)
-    # A diagonal that wraps goes on below the square only in a tall matrix.
+    # With wrap=True the diagonal continues below the square, which only a tall matrix has.
     return wraps is False or (wraps is True and statically_known_true(value.shape[0] <= value.shape[1] + 1))
 
 
@@ -83,7 +83,7 @@ def _arguments(node: fx.Node) -> tuple[Any, Any, Any]:
 
 
 def _with_diagonal(graph: fx.Graph, node: fx.Node, copied: Callable[[fx.Node], fx.Node]) -> fx.Node:
-    """The main diagonal of a tensor of any rank, filled; what the call returns is the tensor itself."""
+    """Adds the nodes that fill the main diagonal of a tensor of any rank, and returns the tensor, as the call does."""
     source, number, _ = _arguments(node)
     diagonal = copied(source)
     meta = {
@@ -91,7 +91,7 @@ def _with_diagonal(graph: fx.Graph, node: fx.Node, copied: Callable[[fx.Node], f
     }
     steps: list[fx.Node] = []
     for _ in range(source.meta["example_value"].dim() - 1):
-        # The first dimension and the last, which the diagonal of the step before is.
+        # Dimension 0 and the last, which is the diagonal of the step before.
         diagonal = graph.call_method("diagonal", (diagonal, 0, 0, -1))
         steps.append(diagonal)
     steps.append(graph.call_method("fill_", (diagonal, number)))

@@ -1,10 +1,10 @@
-"""One operator, one spelling: what capture leaves -> the spellings that the rest of the package reads.
+"""Normalization: brings operators that have several spellings to the one that the rest of the package reads.
 
-ATen has many operators by two names (``multiply`` and ``mul``), and capture keeps the name that the user called. One
-walk over the graph renames them, and writes out the few calls that are short for others. A result keeps its bits,
-except that of ``addcmul`` and ``addcdiv`` between a matrix product and a softmax (:func:`_multiply_and_add`). What is
-not in the table is as the user wrote it; ``tests/capture/vocabulary.txt`` lists all that arrives here and all that
-leaves.
+ATen has many operators under two names (``multiply`` and ``mul``), and tracing keeps the one that the user called. One
+walk over the graph renames them, and decomposes a few calls that are short for others. Results stay the same to the
+bit, except those of ``addcmul`` and ``addcdiv`` between a matrix product and a softmax (:func:`_multiply_and_add`).
+Operators that are not in the table stay as they are. ``tests/capture/vocabulary.txt`` lists all operators before and
+after normalization.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _OTHER_NAMES = {
     "sub": ("subtract",),
     "trunc": ("fix",),
 }
-"""Operators, and those that ATen implements by calling them with the same arguments, overload by overload."""
+"""Operators with their other names: ATen implements those by the same call, overload by overload."""
 
 
 def _aliases() -> dict[Any, Any]:
@@ -94,7 +94,7 @@ def _aliases() -> dict[Any, Any]:
 
 
 ALIASES = _aliases()
-"""Overloads, and those that they are other names of."""
+"""For each overload that is another name: the overload that it stands for."""
 
 
 def normalize(ir: fx.GraphModule) -> None:
@@ -121,11 +121,11 @@ def _argument(node: fx.Node, name: str, default: Any) -> Any:
     return node.kwargs.get(name, default)
 
 
-# Truth values.
+# Booleans.
 
 
 def _truth_values(target: Any) -> Callable[[fx.GraphModule, fx.Node], None]:
-    """``logical_not`` of truth values is ``bitwise_not``; of numbers it compares with zero as well."""
+    """The rule that renames logical operators on booleans to ``target``; on numbers they also compare with zero."""
 
     def rename(ir: fx.GraphModule, node: fx.Node) -> None:
         if all(is_tensor(arg) and tensor(arg).dtype is torch.bool for arg in node.args):
@@ -138,7 +138,7 @@ def _truth_values(target: Any) -> Callable[[fx.GraphModule, fx.Node], None]:
 
 
 def _concatenate(dim: int, rank: int) -> Callable[[fx.GraphModule, fx.Node], None]:
-    """``vstack`` and its like: ``cat`` of tensors that have the rank already, which they are given otherwise."""
+    """The rule that renames ``vstack`` and the like to ``cat``, unless they raise tensors to ``rank`` first."""
 
     def rename(ir: fx.GraphModule, node: fx.Node) -> None:
         (parts,) = node.args
@@ -173,7 +173,10 @@ def _reversed_difference(ir: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _inner_products(ir: fx.GraphModule, node: fx.Node) -> None:
-    """``vecdot``: of vectors alone it is a kernel of its own, and complex numbers are conjugated."""
+    """Decomposes ``vecdot`` into ``mul`` and ``sum``.
+
+    Not for two vectors, which have a kernel of their own, nor for complex numbers, which are conjugated.
+    """
     left, right = node.args[:2]
     if tensor(left).is_complex() or max(tensor(left).dim(), tensor(right).dim()) < 2:
         return
@@ -183,9 +186,10 @@ def _inner_products(ir: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _multiply_and_add(ir: fx.GraphModule, node: fx.Node) -> None:
-    """``a + value * b * c``, or ``/ c``, of which kernels may round the product and the sum at once.
+    """Decomposes ``addcmul`` (``a + value * b * c``) and ``addcdiv`` (``a + value * b / c``).
 
-    So only where it may be a step of an attention's scores: elsewhere the last bit would change for nothing.
+    Only if it may be an operation on scores: the kernel may round once where the decomposition rounds twice, and
+    elsewhere that change of the last bit would serve nothing.
     """
     added, factor, other = node.args[:3]
     value = _argument(node, "value", 1)
@@ -210,13 +214,14 @@ _SOFTMAX = frozenset({aten.softmax.int, aten.special_softmax.default, aten.exp.d
 
 
 def _is_step_of_scores(node: fx.Node) -> bool:
-    """Whether elementwise steps lead from a matrix product to the node, and on to a softmax."""
+    """Whether elementwise operators and views lead from a matrix product to the node, and from there to a softmax."""
     return _reaches(node, lambda step: step.all_input_nodes, _MATRIX_PRODUCTS) and _reaches(
         node, lambda step: step.users, _SOFTMAX
     )
 
 
 def _reaches(start: fx.Node, neighbors: Callable[[fx.Node], Iterable[fx.Node]], targets: frozenset[Any]) -> bool:
+    """Whether one of ``targets`` is found from ``start`` through elementwise nodes, ``STEPS_OF_SCORES`` at most."""
     pending, seen = [start], {start}
     while pending and len(seen) < STEPS_OF_SCORES:
         for other in neighbors(pending.pop()):
@@ -232,11 +237,14 @@ def _is_elementwise(node: fx.Node) -> bool:
     return is_view(node) or node.target in CAST_OPS or torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
-# Tensors of which only the shape, the dtype or the device is read. Named, they are not kept alive for it.
+# Arguments that are read only for their shape, dtype or device: replaced, so that they are not kept alive for that.
 
 
 def _fill_value(number: float | None) -> Callable[[fx.GraphModule, fx.Node], None]:
-    """``zeros_like`` and the like of a computed tensor: ``full`` of a shape. None: the value is the last argument."""
+    """The rule that replaces ``zeros_like`` and the like of a computed tensor by ``full`` with ``number``.
+
+    With None, the number is the last argument.
+    """
 
     def spell(ir: fx.GraphModule, node: fx.Node) -> None:
         like, value = node.args[0], node.meta["val"]
@@ -268,7 +276,7 @@ def _shape_of_other(target: Any) -> Callable[[fx.GraphModule, fx.Node], None]:
 
 
 def _conversions(ir: fx.GraphModule, node: fx.Node) -> None:
-    """``aten.copy``, which a slice assignment leaves, has no derivative; the conversions that it stands for have."""
+    """Decomposes ``aten.copy``, which slice assignments leave, into conversions, which have a derivative."""
     builder = Builder(ir, before=node, like=node)
     value, source = tensor(node), node.args[1]
     if not is_tensor(source):

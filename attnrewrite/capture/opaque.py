@@ -1,4 +1,4 @@
-"""Calls that tracing must not look into: they are replaced by a stand-in and put back afterwards."""
+"""Opaque calls: higher-order operators that tracing must not enter have stand-ins while a graph is traced."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from attnrewrite.torch_private import CHECKPOINT_CONTEXT
 
 
 class OpaqueCalls:
-    """Passes calls of higher-order operators over as a whole.
+    """Takes calls of higher-order operators through tracing unchanged.
 
-    Functional tracing would inline some of them and lose what they are for (the backward of a custom
-    ``autograd.Function``), and knows no rule for others. While the graph is traced an operator with the same outputs
-    stands in for the call; afterwards the call is put back, word for word.
+    Functional tracing would inline some of them and lose their purpose (the backward of a custom
+    ``autograd.Function``), and has no rule for others. While the graph is traced, an operator with the same outputs
+    stands in for each call; afterwards the original call is restored.
     """
 
     def __init__(self) -> None:
@@ -28,6 +28,13 @@ class OpaqueCalls:
     def stand_in(
         self, node: fx.Node, gm: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, Any]
     ) -> fx.Node | tuple[Any, ...]:
+        """Adds a stand-in for the call ``node`` of ``gm`` to ``graph`` and returns its outputs.
+
+        ``env`` maps nodes of ``gm`` to those of ``graph``.
+
+        Raises:
+            CaptureError: the call cannot be represented by a stand-in, or updates a tensor in place.
+        """
         modules = {
             arg: attribute_of(gm, str(arg.target))
             for arg in node.all_input_nodes
@@ -66,6 +73,7 @@ class OpaqueCalls:
         return graph.call_function(operator.getitem, (stand_in, 0))
 
     def put_back(self, graph: fx.Graph, attributes: dict[str, Any]) -> None:
+        """Replaces the stand-ins in ``graph`` by the original calls, whose modules are added to ``attributes``."""
         for node in graph.find_nodes(op="call_function", target=torch.ops.attnrewrite.opaque.default):
             tensors, sizes, index = node.args
             call, modules = self._calls[index]
@@ -92,6 +100,7 @@ class OpaqueCalls:
             graph.erase_node(node)
 
     def forget(self) -> None:
+        """Releases the outputs that stand-ins returned; called when tracing is over."""
         for index in self._calls:
             _opaque_outputs.pop(index, None)
 
@@ -128,7 +137,7 @@ def _refuse_mutation(call: fx.Node, module: torch.nn.Module) -> None:
 
 
 _NAMED_LIKE_KEYWORDS = frozenset({"and_", "or_", "not_", "is_"})
-"""Functions of ``operator`` whose underscore tells them from a keyword."""
+"""Functions of ``operator`` whose underscore only avoids a keyword."""
 
 _IN_PLACE_OPERATORS = frozenset(
     {"setitem", *(name for name in dir(operator) if name.startswith("i") and hasattr(operator, f"__{name}__"))}
@@ -136,6 +145,7 @@ _IN_PLACE_OPERATORS = frozenset(
 
 
 def is_opaque(node: fx.Node, gm: fx.GraphModule) -> bool:
+    """Whether the node of ``gm`` is a call that tracing must not enter."""
     if node.target is torch.ops.higher_order.autograd_function_apply:
         # Without gradients its forward may be traced like any other code.
         return torch.is_grad_enabled() and any(

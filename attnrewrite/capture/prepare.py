@@ -1,4 +1,4 @@
-"""Dynamo's graph in a form that functional tracing takes."""
+"""Preparation for tracing: a copy of Dynamo's graph in a form that functional tracing can take."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from attnrewrite.torch_private import checkpoint_ids, enter_autocast, exit_autoc
 
 
 def wants_gradients(gm: fx.GraphModule) -> bool:
+    """Whether a backward pass through the graph may follow."""
     return torch.is_grad_enabled() and any(
         getattr(node.meta.get("example_value"), "requires_grad", False)
         for node in gm.graph.find_nodes(op="placeholder")
@@ -24,7 +25,11 @@ def wants_gradients(gm: fx.GraphModule) -> bool:
 
 
 def prepared_graph(gm: fx.GraphModule, autocast: AutocastRegions, opaque: OpaqueCalls) -> fx.GraphModule:
-    """``gm`` itself, or a copy in which what functional tracing cannot take has been put in a form that it can."""
+    """A copy of ``gm`` that functional tracing can take; ``gm`` itself if nothing has to change.
+
+    Autocast regions take effect, checkpointed regions are inlined, opaque calls have stand-ins, and calls of whole
+    modules are decomposed.
+    """
     special: tuple[Any, ...] = (
         enter_autocast,
         exit_autocast,
@@ -46,10 +51,10 @@ _DROPOUT = (torch.nn.functional.dropout, torch.dropout)
 
 
 def _settle_dropout(graph: fx.Graph) -> None:
-    """Dropout's result may be updated in place, which tracing for export forbids ("frozen storage").
+    """Makes the result of dropout safe to update in place, which tracing for export forbids ("frozen storage").
 
-    Where nothing is dropped the result is the argument itself, as in eager; else it is followed by a copy, if the graph
-    updates anything in place at all.
+    A dropout that drops nothing is removed, as its result is the argument itself in eager mode too. Any other is
+    followed by a copy, if the graph updates anything in place.
     """
     in_place = any(_updates(node) for node in graph.nodes)
     for target in _DROPOUT:
@@ -69,6 +74,7 @@ def _settle_dropout(graph: fx.Graph) -> None:
 
 
 def _updates(node: fx.Node) -> bool:
+    """Whether the node updates its argument in place, judged by its name."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
 
@@ -77,7 +83,7 @@ _IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "setitem", "iand", "i
 
 
 class _Preparation:
-    """A copy of a graph: checkpointed regions inlined, opaque calls replaced by their stand-ins."""
+    """Copies a graph, inlines its checkpointed regions and replaces opaque calls by their stand-ins."""
 
     def __init__(self, opaque: OpaqueCalls) -> None:
         self.graph = fx.Graph()
@@ -85,7 +91,14 @@ class _Preparation:
         self._opaque = opaque
 
     def copy(self, gm: fx.GraphModule, env: dict[fx.Node, Any], prefix: str, tags: dict[str, Any]) -> Any:
-        """Copies ``gm``'s nodes, ``env`` holding those that exist already, and returns its outputs."""
+        """Copies the nodes of ``gm`` and returns its outputs.
+
+        Args:
+            gm: the graph, or the body of a checkpointed region.
+            env: the copies of its nodes; may hold those of inputs already.
+            prefix: what the names of attributes begin with.
+            tags: entries to add to the ``meta`` of each copy.
+        """
         for node in gm.graph.nodes:
             if node in env:
                 continue
@@ -106,9 +119,9 @@ class _Preparation:
         raise AssertionError("a graph without an output")
 
     def _inlined_checkpoint(self, node: fx.Node, gm: fx.GraphModule, env: dict[fx.Node, Any], prefix: str) -> Any:
-        """The region's nodes, with the tags that make the partitioner recompute them in the backward pass.
+        """Copies the nodes of a region, with tags by which the partitioner recomputes them in the backward pass.
 
-        They are the tags that ``tag_activation_checkpoint`` itself leaves when AOTAutograd traces through it
+        ``tag_activation_checkpoint`` leaves the same tags when AOTAutograd traces through it
         (https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_higher_order_ops/wrap.py).
         """
         body_node, *inputs = node.args

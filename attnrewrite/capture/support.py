@@ -1,4 +1,4 @@
-"""What the parts of capture share."""
+"""Helpers that the modules of capture share, and their error."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ __all__ = ["CaptureError"]
 
 
 class CaptureError(Exception):
-    """The graph cannot be brought into the IR; the message says why."""
+    """Raised when a graph cannot be turned into the IR; the message says why."""
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of the error's message that is not empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
 
 
 def attribute_of(root: torch.nn.Module, path: str) -> Any:
+    """The attribute of ``root`` at a dotted path."""
     value: Any = root
     for name in path.split("."):
         value = getattr(value, name)
@@ -26,4 +28,5 @@ def attribute_of(root: torch.nn.Module, path: str) -> Any:
 
 
 def storage_of(value: Any) -> Any:
+    """A key that is equal for tensors that share memory."""
     return StorageWeakRef(value.untyped_storage())  # type: ignore[no-untyped-call]

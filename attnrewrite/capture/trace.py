@@ -1,9 +1,8 @@
-"""Dynamo's graph -> "the IR": functional, pre-dispatch ATen, with the calling convention of the graph it came from.
+"""Tracing: turns Dynamo's graph into the IR, functional pre-dispatch ATen with the same calling convention.
 
-The IR is the one of ``torch.export``: composite operators (``linear``, ``matmul``, ``einsum``, ``softmax``,
-``scaled_dot_product_attention``) are whole, in-place updates have become functional, autograd has not been applied,
-sizes stay symbolic. It is made by ``aot_export_module(..., pre_dispatch=True)``, which is private to torch and is
-called here and nowhere else.
+The IR is that of ``torch.export``: composite operators (``linear``, ``matmul``, ``einsum``, ``softmax``,
+``scaled_dot_product_attention``) are whole, in-place updates are functional, autograd has not been applied, and sizes
+stay symbolic. It is made by ``aot_export_module(..., pre_dispatch=True)``, which is private to torch.
 """
 
 from __future__ import annotations
@@ -38,20 +37,20 @@ __all__ = ["Captured", "capture"]
 
 @dataclass(frozen=True)
 class Captured:
-    """``gm`` takes the same inputs and returns the same outputs as the graph that was captured."""
+    """A captured graph: ``gm`` has the inputs and outputs of the original."""
 
     gm: fx.GraphModule
 
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
-    """The IR of ``gm``.
+    """Returns the IR of ``gm``.
 
     Args:
         gm: a graph made by Dynamo, legalized (:mod:`attnrewrite.capture.legalize`). It is not changed.
-        example_inputs: what Dynamo hands to a backend with it; used where the graph's placeholders carry no fake value.
+        example_inputs: the inputs that Dynamo passes to the backend; used for placeholders without a fake value.
 
     Raises:
-        CaptureError: the graph is not one that functional tracing can express. Nothing has been changed then.
+        CaptureError: functional tracing cannot express the graph. Nothing was changed.
     """
     gm = _without_vmap(gm)
     _refuse_function_transforms(gm)
@@ -83,7 +82,7 @@ def _traced(
     regions: AutocastRegions,
     opaque: OpaqueCalls,
 ) -> tuple[fx.GraphModule, Any]:
-    """The functional graph, whose parameters and buffers are inputs, and torch's ``GraphSignature`` of it.
+    """The traced graph, in which parameters and buffers are inputs, and its ``GraphSignature``.
 
     Raises:
         CaptureError: tracing failed.
@@ -104,7 +103,11 @@ def _traced(
 
 
 def _refuse_function_transforms(gm: fx.GraphModule) -> None:
-    """``torch.func``'s levels are switched by the graph itself: tracing it again would leave them where they are."""
+    """Refuses graphs that switch the levels of ``torch.func`` transforms, which tracing cannot do again.
+
+    Raises:
+        CaptureError: the graph has such a call.
+    """
     for node in gm.graph.nodes:
         if node.op == "call_function" and "functorch" in (getattr(node.target, "__module__", None) or ""):
             name = getattr(node.target, "__name__", node.target)
@@ -116,11 +119,11 @@ def _refuse_function_transforms(gm: fx.GraphModule) -> None:
 def _tracing_inputs(
     placeholders: Sequence[fx.Node], example_inputs: Sequence[Any]
 ) -> tuple[TracingContext, Sequence[Any]]:
-    """A tracing context of capture's own, and the inputs to trace with.
+    """A tracing context for capture alone, and the inputs to trace with.
 
-    What capture records in the context (metadata of the traced function) must not reach the inner compiler, which
-    records its own. Dynamo's fake mode and its record of how each input is symbolic are shared, so that the IR has
-    Dynamo's own symbols, and so are guards on sizes, which live in the shape environment.
+    Capture must not leave records in Dynamo's context (metadata of the traced function), where the inner compiler
+    writes its own. Dynamo's fake mode and its record of symbolic inputs are shared, so that the IR has Dynamo's symbols
+    and guards on sizes reach its shape environment.
     """
     outer = TracingContext.try_get()
     if outer is not None and outer.fake_mode is not None:

@@ -1,9 +1,9 @@
-"""``torch.vmap`` in a graph of Dynamo's, written out: the batched operators in place of the switches.
+"""vmap lowering: replaces ``torch.vmap`` in Dynamo's graph by the batched operators.
 
-Dynamo records a ``vmap`` as calls that raise and lower functorch's level, with the mapped function's operators in
-between. Functional tracing before dispatch cannot see through the levels, ordinary tracing can: each stretch from the
-outermost raising to its lowering is traced by itself and put in place of the stretch. That is how transformers' masks
-come, which are functions of one query and one key mapped over all of them.
+Dynamo records a ``vmap`` as calls that enter and leave a level of functorch, with the mapped function's operators in
+between. Pre-dispatch tracing cannot see through these levels, but ordinary tracing can: each stretch from the outermost
+entry to its exit is traced by itself and replaced by the result. The masks of transformers are such graphs: a function
+of one query and one key is mapped over all of them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ __all__ = ["holds_vmap", "written_out"]
 
 
 def holds_vmap(gm: fx.GraphModule) -> bool:
+    """Whether the graph has a call of ``torch.vmap``."""
     return any(_name(node) == VMAP_ENTERS for node in gm.graph.nodes)
 
 
@@ -31,10 +32,10 @@ def _name(node: fx.Node) -> str:
 
 
 def written_out(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of ``gm`` without ``vmap``; values of its nodes are the fake ones that Dynamo recorded.
+    """A copy of ``gm`` with batched operators in place of ``vmap``.
 
     Raises:
-        ValueError: a stretch takes or gives something else than tensors and sizes.
+        ValueError: an input of ``vmap`` is neither a tensor nor a size, or its function uses a constant tensor.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -51,6 +52,7 @@ def written_out(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _stretches(graph: fx.Graph) -> Iterator[list[fx.Node]]:
+    """Yields the nodes from each outermost entry of ``vmap`` to its exit, both included."""
     level = 0
     stretch: list[fx.Node] = []
     for node in graph.nodes:
@@ -66,6 +68,7 @@ def _stretches(graph: fx.Graph) -> Iterator[list[fx.Node]]:
 
 
 def _inline(gm: fx.GraphModule, stretch: Sequence[fx.Node], graph: fx.Graph, copies: dict[fx.Node, fx.Node]) -> None:
+    """Traces a stretch and adds the result to ``graph``; ``copies`` maps nodes of ``gm`` to those of ``graph``."""
     own = set(stretch)
     inputs = list(dict.fromkeys(arg for node in stretch for arg in node.all_input_nodes if arg not in own))
     outputs = [node for node in stretch if any(user not in own for user in node.users)]
@@ -97,13 +100,13 @@ def _inline(gm: fx.GraphModule, stretch: Sequence[fx.Node], graph: fx.Graph, cop
 
 
 def _fake_mode(gm: fx.GraphModule) -> Any:
-    """The mode that Dynamo traced the graph in; the backend's own is another one by now."""
+    """The fake mode that Dynamo traced the graph in, which is not the current one in a backend."""
     values = (node.meta.get("example_value") for node in gm.graph.nodes)
     return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), contextlib.nullcontext())
 
 
 class _levels_restored:  # noqa: N801
-    """Tracing that fails midway leaves functorch's levels as they were."""
+    """Restores the levels of functorch at exit, even if tracing fails midway."""
 
     def __enter__(self) -> None:
         self._depth = vmap_depth()
