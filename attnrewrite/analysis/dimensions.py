@@ -135,11 +135,11 @@ class Dimensions:
         shape = tensor(node).shape
         is_result = node.target is operator.getitem
         if node.op != "call_function" or not (is_result or any(map(is_tensor, node.all_input_nodes))):
-            return self._beginning(node)
+            return self._new_layout(node)
         layout = self._computed(node)
         return layout if layout is not None and len(layout) == len(shape) else _unknown(shape)
 
-    def _beginning(self, node: fx.Node) -> Layout:
+    def _new_layout(self, node: fx.Node) -> Layout:
         layout: list[Dim] = []
         for place, size in enumerate(tensor(node).shape):
             layout.append(() if same(size, 1) else (self._new(size, frozenset({(node, place)})),))
@@ -162,20 +162,20 @@ class Dimensions:
     def _computed(self, node: fx.Node) -> Layout | None:
         target: Any = node.target
         if target is operator.getitem:
-            return self._result_of_several(node)
+            return self._split_result(node)
         if target in _HANDLERS:
             return _HANDLERS[target](self, node)
         if is_layout_op(node):
             return self._viewed(node)
         if is_product(node):
             return self._multiplied(node)
-        rank = _rank_of_space(node)
+        rank = _spatial_rank(node)
         if rank is not None:
-            return self._over_space(node, rank)
+            return self._spatial(node, rank)
         reduced = self._reduced(node)
         if reduced is not None:
             return reduced
-        return self._alike(node, torch.Tag.pointwise in getattr(target, "tags", ()))
+        return self._as_arguments(node, torch.Tag.pointwise in getattr(target, "tags", ()))
 
     def _viewed(self, node: fx.Node) -> Layout | None:
         source: Any = node.args[0]
@@ -247,7 +247,7 @@ class Dimensions:
                 )
         return result
 
-    def _over_space(self, node: fx.Node, rank: int) -> Layout | None:
+    def _spatial(self, node: fx.Node, rank: int) -> Layout | None:
         """The layout of a convolution, pooling or resizing of the last ``rank`` dimensions; notes their roles."""
         source: Any = node.args[0]
         layout, shape = self.of(source), tensor(node).shape
@@ -278,7 +278,7 @@ class Dimensions:
             return tuple(() if place in summed else dim for place, dim in enumerate(layout))
         return tuple(dim for place, dim in enumerate(layout) if place not in summed)
 
-    def _alike(self, node: fx.Node, broadcasts: bool) -> Layout | None:
+    def _as_arguments(self, node: fx.Node, broadcasts: bool) -> Layout | None:
         """The layout of an operator whose dimensions are those of its arguments at the same places.
 
         If several have the full size, data counts before parameters, and these before constants; of equals, the one
@@ -286,9 +286,9 @@ class Dimensions:
         """
         shape = tensor(node).shape
         arguments = [each for each in tree_leaves((node.args, node.kwargs)) if is_tensor(each)]
-        return self._joined(arguments, shape, broadcasts)
+        return self._merged(arguments, shape, broadcasts)
 
-    def _joined(self, arguments: Sequence[fx.Node], shape: Sequence[Size], broadcasts: bool) -> Layout | None:
+    def _merged(self, arguments: Sequence[fx.Node], shape: Sequence[Size], broadcasts: bool) -> Layout | None:
         rank = len(shape)
         ranks = range(1, rank + 1) if broadcasts else (rank,)
         fitting = [each for each in arguments if tensor(each).dim() in ranks]
@@ -301,7 +301,7 @@ class Dimensions:
         result: list[Dim] = []
         for place, size in enumerate(shape):
             dims = [layout[place] for layout in layouts if layout[place]]
-            equal = sorted((dim for dim in dims if same(size_of(dim), size)), key=_knowledge)
+            equal = sorted((dim for dim in dims if same(size_of(dim), size)), key=_origin_rank)
             if same(size, 1):
                 result.append(())
             elif equal or dims:
@@ -310,7 +310,7 @@ class Dimensions:
                 result.extend(_unknown((size,)))
         return tuple(result)
 
-    def _result_of_several(self, node: fx.Node) -> Layout | None:
+    def _split_result(self, node: fx.Node) -> Layout | None:
         parent, number = node.args
         if not isinstance(parent, fx.Node) or not isinstance(number, int):
             return None
@@ -328,7 +328,7 @@ class Dimensions:
                 start = start + value.shape[place]
             return self._between(layout, place, start, start + shape[place], shape[place])
         arguments = [each for each in parent.all_input_nodes if is_tensor(each)]
-        return self._joined(arguments, shape, broadcasts=False)
+        return self._merged(arguments, shape, broadcasts=False)
 
     def _between(self, layout: Layout, place: int, start: Size, end: Size, size: Size) -> Layout:
         """The layout after slicing dimension ``place``; a slice of a concatenation becomes the pieces in it."""
@@ -405,7 +405,7 @@ class Dimensions:
         if any(not is_tensor(part) or tensor(part).dim() != rank for part in parts):
             return None
         place, shape = _dim_of(node, "dim", 0), tensor(node).shape
-        joined = self._joined(parts, shape, broadcasts=False)
+        joined = self._merged(parts, shape, broadcasts=False)
         if joined is None:
             return None
         along = self._one_after_another([self.of(part)[place] for part in parts], shape[place])
@@ -415,7 +415,7 @@ class Dimensions:
         parts = [part for part in node.all_input_nodes if is_tensor(part)]
         place = _dim_of(node, "dim", 0)
         shape = tensor(node).shape
-        joined = self._joined(parts, (*shape[:place], *shape[place + 1 :]), broadcasts=False)
+        joined = self._merged(parts, (*shape[:place], *shape[place + 1 :]), broadcasts=False)
         if joined is None:
             return None
         return (*joined[:place], *_unknown(shape[place : place + 1]), *joined[place:])
@@ -461,7 +461,7 @@ class Dimensions:
         """The layout of a fused attention call: that of the query, with the features of the value."""
         query, value = node.args[0], node.args[2]
         assert isinstance(query, fx.Node) and isinstance(value, fx.Node)
-        layout = self._joined([query], tensor(node).shape, broadcasts=True)
+        layout = self._merged([query], tensor(node).shape, broadcasts=True)
         return None if layout is None else (*layout[:-1], self.of(value)[-1])
 
     def _as_complex(self, node: fx.Node) -> Layout | None:
@@ -507,7 +507,7 @@ def _unknown(shape: Sequence[Size]) -> Layout:
     return tuple(() if same(size, 1) else (Axis(size),) for size in shape)
 
 
-def _knowledge(dim: Dim) -> int:
+def _origin_rank(dim: Dim) -> int:
     """The rank of a dimension by what its origin tells: 0 data, 1 unknown, 2 a parameter, 3 a constant."""
     origins = origins_of(dim)
     begins = [origin[0] for origin in origins if origin is not None]
@@ -519,7 +519,7 @@ def _knowledge(dim: Dim) -> int:
 
 
 def _is_weight(layout: Layout) -> bool:
-    return {_knowledge(dim) for dim in layout if dim} == {2}
+    return {_origin_rank(dim) for dim in layout if dim} == {2}
 
 
 def _note(dim: Dim, role: Role, by: str) -> None:
@@ -568,7 +568,7 @@ def _is_convolution(node: fx.Node) -> bool:
     return "conv" in _name_of(node)
 
 
-def _rank_of_space(node: fx.Node) -> int | None:
+def _spatial_rank(node: fx.Node) -> int | None:
     """The number of dimensions that a convolution, pooling or resizing works on; None for other operators."""
     name = _name_of(node)
     if not name or not node.args or not is_tensor(node.args[0]):

@@ -81,12 +81,12 @@ class Entries:
         key = (node, tuple(index))
         if key not in self._memo:
             entry = self._entry(node, list(index))
-            self._memo[key] = self._opaque(node, index) if entry is None else _stored(entry, tensor(node).dtype)
+            self._memo[key] = self._unknown(node, index) if entry is None else _in_dtype(entry, tensor(node).dtype)
             if self._memo[key] is None:
-                self._memo[key] = self._opaque(node, index)
+                self._memo[key] = self._unknown(node, index)
         return self._memo[key]
 
-    def _opaque(self, node: fx.Node, index: Sequence[Any]) -> Entry:
+    def _unknown(self, node: fx.Node, index: Sequence[Any]) -> Entry:
         symbols = frozenset().union(*(position.free_symbols for position in index))
         if tensor(node).dtype is torch.bool:
             return Known((node, tuple(index)), symbols)
@@ -95,7 +95,7 @@ class Entries:
     def _entry(self, node: fx.Node, index: list[Any]) -> Entry | None:
         """The entry of a node that is computed; None if nothing is known of it."""
         if node.op != "call_function":
-            return self._of_stored(node, index)
+            return self._stored_entry(node, index)
         dtype = tensor(node).dtype
         constant = constant_value(node)
         if constant is not None:
@@ -118,10 +118,10 @@ class Entries:
             return None if start is None or step is None else sympy.expand(start + step * index[0])
         if target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar):
             condition, first, second = (self._operand(arg, index) for arg in args[:3])
-            return self._chosen(condition, first, second, dtype)
+            return self._where(condition, first, second, dtype)
         if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
             otherwise, condition, filled = (self._operand(arg, index) for arg in args[:3])
-            return self._chosen(condition, filled, otherwise, dtype)
+            return self._where(condition, filled, otherwise, dtype)
         if target in (aten.tril.default, aten.triu.default):
             diagonal = _integer(args[1] if len(args) > 1 else 0)
             if diagonal is None:
@@ -129,7 +129,7 @@ class Entries:
             distance = index[-1] - index[-2] - diagonal
             kept = at_least(-distance if target is aten.tril.default else distance, self._highest)
             nothing = False if dtype is torch.bool else sympy.Integer(0)
-            return self._chosen(kept, self.at(args[0], index), nothing, dtype)
+            return self._where(kept, self.at(args[0], index), nothing, dtype)
         if target in _COMPARISONS:
             operands = self._promoted(args[:2], index)
             exact = not any(is_tensor(arg) and tensor(arg).dtype.is_floating_point for arg in args[:2])
@@ -142,14 +142,14 @@ class Entries:
         if target is aten.neg.default:
             return _combined(lambda a, b: a * b, self.at(args[0], index), sympy.Integer(-1), dtype)
         if target is aten.abs.default:
-            return self._distance(self.at(args[0], index))
+            return self._absolute(self.at(args[0], index))
         if target is aten.index.Tensor:
             return self._gathered(node, index)
         if target in _SCATTERS:
-            return self._written(node, index)
+            return self._scattered(node, index)
         return None
 
-    def _written(self, node: fx.Node, index: list[Any]) -> Entry | None:
+    def _scattered(self, node: fx.Node, index: list[Any]) -> Entry | None:
         """The entry after an assignment to a slice, row or diagonal: the new value inside, the old one outside."""
         args: Any = node.args
         before, written = args[:2]
@@ -173,7 +173,7 @@ class Entries:
             inside = conjunction([at_least(from_first, self._highest), at_least(size - 1 - from_first, self._highest)])
             own = [*index[:dim], *([from_first] * (node.target is aten.slice_scatter.default)), *index[dim + 1 :]]
         # Outside of the slice ``own`` is no valid index, but there the condition does not hold.
-        return self._chosen(inside, self.at(written, own), self.at(before, index), tensor(node).dtype)
+        return self._where(inside, self.at(written, own), self.at(before, index), tensor(node).dtype)
 
     def _operand(self, arg: Any, index: list[Any]) -> Entry:
         """The entry of an operand, which may broadcast, at an index of the result."""
@@ -186,12 +186,12 @@ class Entries:
     def _promoted(self, args: Sequence[Any], index: list[Any]) -> tuple[Entry, Entry] | None:
         """The entries of two operands in their common dtype; None if one of them may change when it is cast."""
         values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
-        dtype = torch.result_type(*(_example(value) for value in values))
+        dtype = torch.result_type(*(_for_promotion(value) for value in values))
         entries: list[Entry] = []
         for arg, value in zip(args, values, strict=True):
             entry = self._operand(arg, index)
             if not isinstance(value, torch.Tensor) or value.dtype is not dtype:
-                entry = _stored(entry, dtype)
+                entry = _in_dtype(entry, dtype)
             entries.append(entry)
         return None if None in entries else (entries[0], entries[1])
 
@@ -218,7 +218,7 @@ class Entries:
             return None
         return self.at(table, [*index[: given[0]], *entries, *index[given[0] + rank :]])
 
-    def _chosen(self, condition: Formula, first: Entry, second: Entry, dtype: torch.dtype) -> Entry | None:
+    def _where(self, condition: Formula, first: Entry, second: Entry, dtype: torch.dtype) -> Entry | None:
         if isinstance(condition, bool):
             chosen = first if condition else second
             return self._as_truth(chosen) if dtype is torch.bool else chosen
@@ -240,7 +240,7 @@ class Entries:
         """The entry as a formula: a number counts as true where it is not 0."""
         return entry if _is_formula(entry) else self._compared("ne", entry, sympy.Integer(0), exact=True)
 
-    def _distance(self, entry: Entry | None) -> Entry | None:
+    def _absolute(self, entry: Entry | None) -> Entry | None:
         if isinstance(entry, Cases):
             return Cases(tuple((abs(number), formula) for number, formula in entry.numbers))
         return sympy.Abs(entry) if isinstance(entry, sympy.Expr) and entry.is_integer else None
@@ -291,7 +291,7 @@ class Entries:
             return negation(Known(("lt", keys[1], keys[0]), symbols))
         return Known((relation, *keys), symbols)
 
-    def _of_stored(self, node: fx.Node, index: list[Any]) -> Entry | None:
+    def _stored_entry(self, node: fx.Node, index: list[Any]) -> Entry | None:
         """The entry of a tensor that holds one number, a range, or a triangle (GPT-2's causal buffer); else None."""
         stored = node.meta.get("stored")
         pattern = stored.pattern if isinstance(stored, StoredPattern) else None
@@ -301,7 +301,7 @@ class Entries:
             inside, outside = _number(pattern.inside), _number(pattern.outside)
             if dtype is torch.bool:
                 return kept if pattern.inside else negation(kept)
-            return self._chosen(kept, inside, outside, dtype)
+            return self._where(kept, inside, outside, dtype)
         if isinstance(pattern, range):
             return index[0] + pattern.start
         if pattern is None:
@@ -309,7 +309,7 @@ class Entries:
         return bool(pattern) if dtype is torch.bool else _number(pattern)
 
 
-def _example(value: Any) -> Any:
+def _for_promotion(value: Any) -> Any:
     """The value itself, or for a symbolic number a plain one of the same type, for type promotion."""
     if isinstance(value, torch.SymInt):
         return 1
@@ -362,7 +362,7 @@ def _combined(function: Callable[[Any, Any], Any], a: Entry, b: Entry, dtype: to
     return _merged([(function(x, y), conjunction([f, g])) for x, f in first.numbers for y, g in second.numbers], dtype)
 
 
-def _stored(entry: Entry, dtype: torch.dtype) -> Entry | None:
+def _in_dtype(entry: Entry, dtype: torch.dtype) -> Entry | None:
     """The entry as ``dtype`` holds it; None if its value there is not exactly known."""
     if dtype is torch.bool:
         return entry if _is_formula(entry) else None

@@ -74,25 +74,26 @@ def repetition_of(node: fx.Node) -> Repetition | None:
     number = constant_value(index)
     if node.target in _ROW_BY_ROW:
         # Each row has its own entries of the index, so only a single number is read.
-        (_, *others), (mine, *rest) = _first(dim, tensor(source).shape), _first(dim, tensor(node).shape)
+        (_, *others), (mine, *rest) = _dim_first(dim, tensor(source).shape), _dim_first(dim, tensor(node).shape)
         if number is None:
-            number = _one_number(index)
+            number = _only_entry(index)
         if number is None or not same_shape(others, rest):
             return None
-        start = _within(int(number), size)
+        start = _nonnegative(int(number), size)
         return None if start is None else Repetition(source, dim, 1, start, 1, 1, mine, 1)
     if number is not None:
-        start = _within(int(number), size)
+        start = _nonnegative(int(number), size)
         return None if start is None else Repetition(source, dim, len(shape), start, 1, 1, product(shape), 1)
     entries = _entries(index)
-    found = None if entries is None else _counted(entries, size)
+    found = None if entries is None else _counting(entries, size)
     if found is None:
         return None
     start, step, count, inner, outer = found
     return Repetition(source, dim, len(shape), start, step, count, inner, outer)
 
 
-def _first(dim: int, shape: Sequence[Size]) -> list[Size]:
+def _dim_first(dim: int, shape: Sequence[Size]) -> list[Size]:
+    """The sizes of ``shape``, that of ``dim`` first."""
     return [shape[dim], *shape[:dim], *shape[dim + 1 :]]
 
 
@@ -119,16 +120,16 @@ def _indexed(node: fx.Node) -> tuple[fx.Node, int, fx.Node] | None:
     return args[0], dim, index
 
 
-def _within(entry: int, size: Size) -> Size | None:
+def _nonnegative(entry: int, size: Size) -> Size | None:
     """``entry`` as a nonnegative index; None if it may be out of range."""
     if entry >= 0:
         return entry if statically_known_true(size > entry) else None
     return size + entry if statically_known_true(size + entry >= 0) else None
 
 
-def _counted(entries: Sequence[int], size: Size) -> tuple[Size, int, int, int, int] | None:
+def _counting(entries: Sequence[int], size: Size) -> tuple[Size, int, int, int, int] | None:
     """(start, step, count, inner, outer) of entries that count up and repeat; None for any others."""
-    start = _within(entries[0], size)
+    start = _nonnegative(entries[0], size)
     if isinstance(size, int):
         entries = [entry + size if entry < 0 else entry for entry in entries]
     if len(set(entries)) == 1:
@@ -150,7 +151,7 @@ def _counted(entries: Sequence[int], size: Size) -> tuple[Size, int, int, int, i
 # The entries of a constant index.
 
 
-def _one_number(index: fx.Node) -> int | None:
+def _only_entry(index: fx.Node) -> int | None:
     entries = _entries(index)
     return entries[0] if entries and len(set(entries)) == 1 else None
 
@@ -165,7 +166,7 @@ def _evaluated(node: fx.Node, memo: dict[fx.Node, torch.Tensor | None]) -> torch
     if node not in memo:
         memo[node] = None
         if _is_small(node):
-            memo[node] = _stored(node) if node.op != "call_function" else _called(node, memo)
+            memo[node] = _stored(node) if node.op != "call_function" else _evaluated_call(node, memo)
     return memo[node]
 
 
@@ -206,7 +207,7 @@ def _stored(node: fx.Node) -> torch.Tensor | None:
     return None
 
 
-def _called(node: fx.Node, memo: dict[fx.Node, torch.Tensor | None]) -> torch.Tensor | None:
+def _evaluated_call(node: fx.Node, memo: dict[fx.Node, torch.Tensor | None]) -> torch.Tensor | None:
     if node.target is aten.lift_fresh_copy.default:
         return _literal(node.all_input_nodes[0])
     if node.target in CAST_OPS:

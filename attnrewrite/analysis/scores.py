@@ -100,7 +100,7 @@ def sources_of_scores(node: fx.Node) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class _Walking:
+class _WalkContext:
     """The arguments of :func:`read_scores` that stay the same along the walk."""
 
     memo: dict[fx.Node, bool]
@@ -133,14 +133,14 @@ def read_scores(
     Raises:
         NotAttention: an operation on the way cannot be read as a function of the scores.
     """
-    return _walk(node, layout, _Walking(memo, key_axes, accepts, sink), plain=True)
+    return _walk(node, layout, _WalkContext(memo, key_axes, accepts, sink), plain=True)
 
 
-def _walk(node: fx.Node, layout: Layout, reader: _Walking, plain: bool) -> ScoreWalk:
+def _walk(node: fx.Node, layout: Layout, context: _WalkContext, plain: bool) -> ScoreWalk:
     """``plain``: only sums, scales and masks lie between ``node`` and softmax, so a constant of a row cancels."""
     if is_product(node):
-        return _arrived(node, layout, reader)
-    sources = [arg for arg in dict.fromkeys(sources_of_scores(node)) if leads_to_product(arg, reader.memo)]
+        return _walk_from_product(node, layout, context)
+    sources = [arg for arg in dict.fromkeys(sources_of_scores(node)) if leads_to_product(arg, context.memo)]
     if not sources:
         raise NotAttention(
             f"{node_in_words(node)} lies between softmax and the product of query and key, and is not an operation "
@@ -150,10 +150,10 @@ def _walk(node: fx.Node, layout: Layout, reader: _Walking, plain: bool) -> Score
     reasons: list[NotAttention] = []
     for source in sources:
         try:
-            mods, extra = _read_step(node, source, layout, reader, plain)
+            mods, extra = _read_step(node, source, layout, context, plain)
             before = _step_back(node, source, layout)
-            still_plain = plain and all(_keeps_constants(mod, reader) for mod in mods)
-            walk = _walk(source, before, reader, still_plain)
+            still_plain = plain and all(_keeps_constants(mod, context) for mod in mods)
+            walk = _walk(source, before, context, still_plain)
         except NotAttention as reason:
             reasons.append(reason)
         else:
@@ -163,18 +163,18 @@ def _walk(node: fx.Node, layout: Layout, reader: _Walking, plain: bool) -> Score
     return max(walks, key=lambda walk: len({*walk.product.lhs.axes} & {*walk.product.rhs.axes}))
 
 
-def _keeps_constants(mod: ScoreMod, reader: _Walking) -> bool:
+def _keeps_constants(mod: ScoreMod, context: _WalkContext) -> bool:
     """Whether a number added to a whole row before ``mod`` is still cancelled by softmax after it."""
     if isinstance(mod, Scale) and isinstance(mod.factor, Operand):
         if possible_values(mod.factor.node) <= {0.0, 1.0}:
             return True  # A mask, if large negative numbers are added where it is zero; else `canonicalize` refuses it.
-        return not set(mod.factor.axes) & {leaf for axis in reader.key_axes for leaf in axis.leaves()}
+        return not set(mod.factor.axes) & {leaf for axis in context.key_axes for leaf in axis.leaves()}
     if isinstance(mod, Fill):
         return is_far_below(mod.value, mod.dtype)
     return not isinstance(mod, Elementwise)
 
 
-def _arrived(node: fx.Node, layout: Layout, reader: _Walking) -> ScoreWalk:
+def _walk_from_product(node: fx.Node, layout: Layout, context: _WalkContext) -> ScoreWalk:
     """The walk's end at the product ``node``, whose factor and addend are the first modifications."""
     product = product_from_result(node, layout)
     if tensor(node).dtype not in FLOATING:
@@ -184,7 +184,7 @@ def _arrived(node: fx.Node, layout: Layout, reader: _Walking) -> ScoreWalk:
         raise NotAttention(
             f"the dimensions of an operand of {node_in_words(node)} cannot be matched with those of the scores"
         )
-    reader.accepts(product)
+    context.accepts(product)
     mods: list[ScoreMod] = []
     if product.scale is not None:
         mods.append(Scale(product.scale))
@@ -216,25 +216,25 @@ def _step_back(node: fx.Node, source: fx.Node, layout: Layout) -> Layout:
 _Step = tuple[list[ScoreMod], tuple[fx.Node, ...]]
 
 
-def _read_step(node: fx.Node, source: fx.Node, layout: Layout, reader: _Walking, plain: bool) -> _Step:
+def _read_step(node: fx.Node, source: fx.Node, layout: Layout, context: _WalkContext, plain: bool) -> _Step:
     """The modifications by ``node``, last one first, and the other nodes that only they use (the row's maximum)."""
     args: Any = node.args
     target: Any = node.target
     if is_cast(node):
-        _require_harmless_cast(node)
+        _refuse_lossy_cast(node)
         narrower = is_narrower(tensor(node).dtype, tensor(source).dtype)
         return [Narrow(tensor(node).dtype)] if narrower else [], ()
     if is_layout_op(node):
         return [], ()
     dtype = tensor(node).dtype
     if target in _ELEMENTWISE or target in _MAXIMUM:
-        return [_function(node, source)], ()
+        return [_clamp_or_function(node, source)], ()
     if target is aten.neg.default:
         return [Scale(-1.0)], ()
     if target in _FILL:
         return [Fill(_aligned(args[1], node, layout), as_stored(_fill_value(args[2], node), dtype), dtype)], ()
     if target in _PUT:
-        return [_put(node, layout)], ()
+        return [_index_put(node, layout)], ()
     if target in _WHERE:
         if args[0] is source or (args[1] is source) == (args[2] is source):
             raise NotAttention(f"{node_in_words(node)} has the scores as its condition or as both of its values")
@@ -245,20 +245,20 @@ def _read_step(node: fx.Node, source: fx.Node, layout: Layout, reader: _Walking,
     first = args[0] is source
     other = args[1] if first else args[0]
     if len(args) > 1 and args[0] is args[1]:
-        raise NotAttention(f"{node_in_words(node)} has the scores as both of its operands")
+        raise NotAttention(f"{node_in_words(node)} combines the scores with themselves")
     if node.kwargs.get("rounding_mode") is not None or len(args) > 2:
         raise NotAttention(f"{node_in_words(node)} rounds the scores")
     alpha = _number(node.kwargs.get("alpha", 1), node)
     if target is aten.rsub.Scalar:
-        return [*_shift(other, node, reader, plain), Scale(-alpha)], ()
+        return [*_shift(other, node, context, plain), Scale(-alpha)], ()
     if target in _ADD or target in _SUB:
         sign = alpha if target in _ADD else -alpha
-        if first and target in _SUB and alpha == 1 and plain and not reader.sink:
-            maximum = row_maximum(other, source, broadcast(layout, tensor(node).shape, tensor(source).shape), reader)
+        if first and target in _SUB and alpha == 1 and plain and not context.sink:
+            maximum = row_maximum(other, source, broadcast(layout, tensor(node).shape, tensor(source).shape), context)
             if maximum is not None:
                 return [Shift(by_maximum=True)], maximum
         if not is_tensor(other):
-            steps = _shift(other, node, reader, plain)
+            steps = _shift(other, node, context, plain)
         else:
             steps = [Bias(_aligned(other, node, layout), dtype, sign if first else 1.0)]
         # a - alpha * scores: the scores are negated first, so that comes last here.
@@ -268,9 +268,9 @@ def _read_step(node: fx.Node, source: fx.Node, layout: Layout, reader: _Walking,
     return [Scale(_factor(other), divide=target in _DIV)], ()
 
 
-def _shift(number: Any, node: fx.Node, reader: _Walking, plain: bool) -> list[ScoreMod]:
+def _shift(number: Any, node: fx.Node, context: _WalkContext, plain: bool) -> list[ScoreMod]:
     """The modification by a number of ordinary size that is added to all scores of a row, and that softmax cancels."""
-    if not plain or reader.sink or not isinstance(number, (int, float)) or not abs(number) <= ORDINARY:
+    if not plain or context.sink or not isinstance(number, (int, float)) or not abs(number) <= ORDINARY:
         raise NotAttention(
             f"{node_in_words(node)} adds a number to the scores that softmax does not cancel: it is symbolic or above "
             f"{ORDINARY:g}, or a function of the scores or an attention sink follows"
@@ -278,7 +278,7 @@ def _shift(number: Any, node: fx.Node, reader: _Walking, plain: bool) -> list[Sc
     return [Shift()]
 
 
-def _function(node: fx.Node, source: fx.Node) -> ScoreMod:
+def _clamp_or_function(node: fx.Node, source: fx.Node) -> ScoreMod:
     """The modification by ``maximum``, ``clamp`` and the like: a floor far below, or any function of one score."""
     args: Any = node.args
     low: Any
@@ -306,7 +306,7 @@ def _function(node: fx.Node, source: fx.Node) -> ScoreMod:
     return Elementwise(node)
 
 
-def _put(node: fx.Node, layout: Layout) -> Fill:
+def _index_put(node: fx.Node, layout: Layout) -> Fill:
     """The modification by ``scores[mask] = value``."""
     args: Any = node.args
     masks = args[1]
@@ -322,7 +322,7 @@ def _put(node: fx.Node, layout: Layout) -> Fill:
 
 
 def row_maximum(
-    node: Any, scores: fx.Node, layout: Layout | None, reader: _Walking | tuple[Axis, ...], own_row: bool = False
+    node: Any, scores: fx.Node, layout: Layout | None, context: _WalkContext | tuple[Axis, ...], own_row: bool = False
 ) -> tuple[fx.Node, ...] | None:
     """The nodes that compute ``node`` as a maximum of ``scores`` that is the same for all keys of a row; else None.
 
@@ -333,10 +333,10 @@ def row_maximum(
         node: the node that may be the maximum.
         scores: the scores that it is subtracted from.
         layout: the layout of the scores.
-        reader: the walk, or the axes that softmax runs over.
+        context: the walk, or the axes that softmax runs over.
         own_row: only the exact maximum of each row counts, not one over several rows or a clamped one.
     """
-    keys = set(reader.key_axes if isinstance(reader, _Walking) else reader)
+    keys = set(context.key_axes if isinstance(context, _WalkContext) else context)
     if layout is None or not is_tensor(node):
         return None
     chain: list[fx.Node] = []
@@ -408,7 +408,7 @@ def is_narrower(dtype: torch.dtype, source: torch.dtype) -> bool:
     return torch.promote_types(dtype, source) is not dtype
 
 
-def _require_harmless_cast(node: fx.Node) -> None:
+def _refuse_lossy_cast(node: fx.Node) -> None:
     """Refuses casts of the scores that may change more than rounding: to integers, to float8, to float16's range."""
     source, dtype = tensor(node.args[0]).dtype, tensor(node).dtype
     if source is not dtype and (dtype not in FLOATING or source not in FLOATING or dtype is torch.float16):

@@ -47,7 +47,7 @@ def _within(a: Span, b: Span) -> bool:
     return same_span(a, b) or (_at_most(b.start, a.start) and _at_most(a.stop, b.stop))
 
 
-def _apart(a: Span, b: Span) -> bool:
+def _disjoint(a: Span, b: Span) -> bool:
     return _at_most(a.stop, b.start) or _at_most(b.stop, a.start)
 
 
@@ -195,7 +195,7 @@ def _box_of(shape: Iterable[Size]) -> Box:
     return tuple(Span(0, size) for size in shape)
 
 
-def _untouched(node: fx.Node) -> Assembly:
+def _unassembled(node: fx.Node) -> Assembly:
     shape = tensor(node).shape
     return Assembly(ground=_Ground(node, _box_of(shape), tuple(range(len(shape)))))
 
@@ -206,7 +206,7 @@ def assemblies(graph: fx.Graph) -> dict[fx.Node, Assembly]:
     found: dict[fx.Node, Assembly] = {}
 
     def contents(node: fx.Node) -> Assembly:
-        return known.get(node) or _untouched(node)
+        return known.get(node) or _unassembled(node)
 
     for node in graph.nodes:
         if node.op != "call_function" or not is_tensor(node):
@@ -216,9 +216,9 @@ def assemblies(graph: fx.Graph) -> dict[fx.Node, Assembly]:
             # torch.cat skips empty tensors of one dimension (such as the empty cache of transformers).
             rank = tensor(node).dim() - (node.target is aten.stack.default)
             if all(is_tensor(part) and tensor(part).dim() == rank for part in args[0]):
-                known[node] = found[node] = _joined(node, [(part, contents(part)) for part in args[0]])
+                known[node] = found[node] = _concatenated(node, [(part, contents(part)) for part in args[0]])
         elif node.target in (aten.slice_scatter.default, aten.select_scatter.default):
-            known[node] = found[node] = _written(node, contents(args[0]), contents(args[1]))
+            known[node] = found[node] = _scattered(node, contents(args[0]), contents(args[1]))
         elif node.target in (aten.slice.Tensor, aten.select.int):
             taken = taken_from(node)
             before = None if taken is None else _restricted(contents(taken.source), taken)
@@ -227,7 +227,7 @@ def assemblies(graph: fx.Graph) -> dict[fx.Node, Assembly]:
     return found
 
 
-def _joined(node: fx.Node, parts: Sequence[tuple[fx.Node, Assembly]]) -> Assembly:
+def _concatenated(node: fx.Node, parts: Sequence[tuple[fx.Node, Assembly]]) -> Assembly:
     stacked = node.target is aten.stack.default
     dim = _dim(node, tensor(node).dim())
     pieces: list[Piece] = []
@@ -235,14 +235,14 @@ def _joined(node: fx.Node, parts: Sequence[tuple[fx.Node, Assembly]]) -> Assembl
     start: Size = 0
     for part, inside in parts:
         size = 1 if stacked else tensor(part).shape[dim]
-        own = inside if inside.pieces and grid(inside.pieces, tensor(part).shape) is not None else _whole_piece(part)
+        own = inside if inside.pieces and grid(inside.pieces, tensor(part).shape) is not None else _single_piece(part)
         nodes |= own.nodes
         pieces += [_placed(piece, dim, Span(start, size), stacked) for piece in own.pieces]
         start = start + size
     return Assembly(tuple(pieces), None, frozenset(nodes))
 
 
-def _whole_piece(node: fx.Node) -> Assembly:
+def _single_piece(node: fx.Node) -> Assembly:
     shape = tensor(node).shape
     return Assembly((Piece(_box_of(shape), node, tuple(range(len(shape)))),))
 
@@ -262,23 +262,23 @@ def _moved(piece: Piece, dim: int, by: Size) -> Piece:
     return replace(piece, box=tuple(box))
 
 
-def _written(node: fx.Node, into: Assembly, source: Assembly) -> Assembly:
+def _scattered(node: fx.Node, into: Assembly, source: Assembly) -> Assembly:
     """The assembly ``into`` after the scatter ``node`` wrote ``source`` into it."""
     args: Any = node.args
     selected = node.target is aten.select_scatter.default
     span = span_of(node, tensor(args[1]), position=2)
     if span is None:
-        return _untouched(node)
+        return _unassembled(node)
     dim = _dim(node, tensor(node).dim(), position=2)
     taken = Taken(args[0], dim, span, selected)
     before = _restricted(into, taken)
     if before is None:
-        piece = _placed(_whole_piece(args[1]).pieces[0], dim, span, selected)
+        piece = _placed(_single_piece(args[1]).pieces[0], dim, span, selected)
         nodes = into.nodes | {node}
         return Assembly((*into.pieces, piece), into.ground, nodes, into.problem or Reason("slices overlap"))
     covered = bool(source.pieces) and grid(source.pieces, tensor(args[1]).shape) is not None
     if not covered and not (source.ground is not None and _same_ground(source.ground, before.ground)):
-        source = _whole_piece(args[1])
+        source = _single_piece(args[1])
     kept = [piece for piece in into.pieces if not _within(piece.box[dim], span)]
     new = [_placed(piece, dim, span, selected) for piece in source.pieces]
     return Assembly((*kept, *new), into.ground, into.nodes | source.nodes | {node}, into.problem or source.problem)
@@ -300,7 +300,7 @@ def _restricted(whole: Assembly, taken: Taken) -> Assembly | None:
                 box, dims = moved.box, moved.dims
                 moved = Piece((*box[:dim], *box[dim + 1 :]), piece.node, (*dims[:dim], *dims[dim + 1 :]))
             pieces.append(moved)
-        elif not _apart(own, span):
+        elif not _disjoint(own, span):
             return None
     ground = whole.ground
     if ground is not None:

@@ -79,11 +79,11 @@ def _values(node: Any, memo: dict[fx.Node, frozenset[Value]]) -> frozenset[Value
         return frozenset({ValueKind.INTEGER if isinstance(value, (int, torch.SymInt)) else ValueKind.ANY})
     if node not in memo:
         memo[node] = frozenset({ValueKind.ANY})
-        memo[node] = _limited(_values_of_call(node, memo), tensor(node).dtype)
+        memo[node] = _bounded(_values_of_call(node, memo), tensor(node).dtype)
     return memo[node]
 
 
-def _limited(values: frozenset[Value], dtype: torch.dtype) -> frozenset[Value]:
+def _bounded(values: frozenset[Value], dtype: torch.dtype) -> frozenset[Value]:
     if dtype is torch.bool:
         return frozenset({0.0, 1.0})
     values = frozenset(as_stored(value, dtype) if isinstance(value, float) else value for value in values)

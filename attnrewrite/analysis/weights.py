@@ -73,18 +73,18 @@ def every_softmax(graph: fx.Graph) -> Iterator[Softmax]:
             scores = node.args[0]
             if isinstance(dim, int) and is_tensor(scores) and tensor(node).dim():
                 safe = target is aten._safe_softmax.default
-                yield _whole(Softmax(node, scores, dim % tensor(node).dim(), (node,), nan_to_zero=safe))
+                yield _with_layout(Softmax(node, scores, dim % tensor(node).dim(), (node,), nan_to_zero=safe))
     for node in graph.find_nodes(op="call_function", target=aten.exp.default):
         found = _exponential_of_logarithm(node)
         if found is not None:
-            yield _whole(found)
+            yield _with_layout(found)
     for node in graph.find_nodes(op="call_function", target=aten.div.Tensor):
         found = _divided_by_sum(node)
         if found is not None:
             yield found
 
 
-def _whole(found: Softmax) -> Softmax:
+def _with_layout(found: Softmax) -> Softmax:
     return replace(found, layout=fresh_layout(tensor(found.node).shape))
 
 
@@ -158,8 +158,8 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
     fills = _fills(top, layout)
     if fills is None:
         return None
-    lost = torch.finfo(tensor(node).dtype).eps / 2 if exact and not fills else None
-    read = _sink_among(addends, shifted, maximum, layout, axes_of((layout[dim],)), lost)
+    negligible = torch.finfo(tensor(node).dtype).eps / 2 if exact and not fills else None
+    read = _sink_among(addends, shifted, maximum, layout, axes_of((layout[dim],)), negligible)
     if read is None:
         return None
     sink, sink_nodes = read
@@ -198,7 +198,7 @@ def _sink_among(
     maximum: tuple[fx.Node, ...],
     layout: Layout,
     keys: tuple[Axis, ...],
-    lost: float | None,
+    negligible: float | None,
 ) -> tuple[Operand | float | None, Sequence[fx.Node]] | None:
     """The sink that is added to the sum of exponentials, or None, and the nodes that compute it.
 
@@ -208,8 +208,8 @@ def _sink_among(
         maximum: the nodes that subtract it; empty if none is subtracted.
         layout: the layout of the scores.
         keys: the axes that softmax runs over.
-        lost: the sum is at least 1, so that a smaller number than this (an epsilon) is rounded away; None if the sum
-            may be smaller.
+        negligible: a number below this (an epsilon) is rounded away, since the sum is at least 1; None if the sum may be
+            smaller.
 
     Returns:
         None if an addend is not a sink, or there are several.
@@ -224,9 +224,9 @@ def _sink_among(
             if read is None:
                 return None
             sink, nodes = read
-        elif lost is not None:
+        elif negligible is not None:
             # An epsilon that is rounded away is not a sink.
-            if not 0 <= addend < lost:
+            if not 0 <= addend < negligible:
                 return None
         elif addend <= 0 or maximum:
             return None
@@ -333,7 +333,7 @@ def _denominator(node: fx.Node, top: _Exponentials) -> tuple[int, list[Any], lis
         args: Any = current.args
         if current.target is aten.sum.dim_IntList:
             dims, keep = args[1], bool(args[2]) if len(args) > 2 else bool(current.kwargs.get("keepdim"))
-            if not isinstance(dims, (list, tuple)) or len(dims) != 1 or not _same_up_to_casts(args[0], top, nodes):
+            if not isinstance(dims, (list, tuple)) or len(dims) != 1 or not _equal_up_to_casts(args[0], top, nodes):
                 return None
             return int(dims[0]) % tensor(top.node).dim(), addends, nodes, keep
         if is_cast(current) or is_layout_op(current):
@@ -370,7 +370,7 @@ def _reaches_sum(node: Any) -> bool:
     return False
 
 
-def _same_up_to_casts(node: Any, top: _Exponentials, nodes: list[fx.Node]) -> bool:
+def _equal_up_to_casts(node: Any, top: _Exponentials, nodes: list[fx.Node]) -> bool:
     """Whether ``node`` has the exponentials ``top``, up to casts: what is summed must be what is divided."""
     while node not in top.nodes and is_tensor(node) and is_cast(node) and tensor(node).dtype in FLOATING:
         nodes.append(node)
@@ -463,7 +463,7 @@ def split_sink(softmax: Softmax, key_dim: Dim) -> tuple[Softmax, Dim, bool] | No
         break
     if not is_tensor(node) or node.op != "call_function" or softmax.sink is not None:
         return None
-    joined = _joined_column(node, softmax.dim)
+    joined = _sink_column(node, softmax.dim)
     if joined is None:
         return None
     scores, column, first = joined
@@ -478,7 +478,7 @@ def split_sink(softmax: Softmax, key_dim: Dim) -> tuple[Softmax, Dim, bool] | No
     return replace(softmax, scores=scores, sink=sink, nodes=(*chain, node, *softmax.nodes)), keys, first
 
 
-def _joined_column(node: fx.Node, dim: int) -> tuple[fx.Node, fx.Node | float, bool] | None:
+def _sink_column(node: fx.Node, dim: int) -> tuple[fx.Node, fx.Node | float, bool] | None:
     """(scores, column, whether it comes first) of ``cat([scores, column], dim)`` or ``pad``; None for other nodes."""
     args: Any = node.args
     value: Any
@@ -490,8 +490,8 @@ def _joined_column(node: fx.Node, dim: int) -> tuple[fx.Node, fx.Node | float, b
         if along != dim or not (is_tensor(a) and is_tensor(b)):
             return None
         if same(tensor(b).shape[dim], 1):
-            return a, _number_or(b), False
-        return (b, _number_or(a), True) if same(tensor(a).shape[dim], 1) else None
+            return a, _constant_or_node(b), False
+        return (b, _constant_or_node(a), True) if same(tensor(a).shape[dim], 1) else None
     if node.target in (aten.constant_pad_nd.default, aten.pad.default):
         pads = list(args[1])
         if node.target is aten.pad.default:
@@ -510,7 +510,7 @@ def _joined_column(node: fx.Node, dim: int) -> tuple[fx.Node, fx.Node | float, b
     return None
 
 
-def _number_or(node: fx.Node) -> fx.Node | float:
+def _constant_or_node(node: fx.Node) -> fx.Node | float:
     constant = constant_value(node)
     return node if constant is None else constant
 
@@ -669,7 +669,7 @@ def _step(user: fx.Node, node: fx.Node, layout: Layout, walk: WeightWalk) -> Lay
         walk.nan_to_zero = True
         return layout
     if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        walk.mods.append(Zero(_condition(args[1], user, layout)))
+        walk.mods.append(Zero(_aligned(args[1], user, layout)))
         _require_zero(args[2], user)
         return layout
     if target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
@@ -683,13 +683,13 @@ def _step(user: fx.Node, node: fx.Node, layout: Layout, walk: WeightWalk) -> Lay
         if args[0] is node or kept_first == (args[2] is node):
             raise NotAttention(f"{node_in_words(user)} has the weights as its condition or as both of its values")
         _require_zero(args[2] if kept_first else args[1], user)
-        walk.mods.append(Zero(_condition(args[0], user, layout), invert=kept_first))
+        walk.mods.append(Zero(_aligned(args[0], user, layout), invert=kept_first))
         return layout
     if target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
         other = args[1] if args[0] is node else args[0]
         if other is node or user.kwargs.get("rounding_mode") is not None:
-            raise NotAttention(f"{node_in_words(user)} has the weights as both of its operands, or rounds them")
-        walk.mods.append(_multiplied(other, user, layout))
+            raise NotAttention(f"{node_in_words(user)} combines the weights with themselves, or rounds them")
+        walk.mods.append(_factor(other, user, layout))
         return layout
     raise NotAttention(_unreadable(user))
 
@@ -702,17 +702,17 @@ def _unreadable(user: fx.Node) -> str:
     )
 
 
-def _multiplied(other: Any, user: fx.Node, layout: Layout) -> WeightMod:
+def _factor(other: Any, user: fx.Node, layout: Layout) -> WeightMod:
     divide = user.target in (aten.div.Tensor, aten.div.Scalar)
     if not is_tensor(other):
         return Scale(other, divide)
-    operand = _condition(other, user, layout)
+    operand = _aligned(other, user, layout)
     if not divide and possible_values(other) <= {0.0, 1.0} and constant_value(other) is None:
         return Zero(operand, invert=True, multiplied=True)
     return Scale(operand, divide)
 
 
-def _condition(other: Any, user: fx.Node, layout: Layout) -> Operand:
+def _aligned(other: Any, user: fx.Node, layout: Layout) -> Operand:
     own = broadcast(layout, tensor(user).shape, tensor(other).shape) if is_tensor(other) else None
     if own is None:
         raise NotAttention(

@@ -43,20 +43,20 @@ def prepared_graph(gm: fx.GraphModule, autocast: AutocastRegions, opaque: Opaque
     for node in copy.graph.nodes:
         autocast.substitute(node)
         node.target = DECOMPOSITIONS.get(node.target, node.target) if node.op == "call_function" else node.target
-    _settle_dropout(copy.graph)
+    _separate_dropout(copy.graph)
     return fx.GraphModule(copy.attributes, copy.graph)
 
 
 _DROPOUT = (torch.nn.functional.dropout, torch.dropout)
 
 
-def _settle_dropout(graph: fx.Graph) -> None:
+def _separate_dropout(graph: fx.Graph) -> None:
     """Makes the result of dropout safe to update in place, which tracing for export forbids ("frozen storage").
 
     A dropout that drops nothing is removed, as its result is the argument itself in eager mode too. Any other is
     followed by a copy, if the graph updates anything in place.
     """
-    in_place = any(_updates(node) for node in graph.nodes)
+    in_place = any(_is_in_place(node) for node in graph.nodes)
     for target in _DROPOUT:
         for node in graph.find_nodes(op="call_function", target=target):
             given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False), **node.kwargs)
@@ -73,7 +73,7 @@ def _settle_dropout(graph: fx.Graph) -> None:
                 node.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
 
 
-def _updates(node: fx.Node) -> bool:
+def _is_in_place(node: fx.Node) -> bool:
     """Whether the node updates its argument in place, judged by its name."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE

@@ -22,7 +22,7 @@ Written = dict[Any, fx.Node]
 """Calls that were inserted, by target and arguments."""
 
 
-_SHARED_BESIDE_ATEN = ("attnrewrite::stored",)
+_SHARED_CUSTOM_OPS = ("attnrewrite::stored",)
 
 
 def _key_of(target: Any, args: Any, kwargs: Any) -> Any:
@@ -35,7 +35,7 @@ def _key_of(target: Any, args: Any, kwargs: Any) -> Any:
         schema = schema_of(target)
         if schema is None or schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
             return None
-        if not schema.name.startswith("aten::") and schema.name not in _SHARED_BESIDE_ATEN:
+        if not schema.name.startswith("aten::") and schema.name not in _SHARED_CUSTOM_OPS:
             return None
     return target, _frozen(args), _frozen(kwargs)
 
