@@ -28,6 +28,7 @@ from torch import Tensor, fx
 
 from attnrewrite.analysis.features import PIECES, Features, features_of
 from attnrewrite.analysis.scores import FLOATING, leads_to_product, sources_of_scores
+from attnrewrite.analysis.values import constant_value
 from attnrewrite.ir.axes import Axis, Layout, Operand, axes_of, broadcast, fresh_layout, resolve
 from attnrewrite.ir.bounds import BEHIND_DIVISOR, BETWEEN_PRODUCTS, Ended, searching
 from attnrewrite.ir.finding import Finding, NearMiss
@@ -35,7 +36,17 @@ from attnrewrite.ir.graph_view import GraphView, reader_in_words
 from attnrewrite.ir.linear_site import LinearAttention, Order
 from attnrewrite.ir.model_state import is_learned
 from attnrewrite.ir.nodes import dtype_name, is_tensor, same_shape, scalar, tensor
-from attnrewrite.ir.ops import is_cast
+from attnrewrite.ir.ops import (
+    ADD_OPS,
+    CLAMP_OPS,
+    DIV_OPS,
+    MASKED_FILL_OPS,
+    MUL_OPS,
+    SUB_OPS,
+    TRIANGLE_OPS,
+    WHERE_OPS,
+    is_cast,
+)
 from attnrewrite.ir.products import Product, factors_of, is_product, product_from_result
 from attnrewrite.ir.reason import FINE, Reason
 from attnrewrite.ir.site import Scale
@@ -48,14 +59,6 @@ from attnrewrite.torch_private import operator_name
 __all__ = ["PATTERN"]
 
 aten = torch.ops.aten
-
-_MUL = frozenset({aten.mul.Tensor, aten.mul.Scalar})
-_DIV = frozenset({aten.div.Tensor, aten.div.Scalar})
-_ADD = frozenset({aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar})
-_CLAMP = frozenset({aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default})
-_FILL = frozenset({aten.masked_fill.Scalar, aten.masked_fill.Tensor})
-_WHERE = frozenset({aten.where.self, aten.where.ScalarOther})
-_TRIANGLE = frozenset({aten.tril.default, aten.triu.default})
 
 
 class LinearAttentionPattern:
@@ -282,12 +285,12 @@ class _WayBack:
             return None if pulled is None else Operand(args[0], pulled)
         if is_cast(node):
             self._note_cast(node, args[0])
-        elif target in _MUL or target in _DIV:
+        elif target in MUL_OPS or target in DIV_OPS:
             return self._before_factor(node, layout)
-        elif target in _WHERE:
+        elif target in WHERE_OPS and is_tensor(args[1]):
             self._note_mask(_masks(node))
             return Operand(args[1], layout)
-        elif target in _FILL or target in _TRIANGLE:
+        elif target in MASKED_FILL_OPS or target in TRIANGLE_OPS:
             self._note_mask(_masks(node))
         elif target is aten.cumsum.default:
             self._note_mask("a running sum over the keys (causal linear attention) stands between the products")
@@ -302,7 +305,7 @@ class _WayBack:
         source, other = _chain_of(node, self._memo)
         if source is None:
             return None
-        at, divides = len(self._passed) - 1, node.target in _DIV
+        at, divides = len(self._passed) - 1, node.target in DIV_OPS
         if not is_tensor(other):
             self._scale(at, Scale(other, divides))
         else:
@@ -336,7 +339,7 @@ def _chain_of(node: fx.Node, memo: dict[fx.Node, bool]) -> tuple[fx.Node | None,
     args: Any = node.args
     first, second = args[:2]
     whole = [each for each in (first, second) if is_tensor(each) and leads_to_product(each, memo)]
-    if node.target in _DIV:
+    if node.target in DIV_OPS:
         whole = [each for each in whole if each is first]
     # The denominator of W * (1 / W.sum()) leads to the same product; it has one entry where W has many.
     whole.sort(key=lambda each: tensor(each).dim() != tensor(node).dim() or _is_smaller(each, node))
@@ -492,15 +495,16 @@ def _divisors(result: fx.Node) -> list[fx.Node]:
             args: Any = user.args
             if is_layout_op(user) or is_cast(user) or user.target in PIECES or user.target is operator.getitem:
                 pending.append(user)
-            elif user.target in _DIV and args[0] is node and is_tensor(args[1]):
+            elif user.target in DIV_OPS and args[0] is node and is_tensor(args[1]):
                 found.append(args[1])
-            elif user.target in _MUL:
+            elif user.target in MUL_OPS:
                 factors = [arg for arg in args[:2] if is_tensor(arg) and arg is not node]
-                found += [arg for arg in factors if any(part.target in _INVERSE for part in _behind_divisor(arg))]
+                found += [
+                    arg
+                    for arg in factors
+                    if any(part.target is aten.reciprocal.default for part in _behind_divisor(arg))
+                ]
     return found
-
-
-_INVERSE = frozenset({aten.reciprocal.default})
 
 
 def _behind_divisor(node: fx.Node) -> list[fx.Node]:
@@ -509,8 +513,8 @@ def _behind_divisor(node: fx.Node) -> list[fx.Node]:
     while node.op == "call_function":
         args: Any = node.args
         steps = is_layout_op(node) or is_cast(node) or node.target in PIECES or node.target is operator.getitem
-        steps = steps or node.target in _INVERSE or node.target in _CLAMP
-        steps = steps or (node.target in (*_ADD, *_MUL) and scalar(args[1]))
+        steps = steps or node.target is aten.reciprocal.default or node.target in CLAMP_OPS
+        steps = steps or (node.target in (*ADD_OPS, *SUB_OPS, *MUL_OPS) and scalar(args[1]))
         if not steps or not isinstance(args[0], fx.Node) or not BEHIND_DIVISOR.allows(len(found)):
             break
         node = args[0]
@@ -527,15 +531,8 @@ def _has_ones(value: fx.Node) -> bool:
     if value.target is aten.constant_pad_nd.default:
         return len(args) > 2 and args[2] == 1
     if value.target is aten.cat.default:
-        return any(_is_ones(_behind_views(part)) for part in args[0])
+        return any(constant_value(part) == 1 for part in args[0])
     return False
-
-
-def _is_ones(node: fx.Node) -> bool:
-    args: Any = node.args
-    if node.target in (aten.ones.default, aten.ones_like.default, aten.new_ones.default):
-        return True
-    return node.target in (aten.full.default, aten.full_like.default, aten.new_full.default) and 1 in args[1:]
 
 
 _SUMS = frozenset({aten.sum.dim_IntList, aten.mean.dim})

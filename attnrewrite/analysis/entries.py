@@ -21,7 +21,16 @@ from attnrewrite.analysis.slices import span_of
 from attnrewrite.analysis.values import as_stored, constant_value
 from attnrewrite.ir.bounds import ENTRY_NUMBERS, LONGEST_SEQUENCE
 from attnrewrite.ir.nodes import is_tensor, same, tensor
-from attnrewrite.ir.ops import CAST_OPS
+from attnrewrite.ir.ops import (
+    ARANGE_OPS,
+    CAST_OPS,
+    COPY_OPS,
+    MASKED_FILL_OPS,
+    RESHAPE_OPS,
+    SCATTER_OPS,
+    TRIANGLE_OPS,
+    WHERE_OPS,
+)
 from attnrewrite.ir.stored import StoredPattern, Triangle
 
 __all__ = ["Cases", "Entries", "Unknown", "expression_of"]
@@ -112,17 +121,17 @@ class Entries:
             # Unknown numbers stay the same only in a dtype that holds all of the old one.
             widened = (tensor(args[0]).dtype, dtype) in ((dtype, dtype), (torch.int32, torch.int64))
             return entry if widened or not isinstance(entry, Unknown) else None
-        if target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
+        if target in ARANGE_OPS:
             start, step = (0, 1) if target is aten.arange.default else (args[0], args[2] if len(args) > 2 else 1)
             start, step = _integer(start), _integer(step)
             return None if start is None or step is None else sympy.expand(start + step * index[0])
-        if target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar):
+        if target in WHERE_OPS:
             condition, first, second = (self._operand(arg, index) for arg in args[:3])
             return self._where(condition, first, second, dtype)
-        if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        if target in MASKED_FILL_OPS:
             otherwise, condition, filled = (self._operand(arg, index) for arg in args[:3])
             return self._where(condition, filled, otherwise, dtype)
-        if target in (aten.tril.default, aten.triu.default):
+        if target in TRIANGLE_OPS:
             diagonal = _integer(args[1] if len(args) > 1 else 0)
             if diagonal is None:
                 return None
@@ -145,7 +154,7 @@ class Entries:
             return self._absolute(self.at(args[0], index))
         if target is aten.index.Tensor:
             return self._gathered(node, index)
-        if target in _SCATTERS:
+        if target in SCATTER_OPS:
             return self._scattered(node, index)
         return None
 
@@ -418,13 +427,7 @@ def _moved_index(node: fx.Node, index: list[Any]) -> list[Any] | None:
     """For an operator that only moves entries: the index in its first argument of the entry at ``index``; else None."""
     target: Any = node.target
     args: Any = node.args
-    if target in (
-        aten.clone.default,
-        aten.contiguous.default,
-        aten.alias.default,
-        aten.detach.default,
-        aten.lift_fresh_copy.default,
-    ):
+    if target in COPY_OPS:
         return index
     if target is aten.unsqueeze.default:
         dim = args[1] % len(index)
@@ -464,7 +467,7 @@ def _moved_index(node: fx.Node, index: list[Any]) -> list[Any] | None:
         if position is None or not sympy.sympify(position).is_nonnegative:
             return None
         return [*index[:dim], sympy.sympify(position), *index[dim:]]
-    if target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+    if target in RESHAPE_OPS:
         before, after = tensor(args[0]).shape, tensor(node).shape
         kept = [i for i, size in zip(index, after, strict=True) if not same(size, 1)]
         wanted = [size for size in before if not same(size, 1)]
@@ -483,7 +486,6 @@ def _diagonal_arguments(given: Sequence[Any], named: Mapping[str, Any], rank: in
     return (offset, rows % rank, columns % rank) if isinstance(offset, int) else None
 
 
-_SCATTERS = (aten.slice_scatter.default, aten.select_scatter.default, aten.diagonal_scatter.default)
 _RELATIONS: dict[str, Callable[[float, float], bool]] = {
     "eq": lambda a, b: a == b,
     "lt": lambda a, b: a < b,

@@ -12,7 +12,17 @@ from torch import fx
 
 from attnrewrite.ir.bounds import FEATURE_MAP
 from attnrewrite.ir.nodes import is_tensor, same_shape, tensor
-from attnrewrite.ir.ops import is_cast
+from attnrewrite.ir.ops import (
+    ADD_OPS,
+    CAT_OPS,
+    DIV_OPS,
+    MASKED_FILL_OPS,
+    MUL_OPS,
+    SOFTMAX_OPS,
+    SUB_OPS,
+    WHERE_OPS,
+    is_cast,
+)
 from attnrewrite.ir.views import is_layout_op
 
 __all__ = ["PIECES", "Features", "features_of"]
@@ -45,7 +55,6 @@ _SIGNED = {
     aten.sin.default: "sin",
     aten.cos.default: "cos",
 }
-_SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
 _SUMS = frozenset(
     {
         aten.sum.dim_IntList,
@@ -117,7 +126,7 @@ def features_of(node: Any, is_attention: Callable[[fx.Node], bool], depth: int =
     target: Any = node.target
     args: Any = node.args
     if target in _NONNEGATIVE:
-        own = target not in _SOFTMAX or not is_attention(node)
+        own = target not in SOFTMAX_OPS or not is_attention(node)
         return Features(_NONNEGATIVE[target] if own else "", True)
     if target in _SIGNED:
         return Features(_SIGNED[target], False)
@@ -150,18 +159,18 @@ def _of_piece(node: fx.Node, of: _Of) -> Features:
 def _of_arithmetic(node: fx.Node, of: _Of) -> Features:
     target: Any = node.target
     args: Any = node.args
-    if target in (aten.cat.default, aten.stack.default):
+    if target in CAT_OPS:
         parts = [of(part) for part in args[0]]
         every = all(part.name for part in parts)
         return replace(parts[0] if every else _NOTHING, nonnegative=all(part.nonnegative for part in parts))
-    if target in (aten.mul.Tensor, aten.mul.Scalar):
+    if target in MUL_OPS:
         return _of_product(node, of)
-    if target in (aten.div.Tensor, aten.div.Scalar, aten.clamp_max.default):
+    if target in DIV_OPS or target is aten.clamp_max.default:
         first = of(args[0])
         return replace(first, nonnegative=first.nonnegative and of(args[1]).nonnegative)
-    if target in (aten.add.Tensor, aten.add.Scalar):
+    if target in ADD_OPS:
         return _of_sum(node, of)
-    if target in (aten.sub.Tensor, aten.sub.Scalar, aten.neg.default):
+    if target in SUB_OPS or target is aten.neg.default:
         return replace(_NOTHING if len(args) > 1 and is_tensor(args[1]) else of(args[0]), nonnegative=False)
     if target is aten.pow.Tensor_Scalar:
         even = isinstance(args[1], (int, float)) and args[1] % 2 == 0
@@ -172,10 +181,10 @@ def _of_arithmetic(node: fx.Node, of: _Of) -> Features:
         cut = isinstance(least, (int, float)) and least >= 0
         before = of(args[0])
         return replace(before, name=before.name or "clamp" * cut, nonnegative=cut or before.nonnegative)
-    if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+    if target in MASKED_FILL_OPS:
         first = of(args[0])
         return replace(first, nonnegative=first.nonnegative and of(args[2]).nonnegative)
-    if target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
+    if target in WHERE_OPS:
         chosen, other = of(args[1]), of(args[2])
         named = chosen if chosen.name else other
         return replace(named, nonnegative=chosen.nonnegative and other.nonnegative)

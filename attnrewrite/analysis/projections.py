@@ -11,7 +11,7 @@ from torch import fx
 
 from attnrewrite.analysis.features import PIECES
 from attnrewrite.ir.bounds import BESIDE_ATTENTION
-from attnrewrite.ir.ops import is_cast, is_pointwise
+from attnrewrite.ir.ops import PAD_OPS, is_cast, is_pointwise
 from attnrewrite.ir.views import is_layout_op
 from attnrewrite.torch_private import is_erased
 
@@ -35,13 +35,10 @@ def projections_behind(operand: fx.Node, products: Collection[Any] = _LINEAR) ->
     for node in seen:
         if node.target in products:
             found[node] = None
-        elif is_row_wise(node) or is_piece(node) or node.target in _PUT_TOGETHER:
+        elif is_row_wise(node) or is_piece(node) or node.target is aten.cat.default or node.target in PAD_OPS:
             others = [source for source in node.all_input_nodes if source not in seen]
             seen += [source for source in others if BESIDE_ATTENTION.allows(len(seen) + 1)]
     return list(found)
-
-
-_PUT_TOGETHER = frozenset({aten.cat.default, aten.pad.default, aten.constant_pad_nd.default})
 
 
 def is_piece(node: fx.Node) -> bool:

@@ -14,7 +14,7 @@ from torch import fx
 from attnrewrite.analysis.values import ABSORBING, ORDINARY, as_stored, constant_value, is_far_below, possible_values
 from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, broadcast, resolve
 from attnrewrite.ir.nodes import dtype_name, is_tensor, same_shape, scalar, tensor
-from attnrewrite.ir.ops import is_cast
+from attnrewrite.ir.ops import ADD_OPS, DIV_OPS, MASKED_FILL_OPS, MUL_OPS, SUB_OPS, WHERE_OPS, is_cast
 from attnrewrite.ir.products import Product, is_product, product_from_result
 from attnrewrite.ir.site import Bias, Elementwise, Fill, Floor, Narrow, NotAttention, Scale, ScoreMod, Shift
 from attnrewrite.ir.source import source_location
@@ -35,12 +35,6 @@ __all__ = [
 
 aten = torch.ops.aten
 
-_ADD = frozenset({aten.add.Tensor, aten.add.Scalar})
-_SUB = frozenset({aten.sub.Tensor, aten.sub.Scalar})
-_MUL = frozenset({aten.mul.Tensor, aten.mul.Scalar})
-_DIV = frozenset({aten.div.Tensor, aten.div.Scalar})
-_WHERE = frozenset({aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar})
-_FILL = frozenset({aten.masked_fill.Scalar, aten.masked_fill.Tensor})
 _ELEMENTWISE = frozenset(
     {
         aten.tanh.default,
@@ -52,13 +46,12 @@ _ELEMENTWISE = frozenset(
         aten.sigmoid.default,
     }
 )
-_PUT = frozenset({aten.index_put.default})
 _MAXIMUM = frozenset({aten.maximum.default, aten.max.other})
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes that attention is computed in."""
 
-_UNARY = _ELEMENTWISE | _FILL | _PUT | {aten.neg.default}
-_BINARY = _ADD | _SUB | _MUL | _DIV | {aten.rsub.Scalar}
+_UNARY = _ELEMENTWISE | MASKED_FILL_OPS | {aten.index_put.default, aten.neg.default}
+_BINARY = ADD_OPS | SUB_OPS | MUL_OPS | DIV_OPS | {aten.rsub.Scalar}
 
 
 @dataclass(frozen=True)
@@ -93,8 +86,8 @@ def sources_of_scores(node: fx.Node) -> list[Any]:
     if is_cast(node) or is_layout_op(node) or target in _UNARY:
         return [args[0]]
     if target in _BINARY or target in _MAXIMUM:
-        return [args[0]] if target in _DIV or target is aten.rsub.Scalar else [args[0], args[1]]
-    if target in _WHERE:
+        return [args[0]] if target in DIV_OPS or target is aten.rsub.Scalar else [args[0], args[1]]
+    if target in WHERE_OPS:
         return [args[1], args[2]]
     return []
 
@@ -231,11 +224,11 @@ def _read_step(node: fx.Node, source: fx.Node, layout: Layout, context: _WalkCon
         return [_clamp_or_function(node, source)], ()
     if target is aten.neg.default:
         return [Scale(-1.0)], ()
-    if target in _FILL:
+    if target in MASKED_FILL_OPS:
         return [Fill(_aligned(args[1], node, layout), as_stored(_fill_value(args[2], node), dtype), dtype)], ()
-    if target in _PUT:
+    if target is aten.index_put.default:
         return [_index_put(node, layout)], ()
-    if target in _WHERE:
+    if target in WHERE_OPS:
         if args[0] is source or (args[1] is source) == (args[2] is source):
             raise NotAttention(f"{node_in_words(node)} has the scores as its condition or as both of its values")
         kept_first = args[1] is source
@@ -251,9 +244,9 @@ def _read_step(node: fx.Node, source: fx.Node, layout: Layout, context: _WalkCon
     alpha = _number(node.kwargs.get("alpha", 1), node)
     if target is aten.rsub.Scalar:
         return [*_shift(other, node, context, plain), Scale(-alpha)], ()
-    if target in _ADD or target in _SUB:
-        sign = alpha if target in _ADD else -alpha
-        if first and target in _SUB and alpha == 1 and plain and not context.sink:
+    if target in ADD_OPS or target in SUB_OPS:
+        sign = alpha if target in ADD_OPS else -alpha
+        if first and target in SUB_OPS and alpha == 1 and plain and not context.sink:
             maximum = row_maximum(other, source, broadcast(layout, tensor(node).shape, tensor(source).shape), context)
             if maximum is not None:
                 return [Shift(by_maximum=True)], maximum
@@ -264,8 +257,8 @@ def _read_step(node: fx.Node, source: fx.Node, layout: Layout, context: _WalkCon
         # a - alpha * scores: the scores are negated first, so that comes last here.
         return (steps if first or sign == 1 else [*steps, Scale(sign)]), ()
     if is_tensor(other) and tensor(other).dim() > 0:
-        return [Scale(_aligned(other, node, layout), divide=target in _DIV)], ()
-    return [Scale(_factor(other), divide=target in _DIV)], ()
+        return [Scale(_aligned(other, node, layout), divide=target in DIV_OPS)], ()
+    return [Scale(_factor(other), divide=target in DIV_OPS)], ()
 
 
 def _shift(number: Any, node: fx.Node, context: _WalkContext, plain: bool) -> list[ScoreMod]:

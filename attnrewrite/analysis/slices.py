@@ -17,6 +17,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.ir.nodes import Size, is_tensor, same, tensor
+from attnrewrite.ir.ops import CAT_OPS
 from attnrewrite.ir.reason import FINE, Reason
 
 __all__ = ["Assembly", "Box", "Piece", "Span", "Taken", "assemblies", "grid", "same_span", "taken_from"]
@@ -212,7 +213,7 @@ def assemblies(graph: fx.Graph) -> dict[fx.Node, Assembly]:
         if node.op != "call_function" or not is_tensor(node):
             continue
         args: Any = node.args
-        if node.target in (aten.cat.default, aten.stack.default):
+        if node.target in CAT_OPS:
             # torch.cat skips empty tensors of one dimension (such as the empty cache of transformers).
             rank = tensor(node).dim() - (node.target is aten.stack.default)
             if all(is_tensor(part) and tensor(part).dim() == rank for part in args[0]):

@@ -11,14 +11,26 @@ from torch import fx
 
 from attnrewrite.ir.bounds import TENSOR_VALUES
 from attnrewrite.ir.nodes import is_tensor, tensor
-from attnrewrite.ir.ops import CAST_OPS, VIEW_OPS
+from attnrewrite.ir.ops import (
+    ARANGE_OPS,
+    CAST_OPS,
+    CAT_OPS,
+    CONVOLUTION_OPS,
+    MASKED_FILL_OPS,
+    MOVE_OPS,
+    ONES_OPS,
+    PAD_OPS,
+    SCATTER_OPS,
+    TRIANGLE_OPS,
+    WHERE_OPS,
+    ZEROS_OPS,
+)
 from attnrewrite.ir.products import is_product
 from attnrewrite.ir.stored import StoredPattern
 
 __all__ = [
     "ABSORBING",
     "FAR_BELOW",
-    "MOVES",
     "ORDINARY",
     "UNDERFLOW",
     "ValueKind",
@@ -100,17 +112,17 @@ def _values_of_call(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> fro
     constant = constant_value(node)
     if constant is not None:
         return frozenset({constant})
-    if target in MOVES or target in CAST_OPS or target is aten.embedding.default:
+    if target in MOVE_OPS or target in CAST_OPS or target is aten.embedding.default:
         return _values(args[0], memo)
-    if target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar):
+    if target in WHERE_OPS:
         return _values(args[1], memo) | _values(args[2], memo)
-    if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+    if target in MASKED_FILL_OPS:
         return _values(args[0], memo) | _values(args[2], memo)
-    if target in (aten.slice_scatter.default, aten.select_scatter.default, aten.diagonal_scatter.default):
+    if target in SCATTER_OPS:
         return _values(args[0], memo) | _values(args[1], memo)
-    if target in (aten.cat.default, aten.stack.default):
+    if target in CAT_OPS:
         return frozenset().union(*(_values(part, memo) for part in args[0]))
-    if target in (aten.tril.default, aten.triu.default, aten.constant_pad_nd.default, aten.pad.default):
+    if target in TRIANGLE_OPS or target in PAD_OPS:
         filler = args[2] if target is aten.constant_pad_nd.default and len(args) > 2 else 0.0
         if target is aten.pad.default and (len(args) > 2 or node.kwargs):
             return frozenset({ValueKind.ANY})
@@ -121,7 +133,7 @@ def _values_of_call(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> fro
         return frozenset(function(a, b) for a, b in pairs)
     if target is aten.neg.default:
         return frozenset(_times(value, -1.0) for value in _values(args[0], memo))
-    if target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
+    if target in ARANGE_OPS:
         return frozenset({ValueKind.INTEGER})
     if target in _POWERS:
         return _values_of_power(args[0], args[1], memo)
@@ -225,23 +237,9 @@ _ARITHMETIC = {
     aten.mul.Scalar: _times,
 }
 
-MOVES = VIEW_OPS | {
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.lift_fresh_copy.default,
-    aten.repeat.default,
-    aten.repeat_interleave.self_int,
-    aten.index_select.default,
-    aten.index.Tensor,
-    aten.gather.default,
-    aten.roll.default,
-    aten.flip.default,
-}
-"""Operators that only move, repeat or drop entries of their first argument."""
-
 _ORDINARY = frozenset(
     {
-        *MOVES,
+        *MOVE_OPS,
         aten.relu.default,
         aten.gelu.default,
         aten.silu.default,
@@ -257,9 +255,7 @@ _COMPUTED = frozenset(
     {
         aten.linear.default,
         aten.addmm.default,
-        aten.conv1d.default,
-        aten.conv2d.default,
-        aten.conv3d.default,
+        *CONVOLUTION_OPS,
         aten.layer_norm.default,
         aten.group_norm.default,
         aten.softmax.int,
@@ -287,11 +283,11 @@ def constant_value(node: Any) -> float | None:
         value = args[0]
     elif target in (aten.fill.Scalar, aten.fill.Tensor):
         value = constant_value(args[1])
-    elif target in (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default):
+    elif target in ZEROS_OPS:
         value = 0.0
-    elif target in (aten.ones.default, aten.ones_like.default, aten.new_ones.default):
+    elif target in ONES_OPS:
         value = 1.0
-    elif target in MOVES or target in CAST_OPS:
+    elif target in MOVE_OPS or target in CAST_OPS:
         value = constant_value(args[0])
     else:
         return None

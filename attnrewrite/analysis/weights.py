@@ -14,7 +14,17 @@ from attnrewrite.analysis.scores import BOUNDED, FLOATING, node_in_words, row_ma
 from attnrewrite.analysis.values import constant_value, possible_values
 from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, broadcast, fresh_layout, resolve, size_of
 from attnrewrite.ir.nodes import Size, dtype_name, is_tensor, same, same_shape, tensor
-from attnrewrite.ir.ops import is_cast
+from attnrewrite.ir.ops import (
+    ADD_OPS,
+    DIV_OPS,
+    LOG_SOFTMAX_OPS,
+    MASKED_FILL_OPS,
+    MUL_OPS,
+    PAD_OPS,
+    SOFTMAX_OPS,
+    WHERE_OPS,
+    is_cast,
+)
 from attnrewrite.ir.products import Product, factors_of, is_product, product_from_operand, product_of_factor
 from attnrewrite.ir.site import Fill, NotAttention, Scale, WeightMod, Zero
 from attnrewrite.ir.views import is_layout_op, push
@@ -22,9 +32,6 @@ from attnrewrite.ir.views import is_layout_op, push
 __all__ = ["Softmax", "WeightWalk", "every_softmax", "follow_weights", "split_sink"]
 
 aten = torch.ops.aten
-
-_SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
-_LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default)
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Softmax:
 
 def every_softmax(graph: fx.Graph) -> Iterator[Softmax]:
     """Yields every softmax of the graph, in all spellings."""
-    for target in _SOFTMAX:
+    for target in SOFTMAX_OPS:
         for node in graph.find_nodes(op="call_function", target=target):
             dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
             scores = node.args[0]
@@ -94,7 +101,7 @@ def _exponential_of_logarithm(node: fx.Node) -> Softmax | None:
     if inner is None:
         return None
     args: Any = inner.args
-    if inner.target in _LOG_SOFTMAX:
+    if inner.target in LOG_SOFTMAX_OPS:
         dim = args[1] if len(args) > 1 else inner.kwargs.get("dim")
         if not isinstance(dim, int) or not is_tensor(args[0]) or not tensor(inner).dim():
             return None
@@ -338,7 +345,7 @@ def _denominator(node: fx.Node, top: _Exponentials) -> tuple[int, list[Any], lis
             return int(dims[0]) % tensor(top.node).dim(), addends, nodes, keep
         if is_cast(current) or is_layout_op(current):
             current = args[0]
-        elif current.target in (aten.add.Tensor, aten.add.Scalar) and not current.kwargs and not addends:
+        elif current.target in ADD_OPS and not current.kwargs and not addends:
             first, second = args[:2]
             into_first = is_tensor(first) and _reaches_sum(first)
             addend, current = (second, first) if into_first else (first, second)
@@ -364,7 +371,7 @@ def _reaches_sum(node: Any) -> bool:
     while is_tensor(node) and node.op == "call_function":
         if node.target is aten.sum.dim_IntList:
             return True
-        if not (is_cast(node) or is_layout_op(node) or node.target in (aten.add.Tensor, aten.add.Scalar)):
+        if not (is_cast(node) or is_layout_op(node) or node.target in ADD_OPS):
             return False
         node = node.args[0]
     return False
@@ -492,7 +499,7 @@ def _sink_column(node: fx.Node, dim: int) -> tuple[fx.Node, fx.Node | float, boo
         if same(tensor(b).shape[dim], 1):
             return a, _constant_or_node(b), False
         return (b, _constant_or_node(a), True) if same(tensor(a).shape[dim], 1) else None
-    if node.target in (aten.constant_pad_nd.default, aten.pad.default):
+    if node.target in PAD_OPS:
         pads = list(args[1])
         if node.target is aten.pad.default:
             mode = args[2] if len(args) > 2 else node.kwargs.get("mode", "constant")
@@ -602,21 +609,8 @@ def _product_with_value(user: fx.Node, node: fx.Node, layout: Layout) -> Product
     return product
 
 
-_PASSING = frozenset(
-    {
-        aten.dropout.default,
-        aten.slice.Tensor,
-        aten.masked_fill.Scalar,
-        aten.masked_fill.Tensor,
-        aten.where.self,
-        aten.where.ScalarOther,
-        aten.where.ScalarSelf,
-        aten.mul.Tensor,
-        aten.mul.Scalar,
-        aten.div.Tensor,
-        aten.div.Scalar,
-        aten.nan_to_num.default,
-    }
+_PASSING = (
+    {aten.dropout.default, aten.slice.Tensor, aten.nan_to_num.default} | MASKED_FILL_OPS | WHERE_OPS | MUL_OPS | DIV_OPS
 )
 
 
@@ -627,7 +621,7 @@ def _sums_keys(factor: fx.Node, weights: fx.Node) -> bool:
 
 
 def _may_pass(user: fx.Node, node: fx.Node) -> bool:
-    if user.target in (aten.div.Tensor, aten.div.Scalar) and user.args[0] is not node:
+    if user.target in DIV_OPS and user.args[0] is not node:
         return False
     return is_cast(user) or is_layout_op(user) or user.target in _PASSING
 
@@ -668,11 +662,11 @@ def _step(user: fx.Node, node: fx.Node, layout: Layout, walk: WeightWalk) -> Lay
             raise NotAttention(f"{node_in_words(user)} replaces NaN that scaling the weights may have made")
         walk.nan_to_zero = True
         return layout
-    if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+    if target in MASKED_FILL_OPS:
         walk.mods.append(Zero(_aligned(args[1], user, layout)))
         _require_zero(args[2], user)
         return layout
-    if target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
+    if target in WHERE_OPS:
         kept_first = args[1] is node
         if is_tensor(args[0]) and args[0].target is aten.isnan.default and args[0].args[0] is node and not kept_first:
             _require_zero(args[1], user)
@@ -685,7 +679,7 @@ def _step(user: fx.Node, node: fx.Node, layout: Layout, walk: WeightWalk) -> Lay
         _require_zero(args[2] if kept_first else args[1], user)
         walk.mods.append(Zero(_aligned(args[0], user, layout), invert=kept_first))
         return layout
-    if target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
+    if target in MUL_OPS or target in DIV_OPS:
         other = args[1] if args[0] is node else args[0]
         if other is node or user.kwargs.get("rounding_mode") is not None:
             raise NotAttention(f"{node_in_words(user)} combines the weights with themselves, or rounds them")
@@ -703,7 +697,7 @@ def _unreadable(user: fx.Node) -> str:
 
 
 def _factor(other: Any, user: fx.Node, layout: Layout) -> WeightMod:
-    divide = user.target in (aten.div.Tensor, aten.div.Scalar)
+    divide = user.target in DIV_OPS
     if not is_tensor(other):
         return Scale(other, divide)
     operand = _aligned(other, user, layout)

@@ -23,7 +23,18 @@ from attnrewrite.caching.identity import content_of, is_copy, is_size, written
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.model_state import is_module_tensor
 from attnrewrite.ir.nodes import copy_attributes, is_tensor, product, same, tensor
-from attnrewrite.ir.ops import CAST_OPS, is_view
+from attnrewrite.ir.ops import (
+    ADD_OPS,
+    CAST_OPS,
+    CAT_OPS,
+    CONVOLUTION_OPS,
+    COPY_OPS,
+    DIV_OPS,
+    MUL_OPS,
+    SPLIT_OPS,
+    SUB_OPS,
+    is_view,
+)
 from attnrewrite.ir.source import parameter_path
 from attnrewrite.kernels.common.layout import in_memory_order_of
 from attnrewrite.torch_private import (
@@ -246,18 +257,15 @@ def _sources(gm: fx.GraphModule, attentions: Sequence[CachedAttention], affine: 
 
 
 _AFFINE = (
-    *(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.neg.default),
-    *(aten.cat.default, aten.stack.default, aten.concat.default, aten.sum.dim_IntList, aten.mean.dim),
-    *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, operator.getitem),
-    *(aten.clone.default, aten.contiguous.default, aten.flip.default, aten.roll.default, aten.index_select.default),
-    *(aten.dropout.default, aten.addmm.default, aten.baddbmm.default, aten.repeat.default),
+    *(*ADD_OPS, *SUB_OPS, *CAT_OPS, *SPLIT_OPS, *CAST_OPS, *COPY_OPS, operator.getitem),
+    *(aten.rsub.Scalar, aten.neg.default, aten.sum.dim_IntList, aten.mean.dim, aten.flip.default, aten.roll.default),
+    *(aten.index_select.default, aten.dropout.default, aten.repeat.default),
 )
 _MULTILINEAR = (
-    *(aten.mul.Tensor, aten.mul.Scalar, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.linear.default),
-    *(aten.convolution.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.einsum.default),
+    *(*MUL_OPS, *CONVOLUTION_OPS, aten.convolution.default, aten.mm.default, aten.bmm.default, aten.matmul.default),
+    *(aten.linear.default, aten.einsum.default),
 )
 """Products of their tensors, plus a constant bias: linear in each tensor."""
-_QUOTIENTS = (aten.div.Tensor, aten.div.Scalar)
 
 
 def _is_affine(node: fx.Node, varying: Sequence[fx.Node]) -> bool:
@@ -268,11 +276,11 @@ def _is_affine(node: fx.Node, varying: Sequence[fx.Node]) -> bool:
         return False
     if node.target in (aten.addmm.default, aten.baddbmm.default):
         return node.args[1] not in varying or node.args[2] not in varying
-    if node.target in (*_AFFINE, *CAST_OPS) or is_view(node):
+    if node.target in _AFFINE or is_view(node):
         return True
     if node.target in _MULTILINEAR:
         return len(varying) == 1 and _occurrences(node, varying[0]) == 1
-    return node.target in _QUOTIENTS and node.args[1] not in varying and node.kwargs == {}
+    return node.target in DIV_OPS and node.args[1] not in varying and node.kwargs == {}
 
 
 def _occurrences(node: fx.Node, argument: fx.Node) -> int:

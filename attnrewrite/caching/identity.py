@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from attnrewrite.ir.nodes import Size, is_tensor, tensor
+from attnrewrite.ir.ops import COPY_OPS, RESHAPE_OPS
 from attnrewrite.ir.source import parameter_path, source_name
 from attnrewrite.torch_private import FakeTensor, OpOverload, schema_of
 
@@ -39,10 +40,6 @@ _INDEXED = (
 )
 
 _LEFT_OUT = "#"
-
-_COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default)
-_VIEWS = (aten._unsafe_view.default, aten.reshape.default)
-"""Operators that are written as ``view``: whether a reshaped tensor is copied first depends on its sizes."""
 
 
 class Identity(NamedTuple):
@@ -92,7 +89,8 @@ def written(
         numbers: whether scalars are in the text. The value depends on them; which attention it is does not.
         chooses: whether the result is an index into another tensor, so that its whole numbers say which part is read.
     """
-    text = [str(aten.view.default if node.target in _VIEWS else node.target)]
+    # Whether a reshaped tensor is copied first depends on its sizes.
+    text = [str(aten.view.default if node.target in RESHAPE_OPS else node.target)]
     for name, kind, value in _arguments(node):
         scalar = isinstance(value, (int, float)) or (isinstance(value, fx.Node) and is_size(value))
         is_number = kind is not None and scalar and any(each in kind for each in ("number", "float", "Tensor"))
@@ -164,7 +162,7 @@ def is_copy(node: fx.Node) -> bool:
         bounds = {name: value for name, _, value in _arguments(node)}
         whole = bounds.get("start") in (0, None) and bounds.get("end") in (sys.maxsize, None)
         return whole and bounds.get("step", 1) == 1
-    return node.target in _COPIES
+    return node.target in COPY_OPS
 
 
 def is_size(node: fx.Node) -> bool:

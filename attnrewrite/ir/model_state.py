@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.ir.ops import CAST_OPS, SPLIT_OPS, VIEW_OPS
+from attnrewrite.ir.ops import CAST_OPS, CAT_OPS, COPY_OPS, SPLIT_OPS, VIEW_OPS
 from attnrewrite.ir.source import parameter_path
 from attnrewrite.torch_private import STATIC_INPUT
 
@@ -38,7 +38,7 @@ def is_learned(node: fx.Node) -> bool:
     which may hold computed values.
     """
     if node.op == "call_function" and node.target in _REARRANGED:
-        sources = node.all_input_nodes if node.target in _PUT_TOGETHER else node.all_input_nodes[:1]
+        sources = node.all_input_nodes if node.target in CAT_OPS else node.all_input_nodes[:1]
         return bool(sources) and all(map(is_learned, sources))
     return node.op == "get_attr" or (node.op == "placeholder" and _is_parameter(node))
 
@@ -47,10 +47,9 @@ def _is_parameter(placeholder: fx.Node) -> bool:
     return isinstance(placeholder.meta.get("example_value"), torch.nn.Parameter)
 
 
-_PUT_TOGETHER = frozenset({aten.cat.default, aten.stack.default})
 _REARRANGED: frozenset[Any] = frozenset(
     {
-        *(*VIEW_OPS, *CAST_OPS, *SPLIT_OPS, *_PUT_TOGETHER),
-        *(operator.getitem, aten.clone.default, aten.contiguous.default, aten.repeat.default),
+        *(*VIEW_OPS, *CAST_OPS, *SPLIT_OPS, *CAT_OPS, *COPY_OPS),
+        *(operator.getitem, aten.repeat.default),
     }
 )

@@ -12,7 +12,40 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from attnrewrite.ir.nodes import is_tensor, tensor
 from attnrewrite.torch_private import schema_of
 
-__all__ = ["CAST_OPS", "SPLIT_OPS", "VIEW_OPS", "is_cast", "is_pointwise", "is_pure", "is_view", "same_argument"]
+__all__ = [
+    "ADD_OPS",
+    "ARANGE_OPS",
+    "AS_STRIDED_OPS",
+    "CAST_OPS",
+    "CAT_OPS",
+    "CLAMP_OPS",
+    "CONVOLUTION_OPS",
+    "COPY_OPS",
+    "DIV_OPS",
+    "FACTORY_OPS",
+    "LOG_SOFTMAX_OPS",
+    "MASKED_FILL_OPS",
+    "MOVE_OPS",
+    "MUL_OPS",
+    "NORM_OPS",
+    "ONES_OPS",
+    "PAD_OPS",
+    "PIECE_OPS",
+    "RESHAPE_OPS",
+    "SCATTER_OPS",
+    "SOFTMAX_OPS",
+    "SPLIT_OPS",
+    "SUB_OPS",
+    "TRIANGLE_OPS",
+    "VIEW_OPS",
+    "WHERE_OPS",
+    "ZEROS_OPS",
+    "is_cast",
+    "is_pointwise",
+    "is_pure",
+    "is_view",
+    "same_argument",
+]
 
 aten = torch.ops.aten
 
@@ -62,7 +95,6 @@ CAST_OPS = frozenset(
     }
 )
 
-
 SPLIT_OPS = frozenset(
     {
         aten.split.Tensor,
@@ -78,6 +110,80 @@ SPLIT_OPS = frozenset(
     }
 )
 """Operators that return the parts of their first argument as a list."""
+
+PIECE_OPS = SPLIT_OPS | {
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.narrow.default,
+    aten.index_select.default,
+    aten.roll.default,
+}
+"""Operators whose result holds entries of their first argument, and no others."""
+
+RESHAPE_OPS = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
+
+COPY_OPS = frozenset(
+    {
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.alias.default,
+        aten.detach.default,
+        aten.lift_fresh_copy.default,
+    }
+)
+"""Operators whose result has the shape and the entries of their argument."""
+
+MOVE_OPS = (
+    VIEW_OPS
+    | COPY_OPS
+    | {
+        aten.repeat.default,
+        aten.repeat_interleave.self_int,
+        aten.index_select.default,
+        aten.index.Tensor,
+        aten.gather.default,
+        aten.roll.default,
+        aten.flip.default,
+    }
+)
+"""Operators that only move entries of their first argument about."""
+
+CAT_OPS = frozenset({aten.cat.default, aten.stack.default})
+PAD_OPS = frozenset({aten.pad.default, aten.constant_pad_nd.default})
+SCATTER_OPS = frozenset({aten.slice_scatter.default, aten.select_scatter.default, aten.diagonal_scatter.default})
+"""Operators that put their second argument in the place of a part of the first."""
+
+AS_STRIDED_OPS = frozenset({aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default})
+"""Operators that count from where the first argument's memory begins."""
+
+ADD_OPS = frozenset({aten.add.Tensor, aten.add.Scalar})
+SUB_OPS = frozenset({aten.sub.Tensor, aten.sub.Scalar})
+MUL_OPS = frozenset({aten.mul.Tensor, aten.mul.Scalar})
+DIV_OPS = frozenset({aten.div.Tensor, aten.div.Scalar})
+CLAMP_OPS = frozenset({aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default})
+
+WHERE_OPS = frozenset({aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar})
+MASKED_FILL_OPS = frozenset({aten.masked_fill.Scalar, aten.masked_fill.Tensor})
+TRIANGLE_OPS = frozenset({aten.tril.default, aten.triu.default})
+
+SOFTMAX_OPS = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+LOG_SOFTMAX_OPS = (aten.log_softmax.int, aten._log_softmax.default)
+CONVOLUTION_OPS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})
+NORM_OPS = frozenset({aten.layer_norm.default, aten.group_norm.default, aten.rms_norm.default})
+"""Normalizations of a tensor's entries by their own mean or size, but not over a batch."""
+
+ZEROS_OPS = frozenset({aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default})
+ONES_OPS = frozenset({aten.ones.default, aten.ones_like.default, aten.new_ones.default})
+ARANGE_OPS = frozenset({aten.arange.default, aten.arange.start, aten.arange.start_step})
+FACTORY_OPS = frozenset(
+    {
+        *(*ZEROS_OPS, *ONES_OPS),
+        *(aten.full.default, aten.full_like.default, aten.new_full.default),
+        *(aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default),
+        *(aten.empty_strided.default, aten.new_empty_strided.default),
+    }
+)
+"""Operators whose result is one number everywhere, or not written to yet, whatever tensor they are given."""
 
 
 def is_view(node: fx.Node) -> bool:
@@ -103,11 +209,8 @@ def is_pure(node: fx.Node) -> bool:
 
 def is_pointwise(node: fx.Node) -> bool:
     """Whether each entry of the result depends only on the entries of the arguments that broadcast to its position."""
-    return is_pure(node) and (torch.Tag.pointwise in _tags(node) or node.target in _WHERE)
-
-
-_WHERE = frozenset({aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar})
-"""Not all of them have the tag."""
+    # Not all overloads of `where` have the tag.
+    return is_pure(node) and (torch.Tag.pointwise in _tags(node) or node.target in WHERE_OPS)
 
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat)

@@ -24,7 +24,7 @@ from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, broadcast, 
 from attnrewrite.ir.bounds import BEHIND_KEYS, searching
 from attnrewrite.ir.builder import Builder, Written
 from attnrewrite.ir.nodes import is_tensor, same_shape, tensor
-from attnrewrite.ir.ops import is_cast, is_pointwise
+from attnrewrite.ir.ops import CAT_OPS, is_cast, is_pointwise
 from attnrewrite.ir.reason import Reason
 from attnrewrite.ir.site import AttentionSite
 from attnrewrite.ir.views import is_layout_op, peel, pull
@@ -121,7 +121,7 @@ def _step(node: fx.Node, layout: Layout) -> _StepBack | None:
     taken = taken_from(node)
     if taken is not None:
         return _step_of_part(node, taken, layout)
-    if node.target in (aten.cat.default, aten.stack.default):
+    if node.target in CAT_OPS:
         return _step_of_joint(node, layout)
     if node.target in (aten.linear.default, aten.layer_norm.default, aten.rms_norm.default):
         return _step_of_rows(node, layout)

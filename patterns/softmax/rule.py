@@ -30,6 +30,7 @@ from attnrewrite.ir.finding import Finding, NearMiss
 from attnrewrite.ir.graph_view import GraphView, reader_in_words
 from attnrewrite.ir.model_state import is_learned
 from attnrewrite.ir.nodes import tensor
+from attnrewrite.ir.ops import CONVOLUTION_OPS, NORM_OPS
 from attnrewrite.ir.products import Product, is_product
 from attnrewrite.ir.site import AttentionSite, Narrow, NotAttention, Scale
 from attnrewrite.ir.views import peel, push
@@ -257,12 +258,8 @@ _BARRIERS = frozenset(
     {
         aten.linear.default,
         aten.addmm.default,
-        aten.conv1d.default,
-        aten.conv2d.default,
-        aten.conv3d.default,
-        aten.layer_norm.default,
-        aten.group_norm.default,
-        aten.rms_norm.default,
+        *CONVOLUTION_OPS,
+        *NORM_OPS,
         aten.embedding.default,
     }
 )
