@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, fx
 
-from attnrewrite.analysis.features import PIECES, Features, features_of
+from attnrewrite.analysis.features import Features, features_of
 from attnrewrite.analysis.scores import FLOATING, leads_to_product, sources_of_scores
 from attnrewrite.analysis.values import constant_value
 from attnrewrite.ir.axes import Axis, Layout, Operand, axes_of, broadcast, fresh_layout, resolve
@@ -35,13 +35,14 @@ from attnrewrite.ir.finding import Finding, NearMiss
 from attnrewrite.ir.graph_view import GraphView, reader_in_words
 from attnrewrite.ir.linear_site import LinearAttention, Order
 from attnrewrite.ir.model_state import is_learned
-from attnrewrite.ir.nodes import dtype_name, is_tensor, same_shape, scalar, tensor
+from attnrewrite.ir.nodes import dtype_name, is_tensor, marks_of, same_shape, scalar, tensor
 from attnrewrite.ir.ops import (
     ADD_OPS,
     CLAMP_OPS,
     DIV_OPS,
     MASKED_FILL_OPS,
     MUL_OPS,
+    PIECE_OPS,
     SUB_OPS,
     TRIANGLE_OPS,
     WHERE_OPS,
@@ -421,11 +422,7 @@ def _fixed(
         return Reason("grad mode or autocast is switched between the products")
     if view.in_autocast(last):
         return Reason("autocast would round the products")
-    tags = {
-        tuple(str(node.meta.get(tag)) for tag in ("recompute", "ac_graph_id", "custom"))
-        for node in (*site.interior, *sums)
-    }
-    if len(tags) > 1:
+    if len({marks_of(node) for node in (*site.interior, *sums)}) > 1:
         return Reason("the products are not checkpointed together")
     divided = bool(site.normalizer or _divisors(last)) or any(
         scale.divide and isinstance(scale.factor, Operand) for scale in site.scales
@@ -493,7 +490,7 @@ def _divisors(result: fx.Node) -> list[fx.Node]:
         node = pending.pop()
         for user in node.users:
             args: Any = user.args
-            if is_layout_op(user) or is_cast(user) or user.target in PIECES or user.target is operator.getitem:
+            if is_layout_op(user) or is_cast(user) or user.target in PIECE_OPS or user.target is operator.getitem:
                 pending.append(user)
             elif user.target in DIV_OPS and args[0] is node and is_tensor(args[1]):
                 found.append(args[1])
@@ -512,7 +509,7 @@ def _behind_divisor(node: fx.Node) -> list[fx.Node]:
     found = [node]
     while node.op == "call_function":
         args: Any = node.args
-        steps = is_layout_op(node) or is_cast(node) or node.target in PIECES or node.target is operator.getitem
+        steps = is_layout_op(node) or is_cast(node) or node.target in PIECE_OPS or node.target is operator.getitem
         steps = steps or node.target is aten.reciprocal.default or node.target in CLAMP_OPS
         steps = steps or (node.target in (*ADD_OPS, *SUB_OPS, *MUL_OPS) and scalar(args[1]))
         if not steps or not isinstance(args[0], fx.Node) or not BEHIND_DIVISOR.allows(len(found)):

@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from attnrewrite.ir.axes import Axis, Dim, Layout, axes_of, regroup, resolve, size_of
 from attnrewrite.ir.model_state import is_model_state
 from attnrewrite.ir.nodes import Size, is_tensor, product, same, tensor
+from attnrewrite.ir.ops import SPLIT_OPS, is_elementwise
 from attnrewrite.ir.products import is_product, product_from_operand
 from attnrewrite.ir.views import is_layout_op, permutation_of, push
 from attnrewrite.torch_private import schema_of, tree_leaves
@@ -175,7 +176,7 @@ class Dimensions:
         reduced = self._reduced(node)
         if reduced is not None:
             return reduced
-        return self._as_arguments(node, torch.Tag.pointwise in getattr(target, "tags", ()))
+        return self._as_arguments(node, is_elementwise(node))
 
     def _viewed(self, node: fx.Node) -> Layout | None:
         source: Any = node.args[0]
@@ -321,7 +322,7 @@ class Dimensions:
         values: Any = parent.meta.get("val")
         if parent.target is aten.unbind.int:
             return _without(layout, _dim_of(parent, "dim", 0))
-        if _name_of(parent) in _SPLITS and isinstance(values, (list, tuple)):
+        if parent.target in SPLIT_OPS and isinstance(values, (list, tuple)):
             place = _dim_of(parent, "dim", 0)
             start: Size = 0
             for value in values[:number]:
@@ -490,9 +491,6 @@ _HANDLERS: dict[Any, Callable[[Dimensions, fx.Node], Layout | None]] = {
     aten.view_as_complex.default: Dimensions._as_complex,
     aten.view_as_real.default: Dimensions._as_real,
 }
-_SPLITS = frozenset(
-    f"aten::{name}" for name in ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
-)
 
 
 def origins_of(dim: Iterable[Axis]) -> frozenset[Origin | None]:

@@ -18,14 +18,17 @@ from attnrewrite.ir.ops import (
     DIV_OPS,
     MASKED_FILL_OPS,
     MUL_OPS,
+    ONES_OPS,
+    PIECE_OPS,
     SOFTMAX_OPS,
     SUB_OPS,
     WHERE_OPS,
+    ZEROS_OPS,
     is_cast,
 )
 from attnrewrite.ir.views import is_layout_op
 
-__all__ = ["PIECES", "Features", "features_of"]
+__all__ = ["Features", "features_of"]
 
 aten = torch.ops.aten
 
@@ -68,23 +71,7 @@ _SUMS = frozenset(
     }
 )
 _NORMS = frozenset({aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.norm.Scalar})
-_MADE = {aten.ones.default: 1.0, aten.ones_like.default: 1.0, aten.zeros.default: 0.0, aten.zeros_like.default: 0.0}
 _FULL = frozenset({aten.full.default, aten.full_like.default})
-
-PIECES = frozenset(
-    {
-        aten.slice.Tensor,
-        aten.select.int,
-        aten.narrow.default,
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-        aten.chunk.default,
-        aten.unbind.int,
-        aten.index_select.default,
-        aten.roll.default,
-    }
-)
-"""Operators whose result consists of entries of their first argument."""
 
 
 @dataclass(frozen=True)
@@ -130,15 +117,15 @@ def features_of(node: Any, is_attention: Callable[[fx.Node], bool], depth: int =
         return Features(_NONNEGATIVE[target] if own else "", True)
     if target in _SIGNED:
         return Features(_SIGNED[target], False)
-    if target in _MADE:
-        return Features("", _MADE[target] >= 0)
+    if target in ZEROS_OPS or target in ONES_OPS:
+        return Features("", True)
     if target in _FULL:
         return Features("", isinstance(args[1], (int, float)) and args[1] >= 0)
     if target in _NORMS:
         return Features("", True)
     if target in _SUMS:
         return Features("", of(args[0]).nonnegative)
-    if is_layout_op(node) or is_cast(node) or target in PIECES or target is aten.dropout.default:
+    if is_layout_op(node) or is_cast(node) or target in PIECE_OPS or target is aten.dropout.default:
         return of(args[0])
     if target is operator.getitem:
         return _of_piece(node, of)
@@ -151,7 +138,7 @@ _Of = Callable[[Any], Features]
 def _of_piece(node: fx.Node, of: _Of) -> Features:
     """The features of one of the results of a split."""
     source: Any = node.args[0]
-    if not isinstance(source, fx.Node) or source.target not in PIECES:
+    if not isinstance(source, fx.Node) or source.target not in PIECE_OPS:
         return _NOTHING
     return of(source.args[0])
 

@@ -19,7 +19,7 @@ from attnrewrite.analysis.values import constant_value
 from attnrewrite.ir.axes import Layout, axes_of, take_minor
 from attnrewrite.ir.bounds import INDEX_ENTRIES
 from attnrewrite.ir.nodes import Size, is_tensor, product, same_shape, tensor
-from attnrewrite.ir.ops import CAST_OPS
+from attnrewrite.ir.ops import CAST_OPS, is_pure
 from attnrewrite.ir.stored import StoredPattern
 from attnrewrite.torch_private import schema_of, unset_fake_temporarily
 
@@ -215,10 +215,7 @@ def _evaluated_call(node: fx.Node, memo: dict[fx.Node, torch.Tensor | None]) -> 
         source = _evaluated(node.all_input_nodes[0], memo)
         return None if source is None else source.to(tensor(node).dtype)
     target: Any = node.target
-    schema = schema_of(target)
-    if schema is None or schema.is_mutable or target.namespace != "aten":
-        return None
-    if torch.Tag.nondeterministic_seeded in target.tags or len(schema.returns) != 1:
+    if not is_pure(node) or len(schema_of(target).returns) != 1:
         return None
     if node.target in (aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default):
         return None

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.features import PIECES
 from attnrewrite.ir.bounds import BESIDE_ATTENTION
-from attnrewrite.ir.ops import PAD_OPS, is_cast, is_pointwise
+from attnrewrite.ir.ops import PAD_OPS, PIECE_OPS, is_cast, is_pointwise
 from attnrewrite.ir.views import is_layout_op
 from attnrewrite.torch_private import is_erased
 
@@ -43,7 +42,7 @@ def projections_behind(operand: fx.Node, products: Collection[Any] = _LINEAR) ->
 
 def is_piece(node: fx.Node) -> bool:
     """Whether the node takes a part of its operand: a slice, a split, or one result of a split."""
-    return node.target in PIECES or node.target is operator.getitem
+    return node.target in PIECE_OPS or node.target is operator.getitem
 
 
 ROW_WISE = frozenset({aten.linear.default, aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default})

@@ -17,7 +17,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.ir.nodes import Size, is_tensor, same, tensor
-from attnrewrite.ir.ops import CAT_OPS
+from attnrewrite.ir.ops import CAT_OPS, SPLIT_OPS
 from attnrewrite.ir.reason import FINE, Reason
 
 __all__ = ["Assembly", "Box", "Piece", "Span", "Taken", "assemblies", "grid", "same_span", "taken_from"]
@@ -66,19 +66,6 @@ class Taken:
     selected: bool = False
 
 
-_SPLITS = frozenset(
-    {
-        aten.split.Tensor,
-        aten.split.sizes,
-        aten.split_with_sizes.default,
-        aten.chunk.default,
-        aten.tensor_split.sections,
-        aten.tensor_split.indices,
-        aten.unbind.int,
-    }
-)
-
-
 def taken_from(node: fx.Node) -> Taken | None:
     """The part that ``node`` takes by a slice, a selection or a split; None for any other node."""
     args: Any = node.args
@@ -95,7 +82,7 @@ def taken_from(node: fx.Node) -> Taken | None:
 
 
 def _from_split(split: Any, index: int) -> Taken | None:
-    if not isinstance(split, fx.Node) or split.target not in _SPLITS or not is_tensor(split.args[0]):
+    if not isinstance(split, fx.Node) or split.target not in SPLIT_OPS or not is_tensor(split.args[0]):
         return None
     source: Any = split.args[0]
     given = _argument(split, 1 if split.target is aten.unbind.int else 2, "dim", 0)

@@ -33,14 +33,17 @@ from attnrewrite.ir.ops import (
     MUL_OPS,
     SPLIT_OPS,
     SUB_OPS,
+    is_function,
     is_view,
+    may_share_memory,
+    shares_memory,
+    writes,
 )
 from attnrewrite.ir.source import parameter_path
 from attnrewrite.kernels.common.layout import in_memory_order_of
 from attnrewrite.torch_private import (
     HigherOrderOperator,
     OpOverload,
-    is_composite,
     leave_without_source,
     schema_of,
     tree_leaves,
@@ -243,7 +246,7 @@ def _sources(gm: fx.GraphModule, attentions: Sequence[CachedAttention], affine: 
         elif node.op == "placeholder":
             if is_module_tensor(node) and not any(_writes_to(user, node) for user in node.users):
                 constant.add(node)
-        elif node.op == "call_function" and _is_function(node):
+        elif node.op == "call_function" and _depends_on_arguments_alone(node):
             others = [source for source in node.all_input_nodes if source not in constant]
             if not others:
                 constant.add(node)
@@ -288,28 +291,21 @@ def _occurrences(node: fx.Node, argument: fx.Node) -> int:
 
 
 def _writes_to(node: fx.Node, argument: fx.Node) -> bool:
-    schema = schema_of(node.target)
-    return schema is not None and schema.is_mutable and node.args[:1] == (argument,)
+    return writes(node) and node.args[:1] == (argument,)
 
 
 def _symbolic(size: Any) -> torch.SymInt | None:
     return size if isinstance(size, torch.SymInt) else None
 
 
-def _is_function(node: fx.Node) -> bool:
-    """Whether the node depends on its arguments alone, and writes to none of them."""
+def _depends_on_arguments_alone(node: fx.Node) -> bool:
+    """Whether the node is a function as others are, computes with sizes in Python, or is dropout that drops nothing."""
     target: Any = node.target
     if not isinstance(target, OpOverload):
         return getattr(target, "__module__", "") in ("_operator", "math", "torch")
     if target in (aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default):
         return bool(node.args[2] is False or node.args[1] == 0)
-    return not schema_of(target).is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
-
-
-_SPLITS = (
-    *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int),
-    *(aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default, aten.unsafe_chunk.default),
-)
+    return is_function(target)
 
 
 def _merge_views(frontier: dict[fx.Node, None], sources: dict[fx.Node, frozenset[int]]) -> None:
@@ -344,9 +340,9 @@ def _base(node: fx.Node) -> fx.Node | None:
     """The tensor that the node is a view of (or a copy of, as ``reshape`` may be); None for a cast."""
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         node = node.args[0]
-        if node.target not in _SPLITS:
+        if node.target not in SPLIT_OPS:
             return None
-    elif not is_view(node) and (node.target in CAST_OPS or not _shares_memory(node)):
+    elif node.target in CAST_OPS or not shares_memory(node):
         return None
     base = node.args[0]
     return base if isinstance(base, fx.Node) else None
@@ -510,43 +506,20 @@ def _reaches_output(node: fx.Node, count: int | None = None) -> bool:
             assert isinstance(results, tuple)
             if node in results[:count]:
                 return True
-        elif (user.target is operator.getitem or is_view(user) or _may_alias(user)) and _reaches_output(user, count):
+        elif may_share_memory(user) and _reaches_output(user, count):
             return True
     return False
 
 
-_OWN_MEMORY = (aten.linear.default, aten.matmul.default, aten.layer_norm.default, aten.conv2d.default)
-"""Operators that decompose into others, and never return their argument."""
-
-
 def _is_of_another(node: fx.Node) -> bool:
     """Whether the node may share memory with what it is computed from."""
-    if node.target is operator.getitem:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        return _may_alias(source)
-    return is_view(node) or (_may_alias(node) and node.target not in _OWN_MEMORY)
-
-
-def _may_alias(node: fx.Node) -> bool:
-    """Whether the node may return (a view of) its argument: its schema says so, or it decomposes into others."""
-    target = node.target
-    if not isinstance(target, OpOverload):
-        return False
-    # An operator that decomposes into others (einsum, to, dropout that drops nothing) may come down to a view.
-    return is_composite(target) or _shares_memory(node)
-
-
-def _shares_memory(node: fx.Node) -> bool:
-    """Whether the node's schema says that it returns a view; the unsafe splits are views, though theirs does not."""
-    target = node.target
-    return isinstance(target, OpOverload) and (
-        target in _SPLITS or any(value.alias_info is not None for value in schema_of(target).returns)
-    )
+    source = node.args[0] if node.target is operator.getitem else node
+    assert isinstance(source, fx.Node)
+    return may_share_memory(source)
 
 
 def _is_removable(node: fx.Node) -> bool:
-    """Whether the node has no effect but its result."""
+    """Whether the node has no effect but its result: assertions have one, Python's functions of sizes have none."""
     if node.op == "get_attr":
         return True
     if node.op != "call_function":

@@ -18,7 +18,7 @@ from torch import fx
 from attnrewrite.ir.bounds import STEPS_OF_SCORES
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import is_tensor, same_shape, tensor
-from attnrewrite.ir.ops import CAST_OPS, is_view
+from attnrewrite.ir.ops import CAST_OPS, is_elementwise, is_view
 from attnrewrite.torch_private import OpOverload, schema_of
 
 __all__ = ["ALIASES", "normalize"]
@@ -227,14 +227,14 @@ def _reaches(start: fx.Node, neighbors: Callable[[fx.Node], Iterable[fx.Node]], 
         for other in neighbors(pending.pop()):
             if other.target in targets:
                 return True
-            if other not in seen and _is_elementwise(other):
+            if other not in seen and _is_step(other):
                 seen.add(other)
                 pending.append(other)
     return False
 
 
-def _is_elementwise(node: fx.Node) -> bool:
-    return is_view(node) or node.target in CAST_OPS or torch.Tag.pointwise in getattr(node.target, "tags", ())
+def _is_step(node: fx.Node) -> bool:
+    return is_view(node) or node.target in CAST_OPS or is_elementwise(node)
 
 
 # Arguments that are read only for their shape, dtype or device: replaced, so that they are not kept alive for that.

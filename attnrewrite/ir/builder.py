@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from attnrewrite.ir.nodes import tensor
+from attnrewrite.ir.ops import is_function
 from attnrewrite.torch_private import FakeTensorMode, PythonReferenceAnalysis, is_erased, schema_of, sympy_interp
 
 __all__ = ["Builder", "Written", "evaluated"]
@@ -31,12 +32,14 @@ def _key_of(target: Any, args: Any, kwargs: Any) -> Any:
     Those are calls that are random or mutate, and operators of kernels: each attention keeps a call of its own, by
     which the report and the verification find it.
     """
-    if target is not operator.getitem:
-        schema = schema_of(target)
-        if schema is None or schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
-            return None
-        if not schema.name.startswith("aten::") and schema.name not in _SHARED_CUSTOM_OPS:
-            return None
+    if not is_function(target):
+        return None
+    if (
+        target is not operator.getitem
+        and target.namespace != "aten"
+        and schema_of(target).name not in _SHARED_CUSTOM_OPS
+    ):
+        return None
     return target, _frozen(args), _frozen(kwargs)
 
 

@@ -14,10 +14,12 @@ from attnrewrite.torch_private import PLACEHOLDER_PREFIXES, enter_autocast, exit
 
 __all__ = [
     "Size",
+    "checkpoint_of",
     "copy_attributes",
     "dtype_name",
     "hint",
     "known_number",
+    "marks_of",
     "regions",
     "same",
     "same_shape",
@@ -100,6 +102,16 @@ def regions(graph: fx.Graph) -> dict[fx.Node, tuple[int, int]]:
             autocast.pop()
         result[node] = (grad, autocast[-1])
     return result
+
+
+def checkpoint_of(node: fx.Node) -> tuple[str, ...]:
+    """What a checkpoint has marked the node with: what is computed anew may not be one with what is not."""
+    return tuple(str(node.meta.get(mark)) for mark in ("recompute", "ac_graph_id"))
+
+
+def marks_of(node: fx.Node) -> tuple[str, ...]:
+    """What a checkpoint, and the user (``torch.fx.traceback.annotate``), have marked the node with."""
+    return (*checkpoint_of(node), str(node.meta.get("custom")))
 
 
 def scalar(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.ir.nodes import is_tensor, tensor
-from attnrewrite.torch_private import schema_of
+from attnrewrite.torch_private import OpOverload, is_composite, schema_of
 
 __all__ = [
     "ADD_OPS",
@@ -40,11 +41,18 @@ __all__ = [
     "VIEW_OPS",
     "WHERE_OPS",
     "ZEROS_OPS",
+    "has_effect",
     "is_cast",
+    "is_elementwise",
+    "is_function",
     "is_pointwise",
     "is_pure",
+    "is_random",
     "is_view",
+    "may_share_memory",
     "same_argument",
+    "shares_memory",
+    "writes",
 ]
 
 aten = torch.ops.aten
@@ -195,22 +203,73 @@ def is_cast(node: fx.Node) -> bool:
     return node.target in CAST_OPS and is_tensor(node.args[0]) and tensor(node).device == tensor(node.args[0]).device
 
 
-def _tags(node: fx.Node) -> Sequence[torch.Tag]:
-    return getattr(node.target, "tags", ())
+def _tags(target: Any) -> Sequence[torch.Tag]:
+    return target.tags if isinstance(target, OpOverload) else ()
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether the operator writes to an argument, or changes something else."""
+    schema = schema_of(node.target)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def has_effect(node: fx.Node) -> bool:
+    """Whether a call does more than to give its result, or may do so; a draw of random numbers does not count."""
+    return node.target is not operator.getitem and (schema_of(node.target) is None or writes(node))
+
+
+def is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in _tags(node.target)
+
+
+def is_function(target: Any) -> bool:
+    """Whether an operator says that its result depends on its arguments alone, and that it writes to none of them."""
+    if target is operator.getitem:
+        return True
+    schema = schema_of(target)
+    return schema is not None and not schema.is_mutable and torch.Tag.nondeterministic_seeded not in _tags(target)
 
 
 def is_pure(node: fx.Node) -> bool:
     """Whether the operator mutates nothing and returns the same for the same arguments; False outside of ATen."""
     target: Any = node.target
-    schema = schema_of(target)
-    random = torch.Tag.nondeterministic_seeded in _tags(node)
-    return schema is not None and target.namespace == "aten" and not schema.is_mutable and not random
+    return is_function(target) and target is not operator.getitem and target.namespace == "aten"
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether the operator says that it computes entry by entry, its arguments broadcast, be they random or others'."""
+    # Not all overloads of `where` have the tag.
+    return torch.Tag.pointwise in _tags(node.target) or node.target in WHERE_OPS
 
 
 def is_pointwise(node: fx.Node) -> bool:
     """Whether each entry of the result depends only on the entries of the arguments that broadcast to its position."""
-    # Not all overloads of `where` have the tag.
-    return is_pure(node) and (torch.Tag.pointwise in _tags(node) or node.target in WHERE_OPS)
+    return is_pure(node) and is_elementwise(node)
+
+
+def shares_memory(node: fx.Node) -> bool:
+    """Whether the node may be a view of its argument, or one of several, by what its operator says.
+
+    The unsafe splits are views as well, though their schema does not say so.
+    """
+    schema = schema_of(node.target)
+    aliases = schema is not None and any(result.alias_info is not None for result in schema.returns)
+    return aliases or node.target in VIEW_OPS or node.target in SPLIT_OPS or node.target is operator.getitem
+
+
+def may_share_memory(node: fx.Node) -> bool:
+    """Whether the node may be a view of its argument, or its argument itself, as the inner compiler computes it.
+
+    An operator that decomposes into others (einsum, to, dropout that drops nothing) may come down to a view.
+    """
+    target = node.target
+    return shares_memory(node) or (
+        isinstance(target, OpOverload) and is_composite(target) and target not in _OWN_MEMORY
+    )
+
+
+_OWN_MEMORY = frozenset({aten.linear.default, aten.matmul.default, aten.layer_norm.default, aten.conv2d.default})
+"""Operators that decompose into others, and never return their argument."""
 
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat)

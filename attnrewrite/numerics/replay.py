@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnrewrite.ir.ops import is_random
 from attnrewrite.numerics.outcome import Difference, SiteCheck, Verification, allowed_difference, difference
 from attnrewrite.report.rows import SiteReport
 from attnrewrite.torch_private import enter_autocast, exit_autocast, schema_of, set_grad_enabled
@@ -124,7 +125,7 @@ class ReplayPlan:
                 continue
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value_of.__getitem__)
             twin = self._twins.get(node)
-            if twin is not None and (_is_random(node) or _same_call(node, args, kwargs, twin)):
+            if twin is not None and (is_random(node) or _same_call(node, args, kwargs, twin)):
                 self._value_of[node] = twin
                 continue
             step = _ReplayStep(node, args, kwargs, rewritten, ours=True)
@@ -287,10 +288,6 @@ class Replay:
 
 def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
-
-
-def _is_random(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _same_call(node: fx.Node, args: Any, kwargs: Any, twin: fx.Node) -> bool:

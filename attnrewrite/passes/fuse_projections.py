@@ -20,14 +20,13 @@ from torch import fx
 from attnrewrite.analysis.projections import is_piece, projections_behind
 from attnrewrite.ir.bounds import searching
 from attnrewrite.ir.builder import Builder, evaluated
-from attnrewrite.ir.nodes import Size, same, tensor
-from attnrewrite.ir.ops import is_cast, is_view, same_argument
+from attnrewrite.ir.nodes import Size, checkpoint_of, same, tensor
+from attnrewrite.ir.ops import AS_STRIDED_OPS, RESHAPE_OPS, is_cast, is_view, same_argument, writes
 from attnrewrite.ir.views import is_layout_op
-from attnrewrite.passes.join_projections import tags
 from attnrewrite.passes.result import ReportedSite
 from attnrewrite.passes.splice import latest, remove_unused
 from attnrewrite.patterns import GraphView
-from attnrewrite.torch_private import is_traceable_wrapper_subclass, schema_of
+from attnrewrite.torch_private import is_traceable_wrapper_subclass
 
 __all__ = ["fuse_projections"]
 
@@ -114,7 +113,7 @@ def _grouped(
     apart: list[str],
 ) -> list[list[_Projection]]:
     """The projections that may be one, together; why others stay apart is added to ``apart``."""
-    writing = [node for node in view.graph.nodes if _writes(node)]
+    writing = [node for node in view.graph.nodes if writes(node)]
     groups: list[list[_Projection]] = []
     for node in sorted(roles):
         projection = _read(node)
@@ -204,7 +203,7 @@ def _reason_between(first: _Projection, other: _Projection, view: GraphView, wri
         or biases[:1] * len(biases) != biases
     ):
         return "its dtype or device is another"
-    if not view.same_region(first.node, other.node) or tags(first.node) != tags(other.node):
+    if not view.same_region(first.node, other.node) or checkpoint_of(first.node) != checkpoint_of(other.node):
         return "a switch of grad mode, autocast or checkpointing is in between"
     if any(first.node < node < other.node for node in writing):
         return "a tensor is written to in between"
@@ -219,11 +218,6 @@ def _is_plain(node: fx.Node) -> bool:
     return value.layout is torch.strided and not is_traceable_wrapper_subclass(value)
 
 
-def _writes(node: fx.Node) -> bool:
-    schema = schema_of(node.target)
-    return schema is not None and bool(schema.is_mutable)
-
-
 def _strides_are_unseen(node: fx.Node, kernels: Collection[str]) -> bool:
     """Whether what computes with ``node`` gives the same, lying in memory in the same way, if it is a strided view.
 
@@ -231,7 +225,7 @@ def _strides_are_unseen(node: fx.Node, kernels: Collection[str]) -> bool:
     views alone pass on the strides themselves.
     """
     for user in node.users:
-        if _passes_on(user):
+        if _may_pass_on_strides(user):
             if not _strides_are_unseen(user, kernels):
                 return False
         elif user.name not in kernels and not _computes(user):
@@ -239,21 +233,16 @@ def _strides_are_unseen(node: fx.Node, kernels: Collection[str]) -> bool:
     return True
 
 
-_MAY_PASS_ON = frozenset({aten.dropout.default, aten.contiguous.default})
-
-
-def _passes_on(node: fx.Node) -> bool:
-    """Whether the node is a view of its operand, or may be."""
-    if is_view(node) or is_piece(node) or node.target in _MAY_PASS_ON:
+def _may_pass_on_strides(node: fx.Node) -> bool:
+    """Whether the node may lie in memory as its operand does: views, but copies that keep the strides, too."""
+    if is_view(node) or is_piece(node) or node.target is aten.dropout.default:
         return True
     return is_layout_op(node) or (is_cast(node) and tensor(node).dtype is tensor(node.args[0]).dtype)
 
 
 _TELL_STRIDES = frozenset(
     {
-        aten.as_strided.default,
-        aten.as_strided_copy.default,
-        aten.as_strided_scatter.default,
+        *AS_STRIDED_OPS,
         aten.sym_stride.int,
         aten.sym_stride.default,
         aten.sym_storage_offset.default,
@@ -264,7 +253,7 @@ _TELL_STRIDES = frozenset(
 
 def _computes(node: fx.Node) -> bool:
     target: Any = node.target
-    return getattr(target, "namespace", "") == "aten" and target not in _TELL_STRIDES and not _writes(node)
+    return getattr(target, "namespace", "") == "aten" and target not in _TELL_STRIDES and not writes(node)
 
 
 def _same_source(a: fx.Node, b: fx.Node) -> bool:
@@ -282,7 +271,11 @@ def _is_ready(part: fx.Node, place: fx.Node, view: GraphView) -> bool:
     """Whether a weight is there before ``place``, or is but a view of one, which can be taken before as well."""
     if part < place or part.op == "get_attr":
         return True
-    movable = (is_view(part) or is_piece(part)) and view.same_region(part, place) and tags(part) == tags(place)
+    movable = (
+        (is_view(part) or is_piece(part))
+        and view.same_region(part, place)
+        and checkpoint_of(part) == checkpoint_of(place)
+    )
     return movable and all(_is_ready(source, place, view) for source in part.all_input_nodes)
 
 
@@ -354,14 +347,11 @@ def _padded(bias: fx.Node, before: Size, after: Size, builder: Builder) -> fx.No
     return builder.insert(aten.constant_pad_nd.default, (bias, [before, after], 0.0), {}, value)
 
 
-_NEEDS_STRIDES = frozenset({aten.view.default, aten._unsafe_view.default})
-
-
 def _see_strides(node: fx.Node) -> None:
     """Lets views of ``node``, whose strides are others now, have theirs."""
     for user in node.users:
-        if _passes_on(user):
-            if user.target in _NEEDS_STRIDES:
+        if _may_pass_on_strides(user):
+            if user.target in RESHAPE_OPS:
                 # It may have joined dimensions that are no longer side by side.
                 user.target = aten.reshape.default
             user.meta["val"] = evaluated(user)

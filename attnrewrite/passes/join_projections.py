@@ -14,7 +14,6 @@ random is moved, and nothing across a switch of grad mode, autocast or checkpoin
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,16 +25,16 @@ from attnrewrite.analysis.projections import ROW_WISE, is_piece, is_row_wise, pr
 from attnrewrite.analysis.slices import taken_from
 from attnrewrite.ir.bounds import BESIDE_ATTENTION, SHARED_PROJECTIONS, searching
 from attnrewrite.ir.builder import Builder
-from attnrewrite.ir.nodes import Size, is_tensor, product, same, same_shape, tensor
-from attnrewrite.ir.ops import is_cast, is_pointwise, is_view, same_argument
+from attnrewrite.ir.nodes import Size, checkpoint_of, is_tensor, product, same, same_shape, tensor
+from attnrewrite.ir.ops import AS_STRIDED_OPS, is_cast, is_pointwise, same_argument, shares_memory
 from attnrewrite.ir.views import is_layout_op, permutation_of
 from attnrewrite.kernels.common.layout import in_memory_order_of
 from attnrewrite.passes.result import ReportedSite
 from attnrewrite.passes.splice import latest, remove_unused
 from attnrewrite.patterns import GraphView
-from attnrewrite.torch_private import is_erased, schema_of
+from attnrewrite.torch_private import is_erased
 
-__all__ = ["join_projections", "tags"]
+__all__ = ["join_projections"]
 
 aten = torch.ops.aten
 
@@ -283,7 +282,7 @@ class _Joining:
             and tensor(node).dim() == tensor(first).dim()
             and same_shape(_others(node, dim), shape)
             and self.view.same_region(node, place)
-            and tags(node) == tags(place)
+            and checkpoint_of(node) == checkpoint_of(place)
             and (self.joint is None or len(node.users) == 1)
             for node in nodes
         )
@@ -393,24 +392,9 @@ def _shows_its_memory(node: fx.Node) -> bool:
     A caller would hold the whole, and ``as_strided`` counts from where the memory begins.
     """
     return any(
-        user.op == "output" or user.target in _PLACED or (_may_share_memory(user) and _shows_its_memory(user))
+        user.op == "output" or user.target in AS_STRIDED_OPS or (shares_memory(user) and _shows_its_memory(user))
         for user in node.users
     )
-
-
-_PLACED = frozenset({aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default})
-
-
-def _may_share_memory(node: fx.Node) -> bool:
-    """Whether a node may be a view of its argument; a split returns several."""
-    schema = schema_of(node.target)
-    aliases = schema is not None and any(result.alias_info is not None for result in schema.returns)
-    return is_view(node) or aliases or node.target is operator.getitem
-
-
-def tags(node: fx.Node) -> tuple[str, ...]:
-    """What a checkpoint has marked the node with: what is computed anew may not be one with what is not."""
-    return tuple(str(node.meta.get(tag)) for tag in ("recompute", "ac_graph_id"))
 
 
 def _same_dim(node: fx.Node, dim: int) -> int | None:

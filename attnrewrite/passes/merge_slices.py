@@ -24,8 +24,8 @@ from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, resolve, si
 from attnrewrite.ir.bounds import searching
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.graph_view import reader_in_words
-from attnrewrite.ir.nodes import same, tensor
-from attnrewrite.ir.ops import same_argument
+from attnrewrite.ir.nodes import checkpoint_of, same, tensor
+from attnrewrite.ir.ops import FACTORY_OPS, same_argument
 from attnrewrite.ir.reason import FINE, Reason
 from attnrewrite.ir.site import AttentionSite, Bias, Elementwise, Fill, Scale, Zero
 from attnrewrite.ir.views import is_layout_op, peel, push
@@ -197,37 +197,16 @@ def _is_idle(node: fx.Node) -> bool:
     return taken_from(node) is not None and all(map(_is_idle, node.users))
 
 
-_FACTORIES = frozenset(
-    {
-        aten.zeros.default,
-        aten.ones.default,
-        aten.full.default,
-        aten.empty.memory_format,
-        aten.empty_strided.default,
-        aten.zeros_like.default,
-        aten.ones_like.default,
-        aten.full_like.default,
-        aten.empty_like.default,
-        aten.new_zeros.default,
-        aten.new_ones.default,
-        aten.new_full.default,
-        aten.new_empty.default,
-        aten.new_empty_strided.default,
-    }
-)
-
-
 def _require_one_region(whole: fx.Node, assembly: Assembly, slices: list[_Slice], view: GraphView) -> None:
     buffer = assembly.buffer
-    if buffer is not None and buffer.target not in _FACTORIES:
+    if buffer is not None and buffer.target not in FACTORY_OPS:
         if buffer.op == "call_function":
             raise NotSlices("the slices are written into a tensor that was computed, which is not left out")
         if slices[0].site.differentiable:
             raise NotSlices("the slices are written into a tensor that may have a gradient, if only one of zeros")
     if any(tensor(part.site.result).dtype is not tensor(whole).dtype for part in slices):
         raise NotSlices("the slices have another dtype than the whole")
-    tags = {tuple(str(part.site.result.meta.get(tag)) for tag in ("recompute", "ac_graph_id")) for part in slices}
-    if len(tags) > 1:
+    if len({checkpoint_of(part.site.result) for part in slices}) > 1:
         raise NotSlices("the slices are checkpointed one by one")
     if not all(view.same_region(part.site.result, whole) for part in slices):
         raise NotSlices("grad mode or autocast is switched between the slices and the whole")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,13 +11,13 @@ from torch import fx
 
 from attnrewrite.ir.axes import Operand, axes_of
 from attnrewrite.ir.builder import Builder, Written
-from attnrewrite.ir.nodes import regions, same_shape, tensor
-from attnrewrite.ir.ops import is_cast
+from attnrewrite.ir.nodes import marks_of, regions, same_shape, tensor
+from attnrewrite.ir.ops import has_effect, is_cast
 from attnrewrite.ir.site import AttentionSite, CanonicalAttention
 from attnrewrite.ir.views import is_layout_op
 from attnrewrite.kernels import Kernel
 from attnrewrite.kernels.common.layout import in_memory_order_of
-from attnrewrite.torch_private import enter_autocast, exit_autocast, is_erased, schema_of
+from attnrewrite.torch_private import enter_autocast, exit_autocast, is_erased
 
 aten = torch.ops.aten
 
@@ -64,8 +63,7 @@ class WrittenByRegion:
         self._written: dict[Any, Written] = {}
 
     def of(self, node: fx.Node) -> Written:
-        tags = tuple(str(node.meta.get(tag)) for tag in ("recompute", "ac_graph_id", "custom"))
-        return self._written.setdefault((self._regions[node], tags), {})
+        return self._written.setdefault((self._regions[node], marks_of(node)), {})
 
 
 def splice(
@@ -113,6 +111,7 @@ def _strides_are_free(node: fx.Node) -> bool:
     for user in node.users:
         if user.target in _STRIDE_BLIND:
             continue
+        # `_unsafe_view` stands behind contiguous copies alone.
         if user.target is aten.view.default:
             user.target = aten.reshape.default
         free = free and (is_layout_op(user) or is_cast(user)) and _strides_are_free(user)
@@ -124,15 +123,8 @@ def remove_unused(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
     pending = [*nodes]
     while pending:
         node = pending.pop()
-        if is_erased(node) or node.users or node.op != "call_function" or _has_effect(node):
+        # Not `is_impure`: that counts dropout, which the removed attention took with it.
+        if is_erased(node) or node.users or node.op != "call_function" or has_effect(node):
             continue
         pending.extend(node.all_input_nodes)
         graph.erase_node(node)
-
-
-def _has_effect(node: fx.Node) -> bool:
-    if node.target is operator.getitem:
-        return False
-    # Not `is_impure`: that counts dropout, which the removed attention took with it.
-    schema = schema_of(node.target)
-    return schema is None or schema.is_mutable

@@ -8,7 +8,6 @@ CUDA graph show the device's own time.
 
 from __future__ import annotations
 
-import operator
 import statistics
 import time
 from collections import deque
@@ -23,10 +22,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from attnrewrite.inner import InnerCompiler
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import is_tensor, known_number, tensor
+from attnrewrite.ir.ops import is_function
 from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels import Kernel
 from attnrewrite.options.compile_options import Policy
-from attnrewrite.torch_private import FakeTensorMode, TracingContext, backward_compiled_at_once, schema_of, tracing
+from attnrewrite.torch_private import FakeTensorMode, TracingContext, backward_compiled_at_once, tracing
 
 __all__ = ["Standalone", "Times", "compiled_alone", "cut_out", "smallest_run", "time_together"]
 
@@ -119,12 +119,9 @@ def _as_graph(gm: fx.GraphModule, site: CanonicalAttention, output: fx.Node, cre
 def _is_constant(node: fx.Node, known: dict[fx.Node, bool]) -> bool:
     """Whether the node's value depends on sizes alone."""
     if node not in known:
-        schema = schema_of(node.target)
-        pure = node.target is operator.getitem or (schema is not None and not schema.is_mutable)
         known[node] = (
             node.op == "call_function"
-            and pure
-            and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
+            and is_function(node.target)
             and all(not is_tensor(read) or _is_constant(read, known) for read in node.all_input_nodes)
         )
     return known[node]
