@@ -29,6 +29,25 @@ PRIVATE_OF_OTHERS = {
 }
 """Private names of other packages than torch, by the module that uses them."""
 
+OWN_TABLES = {
+    "attnrewrite.analysis.features": {"_NORMS", "_SUMS"},  # What keeps the sign of a feature map.
+    "attnrewrite.analysis.indices": {"_ROW_BY_ROW"},  # Indices that may differ from row to row.
+    "attnrewrite.analysis.scores": {"BOUNDED", "_ELEMENTWISE", "_MAXIMA", "_MAXIMUM", "_UNARY"},  # Steps of scores.
+    "attnrewrite.analysis.values": {"_COMPUTED", "_ORDINARY", "_POWERS"},  # How large the values of a mask may be.
+    "attnrewrite.analysis.weights": {"_PASSING"},  # Steps between softmax and the value.
+    "attnrewrite.caching.graphs": {"_AFFINE", "_MULTILINEAR"},  # What may be extrapolated from step to step.
+    "attnrewrite.caching.identity": {"_INDEXED"},  # Numbers that say which part is read.
+    "attnrewrite.ir.views": {"_REPEATS", "_SHAPE_ONLY"},  # The operators that its two functions see through.
+    "attnrewrite.passes.canonicalize": {"_BOUNDED"},  # Functions of scores without infinite results.
+    "attnrewrite.passes.fuse_projections": {"_PRODUCTS", "_TELL_STRIDES"},  # What is fused, and what would show it.
+    "attnrewrite.passes.slice_sources": {"_CONSTANT"},  # Factories that only sizes and a number are given to.
+    "attnrewrite.passes.splice": {"_STRIDE_BLIND"},  # What lays out its result whatever it reads.
+    "attnrewrite.passes.unrepeat_kv": {"_PASSED"},  # What it writes again without the repetition.
+    "attnrewrite.patterns.linear": {"_SUMS"},  # The sum over keys that normalizes.
+    "attnrewrite.patterns.softmax.rule": {"_BARRIERS"},  # Where the search for products ends.
+}
+"""Tables of operators that only one algorithm asks about; what an operator is in general stands in ``ir/ops.py``."""
+
 LONG = 60
 FILES_AT_THE_TOP = 14
 
@@ -147,6 +166,28 @@ def test_no_kernel_is_read_by_name() -> None:
         if isinstance(node, ast.Call) and re.match(r"(get|has)attr\((\w+\.)*kernel, '", ast.unparse(node))
     }
     assert not found
+
+
+def tables_of_operators(module: Module) -> Iterator[str]:
+    """Sets and sequences of two or more operators at the top of a module; a dict says what is done with each."""
+    for node in module.tree.body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+            keys = {id(key) for each in ast.walk(node.value) if isinstance(each, ast.Dict) for key in each.keys}
+            names = [
+                dotted(each)
+                for each in ast.walk(node.value)
+                if isinstance(each, ast.Attribute) and id(each) not in keys
+            ]
+            operators = [name for name in names if re.fullmatch(r"(torch\.ops\.)?aten\.\w+\.\w+", name)]
+            if len(operators) > 1:
+                yield ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
+
+
+def test_what_an_operator_is_stands_once() -> None:
+    found = {name: set(tables_of_operators(module)) for name, module in modules().items()}
+    assert {"VIEW_OPS", "CAST_OPS", "SPLIT_OPS"} <= found.pop("attnrewrite.ir.ops")
+    general = {name for name in found if name.startswith("attnrewrite.capture.")} | {"attnrewrite.ir.model_state"}
+    assert {name: tables for name, tables in found.items() if tables and name not in general} == OWN_TABLES
 
 
 def test_a_class_has_its_name_for_itself() -> None:

@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnrewrite.analysis.values import constant_value
 from attnrewrite.ir.bounds import FEATURE_MAP
 from attnrewrite.ir.nodes import is_tensor, same_shape, tensor
 from attnrewrite.ir.ops import (
     ADD_OPS,
     CAT_OPS,
     DIV_OPS,
+    FACTORY_OPS,
     MASKED_FILL_OPS,
     MUL_OPS,
-    ONES_OPS,
     PIECE_OPS,
     SOFTMAX_OPS,
     SUB_OPS,
     WHERE_OPS,
-    ZEROS_OPS,
     is_cast,
 )
 from attnrewrite.ir.views import is_layout_op
@@ -71,7 +71,6 @@ _SUMS = frozenset(
     }
 )
 _NORMS = frozenset({aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.norm.Scalar})
-_FULL = frozenset({aten.full.default, aten.full_like.default})
 
 
 @dataclass(frozen=True)
@@ -117,10 +116,9 @@ def features_of(node: Any, is_attention: Callable[[fx.Node], bool], depth: int =
         return Features(_NONNEGATIVE[target] if own else "", True)
     if target in _SIGNED:
         return Features(_SIGNED[target], False)
-    if target in ZEROS_OPS or target in ONES_OPS:
-        return Features("", True)
-    if target in _FULL:
-        return Features("", isinstance(args[1], (int, float)) and args[1] >= 0)
+    if target in FACTORY_OPS:
+        number = constant_value(node)
+        return Features("", number is not None and number >= 0)
     if target in _NORMS:
         return Features("", True)
     if target in _SUMS:

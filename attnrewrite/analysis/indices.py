@@ -19,7 +19,7 @@ from attnrewrite.analysis.values import constant_value
 from attnrewrite.ir.axes import Layout, axes_of, take_minor
 from attnrewrite.ir.bounds import INDEX_ENTRIES
 from attnrewrite.ir.nodes import Size, is_tensor, product, same_shape, tensor
-from attnrewrite.ir.ops import CAST_OPS, is_pure
+from attnrewrite.ir.ops import CAST_OPS, EMPTY_OPS, is_pure
 from attnrewrite.ir.stored import StoredPattern
 from attnrewrite.torch_private import schema_of, unset_fake_temporarily
 
@@ -217,7 +217,7 @@ def _evaluated_call(node: fx.Node, memo: dict[fx.Node, torch.Tensor | None]) -> 
     target: Any = node.target
     if not is_pure(node) or len(schema_of(target).returns) != 1:
         return None
-    if node.target in (aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default):
+    if node.target in EMPTY_OPS:
         return None
     inputs = {source: _evaluated(source, memo) for source in node.all_input_nodes}
     if any(value is None for value in inputs.values()):

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from attnrewrite.ir.bounds import BESIDE_ATTENTION
-from attnrewrite.ir.ops import PAD_OPS, PIECE_OPS, is_cast, is_pointwise
+from attnrewrite.ir.ops import NORM_OPS, PAD_OPS, PIECE_OPS, is_cast, is_pointwise
 from attnrewrite.ir.views import is_layout_op
 from attnrewrite.torch_private import is_erased
 
@@ -45,7 +45,7 @@ def is_piece(node: fx.Node) -> bool:
     return node.target in PIECE_OPS or node.target is operator.getitem
 
 
-ROW_WISE = frozenset({aten.linear.default, aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default})
+ROW_WISE = NORM_OPS | {aten.linear.default}
 
 
 def is_row_wise(node: fx.Node) -> bool:

@@ -23,6 +23,7 @@ __all__ = [
     "CONVOLUTION_OPS",
     "COPY_OPS",
     "DIV_OPS",
+    "EMPTY_OPS",
     "FACTORY_OPS",
     "LOG_SOFTMAX_OPS",
     "MASKED_FILL_OPS",
@@ -183,12 +184,16 @@ NORM_OPS = frozenset({aten.layer_norm.default, aten.group_norm.default, aten.rms
 ZEROS_OPS = frozenset({aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default})
 ONES_OPS = frozenset({aten.ones.default, aten.ones_like.default, aten.new_ones.default})
 ARANGE_OPS = frozenset({aten.arange.default, aten.arange.start, aten.arange.start_step})
-FACTORY_OPS = frozenset(
+EMPTY_OPS = frozenset(
     {
-        *(*ZEROS_OPS, *ONES_OPS),
-        *(aten.full.default, aten.full_like.default, aten.new_full.default),
         *(aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default),
         *(aten.empty_strided.default, aten.new_empty_strided.default),
+    }
+)
+FACTORY_OPS = frozenset(
+    {
+        *(*ZEROS_OPS, *ONES_OPS, *EMPTY_OPS),
+        *(aten.full.default, aten.full_like.default, aten.new_full.default),
     }
 )
 """Operators whose result is one number everywhere, or not written to yet, whatever tensor they are given."""

@@ -20,6 +20,7 @@ from torch import fx
 
 from attnrewrite.ir.axes import Dim, Layout, Operand, axes_of, broadcast, fresh_dim, regroup, take_minor
 from attnrewrite.ir.nodes import Size, is_tensor, same, same_shape, tensor
+from attnrewrite.ir.ops import COPY_OPS, RESHAPE_OPS
 
 __all__ = ["peel", "permutation_of", "pull", "push"]
 
@@ -30,9 +31,7 @@ aten = torch.ops.aten
 
 _SHAPE_ONLY = frozenset(
     {
-        aten.view.default,
-        aten.reshape.default,
-        aten._unsafe_view.default,
+        *RESHAPE_OPS,
         aten.view_as.default,
         aten.reshape_as.default,
         aten.flatten.using_ints,
@@ -44,9 +43,8 @@ _SHAPE_ONLY = frozenset(
     }
 )
 
-_SAME_LAYOUT = frozenset(
-    {aten.clone.default, aten.contiguous.default, aten.alias.default, aten.lift_fresh_copy.default}
-)
+_SAME_LAYOUT = COPY_OPS - {aten.detach.default}
+"""What is detached is as it was, but its gradient ends there."""
 
 _REPEATS = frozenset(
     {
