@@ -188,7 +188,7 @@ class Dimensions:
             return None
         if node.target is aten.repeat_interleave.self_int:
             return self._with_copies(node, layout, before=False)
-        if node.target in (aten.repeat.default, aten.tile.default):
+        if node.target is aten.repeat.default:
             return self._with_copies(node, layout, before=True)
         return self._regrouped(layout, tensor(source).shape, tensor(node).shape)
 
@@ -479,7 +479,6 @@ _HANDLERS: dict[Any, Callable[[Dimensions, fx.Node], Layout | None]] = {
     aten.addmm.default: Dimensions._added_product,
     aten.baddbmm.default: Dimensions._added_product,
     aten.slice.Tensor: Dimensions._sliced,
-    aten.narrow.default: Dimensions._sliced,
     aten.select.int: Dimensions._selected,
     aten.cat.default: Dimensions._concatenated,
     aten.stack.default: Dimensions._stacked,

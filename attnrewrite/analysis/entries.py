@@ -432,7 +432,7 @@ def _moved_index(node: fx.Node, index: list[Any]) -> list[Any] | None:
     if target is aten.unsqueeze.default:
         dim = args[1] % len(index)
         return index[:dim] + index[dim + 1 :]
-    if target in (aten.expand.default, aten.expand_as.default):
+    if target is aten.expand.default:
         shape = tensor(args[0]).shape
         tail = index[len(index) - len(shape) :]
         return [sympy.Integer(0) if same(size, 1) else i for size, i in zip(shape, tail, strict=True)]
@@ -500,8 +500,6 @@ _LOGIC = {
     aten.bitwise_and.Tensor: "and",
     aten.bitwise_or.Tensor: "or",
     aten.bitwise_xor.Tensor: "xor",
-    aten.__and__.Tensor: "and",
-    aten.__or__.Tensor: "or",
 }
 _SUMS: dict[Any, Callable[[Any, Any], Any]] = {
     aten.add.Tensor: lambda a, b: a + b,

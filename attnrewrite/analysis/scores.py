@@ -46,7 +46,6 @@ _ELEMENTWISE = frozenset(
         aten.sigmoid.default,
     }
 )
-_MAXIMUM = frozenset({aten.maximum.default, aten.max.other})
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes that attention is computed in."""
 
@@ -85,7 +84,7 @@ def sources_of_scores(node: fx.Node) -> list[Any]:
     target: Any = node.target
     if is_cast(node) or is_layout_op(node) or target in _UNARY:
         return [args[0]]
-    if target in _BINARY or target in _MAXIMUM:
+    if target in _BINARY or target is aten.maximum.default:
         return [args[0]] if target in DIV_OPS or target is aten.rsub.Scalar else [args[0], args[1]]
     if target in WHERE_OPS:
         return [args[1], args[2]]
@@ -220,7 +219,7 @@ def _read_step(node: fx.Node, source: fx.Node, layout: Layout, context: _WalkCon
     if is_layout_op(node):
         return [], ()
     dtype = tensor(node).dtype
-    if target in _ELEMENTWISE or target in _MAXIMUM:
+    if target in _ELEMENTWISE or target is aten.maximum.default:
         return [_clamp_or_function(node, source)], ()
     if target is aten.neg.default:
         return [Scale(-1.0)], ()
@@ -276,7 +275,7 @@ def _clamp_or_function(node: fx.Node, source: fx.Node) -> ScoreMod:
     args: Any = node.args
     low: Any
     high: Any
-    if node.target in _MAXIMUM:
+    if node.target is aten.maximum.default:
         low = constant_value(args[1] if args[0] is source else args[0])
         if low is None:
             raise NotAttention(

@@ -74,7 +74,7 @@ def taken_from(node: fx.Node) -> Taken | None:
         return None
     if target is operator.getitem:
         return _from_split(args[0], args[1])
-    if target not in (aten.slice.Tensor, aten.narrow.default, aten.select.int) or not is_tensor(args[0]):
+    if target not in (aten.slice.Tensor, aten.select.int) or not is_tensor(args[0]):
         return None
     span = span_of(node, tensor(node))
     dim = _dim(node, tensor(args[0]).dim())
@@ -117,7 +117,7 @@ def span_of(node: fx.Node, part: torch.Tensor, position: int = 1) -> Span | None
     if node.target in (aten.select.int, aten.select_scatter.default):
         start = _from_start(_argument(node, position + 1, "index", 0), whole.shape[dim])
         return None if start is None else Span(start, 1)
-    if node.target is not aten.narrow.default and _argument(node, position + 3, "step", 1) != 1:
+    if _argument(node, position + 3, "step", 1) != 1:
         return None
     start = _from_start(_argument(node, position + 1, "start", 0), whole.shape[dim])
     return None if start is None else Span(start, part.shape[dim])

@@ -303,7 +303,7 @@ def _depends_on_arguments_alone(node: fx.Node) -> bool:
     target: Any = node.target
     if not isinstance(target, OpOverload):
         return getattr(target, "__module__", "") in ("_operator", "math", "torch")
-    if target in (aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default):
+    if target in (aten.dropout.default, aten.native_dropout.default):
         return bool(node.args[2] is False or node.args[1] == 0)
     return is_function(target)
 

@@ -63,29 +63,16 @@ VIEW_OPS = frozenset(
         aten.view.default,
         aten.reshape.default,
         aten._unsafe_view.default,
-        aten.view_as.default,
-        aten.reshape_as.default,
-        aten.flatten.using_ints,
-        aten.unflatten.int,
         aten.transpose.int,
         aten.t.default,
-        aten.mT.default,
-        aten.mH.default,
-        aten.numpy_T.default,
         aten.permute.default,
-        aten.swapaxes.default,
-        aten.swapdims.default,
-        aten.movedim.int,
-        aten.movedim.intlist,
         aten.unsqueeze.default,
         aten.squeeze.default,
         aten.squeeze.dim,
         aten.squeeze.dims,
         aten.expand.default,
-        aten.expand_as.default,
         aten.select.int,
         aten.slice.Tensor,
-        aten.narrow.default,
         aten.alias.default,
         aten.diagonal.default,
         aten.detach.default,
@@ -97,25 +84,17 @@ CAST_OPS = frozenset(
     {
         aten.to.dtype,
         aten.to.device,
-        aten.to.other,
-        aten.to.dtype_layout,
         aten._to_copy.default,
-        aten.type_as.default,
     }
 )
 
 SPLIT_OPS = frozenset(
     {
         aten.split.Tensor,
-        aten.split.sizes,
         aten.split_with_sizes.default,
-        aten.chunk.default,
-        aten.tensor_split.sections,
-        aten.tensor_split.indices,
         aten.unbind.int,
         aten.unsafe_split.Tensor,
         aten.unsafe_split_with_sizes.default,
-        aten.unsafe_chunk.default,
     }
 )
 """Operators that return the parts of their first argument as a list."""
@@ -123,7 +102,6 @@ SPLIT_OPS = frozenset(
 PIECE_OPS = SPLIT_OPS | {
     aten.slice.Tensor,
     aten.select.int,
-    aten.narrow.default,
     aten.index_select.default,
     aten.roll.default,
 }
@@ -134,7 +112,6 @@ RESHAPE_OPS = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_v
 COPY_OPS = frozenset(
     {
         aten.clone.default,
-        aten.contiguous.default,
         aten.alias.default,
         aten.detach.default,
         aten.lift_fresh_copy.default,

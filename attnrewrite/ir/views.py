@@ -32,10 +32,6 @@ aten = torch.ops.aten
 _SHAPE_ONLY = frozenset(
     {
         *RESHAPE_OPS,
-        aten.view_as.default,
-        aten.reshape_as.default,
-        aten.flatten.using_ints,
-        aten.unflatten.int,
         aten.unsqueeze.default,
         aten.squeeze.default,
         aten.squeeze.dim,
@@ -49,10 +45,8 @@ _SAME_LAYOUT = COPY_OPS - {aten.detach.default}
 _REPEATS = frozenset(
     {
         aten.expand.default,
-        aten.expand_as.default,
         aten.repeat.default,
         aten.repeat_interleave.self_int,
-        aten.tile.default,
     }
 )
 
@@ -65,21 +59,12 @@ def permutation_of(node: fx.Node) -> list[int] | None:
     args: Any = node.args
     if target is aten.permute.default:
         return [int(dim) % rank for dim in args[1]]
-    if target in (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default):
+    if target is aten.transpose.int:
         a, b = int(args[1]) % rank, int(args[2]) % rank
         order[a], order[b] = order[b], order[a]
         return order
-    if target in (aten.t.default, aten.numpy_T.default):
+    if target is aten.t.default:
         return order[::-1]
-    if target is aten.mT.default:
-        return [*order[:-2], order[-1], order[-2]]
-    if target in (aten.movedim.int, aten.movedim.intlist):
-        source, destination = (arg if isinstance(arg, (list, tuple)) else [arg] for arg in args[1:3])
-        sources = [int(dim) % rank for dim in source]
-        destinations = [int(dim) % rank for dim in destination]
-        remaining = iter(dim for dim in order if dim not in sources)
-        placed = dict(zip(destinations, sources, strict=True))
-        return [placed[dim] if dim in placed else next(remaining) for dim in order]
     return None
 
 
@@ -117,9 +102,9 @@ def pull(node: fx.Node, layout: Layout) -> Layout | None:
         return tuple(result)
     if node.target in _SHAPE_ONLY:
         return regroup(layout, source.shape)
-    if node.target in (aten.expand.default, aten.expand_as.default):
+    if node.target is aten.expand.default:
         return broadcast(layout, tensor(node).shape, source.shape)
-    if node.target in (aten.repeat.default, aten.tile.default):
+    if node.target is aten.repeat.default:
         return _pull_repeat(layout, tensor(node).shape, source.shape)
     if node.target is aten.repeat_interleave.self_int:
         return _pull_repeat_interleave(node, layout, source.shape)
@@ -165,7 +150,7 @@ def push(node: fx.Node, layout: Layout) -> Layout | None:
         return tuple(layout[dim] for dim in order)
     if node.target in _SHAPE_ONLY:
         return regroup(layout, tensor(node).shape)
-    if node.target in (aten.expand.default, aten.expand_as.default):
+    if node.target is aten.expand.default:
         source, shape = tensor(node.args[0]).shape, tensor(node).shape
         offset = len(shape) - len(source)
         padded: Layout = ((),) * offset + layout

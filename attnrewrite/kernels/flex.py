@@ -470,7 +470,7 @@ def _applied(graph: fx.Graph, score: fx.Node, mod: Any, entry: Any) -> fx.Node:
         return score
     assert isinstance(mod, Elementwise)
     arguments: Any = mod.node.args
-    if mod.node.target in (aten.maximum.default, aten.max.other):
+    if mod.node.target is aten.maximum.default:
         low = next(value for value in map(constant_value, arguments) if value is not None)
         return call(aten.clamp.default, (score, low))
     target: Any = mod.node.target

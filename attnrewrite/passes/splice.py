@@ -99,7 +99,6 @@ _STRIDE_BLIND = frozenset(
         aten.addmm.default,
         aten.baddbmm.default,
         aten.einsum.default,
-        aten.contiguous.default,
     }
 )
 """Operators whose result is laid out in memory in the same way, however their operands are."""

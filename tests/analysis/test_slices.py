@@ -138,8 +138,6 @@ _TAKING: list[tuple[Any, tuple[Any, ...]]] = [
     (aten.slice.Tensor, (1, 4, 100)),
     (aten.slice.Tensor, (1, 9, 12)),
     (aten.slice.Tensor, (1, 1, -2)),
-    (aten.narrow.default, (1, 2, 3)),
-    (aten.narrow.default, (1, -2, 2)),
     (aten.select.int, (1, 3)),
     (aten.select.int, (-2, -1)),
 ]
@@ -157,9 +155,8 @@ def test_taken(target: Any, args: tuple[Any, ...]) -> None:
     [
         (aten.split.Tensor, (4, 1)),
         (aten.split_with_sizes.default, ([1, 3, 2], -2)),
-        (aten.chunk.default, (4, 1)),
-        (aten.tensor_split.sections, (4, 1)),
-        (aten.tensor_split.indices, ([1, 4], 1)),
+        (aten.unsafe_split.Tensor, (4, 1)),
+        (aten.unsafe_split_with_sizes.default, ([1, 3, 2], -2)),
         (aten.unbind.int, (2,)),
     ],
 )

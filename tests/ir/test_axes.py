@@ -84,30 +84,22 @@ def _drawn_step(draw: st.DrawFn, graph: Written, node: fx.Node, repeats: bool) -
     shape = tuple(value.shape)
     rank = len(shape)
     dims = st.integers(-rank, rank - 1) if rank else st.nothing()
-    ways = ["view", "view", "unsqueeze", "clone", "flatten"]
+    ways = ["view", "view", "unsqueeze", "clone"]
     if rank:
-        ways += ["permute", "permute", "transpose", "squeeze", "slice", "movedim", "unflatten"]
-    if rank > 1:
-        ways.append("mT")
+        ways += ["permute", "permute", "transpose", "squeeze", "slice"]
     if 1 in shape:
         ways += ["expand", "expand"]
     if repeats and rank:
         ways += ["repeat", "repeat_interleave"]
     way = draw(st.sampled_from(ways))
     if way == "view":
-        target = draw(st.sampled_from((aten.reshape.default, aten._unsafe_view.default, aten.view.default)))
-        if target is not aten.reshape.default and not value.is_contiguous():
-            node = graph.call(aten.contiguous.default, node)
+        without_copy = (aten._unsafe_view.default, aten.view.default) if value.is_contiguous() else ()
+        target = draw(st.sampled_from((aten.reshape.default, *without_copy)))
         return graph.call(target, node, draw(_shapes_of(value.numel())))
     if way == "unsqueeze":
         return graph.call(aten.unsqueeze.default, node, draw(st.integers(-rank - 1, rank)))
     if way == "clone":
-        return graph.call(
-            draw(st.sampled_from((aten.clone.default, aten.contiguous.default, aten.alias.default))), node
-        )
-    if way == "flatten":
-        start = draw(st.integers(0, max(rank - 1, 0)))
-        return graph.call(aten.flatten.using_ints, node, start, draw(st.integers(start, max(rank - 1, 0))))
+        return graph.call(draw(st.sampled_from((aten.clone.default, aten.alias.default))), node)
     if way == "permute":
         return graph.call(aten.permute.default, node, draw(st.permutations(range(rank))))
     if way == "transpose":
@@ -118,13 +110,6 @@ def _drawn_step(draw: st.DrawFn, graph: Written, node: fx.Node, repeats: bool) -
         return graph.call(aten.squeeze.dim, node, draw(dims))
     if way == "slice":
         return graph.call(aten.slice.Tensor, node, draw(dims), 0, 2**62)
-    if way == "movedim":
-        return graph.call(aten.movedim.int, node, draw(dims), draw(dims))
-    if way == "unflatten":
-        dim = draw(dims)
-        return graph.call(aten.unflatten.int, node, dim, draw(_shapes_of(shape[dim])))
-    if way == "mT":
-        return graph.call(aten.mT.default, node)
     if way == "expand":
         sizes = [draw(st.sampled_from((1, 2, 3))) if size == 1 else size for size in shape]
         new = draw(st.sampled_from(((), (2,))))
@@ -223,16 +208,10 @@ def test_peel_is_pull_after_pull(nodes: list[fx.Node]) -> None:
 _PERMUTING: list[tuple[Any, tuple[Any, ...], tuple[int, ...]]] = [
     (aten.permute.default, ([2, -3, 1],), (2, 3, 4)),
     (aten.transpose.int, (0, -1), (2, 3, 4)),
-    (aten.swapaxes.default, (-2, 0), (2, 3, 4)),
-    (aten.swapdims.default, (1, 2), (2, 3, 4)),
+    (aten.transpose.int, (1, 2), (2, 3, 4)),
     (aten.t.default, (), (2, 3)),
     (aten.t.default, (), (2,)),
-    (aten.numpy_T.default, (), (2, 3, 4)),
-    (aten.mT.default, (), (2, 3, 4)),
-    (aten.movedim.int, (0, -1), (2, 3, 4)),
-    (aten.movedim.int, (2, 0), (2, 3, 4)),
-    (aten.movedim.intlist, ([0, 1], [2, 0]), (2, 3, 4)),
-    (aten.movedim.intlist, ([-1, 0], [1, 3]), (2, 3, 4, 5)),
+    (aten.permute.default, ([1, -1, 0, 2],), (2, 3, 4, 5)),
 ]
 
 
