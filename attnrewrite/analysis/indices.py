@@ -85,7 +85,7 @@ def repetition_of(node: fx.Node) -> Repetition | None:
         start = _nonnegative(int(number), size)
         return None if start is None else Repetition(source, dim, len(shape), start, 1, 1, product(shape), 1)
     entries = _entries(index)
-    found = None if entries is None else _counting(entries, size)
+    found = None if entries is None else _counted(entries, size)
     if found is None:
         return None
     start, step, count, inner, outer = found
@@ -127,7 +127,7 @@ def _nonnegative(entry: int, size: Size) -> Size | None:
     return size + entry if statically_known_true(size + entry >= 0) else None
 
 
-def _counting(entries: Sequence[int], size: Size) -> tuple[Size, int, int, int, int] | None:
+def _counted(entries: Sequence[int], size: Size) -> tuple[Size, int, int, int, int] | None:
     """(start, step, count, inner, outer) of entries that count up and repeat; None for any others."""
     start = _nonnegative(entries[0], size)
     if isinstance(size, int):

@@ -215,8 +215,8 @@ def _sink_among(
         maximum: the nodes that subtract it; empty if none is subtracted.
         layout: the layout of the scores.
         keys: the axes that softmax runs over.
-        negligible: a number below this (an epsilon) is rounded away, since the sum is at least 1; None if the sum may be
-            smaller.
+        negligible: a number below this (an epsilon) is rounded away, since the sum is at least 1; None if the sum may
+            be smaller.
 
     Returns:
         None if an addend is not a sink, or there are several.
