@@ -290,6 +290,7 @@ class Dimensions:
         return self._merged(arguments, shape, broadcasts)
 
     def _merged(self, arguments: Sequence[fx.Node], shape: Sequence[Size], broadcasts: bool) -> Layout | None:
+        """The layout of a result whose dimensions are those of ``arguments``; see :meth:`_as_arguments`."""
         rank = len(shape)
         ranks = range(1, rank + 1) if broadcasts else (rank,)
         fitting = [each for each in arguments if tensor(each).dim() in ranks]
@@ -312,6 +313,7 @@ class Dimensions:
         return tuple(result)
 
     def _split_result(self, node: fx.Node) -> Layout | None:
+        """The layout of one result of a split, or of another operator with several results."""
         parent, number = node.args
         if not isinstance(parent, fx.Node) or not isinstance(number, int):
             return None
@@ -341,6 +343,7 @@ class Dimensions:
         return (*layout[:place], sliced, *layout[place + 1 :])
 
     def _pieces_between(self, dimension: Dimension, start: Size, end: Size) -> Dim | None:
+        """The pieces of a concatenation from ``start`` to ``end``; None if one of them is cut."""
         at: Size = 0
         taken: list[Dim] | None = None
         for piece in dimension.pieces:

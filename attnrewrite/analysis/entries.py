@@ -228,6 +228,7 @@ class Entries:
         return self.at(table, [*index[: given[0]], *entries, *index[given[0] + rank :]])
 
     def _where(self, condition: Formula, first: Entry, second: Entry, dtype: torch.dtype) -> Entry | None:
+        """The entry of ``where(condition, first, second)``; None if nothing is known of it."""
         if isinstance(condition, bool):
             chosen = first if condition else second
             return self._as_truth(chosen) if dtype is torch.bool else chosen
@@ -255,6 +256,7 @@ class Entries:
         return sympy.Abs(entry) if isinstance(entry, sympy.Expr) and entry.is_integer else None
 
     def _logic(self, relation: str, args: Sequence[Any], index: list[Any]) -> Entry | None:
+        """The entry of a logical or bitwise operator; None if an argument of the latter is not boolean."""
         entries = []
         for arg in args:
             entry = self._operand(arg, index)
@@ -336,6 +338,7 @@ def _number(value: float) -> Entry:
 
 
 def _cases(entry: Entry) -> Cases | None:
+    """The entry as numbers with formulas; None if it is unknown or an expression of positions."""
     if isinstance(entry, Cases):
         return entry
     if isinstance(entry, sympy.Number):
@@ -363,6 +366,7 @@ def _merged(numbers: Sequence[tuple[float, Formula]], dtype: torch.dtype) -> Ent
 
 
 def _combined(function: Callable[[Any, Any], Any], a: Entry, b: Entry, dtype: torch.dtype) -> Entry | None:
+    """The entry of ``function(a, b)``; None if nothing is known of it."""
     if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr):
         return sympy.expand(function(a, b))
     first, second = _cases(a), _cases(b)

@@ -177,6 +177,7 @@ def _of_arithmetic(node: fx.Node, of: _Of) -> Features:
 
 
 def _of_product(node: fx.Node, of: _Of) -> Features:
+    """The features of a product: those of the factor that has the shape of the result."""
     args: Any = node.args
     first, second = args[:2]
     if first is second:
@@ -189,6 +190,7 @@ def _of_product(node: fx.Node, of: _Of) -> Features:
 
 
 def _of_sum(node: fx.Node, of: _Of) -> Features:
+    """The features of a sum, of which ``elu(x) + 1`` has a name of its own."""
     args: Any = node.args
     if len(args) > 2 or node.kwargs.get("alpha", 1) != 1:
         return _NOTHING

@@ -70,6 +70,7 @@ def disjunction(formulas: Iterable[Formula]) -> Formula:
 
 
 def _joined(formulas: Iterable[Formula], kind: type[All] | type[Some], neutral: bool) -> Formula:
+    """The conjunction (``All``) or disjunction (``Some``) of formulas, in normal form."""
     terms: set[Any] = set()
     for formula in formulas:
         if isinstance(formula, bool):

@@ -171,6 +171,7 @@ def _evaluated(node: fx.Node, memo: dict[fx.Node, torch.Tensor | None]) -> torch
 
 
 def _is_small(node: fx.Node) -> bool:
+    """Whether a tensor has few enough entries, of known number, to be evaluated."""
     if not is_tensor(node):
         return False
     shape = tensor(node).shape
@@ -208,6 +209,7 @@ def _stored(node: fx.Node) -> torch.Tensor | None:
 
 
 def _evaluated_call(node: fx.Node, memo: dict[fx.Node, torch.Tensor | None]) -> torch.Tensor | None:
+    """The value of a call of constants; None if it is random, mutates, or has other arguments."""
     if node.target is aten.lift_fresh_copy.default:
         return _literal(node.all_input_nodes[0])
     if node.target in CAST_OPS:

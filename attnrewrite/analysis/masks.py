@@ -301,6 +301,7 @@ def attended_everywhere(mods: Sequence[ScoreMod], positions: Positions) -> str |
 
 
 def _is_open(mod: Bias | Fill, positions: Positions, at: dict[Axis, Any]) -> bool:
+    """Whether a modification never masks a score at the positions ``at``."""
     if isinstance(mod, Fill):
         return truth(positions.of(mod.condition, at)) is mod.invert
 

@@ -380,6 +380,7 @@ _MAXIMA = (aten.amax.default, aten.max.dim, aten.max.default)
 
 
 def _maximum_layout(reduction: fx.Node, layout: Layout) -> Layout | None:
+    """The layout of a maximum of scores with ``layout``."""
     args: Any = reduction.args
     if reduction.target is aten.max.default:
         return ()

@@ -216,6 +216,7 @@ def assemblies(graph: fx.Graph) -> dict[fx.Node, Assembly]:
 
 
 def _concatenated(node: fx.Node, parts: Sequence[tuple[fx.Node, Assembly]]) -> Assembly:
+    """The assembly of a concatenation or stack, of the pieces of its parts."""
     stacked = node.target is aten.stack.default
     dim = _dim(node, tensor(node).dim())
     pieces: list[Piece] = []

@@ -96,6 +96,7 @@ def _values(node: Any, memo: dict[fx.Node, frozenset[Value]]) -> frozenset[Value
 
 
 def _bounded(values: frozenset[Value], dtype: torch.dtype) -> frozenset[Value]:
+    """The values as ``dtype`` holds them; anything if there are too many."""
     if dtype is torch.bool:
         return frozenset({0.0, 1.0})
     values = frozenset(as_stored(value, dtype) if isinstance(value, float) else value for value in values)

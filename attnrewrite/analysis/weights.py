@@ -564,6 +564,7 @@ def follow_weights(softmax: Softmax, layout: Layout, sink_dim: tuple[Dim, Dim, b
 def _follow(
     node: fx.Node, walk: WeightWalk, softmax: Softmax, layout: Layout, sink_dim: tuple[Dim, Dim, bool] | None
 ) -> list[WeightWalk]:
+    """The walks from ``node`` on, after ``walk``; raises the first reason if none reaches a product."""
     users = [user for user in node.users if user.op != "output" and user not in softmax.nodes]
     tests = [user for user in users if user.target is aten.isnan.default]
     users = [user for user in users if user not in tests]
@@ -697,6 +698,7 @@ def _unreadable(user: fx.Node) -> str:
 
 
 def _factor(other: Any, user: fx.Node, layout: Layout) -> WeightMod:
+    """The modification of the weights by a factor: masks of zeros and ones set weights to zero."""
     divide = user.target in DIV_OPS
     if not is_tensor(other):
         return Scale(other, divide)

@@ -70,6 +70,7 @@ class KnownBuffers:
 
 
 def _readable(value: Any) -> bool:
+    """Whether the contents of a tensor can be read and guarded."""
     return (
         type(value) is torch.Tensor
         and not value.requires_grad

@@ -61,6 +61,7 @@ _FILL_DIAGONAL = frozenset(
 
 
 def _fills_diagonal(node: fx.Node) -> bool:
+    """Whether the node calls ``fill_diagonal_`` in a way that can be replaced."""
     is_call = node.op == "call_function" and node.target in _FILL_DIAGONAL
     if not is_call and not (node.op == "call_method" and node.target == "fill_diagonal_"):
         return False

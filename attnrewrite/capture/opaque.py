@@ -124,6 +124,7 @@ torch.library.register_fake("attnrewrite::opaque", _opaque_fake)
 
 
 def _refuse_mutation(call: fx.Node, module: torch.nn.Module) -> None:
+    """Raises CaptureError if the body of an opaque call updates a tensor in place."""
     for submodule in module.modules():
         if not isinstance(submodule, fx.GraphModule):
             raise CaptureError(f"a call of the higher-order operator {call.target} on {type(submodule).__name__}")

@@ -44,6 +44,7 @@ def _key_of(target: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _frozen(value: Any) -> Any:
+    """An argument in a hashable form."""
     if isinstance(value, fx.Node):
         return value
     if isinstance(value, (list, tuple)):
@@ -127,6 +128,7 @@ class Builder:
         return value
 
     def _size(self, size: torch.SymInt) -> Any:
+        """A symbolic size as a number, or as the node that computes it."""
         expression = size.node.expr
         if expression.is_number:
             return int(expression)

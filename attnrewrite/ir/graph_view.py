@@ -99,6 +99,7 @@ def reader_in_words(node: fx.Node) -> str:
 
 
 def _widens(cast: fx.Node, dtype: torch.dtype | None) -> bool:
+    """Whether the cast goes from ``dtype`` to a dtype that holds all of its numbers."""
     source = tensor(cast.args[0]).dtype
     return (
         source is dtype

@@ -104,6 +104,10 @@ def product_from_operand(node: fx.Node, operand: fx.Node, layout: Layout) -> Pro
 
 
 def _laid_out(node: fx.Node, terms: _Terms, known: dict[str, Dim]) -> Product | None:
+    """The product with layouts, given the dimensions of some letters; None if sizes may not agree.
+
+    Letters without a known dimension are features: each gets a new axis.
+    """
     operands = [(terms.left, tensor(terms.lhs).shape), (terms.right, tensor(terms.rhs).shape)]
     if terms.scale is not None:
         operands.append((terms.scale_letters, tensor(terms.scale).shape))
@@ -159,6 +163,7 @@ def _matmul(node: fx.Node) -> _Terms | None:
 
 
 def _matrices(lhs: Any, rhs: Any, **more: Any) -> _Terms | None:
+    """A product of matrices or vectors with batch dimensions, as ``matmul`` defines it."""
     if not (is_tensor(lhs) and is_tensor(rhs)):
         return None
     left_rank, right_rank = tensor(lhs).dim(), tensor(rhs).dim()

@@ -416,6 +416,7 @@ class CanonicalAttention(AttentionSite):
 
 
 def _operands_of(mod: ScoreMod | WeightMod) -> Iterator[Operand]:
+    """Yields the tensors of a modification."""
     if isinstance(mod, Bias):
         yield mod.operand
     elif isinstance(mod, (Fill, Zero)):

@@ -56,6 +56,7 @@ class StoredPattern:
 
 
 def _pattern_of(values: torch.Tensor) -> float | range | Triangle | None:
+    """The pattern that a tensor on the CPU holds; None if it holds none of them."""
     first = values.flatten()[0]
     if bool((values == first).all()):
         return float(first)
