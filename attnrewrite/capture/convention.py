@@ -42,7 +42,7 @@ def restore_calling_convention(
     restoration.copy_calls()
     updated = restoration.write_back_updates()
     restoration.copy_outputs(updated)
-    opaque.put_back(restoration.graph, restoration.attributes)
+    opaque.restore(restoration.graph, restoration.attributes)
     return restoration.module()
 
 

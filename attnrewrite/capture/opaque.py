@@ -72,7 +72,7 @@ class OpaqueCalls:
             return tuple(graph.call_function(operator.getitem, (stand_in, i)) for i in range(len(flat)))
         return graph.call_function(operator.getitem, (stand_in, 0))
 
-    def put_back(self, graph: fx.Graph, attributes: dict[str, Any]) -> None:
+    def restore(self, graph: fx.Graph, attributes: dict[str, Any]) -> None:
         """Replaces the stand-ins in ``graph`` by the original calls, whose modules are added to ``attributes``."""
         for node in graph.find_nodes(op="call_function", target=torch.ops.attnrewrite.opaque.default):
             tensors, sizes, index = node.args

@@ -21,7 +21,7 @@ from attnrewrite.capture.normalize import normalize
 from attnrewrite.capture.opaque import OpaqueCalls
 from attnrewrite.capture.prepare import prepared_graph
 from attnrewrite.capture.support import CaptureError, first_line
-from attnrewrite.capture.vmap import holds_vmap, written_out
+from attnrewrite.capture.vmap import holds_vmap, vmap_lowered
 from attnrewrite.torch_private import (
     FORWARD_MODE_CALLS,
     FakeTensor,
@@ -70,9 +70,9 @@ def _without_vmap(gm: fx.GraphModule) -> fx.GraphModule:
     if not holds_vmap(gm):
         return gm
     try:
-        return written_out(gm)
+        return vmap_lowered(gm)
     except Exception as error:
-        raise CaptureError(f"torch.vmap could not be inlined: {first_line(error)}") from error
+        raise CaptureError(f"torch.vmap could not be lowered to operators: {first_line(error)}") from error
 
 
 def _traced(

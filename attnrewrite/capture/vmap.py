@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnrewrite.torch_private import VMAP_ENTERS, VMAP_LEAVES, VMAP_LOADS, FakeTensor, leave_vmap_level, vmap_depth
 
-__all__ = ["holds_vmap", "written_out"]
+__all__ = ["holds_vmap", "vmap_lowered"]
 
 
 def holds_vmap(gm: fx.GraphModule) -> bool:
@@ -31,7 +31,7 @@ def _name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
 
 
-def written_out(gm: fx.GraphModule) -> fx.GraphModule:
+def vmap_lowered(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of ``gm`` with batched operators in place of ``vmap``.
 
     Raises:
