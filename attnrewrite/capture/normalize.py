@@ -3,7 +3,7 @@
 ATen has many operators under two names (``multiply`` and ``mul``), and tracing keeps the one that the user called. One
 walk over the graph renames them, and decomposes a few calls that are short for others. Results stay the same to the
 bit, except those of ``addcmul`` and ``addcdiv`` between a matrix product and a softmax (:func:`_multiply_and_add`).
-Operators that are not in the table stay as they are. ``tests/capture/vocabulary.txt`` lists all operators before and
+Operators that are not in the table stay as they are. ``tests/capture/vocabulary_2.13.txt`` lists operators before and
 after normalization.
 """
 
