@@ -43,4 +43,4 @@ def must_not_match() -> tuple[Specimen, ...]:
     """What must be left alone."""
     from attnrewrite.patterns.lookalikes import LOOKALIKES
 
-    return LOOKALIKES
+    return tuple(LOOKALIKES)

@@ -267,7 +267,7 @@ class LibraryCall:
 
     @property
     def specimens(self) -> tuple[Specimen, ...]:
-        return SPECIMENS
+        return tuple(SPECIMENS)
 
     def find(self, view: GraphView) -> Iterator[Finding]:
         for node in view.graph.nodes:
@@ -381,7 +381,7 @@ PATTERN = LibraryCall()
 
 # Specimens: operators that PyTorch has everywhere. The others are in tests/test_library_calls.py.
 
-_calls = Specimens()
+_calls = SPECIMENS = Specimens()
 _Q = normal(2, 4, "L", 8)
 _K = _V = normal(2, 4, "S", 8)
 
@@ -397,6 +397,3 @@ def flash_attention_of_the_cpu(q: Tensor, k: Tensor, v: Tensor) -> Any:
 def causal_flash_attention_of_the_cpu(q: Tensor, k: Tensor, v: Tensor) -> Any:
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=0.25)[0].transpose(1, 2)
-
-
-SPECIMENS = tuple(_calls)

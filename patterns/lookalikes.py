@@ -17,7 +17,7 @@ from attnrewrite.patterns.sample_inputs import Specimens, keep, learned, normal
 
 __all__ = ["LOOKALIKES"]
 
-_lookalikes = Specimens()
+_lookalikes = LOOKALIKES = Specimens()
 _lookalike = partial(_lookalikes.add, sites=0)
 _Q = normal(2, 4, "L", 8)
 _K = _V = normal(2, 4, "S", 8)
@@ -429,6 +429,3 @@ def convolution_and_pooling_of_a_graph(adjacency: Tensor, x: Tensor, weight: Ten
     features = adjacency @ F.relu(x) @ weight
     assignment = features.sigmoid()
     return features, assignment.mT @ adjacency @ assignment
-
-
-LOOKALIKES = tuple(_lookalikes)

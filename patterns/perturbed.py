@@ -19,7 +19,7 @@ from attnrewrite.patterns.sample_inputs import Specimens, learned, normal
 
 __all__ = ["LINEAR_SPECIMENS", "SPECIMENS"]
 
-_spelling = Specimens()
+_spelling = SPECIMENS = Specimens()
 _W = learned(32, 32)
 _B = learned(32)
 
@@ -67,7 +67,7 @@ def skipped_attention(tokens: Tensor, qkv: Tensor, out: Tensor, bias: Tensor) ->
 
 # Without a softmax.
 
-_linear = Specimens()
+_linear = LINEAR_SPECIMENS = Specimens()
 _recognised = partial(_linear.add, status="recognised")
 
 
@@ -95,7 +95,3 @@ def skipped_attention_without_a_softmax(tokens: Tensor, qkv: Tensor, out: Tensor
     mixed = q @ (k.mT @ v) / (q @ k.sum(dim=2)[..., None])
     mixed = rearrange(mixed, "b g n e -> b n (g e)")
     return torch.cat([F.linear(mixed, out), F.linear(F.linear(skip, wv), out)])
-
-
-SPECIMENS = tuple(_spelling)
-LINEAR_SPECIMENS = tuple(_linear)

@@ -35,7 +35,7 @@ class FusedCall:
 
     @property
     def specimens(self) -> tuple[Specimen, ...]:
-        return SPECIMENS
+        return tuple(SPECIMENS)
 
     def find(self, view: GraphView) -> Iterator[Finding]:
         for node in view.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
@@ -81,7 +81,7 @@ PATTERN = FusedCall()
 
 # Specimens. Without a word on the shape, operands are (batch, heads, length, features).
 
-_call = Specimens()
+_call = SPECIMENS = Specimens()
 _Q = normal(2, 4, "L", 8)
 _K = _V = normal(2, 4, "S", 8)
 
@@ -203,6 +203,3 @@ def call_of_five_dimensions(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Te
 @_call.add(_Q, _K, normal(2, 4, "S", 24))
 def call_with_wider_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
-
-
-SPECIMENS = tuple(_call)

@@ -17,7 +17,7 @@ from attnrewrite.patterns.sample_inputs import Specimens, normal
 
 __all__ = ["SPECIMENS"]
 
-_spelling = Specimens()
+_spelling = SPECIMENS = Specimens()
 _IMAGE = normal(2, 4, "L", 8)
 _TEXT = normal(2, 4, 5, 8)
 
@@ -48,6 +48,3 @@ def image_isolated_behind_the_text(
     hidden = patch[:, None] & patch[None, :] & (place[:, None] != place[None, :])
     scores = torch.einsum("nhid,nhjd->nhij", q, k) * 8**-0.5
     return torch.einsum("nhij,nhjd->nhid", scores.masked_fill(hidden, torch.finfo(q.dtype).min).softmax(-1), v)
-
-
-SPECIMENS = tuple(_spelling)

@@ -17,7 +17,7 @@ from attnrewrite.patterns.sample_inputs import Specimens, additive, keep, learne
 
 __all__ = ["SPECIMENS"]
 
-_spelling = Specimens()
+_spelling = SPECIMENS = Specimens()
 _Q = normal(2, 4, "L", 8)
 _K = _V = normal(2, 4, "S", 8)
 
@@ -184,6 +184,3 @@ def head_mask(q: Tensor, k: Tensor, v: Tensor, heads: Tensor) -> Tensor:
 @_spelling.add(_Q, _K, _V, keep(2, 1, "L", 1), keep(2, 1, 1, "S"))
 def multiplied_by_padding(q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     return ((q @ k.mT * 8**-0.5).softmax(-1) * queries * keys) @ v
-
-
-SPECIMENS = tuple(_spelling)

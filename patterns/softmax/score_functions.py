@@ -13,7 +13,7 @@ from attnrewrite.patterns.sample_inputs import Specimens, additive, keep, normal
 
 __all__ = ["SPECIMENS"]
 
-_spelling = Specimens()
+_spelling = SPECIMENS = Specimens()
 _Q = normal(2, 4, "L", 8)
 _K = _V = normal(2, 4, "S", 8)
 
@@ -57,6 +57,3 @@ def filled_with_minus_ten_thousand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor
 @_spelling.add(_Q, _K, _V, keep(2, 1, "L", "S"))
 def filled_with_zero(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return (q @ k.transpose(-2, -1) / 8**0.5).masked_fill(~mask, 0.0).softmax(-1) @ v
-
-
-SPECIMENS = tuple(_spelling)

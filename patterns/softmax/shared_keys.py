@@ -19,7 +19,7 @@ from attnrewrite.patterns.sample_inputs import Specimens, additive, learned, nor
 
 __all__ = ["SPECIMENS"]
 
-_spelling = Specimens()
+_spelling = SPECIMENS = Specimens()
 _FRAMES = normal(6, "L", 32)
 """Two videos of three frames."""
 _W = learned(32, 32)
@@ -114,6 +114,3 @@ def causal_over_the_first_frame(x: Tensor) -> Tensor:
     """Positions count: the frames are heads that share their keys, and no further queries."""
     q, k = _heads(x), _heads(_of_first_frame(x, 3))
     return F.scaled_dot_product_attention(q, k, k, is_causal=True)
-
-
-SPECIMENS = tuple(_spelling)

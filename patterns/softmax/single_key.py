@@ -18,7 +18,7 @@ from attnrewrite.patterns.sample_inputs import Specimens, keep, learned, normal
 
 __all__ = ["SPECIMENS"]
 
-_spelling = Specimens()
+_spelling = SPECIMENS = Specimens()
 _Q = normal(2, 4, "L", 8)
 _K = _V = normal(2, 4, 1, 8)
 
@@ -63,6 +63,3 @@ def one_key_that_may_be_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) ->
 @_alone(_Q, _K, _V, keep(2, 1, "L", 1))
 def call_with_one_key_that_may_be_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-SPECIMENS = tuple(_spelling)

@@ -19,7 +19,7 @@ from attnrewrite.patterns.sample_inputs import Specimens, additive, keep, learne
 
 __all__ = ["SPECIMENS"]
 
-_spelling = Specimens()
+_spelling = SPECIMENS = Specimens()
 _Q = normal(2, 4, "L", 8)
 _K = _V = normal(2, 4, "S", 8)
 
@@ -120,6 +120,3 @@ def slices_of_calls(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def slices_of_the_value(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = (q @ k.mT * 8**-0.5).softmax(-1)
     return torch.cat([weights @ part for part in v.chunk(3, dim=-1)], dim=-1)
-
-
-SPECIMENS = tuple(_spelling)

@@ -12,7 +12,7 @@ from attnrewrite.patterns.sample_inputs import Specimens, additive, keep, learne
 
 # Specimens. Without a word on the shape, operands are (batch, heads, length, features).
 
-_spelling = Specimens()
+_spelling = SPECIMENS = Specimens()
 
 _Q = normal(2, 4, "L", 8)
 
@@ -547,6 +547,3 @@ def sinks_by_concat(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
     scores = q @ k.mT * 8**-0.5
     column = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
     return torch.concat([scores, column], dim=-1).softmax(-1)[..., :-1] @ v
-
-
-SPECIMENS = tuple(_spelling)
