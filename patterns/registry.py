@@ -1,4 +1,4 @@
-"""Patterns of users' own: registered by name, checked when they are registered and whenever they find something."""
+"""The catalogue of patterns, and users' own: checked when they are registered, and whenever they find something."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ _registered: dict[str, _Checked] = {}
 
 
 def register_pattern(pattern: T) -> T:
-    """Makes a pattern take part in every compilation from now on.
+    """Adds a pattern to every compilation from now on. Also works as a decorator.
 
-    Works as a decorator, too. Graphs that are compiled already stay as they are; ``torch.compiler.reset()`` drops them.
+    Graphs that are already compiled stay as they are; ``torch.compiler.reset()`` drops them.
 
     Args:
-        pattern: an object with the attributes of :class:`Pattern`: ``name`` (no other pattern has it), ``precedence``
-            (a whole number; lower looks first, and of patterns that claim the same nodes the one whose anchor comes
-            first in the graph has them, then the lower precedence; the built-in ones have 10, 11 and 20), ``specimens``
-            (may be empty) and ``find(view)``. Or a class that makes one without arguments.
+        pattern: an object with the attributes of :class:`Pattern`, or a class that is made without arguments. ``name``
+            belongs to no other pattern. ``precedence`` is a whole number, and lower looks first; the built-in patterns
+            have 10, 11, 20 and 40. Of patterns that claim the same nodes, the one whose anchor comes first in the graph
+            has them, then the one with the lower precedence. ``specimens`` may be empty. ``find(view)`` yields findings.
 
     Returns:
         What was given.
@@ -80,7 +80,7 @@ def register_pattern(pattern: T) -> T:
 
 
 def unregister_pattern(name: str) -> None:
-    """Takes a registered pattern out of the catalogue; graphs that are compiled already stay as they are.
+    """Removes a registered pattern from the catalogue; graphs that are already compiled stay as they are.
 
     Raises:
         PatternError: no pattern of this name was registered. Built-in patterns cannot be taken out.
@@ -130,7 +130,7 @@ def _checked(pattern: Any) -> _Checked:
 
 @dataclass
 class _Checked:
-    """A registered pattern whose findings are checked, so that a mistake is named and not met somewhere else."""
+    """A registered pattern. Its findings are checked, so that an error names the pattern that made the mistake."""
 
     pattern: Any
     name: str

@@ -67,7 +67,7 @@ def kernel_named(name: str, where: str = "") -> Kernel:
     """The kernel of that name.
 
     Raises:
-        OptionError: there is none; the message lists those that exist.
+        OptionError: there is none of that name; the message lists those that exist.
     """
     if name not in _KERNELS:
         prefix = f"{where}: " if where else ""
@@ -96,11 +96,11 @@ def _by_needs() -> str:
 def register_kernel(kernel: Kernel | KernelLike) -> None:
     """Adds a kernel of your own: a subclass of :class:`attnrewrite.kernels.Kernel`, or an object with the same parts.
 
-    It is asked before all others if its ``automatic`` is true, and otherwise where it is named.
+    If its ``automatic`` is true it is asked before all others; otherwise it serves only where it is named.
 
     Raises:
         OptionError: the name is taken, or is "auto"; an attribute is missing, misspelled or of a wrong type; a method
-            takes other arguments; or the kernel computes in lower precision and would be asked unasked.
+            takes other arguments; or the kernel is both ``automatic`` and of ``lower_precision``.
     """
     kernel = checked(kernel)
     if kernel.name in _KERNELS or kernel.name == "auto":
@@ -111,7 +111,7 @@ def register_kernel(kernel: Kernel | KernelLike) -> None:
 
 
 def unregister_kernel(name: str) -> None:
-    """Takes a kernel of your own away.
+    """Removes a kernel of your own.
 
     Raises:
         OptionError: there is none of that name, or it is one of attnrewrite's.

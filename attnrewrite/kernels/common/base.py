@@ -32,20 +32,20 @@ class Kernel(ABC):
     """What must be there for it to run, in a few words."""
 
     automatic: bool = False
-    """It is asked for sites that nobody asked for another kernel at; otherwise it serves by name only."""
+    """It is asked at every site for which the user named no kernel; otherwise it serves by name only."""
 
     lower_precision: bool = False
-    """It computes in fewer bits than its operands have: not ``automatic``, it serves by name or within
+    """It computes in fewer bits than its operands have. It cannot be ``automatic``, and serves by name or within
     ``options["tolerance"]``."""
 
     keeps_scores: bool = False
-    """It writes the scores to memory, so it is chosen unasked only where no other kernel is willing."""
+    """It writes the scores to memory. Unless it is named, it serves only where no other kernel is willing."""
 
     takes_unbacked: bool = False
     """It may be asked where a number of queries or keys depends on the data (``nonzero``)."""
 
     computes_less: bool = False
-    """It is for special cases in which it computes less than any other kernel: unasked it comes first, unmeasured."""
+    """It serves special cases, in which it computes less than any other kernel: there it comes first, without timing."""
 
     source: str = ""
     """Where its code is."""
@@ -79,7 +79,7 @@ class Kernel(ABC):
         return self.vendor.fetch() if isinstance(self.vendor, HubKernel) else self.availability()
 
     def concerns(self, site: CanonicalAttention) -> bool:
-        """Whether it is asked at all unless by name; where it is not, the report does not mention it."""
+        """Whether it is asked without being named. If false, the report does not mention it unless it is named."""
         return True
 
     @abstractmethod
@@ -87,9 +87,9 @@ class Kernel(ABC):
         """Whether it takes the site. Decides from the site alone and touches no data."""
 
     def skips_masked(self, site: CanonicalAttention) -> bool:
-        """Whether it leaves out the blocks of scores that the mask takes away altogether.
+        """Whether it skips blocks of scores that are masked as a whole.
 
-        A kernel that does not is not asked to compute as a whole what the source computes within windows of keys.
+        Only such a kernel is offered, as one attention, what the source computes within windows of keys.
         """
         return False
 
