@@ -169,7 +169,7 @@ class _LinearReader:
             return None
         outer, middle, inner = (features_of(part.node, self._is_attention) for part in site.operands)
         sums = _sums(site, between)
-        normaliser, divided = _normaliser(site, sums)
+        normalizer, divided = _normalizer(site, sums)
         if sums and not _is_map_of_both(middle, inner):
             return None  # The sum of a product that may have any sign is no normalizer.
         order = divided or _order(outer, middle, inner)
@@ -179,7 +179,7 @@ class _LinearReader:
         site = replace(
             site,
             sums=tuple(sums.values()),
-            normalizer=normaliser,
+            normalizer=normalizer,
             order=order,
             features=tuple(
                 f"{map_.name} of {role}" for map_, role in zip(own, ("query", "key"), strict=True) if map_.name
@@ -368,7 +368,7 @@ def _sums(site: LinearAttention, between: _Between) -> dict[fx.Node, tuple[Opera
     return found
 
 
-def _normaliser(site: LinearAttention, sums: dict[fx.Node, tuple[Operand, int]]) -> tuple[str, Order | None]:
+def _normalizer(site: LinearAttention, sums: dict[fx.Node, tuple[Operand, int]]) -> tuple[str, Order | None]:
     """How the result is normalized by the sum over the keys, in words, and which order of the products this shows."""
     if sums:
         return "the sum of the weights", "quadratic"

@@ -57,7 +57,7 @@ def register_pattern(pattern: T) -> T:
         pattern: an object with the attributes of :class:`Pattern`, or a class that is made without arguments. ``name``
             belongs to no other pattern. ``precedence`` is a whole number, and lower looks first; the built-in patterns
             have 10, 11, 20 and 40. Of patterns that claim the same nodes, the one whose anchor comes first in the graph
-            has them, then the one with the lower precedence. ``specimens`` may be empty. ``find(view)`` yields findings.
+            has them, then the one with the lower precedence. ``specimens`` may be empty. ``find(view)`` finds.
 
     Returns:
         What was given.

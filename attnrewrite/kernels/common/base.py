@@ -45,7 +45,7 @@ class Kernel(ABC):
     """It may be asked where a number of queries or keys depends on the data (``nonzero``)."""
 
     computes_less: bool = False
-    """It serves special cases, in which it computes less than any other kernel: there it comes first, without timing."""
+    """It serves special cases, in which it computes less than any other kernel: there it comes first, untimed."""
 
     source: str = ""
     """Where its code is."""
