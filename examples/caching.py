@@ -3,7 +3,7 @@
 Random weights and text embeddings, classifier-free guidance in one call, no VAE. The transformer runs eagerly, under
 ``torch.compile`` and under attnrewrite: without a cache, under diffusers' hooks, and under attnrewrite's. On a GPU:
 
-    python examples/caching.py --device cuda --dtype bfloat16 --json docs/benchmarks/caching.json
+    python examples/caching.py --device cuda --dtype bfloat16 --json caching.json
 
 A mode takes minutes there; ``--mode`` runs some of them, and adds them to a file that is there. A trial on a CPU:
 

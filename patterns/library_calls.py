@@ -379,7 +379,7 @@ def _masks(call: _CallMeaning, axes: CallAxes) -> list[ScoreMod]:
 PATTERN = LibraryCall()
 
 
-# Specimens: operators that PyTorch has everywhere. The others are in tests/test_library_calls.py.
+# Specimens: operators that PyTorch has everywhere. The others are in tests/patterns/test_library_calls.py.
 
 _calls = SPECIMENS = Specimens()
 _Q = normal(2, 4, "L", 8)

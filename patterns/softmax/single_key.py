@@ -23,7 +23,7 @@ _Q = normal(2, 4, "L", 8)
 _K = _V = normal(2, 4, 1, 8)
 
 
-# The gradients of query and key are zeros, of which a fused call leaves rounding: tests/test_single_key.py has them.
+# The gradients of query and key are zeros, of which a fused call leaves rounding: see tests/kernels/test_single_key.py.
 _alone = partial(_spelling.add, gradients=False)
 
 
