@@ -85,7 +85,7 @@ class Flex(Kernel):
             return Verdict.no(f"was never tested on {site.device.type}")
         else:
             widths = [axis.size for axis in (*site.feature_axes, *site.value_axes)]
-            if any(not isinstance(width, int) for width in widths) or _narrow(site):
+            if any(not isinstance(width, int) for width in widths) or _has_small_head(site):
                 return Verdict.no(f"takes head sizes from {FLEX_SMALLEST_HEAD} on")
         if site.dropout:
             return Verdict.no("FlexAttention has no dropout")
@@ -369,7 +369,7 @@ def _is_symbolic(factor: Any) -> bool:
     return not isinstance(factor, (int, float, Operand)) and not (isinstance(factor, fx.Node) and is_tensor(factor))
 
 
-def _narrow(site: CanonicalAttention) -> bool:
+def _has_small_head(site: CanonicalAttention) -> bool:
     sizes = [math.prod(int(axis.size) for axis in axes) for axes in (site.feature_axes, site.value_axes)]
     return any(size < FLEX_SMALLEST_HEAD for size in sizes)
 

@@ -86,7 +86,7 @@ class _Backend(TorchSDPA):
         with FakeTensorMode():
             query, key, value = (
                 torch.empty(
-                    [hint(size_of(dim)) for dim in dims[:-1]] + [_up(hint(size_of(dims[-1])), PADDED_TO)],
+                    [hint(size_of(dim)) for dim in dims[:-1]] + [_rounded_up(hint(size_of(dims[-1])), PADDED_TO)],
                     dtype=site.compute_dtype,
                     device=site.device,
                     requires_grad=site.differentiable,
@@ -101,7 +101,7 @@ class _Backend(TorchSDPA):
         )
         if self.check(parameters, False):
             return None
-        reasons = _heard(lambda: self.check(parameters, True))
+        reasons = _warnings_of(lambda: self.check(parameters, True))
         return f"PyTorch's check says: {reasons[-1] if reasons else 'no'}"
 
     def _call(self, builder: Builder, args: tuple[Any, ...], kwargs: dict[str, Any], fake: torch.Tensor) -> fx.Node:
@@ -189,7 +189,7 @@ class CudnnAttention(_Backend):
         return aten._scaled_dot_product_cudnn_attention.default, [mask, True, dropout, causal]
 
 
-def _heard(check: Callable[[], bool]) -> list[str]:
+def _warnings_of(check: Callable[[], bool]) -> list[str]:
     """The warnings of PyTorch's check.
 
     It is called within an operator, since only there do warnings of C++ become Python's; elsewhere they go to stderr
@@ -201,12 +201,12 @@ def _heard(check: Callable[[], bool]) -> list[str]:
             check()
             return func(*args, **(kwargs or {}))
 
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with Within():  # type: ignore[no-untyped-call]
             torch.empty(0)
-    return [str(message.message).split(" (Triggered")[0].strip() for message in said]
+    return [str(message.message).split(" (Triggered")[0].strip() for message in caught]
 
 
-def _up(size: int, multiple: int) -> int:
+def _rounded_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple

@@ -19,7 +19,7 @@ from attnrewrite.kernels.common.layout import KernelLayout
 from attnrewrite.kernels.common.mask import Mask
 from attnrewrite.kernels.common.verdict import Refusal
 
-__all__ = ["KeepMask", "MaskKind", "mask_kind", "why_rows_stay_lost"]
+__all__ = ["KeepMask", "MaskKind", "mask_kind", "why_rows_are_not_restored"]
 
 aten = torch.ops.aten
 
@@ -62,7 +62,7 @@ def _masked_by(term: Bias) -> float | None:
     return max(number for number in low if number is not None)
 
 
-def why_rows_stay_lost(site: CanonicalAttention, kind: MaskKind) -> Refusal:
+def why_rows_are_not_restored(site: CanonicalAttention, kind: MaskKind) -> Refusal:
     """Why a row that loses its keys cannot be given what the source gives it; None if it can."""
     scores = site.scores
     if scores.fills_decide:
@@ -71,7 +71,7 @@ def why_rows_stay_lost(site: CanonicalAttention, kind: MaskKind) -> Refusal:
     if site.fused and kind != "additive" and fills:
         return None
     if site.fused or site.differentiable or site.rounds_rows:
-        return _words(site)
+        return _not_restored(site)
     if kind == "additive":
         # NaN times whatever the kernel gives is NaN; finite numbers that mask would leave it to the kernel.
         if scores.masked_rows is MaskedRows.NAN and all(map(_is_ordinary_or_infinite, scores.terms)):
@@ -85,10 +85,10 @@ def why_rows_stay_lost(site: CanonicalAttention, kind: MaskKind) -> Refusal:
         mean = scores.masked_rows is MaskedRows.MEAN_OF_VALUE
         if low is not None and single and -math.inf < low <= ABSORBING and mean:
             return None
-    return _words(site)
+    return _not_restored(site)
 
 
-def _words(site: CanonicalAttention) -> str:
+def _not_restored(site: CanonicalAttention) -> str:
     rows = site.scores.masked_rows.value
     return f"a row may have no key, and this kernel cannot give it what the source does ({rows})"
 

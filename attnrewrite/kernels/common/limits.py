@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from attnrewrite.ir.axes import Axis, size_of
 from attnrewrite.ir.nodes import Size, dtype_name, same
 from attnrewrite.ir.site import Band, Bias, CanonicalAttention, Reach
-from attnrewrite.kernels.common.keep_mask import MaskKind, mask_kind, why_rows_stay_lost
+from attnrewrite.kernels.common.keep_mask import MaskKind, mask_kind, why_rows_are_not_restored
 from attnrewrite.kernels.common.verdict import Refusal
 
 __all__ = ["Asked", "Capability", "HeadSizes", "LimitRule", "Limits", "capability_of", "platform_of"]
@@ -233,7 +233,7 @@ class Limits:
                 "key padding": "no mask but key padding",
                 "boolean": "no mask but a boolean one",
             }
-            return f"takes {takes[self.masks]}, and this site has {_in_words(kind)} ({_structure(site)})"
+            return f"takes {takes[self.masks]}, and this site has {_mask_in_words(kind)} ({_structure(site)})"
         if kind == "additive":
             for term in scores.terms:
                 if isinstance(term, Bias) and term.dtype.itemsize > site.compute_dtype.itemsize:
@@ -243,8 +243,8 @@ class Limits:
                 return "gives no gradient for an additive mask"
         if not scores.masked_rows.may_occur:
             return Asked(mask=kind)
-        lost = why_rows_stay_lost(site, kind)
-        return Asked(mask=kind, restores_rows=True) if lost is None else f"{lost} {_ATTENDED}"
+        refusal = why_rows_are_not_restored(site, kind)
+        return Asked(mask=kind, restores_rows=True) if refusal is None else f"{refusal} {_ATTENDED}"
 
     def _reach(self, band: Band, site: CanonicalAttention) -> Asked | str:
         square = band.from_first is not None and band.from_first == band.from_last
@@ -388,7 +388,7 @@ def _axes(site: CanonicalAttention) -> tuple[Axis, ...]:
     return tuple(dict.fromkeys((*site.query.axes, *site.key.axes, *site.value.axes)))
 
 
-def _in_words(kind: MaskKind) -> str:
+def _mask_in_words(kind: MaskKind) -> str:
     words = {"boolean": "one over query and key positions", "additive": "numbers that are added to the scores"}
     return words.get(kind, "a key padding mask")
 
