@@ -137,7 +137,7 @@ class Chunked(Kernel):
         if any(same(axis.size, 0) for axis in site.key_axes):
             return Verdict.no("there is no key to attend to")
         if scores.scale is None:
-            return Verdict.no("the scale is not known in numbers (compile with a head size that is not dynamic)")
+            return Verdict.no("the scale is symbolic (compile with a head size that is not dynamic)")
         if site.dropout:
             return Verdict.no("has no dropout (call model.eval(), or ask for another kernel)")
         if site.sink is not None:
@@ -145,7 +145,7 @@ class Chunked(Kernel):
         if KernelLayout.of(site).grouped:
             return Verdict.no("needs as many key heads as query heads")
         if site.is_causal and scores.terms:
-            return Verdict.no("the call has a mask and is_causal, and what both together mean is PyTorch's own")
+            return Verdict.no("the call has a mask and is_causal, and only PyTorch's own kernels know what both mean")
         if scores.masked_rows.may_occur:
             return Verdict.no(
                 "a row may lose all its keys, and the softmax here knows no such row (if none occurs, say so: "
