@@ -5,7 +5,7 @@
 A repetition (``expand``, ``repeat``, ``repeat_interleave``, a constant index such as ``[0] * frames``) is an axis that
 the source lacks. Where what comes between the repetition and the attention does the same to every copy (entry by
 entry, a rotation of the features, a norm or a projection of the last dimension), key and value need no copies: they
-lack the axis as well, which is all that grouped and broadcast attention are (:mod:`attnrewrite.analysis.views`).
+lack the axis as well, which is all that grouped and broadcast attention are (:mod:`attnrewrite.ir.views`).
 """
 
 from __future__ import annotations

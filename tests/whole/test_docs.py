@@ -1,4 +1,4 @@
-"""The documentation names files that exist."""
+"""The documentation names files that exist, and docstrings and comments name files and modules that do."""
 
 from __future__ import annotations
 
@@ -46,3 +46,31 @@ def test_a_missing_file_is_seen() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_that_is_named_exists(page: Path) -> None:
     assert missing(page, page.read_text(encoding="utf-8")) == set()
+
+
+SOURCES = sorted(
+    path
+    for folder in ("attnrewrite", "patterns", "tests", "examples")
+    for path in (ROOT / folder).rglob("*.py")
+    if path != Path(__file__) and path.relative_to(ROOT).parts[:2] != ("attnrewrite", "patterns")
+)
+
+
+def missing_in_source(text: str) -> set[str]:
+    modules = {name for name in re.findall(r":mod:`~?(attnrewrite[\w.]*)`", text) if not is_module(name)}
+    paths = {path for path in PATH.findall(text) if path.split("/")[0] in FOLDERS}
+    return modules | {path for path in paths if not (ROOT / path).exists()}
+
+
+def is_module(name: str) -> bool:
+    path = Path(*name.split("."))
+    if path.parts[:2] == ("attnrewrite", "patterns"):
+        path = path.relative_to("attnrewrite")
+    return (ROOT / path).is_dir() or (ROOT / path).with_suffix(".py").exists()
+
+
+def test_what_sources_name_exists() -> None:
+    text = ":mod:`attnrewrite.ir.axes`, :mod:`attnrewrite.patterns.softmax`, :mod:`attnrewrite.axes`, tests/gone.py"
+    assert missing_in_source(text) == {"attnrewrite.axes", "tests/gone.py"}
+    found = {path: missing_in_source(path.read_text(encoding="utf-8")) for path in SOURCES}
+    assert {str(path.relative_to(ROOT)): names for path, names in found.items() if names} == {}
