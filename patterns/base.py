@@ -15,7 +15,7 @@ __all__ = ["Pattern", "Specimen"]
 class Pattern(Protocol):
     """A family of attention.
 
-    ``precedence`` orders patterns (lower looks first); ``find`` reads a graph and yields what it recognises.
+    ``precedence`` orders patterns (lower looks first); ``find`` reads a graph and yields what it recognizes.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Specimen:
         inputs: makes fresh random inputs for (seed, length), float32 where they are floating; ``length`` is a sequence
             length, by which the dynamic-shape tests vary the shapes.
         sites: how many attentions must be found and rewritten; 0 for one that must be left alone.
-        status: what the report says of them: "rewritten", or "recognised" for what is in its best form already.
+        status: what the report says of them: "rewritten", or "recognized" for what is in its best form already.
         reason: for one that must be left alone: a piece of the reason that the report must give; empty when it must
             not appear in the report at all.
         dynamic: whether ``length`` may vary under ``dynamic=True``.
@@ -49,7 +49,7 @@ class Specimen:
     function: Callable[..., Any]
     inputs: Callable[[int, int], tuple[Any, ...]]
     sites: int = 1
-    status: Literal["rewritten", "recognised"] = "rewritten"
+    status: Literal["rewritten", "recognized"] = "rewritten"
     reason: str = ""
     dynamic: bool = True
     gradients: bool = True

@@ -543,7 +543,7 @@ def _is_sum_of(node: fx.Node, key: fx.Node) -> bool:
 # What people write.
 
 _spelling = Specimens()
-_recognised = partial(_spelling.add, status="recognised")
+_recognized = partial(_spelling.add, status="recognized")
 _Q = normal(2, 4, "L", 8)
 _K = _V = normal(2, 4, "S", 8)
 
@@ -557,7 +557,7 @@ def fewer_positions_than_features(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return product.flatten(1, 2).transpose(1, 2)
 
 
-@_recognised(normal(2, 96, 3, "L"), dynamic=False)
+@_recognized(normal(2, 96, 3, "L"), dynamic=False)
 def heads_of_a_feature_map(qkv: Tensor) -> Tensor:
     """EfficientViT's LiteMLA."""
     b, _, height, width = qkv.shape
@@ -568,7 +568,7 @@ def heads_of_a_feature_map(qkv: Tensor) -> Tensor:
     return out.transpose(-1, -2).reshape(b, -1, height, width)
 
 
-@_recognised(normal(2, "L", 4, 8), normal(2, "S", 4, 8), normal(2, "S", 4, 8), keep(2, "S", dtype=torch.float32))
+@_recognized(normal(2, "L", 4, 8), normal(2, "S", 4, 8), normal(2, "S", 4, 8), keep(2, "S", dtype=torch.float32))
 def elu_and_padding(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """fast-transformers; Katharopoulos et al., 2020."""
     q, k = F.elu(q) + 1, (F.elu(k) + 1) * mask[:, :, None, None]
@@ -577,7 +577,7 @@ def elu_and_padding(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.einsum("nlhd,nhmd,nlh->nlhm", q, context, z).contiguous()
 
 
-@_recognised(_Q, _K, _V)
+@_recognized(_Q, _K, _V)
 def exponential_features(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """performer-pytorch, less the random projection."""
     q = 8**-0.5 * ((q - q.amax(dim=-1, keepdim=True)).exp() + 1e-4)
@@ -587,7 +587,7 @@ def exponential_features(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("...de,...nd,...n->...ne", context, q, inverse)
 
 
-@_recognised(_Q, _K, _V)
+@_recognized(_Q, _K, _V)
 def softmax_of_features(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Efficient attention; lucidrains' linear-attention-transformer."""
     context = k.softmax(dim=-2).transpose(-2, -1) @ v

@@ -68,10 +68,10 @@ def skipped_attention(tokens: Tensor, qkv: Tensor, out: Tensor, bias: Tensor) ->
 # Without a softmax.
 
 _linear = LINEAR_SPECIMENS = Specimens()
-_recognised = partial(_linear.add, status="recognised")
+_recognized = partial(_linear.add, status="recognized")
 
 
-@_recognised(normal(6, "L", 32), _W, _W, _W, _W, _B)
+@_recognized(normal(6, "L", 32), _W, _W, _W, _W, _B)
 def identity_without_a_softmax(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo: Tensor, bias: Tensor) -> Tensor:
     """diffusers' PAGCFGSanaLinearAttnProcessor2_0."""
     without, text, perturbed = x.chunk(3)
@@ -85,7 +85,7 @@ def identity_without_a_softmax(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo
     return torch.cat([kept, perturbed])
 
 
-@_recognised(normal(3, "L", 32), learned(96, 32), _W)
+@_recognized(normal(3, "L", 32), learned(96, 32), _W)
 def skipped_attention_without_a_softmax(tokens: Tensor, qkv: Tensor, out: Tensor) -> Tensor:
     """From scratch: the last entry of the batch skips attention."""
     wq, wk, wv = qkv.chunk(3)

@@ -84,7 +84,7 @@ def row_of_linear(name: str, site: LinearAttention) -> SiteReport:
     return SiteReport(
         name,
         site.pattern,
-        "recognised",
+        "recognized",
         source_location(site.anchor),
         query_shape=shape(site.query, site.query_axes, site.feature_axes),
         key_shape=shape(site.key, site.key_axes, site.feature_axes),

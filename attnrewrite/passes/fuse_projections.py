@@ -43,7 +43,7 @@ def fuse_projections(
     It comes after `join_projections`, since parts of one batch are not one input.
 
     Args:
-        served: the attentions that were rewritten or, without a softmax, recognised. Their rows get a note.
+        served: the attentions that were rewritten or, without a softmax, recognized. Their rows get a note.
         replaced: nodes that are no longer in the graph, each with what took its place; more are added.
         constants: only weights that are constants of the graph are put together, which an inner compiler that freezes
             them does once. The others are put together at each call.

@@ -7,7 +7,7 @@ Guidance by perturbed attention (PAG) attends one part of a batch and lets the v
 Each part is projected by itself, with the same weights; rows of a projection are independent of each other. So are the
 samples of a norm, and entries under views and arithmetic, through which the whole is looked for.
 
-Only what feeds an attention that was rewritten or, without a softmax, recognised, or follows it, is looked at. Nothing
+Only what feeds an attention that was rewritten or, without a softmax, recognized, or follows it, is looked at. Nothing
 random is moved, and nothing across a switch of grad mode, autocast or checkpointing.
 """
 
@@ -43,7 +43,7 @@ def join_projections(gm: fx.GraphModule, served: Sequence[ReportedSite], replace
     """Makes one of the projections that attentions share with parts of the batch that they do not attend.
 
     Args:
-        served: the attentions that were rewritten or, without a softmax, recognised. Their rows get a note.
+        served: the attentions that were rewritten or, without a softmax, recognized. Their rows get a note.
         replaced: nodes that are no longer in the graph, each with what took its place; more are added.
 
     Returns:

@@ -37,7 +37,7 @@ def reassociate(gm: fx.GraphModule, site: LinearAttention, row: SiteReport, repl
     """
     choice = _choose_order(site)
     if choice.order == site.order:
-        row.status, row.reason = "kept" if choice.refused else "recognised", choice.reason
+        row.status, row.reason = "kept" if choice.refused else "recognized", choice.reason
         return
     row.status, row.kernel = "rewritten", f"{choice.order} order"
     row.order = f"{choice.order}, was {site.order}"

@@ -59,7 +59,7 @@ class Rewriting:
     Attributes:
         view: the graph as patterns read it.
         replaced: nodes that are no longer in the graph, each with what took its place.
-        served: attentions that were rewritten or, without a softmax, recognised.
+        served: attentions that were rewritten or, without a softmax, recognized.
     """
 
     def __init__(self, gm: fx.GraphModule, policy: Policy, adjust_request: AdjustRequest, steps: Steps) -> None:

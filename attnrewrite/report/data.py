@@ -31,8 +31,8 @@ class ReportData:
         return [site for site in self.sites if site.status == "rewritten"]
 
     @property
-    def recognised(self) -> list[SiteReport]:
-        return [site for site in self.sites if site.status == "recognised"]
+    def recognized(self) -> list[SiteReport]:
+        return [site for site in self.sites if site.status == "recognized"]
 
     @property
     def kept(self) -> list[SiteReport]:
@@ -62,7 +62,7 @@ class ReportData:
         text = f"{len(self.rewritten)} of {len(self.sites)} attention sites rewritten in {graphs} graph" + "s" * (
             graphs != 1
         )
-        text += f"; {len(self.recognised)} in the best form already" if self.recognised else ""
+        text += f"; {len(self.recognized)} in the best form already" if self.recognized else ""
         uncaptured = sum(not graph.captured for graph in self.graphs)
         return text + (f"; {uncaptured} passed on uncaptured" if uncaptured else "")
 

@@ -23,7 +23,7 @@ class KernelVerdict:
 class SiteReport:
     """One attention, or one near miss.
 
-    ``status``: "rewritten"; "recognised" for an attention that is in its best form already; "kept" for what was left as
+    ``status``: "rewritten"; "recognized" for an attention that is in its best form already; "kept" for what was left as
     it was for another reason. ``reason`` says why it was not rewritten.
 
     Shapes are tuples of strings, since a size may be symbolic ("s37"); they read (batch..., heads, length, features).
@@ -41,7 +41,7 @@ class SiteReport:
 
     name: str
     pattern: str
-    status: Literal["rewritten", "recognised", "kept"]
+    status: Literal["rewritten", "recognized", "kept"]
     location: SourceLocation | None = None
     kernel: str | None = None
     reason: str = ""
@@ -96,8 +96,8 @@ class GraphReport:
         return [site for site in self.sites if site.status == "rewritten"]
 
     @property
-    def recognised(self) -> list[SiteReport]:
-        return [site for site in self.sites if site.status == "recognised"]
+    def recognized(self) -> list[SiteReport]:
+        return [site for site in self.sites if site.status == "recognized"]
 
     @property
     def kept(self) -> list[SiteReport]:

@@ -119,7 +119,7 @@ def graph_summary(graph: GraphReport) -> str:
     elif graph.sites:
         count = len(graph.sites)
         found = f"{len(graph.rewritten)} of {count} attention site{'s' * (count != 1)} rewritten"
-        found += f", {len(graph.recognised)} in the best form already" if graph.recognised else ""
+        found += f", {len(graph.recognized)} in the best form already" if graph.recognized else ""
     else:
         found = "no attention found"
     parts = [found]

@@ -97,7 +97,7 @@ def _checkpointed(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo: Tensor, oth
     return torch.cat([a, F.linear(F.linear(x[3:], wv), wo)])
 
 
-def test_attention_that_is_recognised() -> None:
+def test_attention_that_is_recognized() -> None:
     """Nothing else of the graph changes, and it is the changed graph that runs."""
 
     def function(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def test_attention_that_is_recognised() -> None:
     with collect_reports() as graphs:
         result = rewritten(function, inner)(*inputs)
     (row,) = graphs[0].sites
-    assert (row.status, row.projections) == ("recognised", "identity part of 1 of 4 batch entries")
+    assert (row.status, row.projections) == ("recognized", "identity part of 1 of 4 batch entries")
     assert len(given[0].graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)) == 4
     assert relative_error(result, function(*inputs)) <= 1e-5
 

@@ -58,7 +58,7 @@ def test_the_row() -> None:
         rewritten(lambda *inputs: (quadratic(*inputs), linear(*inputs)))(*operands())
     first, second = graphs[0].sites
     assert (first.status, first.order, first.kernel) == ("rewritten", "linear, was quadratic", "linear order")
-    assert (second.status, second.order) == ("recognised", "linear")
+    assert (second.status, second.order) == ("recognized", "linear")
     assert second.reason == "the linear order is the cheaper one"
     assert first.query_shape == first.key_shape == first.value_shape == ("2", "4", "24", "8")
     # Two products, a multiplication and an addition each, for 2 x 4 heads.
@@ -70,16 +70,16 @@ def test_the_row() -> None:
     report = RewriteReport(graphs=graphs)
     assert report.summary == "1 of 2 attention sites rewritten in 1 graph; 1 in the best form already"
     text = report.to_text()
-    assert "1 of 2 attention sites rewritten, 1 in the best form already" in text and "recognised" in text
+    assert "1 of 2 attention sites rewritten, 1 in the best form already" in text and "recognized" in text
     assert "order: linear, was quadratic" in text and "linear order: 49152 operations" in text
 
 
 def test_symbolic_sizes() -> None:
     """Left open by symbolic sizes: the linear order stays, and is taken where the first call says so."""
     (row,) = rows(linear, *operands(length=4), dynamic=True)
-    assert row.status == "recognised" and "symbolic sizes" in row.reason
+    assert row.status == "recognized" and "symbolic sizes" in row.reason
     (row,) = rows(quadratic, *operands(length=4), dynamic=True)
-    assert row.status == "recognised" and "for the sizes of the first call" in row.reason
+    assert row.status == "recognized" and "for the sizes of the first call" in row.reason
 
 
 def test_a_symbolic_batch_decides_nothing() -> None:
@@ -212,5 +212,5 @@ class Adapted(Projected):
 def test_parameters() -> None:
     x = torch.randn(2, 40, 16)
     (row,) = rows(Projected(), x)
-    assert (row.pattern, row.status) == ("linear", "recognised")
+    assert (row.pattern, row.status) == ("linear", "recognized")
     assert rows(Adapted(), x) == []

@@ -51,10 +51,10 @@ def main(
 
     With --only and a --json file that exists, the rows of the named ones are replaced in it.
     """
-    results = json.loads(from_json.read_text()) if from_json else empty()
+    results = read(from_json) if from_json else empty()
     if not from_json:
         if only and json_file and json_file.exists():
-            old = json.loads(json_file.read_text())
+            old = read(json_file)
             results = {**results, "rows": old["rows"], "models": old["models"]}
         console = Console(soft_wrap=True, highlight=False)
         start = time.perf_counter()
@@ -70,6 +70,16 @@ def main(
                 json_file.write_text(json.dumps(results, indent=1) + "\n")
     if write:
         write.write_text(markdown(results))
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The raw results in a file; files of earlier versions spell the status "recognized" in the British way."""
+
+    def current(entry: dict[str, Any]) -> dict[str, Any]:
+        return {"recognized" if key == "recognised" else key: value for key, value in entry.items()}
+
+    results: dict[str, Any] = json.loads(file.read_text(), object_hook=current)
+    return results
 
 
 def empty() -> dict[str, Any]:

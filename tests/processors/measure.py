@@ -140,8 +140,8 @@ def _found(graphs: list[GraphReport]) -> Row:
     for site, excerpt in zip(result["kept"], kept, strict=True):
         site["graph"] = excerpt
     kernels = Counter(str(site.kernel) for _, site in sites if site.status == "rewritten")
-    recognised = sum(site.status == "recognised" for _, site in sites)
-    return {**result, "found": len(sites), "recognised": recognised, "kernels": dict(kernels)}
+    recognized = sum(site.status == "recognized" for _, site in sites)
+    return {**result, "found": len(sites), "recognized": recognized, "kernels": dict(kernels)}
 
 
 def _excerpt(graph: GraphReport, site: SiteReport) -> list[str]:

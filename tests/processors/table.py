@@ -39,7 +39,7 @@ def _is_full(use: Row) -> bool:
 
 def _settled(use: Row) -> int:
     """Sites that are in their best form, by rewriting or from the start."""
-    return int(use.get("rewritten", 0)) + int(use.get("recognised", 0))
+    return int(use.get("rewritten", 0)) + int(use.get("recognized", 0))
 
 
 def _uses(row: Row) -> list[Row]:
@@ -100,7 +100,7 @@ def _kernels(row: Row) -> str:
     return ", ".join(sorted({kernel for use in _uses(row) for kernel in use.get("kernels", ())})) or "-"
 
 
-_COUNTS = ("sites", "found", "rewritten", "recognised")
+_COUNTS = ("sites", "found", "rewritten", "recognized")
 
 
 def line(row: Row) -> str:
@@ -143,7 +143,7 @@ _LEGEND = """\
   are under [Where a class is](#where-a-class-is).
 - **uses**: the ways in which the class is called: self and cross attention, masks, images, group norm, several scales.
 - **sites**: the attentions that these uses have by their mathematics, counted by hand: the slices of one attention are
-  one. **found**, **rewritten** and **recognised** (in the best form already) are the rows of the report; more found
+  one. **found**, **rewritten** and **recognized** (in the best form already) are the rows of the report; more found
   than there are means that one was found in pieces.
 - **in full**: all sites are found as they are and rewritten, or in the best form already, and nothing is left in the
   graph that the best form of the structure does without. **partly**: the rest is under [What remains](#what-remains).

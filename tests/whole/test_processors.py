@@ -84,7 +84,7 @@ def use_of(name: str, use: str) -> Use:
 def test_is_rewritten_in_full(name: str, use: str) -> None:
     row = measure_use(use_of(name, use), gradients=False)
     assert reasons({**row, "name": name}) == []
-    assert row["found"] == row["rewritten"] + row["recognised"] == row["sites"]
+    assert row["found"] == row["rewritten"] + row["recognized"] == row["sites"]
     assert row["error"] <= VALUE_LIMIT
 
 

@@ -100,7 +100,7 @@ def test_dynamic_shapes(specimen: Specimen) -> None:
     found = [row for graph in graphs for row in graph.sites]
     assert found
     # Of linear attention it may be left open by symbolic sizes which order is the cheaper one.
-    assert [row for row in found if row.status not in (specimen.status, "recognised" if row.order else "")] == []
+    assert [row for row in found if row.status not in (specimen.status, "recognized" if row.order else "")] == []
     assert len(graphs) <= allowed
 
 
