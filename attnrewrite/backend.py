@@ -88,8 +88,8 @@ def attnrewrite(
     policy = Policy.from_options(options, mode)
     if policy.capture_dynamic_output_shape_ops and not dynamo_config.capture_dynamic_output_shape_ops:
         raise OptionError(
-            f"options[{DATA_DEPENDENT_SIZES!r}] comes too late for torch.compile, which has traced the graph: set "
-            f"torch._dynamo.config.{DATA_DEPENDENT_SIZES} = True, or use accelerate_attention"
+            f"options[{DATA_DEPENDENT_SIZES!r}] has no effect through torch.compile, which has already traced the "
+            f"graph: set torch._dynamo.config.{DATA_DEPENDENT_SIZES} = True, or use accelerate_attention"
         )
     # For the inner compiler as well, if the graph cannot be captured or has no attention.
     gm = legalized(gm)
@@ -98,7 +98,8 @@ def attnrewrite(
         return _with_variants(gm, example_inputs, policy)
     if call is not None:
         raise OptionError(
-            "the model was compiled with options['cache'], and attnrewrite.enable_cache was called on it: leave one out"
+            "the model was compiled with options['cache'], and attnrewrite.enable_cache was called on it: use only one "
+            "of them"
         )
     session = Session(policy.cache)
     with session.planned():
@@ -227,7 +228,7 @@ class _Compilation:
                 raise
             advice = "" if isinstance(error, PatternError) else ", please report this"
             log.warning("%s: rewriting failed%s", report.name, advice, exc_info=True)
-            report.reason = f"rewriting failed, so the graph is as it was: {type(error).__name__}: {error}"
+            report.reason = f"rewriting failed, so the graph is unchanged: {type(error).__name__}: {error}"
             return _Outcome(self._gm, self._gm, keep_attention=True)
         report.sites = rewritten.sites
         report.unmatched_rules = unmatched_rules(self._policy, [site.location for site in report.sites])
@@ -252,7 +253,7 @@ class _Compilation:
             return None
         found = {id(row) for row, _, _ in rewritten.results}
         missed = [row for row in rewritten.sites if id(row) not in found]
-        call.found((), [f"{row.location} is not taken for attention ({row.reason})" for row in missed])
+        call.found((), [f"{row.location} is not treated as attention ({row.reason})" for row in missed])
         if not rewritten.results:
             return None
         try:
@@ -260,18 +261,20 @@ class _Compilation:
         except Exception as error:  # As above: the model runs without reuse.
             if raises_defects():
                 raise
-            log.warning("%s: attention cannot be kept, please report this", self._report.name, exc_info=True)
-            self._report.notes.append(f"attention is not kept: {type(error).__name__}: {error}")
+            log.warning(
+                "%s: attention cannot be stored for reuse, please report this", self._report.name, exc_info=True
+            )
+            self._report.notes.append(f"attention is not stored for reuse: {type(error).__name__}: {error}")
             return None
         if source.original is not None:
-            self._report.notes.append("graphs that keep attention values are not verified")
+            self._report.notes.append("graphs that store attention values for reuse are not verified")
         return kept
 
     def _note_inner_settings(self, outcome: _Outcome) -> None:
         if self._inner.name != "inductor":
             return
         if outcome.keep_attention:
-            self._report.notes.append("Inductor's own attention patterns are kept from this graph")
+            self._report.notes.append("Inductor's own attention patterns are turned off for this graph")
         if outcome.rewritten.round_like_eager:
             self._report.notes.append("Inductor rounds half-precision results as eager does (emulate_precision_casts)")
 
@@ -336,7 +339,7 @@ def _publish(report: GraphReport) -> None:
     if collector is not None:
         collector.append(report)
     if not report.captured:
-        log.warning("%s: not captured, passed on to %s as it is: %s", report.name, report.inner_backend, report.reason)
+        log.warning("%s: not captured, passed unchanged to %s: %s", report.name, report.inner_backend, report.reason)
     else:
         log.info("%s: %d of %d attention sites rewritten", report.name, len(report.rewritten), len(report.sites))
     for site in report.sites:

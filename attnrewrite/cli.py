@@ -63,7 +63,9 @@ def doctor(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("--dynamic", is_flag=True, help="Compile with symbolic shapes, as torch.compile(dynamic=True) does.")
 @click.option(
-    "--data-sizes", is_flag=True, help="Trace sizes that depend on the data (capture_dynamic_output_shape_ops)."
+    "--data-sizes",
+    is_flag=True,
+    help="Trace operators whose output size depends on the data (capture_dynamic_output_shape_ops).",
 )
 @click.option("--train", is_flag=True, help="Explain the model in training mode, with gradients.")
 @click.option("--inner-backend", metavar="NAME", help="What runs the rewritten graph (default: eager).")
@@ -78,11 +80,11 @@ def explain(
     inner_backend: str | None,
     traceback: bool,
 ) -> None:
-    """Show which attentions of a model become fused, and why the others do not.
+    """Show which attentions of a model are rewritten into fused kernels, and why the others are not.
 
     MODULE:FACTORY names a function without arguments, such as "my_project.models:tiny_bert". It returns the model, or
     (model, args), or (model, args, kwargs), or a dict with the keys model, args and kwargs; the model is called with
-    these arguments. Modules in the current directory are found.
+    these arguments. MODULE may lie in the current directory.
     """
     model, args, kwargs = _model_and_inputs(_made_by(factory, traceback), factory)
 
@@ -124,11 +126,11 @@ def explain(
     metavar="N",
     type=click.IntRange(min=1),
     default=4,
-    help="Compare with up to N calls before, and propose skip ranges up to N + 1 (default 4).",
+    help="Compare each call with up to N earlier calls, and propose skip ranges up to N + 1 (default 4).",
 )
 @click.option("--plot", type=_FILE, help="Draw the differences into this file (.png, .svg, .pdf); needs matplotlib.")
 @click.option("--json", "path", type=_FILE, help="Write the differences and the proposals here.")
-@click.option("--offload", is_flag=True, help="Keep earlier values in the host's memory.")
+@click.option("--offload", is_flag=True, help="Keep earlier values in host memory.")
 @click.option(
     "--inner-backend",
     metavar="NAME",
@@ -148,9 +150,9 @@ def calibrate(
     """Show how much each attention of a diffusion model changes from step to step, and propose what to reuse.
 
     MODULE:FACTORY names a function without arguments. It returns (model, run, current_timestep_callback), or a dict
-    with these keys: the model; a function without arguments that runs it for real, such as a call of its pipeline; and
-    a function that gives the timestep of the call that is being made. The model is put in evaluation mode and run
-    without gradients, and compiled in place if nothing in it is compiled. Modules in the current directory are found.
+    with these keys: the model; a function without arguments that runs it on real inputs, such as a call of its
+    pipeline; and a function that returns the timestep of the current call. The model is put in evaluation mode and run
+    without gradients, and compiled in place if nothing in it is compiled. MODULE may lie in the current directory.
     """
     for file in (plot, path):
         _check_writable(file)
@@ -199,7 +201,7 @@ def _compile_in_place(model: Any, factory: str, inner_backend: str | None) -> No
         model.compile(backend="attnrewrite", options={"inner_backend": inner_backend or "eager"})
     elif inner_backend is not None:
         raise _BadInput(
-            f"--inner-backend {inner_backend}: the model that {factory} returned is compiled already; leave it out"
+            f"--inner-backend {inner_backend}: the model that {factory} returned is already compiled; omit the option"
         )
 
 
@@ -209,21 +211,23 @@ def bench() -> None:
 
 
 @bench.command("pass")
-@click.option("--repeats", type=click.IntRange(min=1), default=5, help="Measurements of each graph (default 5).")
+@click.option(
+    "--repeats", type=click.IntRange(min=1), default=5, help="Number of measurements of each graph (default 5)."
+)
 @click.option(
     "--blocks",
     metavar="N",
     type=click.IntRange(min=1),
     multiple=True,
     default=(10, 100),
-    help="A model of N blocks, each of 100 nodes with one attention; give it once for each (default 10 and 100).",
+    help="A model of N blocks, each of 100 nodes with one attention; may be repeated (default 10 and 100).",
 )
 @click.option("--dynamic", is_flag=True, help="Measure graphs with symbolic shapes.")
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write the raw data here.")
 def bench_pass(repeats: int, blocks: tuple[int, ...], dynamic: bool, path: Path | None) -> None:
     """Measure how long finding, choosing and splicing take, on graphs of 1,000 and of 10,000 nodes.
 
-    Capturing is measured beside them: it is PyTorch's tracing, which takes most of the time.
+    Capturing, which is PyTorch's tracing and takes most of the time, is measured separately.
     """
     from attnrewrite.bench.pass_times import print_pass_benchmark, run_pass_benchmark
 
@@ -239,14 +243,22 @@ def bench_pass(repeats: int, blocks: tuple[int, ...], dynamic: bool, path: Path 
     "grids",
     type=click.Choice(["small", "main", "other", "training"]),
     multiple=True,
-    help="Which attentions; give it once for each (default: main on a GPU, small on a CPU).",
+    help="Which attentions to measure; may be repeated (default: main on a GPU, small on a CPU).",
 )
-@click.option("--kernels", metavar="NAME[,NAME...]", help="Which kernels (default: every exact one that can run here).")
+@click.option(
+    "--kernels",
+    metavar="NAME[,NAME...]",
+    help="Which kernels to measure (default: every exact kernel that can run here).",
+)
 @click.option("--device", metavar="DEVICE", default="", help="Default: the GPU if there is one, else the CPU.")
-@click.option("--seconds", type=click.FloatRange(min=0.01), default=0.5, help="For the calls of a site (default 0.5).")
-@click.option("--workers", type=click.IntRange(min=1), default=1, help="Processes that compile at once (default 1).")
+@click.option(
+    "--seconds", type=click.FloatRange(min=0.01), default=0.5, help="Seconds to time each site for (default 0.5)."
+)
+@click.option(
+    "--workers", type=click.IntRange(min=1), default=1, help="Number of processes that compile in parallel (default 1)."
+)
 @click.option("--json", "path", type=_FILE, help="Write the raw data here.")
-@click.option("--table", type=_FILE, help="Write the times as a table for the automatic choice here.")
+@click.option("--table", type=_FILE, help="Write the times here, as a table for the automatic choice.")
 @click.option("--plot", type=_FILE, help="Draw the times into this file (.png, .svg, .pdf); needs matplotlib.")
 def bench_sites(
     grids: tuple[str, ...],
@@ -258,10 +270,10 @@ def bench_sites(
     table: Path | None,
     plot: Path | None,
 ) -> None:
-    """Time every willing kernel on a grid of attentions, in turns, and compare the automatic choice with the best.
+    """Time every kernel on a grid of attentions, and compare the automatic choice with the fastest.
 
-    The table has the median milliseconds of a call; the fastest kernel is bold, the automatic choice has a star. The
-    raw data have spread, peak memory, times within CUDA graphs and errors against float64, too.
+    The table shows the median milliseconds of a call; the fastest kernel is bold, the automatic choice has a star. The
+    raw data also have spread, peak memory, times within CUDA graphs and errors against float64.
     """
     for file in (path, table, plot):
         _check_writable(file)
@@ -276,13 +288,13 @@ def bench_sites(
 
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if place.startswith("cuda") and not torch.cuda.is_available():
-        raise _BadInput(f"--device {place}: PyTorch sees no GPU here; leave it out, or see attnrewrite doctor")
+        raise _BadInput(f"--device {place}: PyTorch finds no GPU here; omit the option, or run attnrewrite doctor")
     try:
         torch.zeros(1, device=place).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise _BadInput(
-            f"--device {place}: PyTorch cannot use it ({reason}); give cpu, cuda or cuda:N, or leave it out"
+            f"--device {place}: PyTorch cannot use it ({reason}); pass cpu, cuda or cuda:N, or omit the option"
         ) from error
     cases = [case for grid in grids or (("small",) if place == "cpu" else ("main",)) for case in GRIDS[grid]]
     try:
@@ -304,7 +316,7 @@ def _in_a_line(error: Exception) -> str:
 def _check_writable(path: Path | None) -> None:
     """Before the work is done, and not after it."""
     if path is not None and not path.parent.is_dir():
-        raise _BadInput(f"the data could not be written to {path}: {path.parent} is no directory")
+        raise _BadInput(f"the data could not be written to {path}: {path.parent} is not a directory")
 
 
 def _check_plot(path: Path | None) -> None:
@@ -337,7 +349,7 @@ def _load(target: str, traceback: bool) -> Callable[[], Any]:
     """The callable that "package.module:factory" names."""
     module_name, colon, path = target.partition(":")
     if not module_name or not colon or not path:
-        raise _BadInput(f"{target!r} does not name a factory; write it as package.module:factory")
+        raise _BadInput(f"{target!r} does not name a factory; write package.module:factory")
     with _users_code(f"import {module_name}", traceback):
         try:
             found: Any = importlib.import_module(module_name)
@@ -459,4 +471,4 @@ def _users_code(what: str, traceback: bool) -> Iterator[None]:
         # Dynamo appends paragraphs on how to debug it; the first line says what happened.
         first = next(iter(str(error).strip().splitlines()), "")
         message = f"{type(error).__name__}: {first}" if first else type(error).__name__
-        raise _BadInput(f"{what} raised {message} (run with --traceback to see it all)") from error
+        raise _BadInput(f"{what} raised {message} (run with --traceback for the full traceback)") from error

@@ -45,8 +45,8 @@ _SDPA_BACKENDS = {
 _CUDA_ONLY = ("cudnn", "efficient")
 
 PACKAGES_NOTE = (
-    "Kernels of these packages serve where they are asked for by name, by options={'kernels': ...} or "
-    "attnrewrite.attention_backend(...); exact ones also where they were measured to be the fastest (docs/kernels.md)."
+    "Request kernels of these packages by name: options={'kernels': ...} or attnrewrite.attention_backend(...). Exact "
+    "ones are also chosen where they were measured to be the fastest (docs/kernels.md)."
 )
 
 
@@ -120,7 +120,7 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> Non
         ("Devices", diagnosis.devices, ""),
         ("Inner compiler", diagnosis.compilers, ""),
         ("Kernels of PyTorch", tuple(kernel for kernel in diagnosis.kernels if not kernel.package), ""),
-        ("Back ends of PyTorch's scaled_dot_product_attention", diagnosis.sdpa_backends, ""),
+        ("Backends of PyTorch's scaled_dot_product_attention", diagnosis.sdpa_backends, ""),
         ("Kernels of other packages", tuple(_by_package(diagnosis.kernels)), diagnosis.packages_note),
     ]
     (console or Console()).print(Group(*(_section(title, checks, note) for title, checks, note in sections)))
@@ -181,7 +181,7 @@ def _devices() -> Iterator[Check]:
     if accelerator is not None:
         yield Check(accelerator.type, True, f"{torch.accelerator.device_count()} found")
     elif torch.version.cuda or torch.version.hip:
-        yield Check("cuda", False, "this build of torch has CUDA or ROCm, but found no driver or no device")
+        yield Check("cuda", False, "this build of torch supports CUDA or ROCm, but found no driver or no device")
     else:
         yield Check("cuda", False, "this build of torch is for the CPU only")
 
@@ -232,7 +232,7 @@ def _try_sdpa(name: str, backend: SDPBackend, device: str, dtype: torch.dtype) -
     """Calls one back end alone; when it refuses, torch says why in warnings."""
     kind = f"{name} on {device}"
     if device == "cpu" and name in _CUDA_ONLY:
-        return Check(kind, False, "exists for CUDA devices only")
+        return Check(kind, False, "exists only for CUDA devices")
     query = torch.zeros(1, 2, 16, 64, device=device, dtype=dtype)
     with warnings.catch_warnings(record=True) as caught, torch.no_grad(), sdpa_kernel(backend):
         warnings.simplefilter("always")

@@ -43,7 +43,7 @@ class InnerCompiler:
             return
         if policy.mode is not None:
             raise OptionError(
-                f"mode={policy.mode!r} belongs to Inductor; leave it out or use options={{'inner_backend': 'inductor'}}"
+                f"mode={policy.mode!r} applies only to Inductor; omit it or use options={{'inner_backend': 'inductor'}}"
             )
         if isinstance(backend, str):
             self._function = self._registered(backend)

@@ -148,7 +148,7 @@ class Chunked(Kernel):
             return Verdict.no("the call has a mask and is_causal, and only PyTorch's own kernels know what both mean")
         if scores.masked_rows.may_occur:
             return Verdict.no(
-                "a row may lose all its keys, and the softmax here knows no such row (if none occurs, say so: "
+                "a row may lose all its keys, and the softmax here knows no such row (if none occurs, set "
                 "options={'assume_attended_rows': True})"
             )
         return Verdict.yes()

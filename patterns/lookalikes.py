@@ -27,7 +27,7 @@ _SHARED_AXIS = "an axis that query and key share"
 _READ_TWICE = "read more than once"
 _BETWEEN = "between softmax and"
 _VALUE = "the value"
-_OTHER_MASK = "not known to be the mask that was applied before softmax"
+_OTHER_MASK = "not known to be the mask applied before softmax"
 
 
 # Softmax over another axis than the one that is summed over.
@@ -383,7 +383,7 @@ def weights_of_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor
 
 @_lookalike(normal(2, "L", 32), normal(2, "L", 32), normal(2, "L", 32), reason="read elsewhere", dynamic=False)
 def state_of_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The other order is the cheaper one, and the product of key and value is wanted all the same."""
+    """The other order is cheaper, and the product of key and value is wanted all the same."""
     state = F.relu(k).mT @ v
     return F.relu(q) @ state, state
 

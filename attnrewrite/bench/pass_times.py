@@ -192,7 +192,7 @@ def measure_pass(blocks: int, repeats: int, dynamic: bool = False) -> PassTimes:
         torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(*inputs)
     torch.compiler.reset()
     if len(found) != 1:
-        raise RuntimeError(f"the benchmark's model came as {len(found)} graphs and not as one")
+        raise RuntimeError(f"the benchmark's model was captured as {len(found)} graphs instead of one")
     return found[0]
 
 

@@ -375,9 +375,7 @@ def _answers(answers: Any, processes: Sequence[Any], count: int) -> Iterator[tup
                 break
             except queue.Empty:
                 if any(process.exitcode for process in processes):
-                    raise RuntimeError(
-                        "a worker of bench sites failed; its error is above. Try fewer workers"
-                    ) from None
+                    raise RuntimeError("a worker process failed with the error above; try fewer --workers") from None
 
 
 def _work(

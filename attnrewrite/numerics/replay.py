@@ -109,7 +109,9 @@ class ReplayPlan:
             output = read_outside(created)
             result = results[row.name]
             if output is None or result is None:
-                self.skipped.append(SiteCheck(row, row.name, skipped="its nodes could not be matched, not compared"))
+                self.skipped.append(
+                    SiteCheck(row, row.name, skipped="not compared: its nodes could not be matched with the source's")
+                )
                 continue
             sites.append(_ReplacedSite(row, result, output, created))
         return sites
@@ -270,7 +272,7 @@ class Replay:
 
     def _compare(self, site: _ReplacedSite) -> None:
         if site.row.dropout:
-            reason = f"drops weights at random (dropout {site.row.dropout}), not compared"
+            reason = f"not compared: its dropout of {site.row.dropout} is random"
             self._result.checks.append(SiteCheck(site.row, site.what, skipped=reason))
             return
         expected = self._values[site.result]

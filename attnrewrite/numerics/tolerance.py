@@ -82,7 +82,9 @@ def admitted(gm: fx.GraphModule, policy: Policy, inputs: Sequence[Any], toleranc
     said = f"tolerance {_in_words(tolerance)}"
     values = _at_hand(inputs)
     if values is None:
-        admission.notes.append(f"{said}: not applied, since the call's inputs are not at hand while it is compiled")
+        admission.notes.append(
+            f"{said}: not applied, since the inputs of the call are not available while it is compiled"
+        )
         return admission
     survey = _Survey()
     exact = _copied(gm)
@@ -94,7 +96,7 @@ def admitted(gm: fx.GraphModule, policy: Policy, inputs: Sequence[Any], toleranc
     willing = survey.willing()
     if not willing:
         refused = itertools.chain.from_iterable(at.values() for at in survey.answers.values())
-        admission.notes.append(f"{said}: no kernel of lower precision takes a site: {refusals(refused)}")
+        admission.notes.append(f"{said}: no kernel of lower precision takes any attention site: {refusals(refused)}")
         return admission
     trials = _Trials(gm, policy, values, exact, exactly)
     # In the order of registration.
@@ -165,9 +167,12 @@ class _Survey:
 
 def _incomparable(site: CanonicalAttention) -> str:
     if site.differentiable:
-        return "a backward pass may follow, and gradients are not compared (torch.no_grad() rules it out)"
+        return (
+            "a backward pass may follow, and gradients cannot be compared (if none follows, call the model under "
+            "torch.no_grad())"
+        )
     if site.dropout:
-        return "weights are dropped at random, so that results cannot be compared"
+        return "dropout is random, so results cannot be compared"
     return ""
 
 
@@ -206,7 +211,7 @@ class _Trials:
                     return found
                 self._source = None
                 self.notes.append(
-                    f"the graph as it was did not run ({found.unable}), so results are compared with those of "
+                    f"the source graph did not run ({found.unable}), so results are compared with those of "
                     + ", ".join(dict.fromkeys(row.kernel or "the source" for row in self._exactly.sites))
                 )
             found = Original(self._exact, self._exactly.sites).compare(trial, rows, self._inputs)

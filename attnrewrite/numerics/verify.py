@@ -121,7 +121,7 @@ def verified(
 def _tell(result: Verification, report: GraphReport) -> None:
     """The outcome for the log and the report."""
     if result.unable:
-        note = f"not verified, and compiled as rewritten: the graph as it was did not run: {result.unable}"
+        note = f"not verified, and compiled as rewritten: the source graph did not run: {result.unable}"
         log.warning("%s: %s", report.name, note)
         report.notes.append(note)
         return
@@ -130,8 +130,8 @@ def _tell(result: Verification, report: GraphReport) -> None:
         report.notes.append(str(result))
         return
     for check in result.failed:
-        log.warning("%s: %s; the graph is kept as it was", report.name, check)
-        report.notes.append(f"verification failed, so the graph is kept as it was: {check}")
+        log.warning("%s: %s; the source graph is kept", report.name, check)
+        report.notes.append(f"verification failed, so the source graph is kept: {check}")
     failed = {id(check.site): check for check in result.failed}
     for row in report.rewritten:
         row.status = "kept"

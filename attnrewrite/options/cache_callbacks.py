@@ -26,9 +26,9 @@ def timestep_of(callback: Callable[[], Any]) -> float:
     answer = callback()
     if answer is None:
         raise CacheError(
-            "current_timestep_callback returned None: it must give the timestep of the model's call while that is "
-            "made (a pipeline's current_timestep is None except while the pipeline runs; in a loop of your own, set "
-            "a variable before each call and return it)"
+            "current_timestep_callback returned None: it must return the timestep during each call of the model (a "
+            "pipeline's current_timestep is None except while the pipeline runs; in a custom loop, set a variable "
+            "before each call and return it)"
         )
     number = _number(answer)
     if number is None:

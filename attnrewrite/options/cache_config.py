@@ -236,7 +236,7 @@ def _checked(config: PyramidAttentionBroadcastConfig | FasterCacheConfig) -> dic
                 )
             if not _takes_nothing(value):
                 raise OptionError(
-                    f"{setting} is called without arguments, and {value!r} needs some: give a function such as "
+                    f"{setting} is called without arguments, but {value!r} requires some: pass a function such as "
                     "lambda: pipe.current_timestep"
                 )
         elif field.name.endswith("_callback"):
@@ -337,8 +337,8 @@ def _check_skip_range(value: object, setting: str, optional: bool) -> None:
         return
     if not _is_count(value):
         raise OptionError(
-            f"{setting} must be a whole number of at least 1 (computed in one call of so many)"
-            f"{', or None (computed always)' if optional else ''}; got {value!r}"
+            f"{setting} must be a whole number of at least 1 (attention is computed once in that many calls)"
+            f"{', or None (computed in every call)' if optional else ''}; got {value!r}"
         )
 
 
@@ -347,7 +347,7 @@ def _timesteps(value: object, setting: str) -> tuple[float, float]:
         first, last = value
         if first <= last:
             return first, last
-    advice = "; to switch this kind of attention off, set its block_skip_range to None" if value is None else ""
+    advice = "; to turn off reuse for this kind of attention, set its block_skip_range to None" if value is None else ""
     raise OptionError(
         f"{setting} must be two timesteps, the lower one first, such as (100, 800); got {value!r}{advice}"
     )
@@ -360,7 +360,7 @@ def _expressions(value: object, setting: str) -> tuple[str, ...] | None:
     if not names:
         raise OptionError(
             f"{setting} must be a list of regular expressions for module paths, such as ['blocks.*attn1'], or None "
-            f"(told from the graph); got {value!r}"
+            f"(determined from the graph); got {value!r}"
         )
     for name in names:
         try:

@@ -139,8 +139,8 @@ def _cache(value: Any) -> PyramidAttentionBroadcastConfig | FasterCacheConfig:
     config = validated(value)
     if isinstance(config, FasterCacheConfig) and not config.is_guidance_distilled:
         raise OptionError(
-            "options['cache'] reuses attention in each graph by itself, and FasterCache halves what a model is called "
-            "with: call attnrewrite.enable_cache(compiled_model, config) instead, or set is_guidance_distilled=True"
+            "options['cache'] works on each graph separately, and FasterCache has to halve the batch of the whole "
+            "model: call attnrewrite.enable_cache(compiled_model, config) instead, or set is_guidance_distilled=True"
         )
     return config
 

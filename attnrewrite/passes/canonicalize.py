@@ -119,10 +119,12 @@ def _require_sizes(site: AttentionSite) -> None:
     positions = {*site.query_axes, *site.key_axes}
     others = [axis.size for axis in (*site.query.axes, *site.key.axes, *site.value.axes) if axis not in positions]
     if has_free_unbacked_symbols(others):
-        raise NotAttention("a size depends on the data (a selection by a mask, say), and kernels decide by sizes")
+        raise NotAttention(
+            "a size depends on the data (such as a selection by a mask), and the choice of a kernel needs every size"
+        )
     counted = [axis.size for axis in positions if has_free_unbacked_symbols(axis.size)]
     if not site.fused and not all(statically_known_true(size > 0) for size in counted):
-        raise NotAttention("a number of positions depends on the data, and may be zero")
+        raise NotAttention("the number of queries or keys depends on the data and may be zero")
 
 
 def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
@@ -184,27 +186,30 @@ def _attended(
     Raises:
         NotAttention: it is not known, and what the source gives a row without a key is not, either.
     """
-    said = "the caller's word (assume_attended_rows)" if policy.assume_attended_rows else None
+    said = "asserted by the option assume_attended_rows" if policy.assume_attended_rows else None
     attended = attended_everywhere(terms, positions) or _by_sink(site) or said
     if site.foreign and attended is None and any(map(_may_mask, terms)):
         raise NotAttention(
-            "what the library's call gives a row whose keys are all masked is not known, and no such row could be "
-            "ruled out (if none occurs, say so: options={'assume_attended_rows': True})"
+            "the library's result for a row whose keys are all masked is not known, and such a row cannot be ruled out "
+            "(if none occurs, set options={'assume_attended_rows': True})"
         )
     if reading.makes_nan and (site.nan_to_zero or any(isinstance(mod, Zero) for mod in site.weight_mods)):
-        raise NotAttention("a tensor multiplies masked scores, which gives NaN where it is zero, and NaN is replaced")
+        raise NotAttention(
+            "masked scores are multiplied by a tensor, which gives NaN where it is zero, and NaN is replaced in the "
+            "result"
+        )
     overflows = reading.overflows
     leaves_range = reading.bounded > (_EXPONENT if site.underflows else -ABSORBING)
     # The terms that were there before the function may have masked whole rows, too.
     if leaves_range and attended_everywhere([*reading.bounded_terms, *terms], positions) is None:
         attended = said
-        overflows = Reason("masked scores that a function bounds underflow or overflow afterwards")
+        overflows = Reason("masked scores underflow or overflow after a function that bounds them")
     if reading.lifted and (site.underflows or site.rounds_rows):
-        overflows = Reason("exponentials are taken of masked scores whose maximum was subtracted before")
+        overflows = Reason("the exponential is taken of masked scores whose maximum was subtracted before")
     if attended is None and overflows:
         raise NotAttention(
-            f"{overflows}, which matters in a row that has no key, and no such row could be ruled out "
-            "(if none occurs, say so: options={'assume_attended_rows': True})"
+            f"{overflows}, which changes the result of a row without a key, and such a row cannot be ruled out (if "
+            f"none occurs, set options={'assume_attended_rows': True})"
         )
     return attended
 
@@ -226,24 +231,28 @@ def _as_written_out(site: AttentionSite, terms: list[Term]) -> list[Term]:
     if site.underflows:
         terms = [_infinite(term) for term in terms]
         if any(isinstance(term, Fill) and -math.inf < term.value < -ORDINARY for term in terms):
-            raise NotAttention("exponentials of the scores themselves underflow where a finite number is filled in")
+            raise NotAttention(
+                "the exponential of a score that a finite fill masks underflows (fill with -inf, or call torch.softmax)"
+            )
     biases = [term for term in terms if isinstance(term, Bias)]
     infinite = _may_be_infinite(terms) or site.underflows
     if site.differentiable and infinite and any(isinstance(term, Fill) and term.multiplied for term in terms):
         raise NotAttention(
-            "scores or exponentials are multiplied by a mask, through which the gradient of a row without a key is NaN "
-            "(if no such row occurs, say so: options={'assume_attended_rows': True})"
+            "scores or exponentials are multiplied by a mask, which makes the gradient of a row without a key NaN "
+            "(if no such row occurs, set options={'assume_attended_rows': True})"
         )
     zeroed = any(isinstance(mod, Zero) and not mod.multiplied for mod in site.weight_mods)
     if site.differentiable and zeroed and infinite and (_may_be_infinite(biases) or any(map(may_mask, biases))):
         raise NotAttention(
-            "weights are zeroed in rows without a key, whose gradient is NaN all the same where the mask was added (if "
-            "no such row occurs, say so: options={'assume_attended_rows': True})"
+            "weights are set to zero in rows without a key, but the gradient of such a row stays NaN where the mask "
+            "was added (if "
+            "no such row occurs, set options={'assume_attended_rows': True})"
         )
     if site.nan_to_zero and site.differentiable and (_may_be_infinite(biases) or any(map(may_mask, biases))):
         raise NotAttention(
-            "NaN is replaced in rows without a key, whose gradient is NaN all the same where the mask was added (if no "
-            "such row occurs, say so: options={'assume_attended_rows': True})"
+            "NaN is replaced in rows without a key, but the gradient of such a row stays NaN where the mask was added "
+            "(if no "
+            "such row occurs, set options={'assume_attended_rows': True})"
         )
     if (
         site.sink is not None
@@ -251,21 +260,21 @@ def _as_written_out(site: AttentionSite, terms: list[Term]) -> list[Term]:
         and any(isinstance(term, Fill) and _may_mask(term) for term in terms)
     ):
         raise NotAttention(
-            "the sink may be minus infinity, too, or not a number, and the gradient of a row that is masked altogether "
-            "is not known (if no such row occurs, say so: options={'assume_attended_rows': True})"
+            "the sink may be -inf or NaN, and then the gradient of a row whose keys are all masked is not known (if no "
+            "such row occurs, set options={'assume_attended_rows': True})"
         )
     resolved = [term for term in terms if term.dtype is torch.float64 and _may_be_low(term)]
     if site.rounds_rows and any(
         value is ValueKind.ANY or value > ABSORBING for term in resolved for value in _lows(term)
     ):
         raise NotAttention(
-            "float64 may hold the logarithm of the sum of exponentials beside numbers that mask a row as a whole, and "
-            "no such row could be ruled out (if none occurs, say so: options={'assume_attended_rows': True})"
+            "in float64 the logsumexp of a row whose keys are all masked by finite numbers may keep its digits, and "
+            "such a row cannot be ruled out (if none occurs, set options={'assume_attended_rows': True})"
         )
     if site.rounds_rows and site.differentiable and any(_may_be_low(term) for term in terms):
         raise NotAttention(
-            "the logarithm of the sum of exponentials is rounded away in a row that finite numbers mask, and no such "
-            "row could be ruled out (if none occurs, say so: options={'assume_attended_rows': True})"
+            "rounding loses the logsumexp of a row whose keys are all masked by finite numbers, and such a row cannot "
+            "be ruled out (if none occurs, set options={'assume_attended_rows': True})"
         )
     return terms
 
@@ -329,11 +338,11 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
         elif (reading.shifted and _zeroes_keys(mod, site)) or not _place_factor(mod, site, reading):
             assert isinstance(mod.factor, Operand)
             if mod.divide or not possible_values(mod.factor.node) <= {0.0, 1.0}:
-                reading.take_function("the scores are multiplied by a tensor over query and key positions")
+                reading.take_function("the scores are multiplied by a tensor with query and key positions")
                 if terms:
                     reading.overflows = Reason("a tensor scales masked scores")
             elif any(value in (ValueKind.ANY, -math.inf) for term in terms for value in _values(term)):
-                raise NotAttention("zeros multiply scores that may be minus infinity, which gives NaN")
+                raise NotAttention("scores that may be -inf are multiplied by zeros, which gives NaN")
             else:
                 terms.append(_Multiplied(mod.factor, 0.0, site.softmax_dtype, True, after_shift=reading.shifted))
     if not math.isfinite(reading.scale):
@@ -345,8 +354,14 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
         reading.query_factors.append(Scale(-1.0))
     if any(isinstance(term, _Multiplied) for term in terms):
         if any(isinstance(term, _Multiplied) and term.after_shift for term in terms):
-            raise NotAttention("shifted scores are multiplied by zeros and ones, and a score of zero takes part")
-        reading.take_function("the scores are multiplied by zeros and ones, and a score of zero takes part")
+            raise NotAttention(
+                "shifted scores are multiplied by a mask of zeros and ones: a masked score becomes zero, which softmax "
+                "still counts"
+            )
+        reading.take_function(
+            "the scores are multiplied by a mask of zeros and ones: a masked score becomes zero, which softmax still "
+            "counts"
+        )
         terms[:] = [term for term in terms if not isinstance(term, _Multiplied)]
     return reading
 
@@ -366,7 +381,7 @@ def _apply_function(mod: Elementwise, reading: _Reading) -> None:
     unbounded = target is aten.clamp.default and not (isinstance(low, (int, float)) and math.isfinite(low))
     masks = bool(reading.terms) or reading.bounded > 0
     if reading.terms and (target not in _BOUNDED or unbounded):
-        raise NotAttention(f"{name} is applied to scores that are masked already")
+        raise NotAttention(f"{name} is applied to scores that were masked before")
     caps = target is aten.tanh.default and not (reading.terms or reading.inexpressible)
     reading.take_function(f"{name} of the scores needs a kernel with a score_mod")
     reading.softcap = 1.0 if caps else None
@@ -564,12 +579,15 @@ def _placed_weight_mods(
             output_mods.append(mod)
         elif axes <= set(site.value.axes):
             if isinstance(mod, Zero) and not mod.multiplied and masked_rows.tells_nan:
-                raise NotAttention("weights are zeroed by a mask that was not applied before softmax, and may be NaN")
+                raise NotAttention(
+                    "the attention weights may be NaN, and are set to zero by a mask that was not applied before "
+                    "softmax"
+                )
             value_mods.append(mod)
         else:
             raise NotAttention(
-                "the attention weights are multiplied by a tensor over query and key positions, which is not known to "
-                "be the mask that was applied before softmax"
+                "the attention weights are multiplied by a tensor with query and key positions that is not known to be "
+                "the mask applied before softmax"
             )
     return tuple(value_mods), tuple(output_mods), masked_rows
 
@@ -643,7 +661,8 @@ def _no_mask(terms: list[Term], attended: str | None, differentiable: bool) -> R
             continue
         if term.value > FAR_BELOW and term.value > torch.finfo(term.dtype).min:
             return Reason(
-                f"{term.value:g} is filled in for masked scores: scores may be as low, so it is a value and no mask "
+                f"{term.value:g} is filled in for masked scores, but other scores may be as low, so the fill does not "
+                "mask "
                 "(fill with -inf or torch.finfo(dtype).min)"
             )
         masks = sum(value < -1.0 for value in low)
@@ -656,13 +675,14 @@ def _no_mask(terms: list[Term], attended: str | None, differentiable: bool) -> R
             and (masks > 1 or any(isinstance(later, Bias) for later in terms[position:]))
         ):
             return Reason(
-                f"{term.value:g} is filled in beside another mask or bias, and a row may have no key: which key such a "
-                "row attends depends on both (fill with -inf or torch.finfo(dtype).min)"
+                f"{term.value:g} is filled in together with another mask or bias, and which key a row without a key "
+                "attends depends on both (fill with -inf or torch.finfo(dtype).min)"
             )
     if differentiable and attended is None and any(isinstance(term, Floor) for term in terms):
         return Reason(
-            "in a row whose keys are all masked the gradient is shared between the scores and the floor under them (if "
-            "no such row occurs, say so: options={'assume_attended_rows': True})"
+            "in a row whose keys are all masked the gradient is split between the scores and their lower bound (clamp, "
+            "maximum) (if "
+            "no such row occurs, set options={'assume_attended_rows': True})"
         )
     fills = [position for position, term in enumerate(terms) if isinstance(term, Fill)]
     biases = [position for position, term in enumerate(terms) if isinstance(term, Bias)]
@@ -672,8 +692,8 @@ def _no_mask(terms: list[Term], attended: str | None, differentiable: bool) -> R
     )
     if differentiable and attended is None and fills and (entangled or not _only_fills_mask(terms)):
         return Reason(
-            "a fill lets no gradient through and a bias does, and a row that both mask may have no key (if no such "
-            "row occurs, say so: options={'assume_attended_rows': True})"
+            "a fill stops the gradient and a bias passes it on, and a row that both mask may have no key (if no such "
+            "row occurs, set options={'assume_attended_rows': True})"
         )
     return FINE
 
@@ -691,9 +711,9 @@ def _check_rounding(terms: list[Term], dtype: torch.dtype, attended: str | None)
             continue
         for value in _values(term):
             if value is ValueKind.ANY or (isinstance(value, float) and ABSORBING < value < -(2.0**8)):
-                what = "whatever the caller hands over" if value is ValueKind.ANY else f"{value:g}"
+                what = "an input with unknown values" if value is ValueKind.ANY else f"{value:g}"
                 raise RoundingDecides(
-                    f"{what} is added to scores in {str(dtype).removeprefix('torch.')}, which rounds them away in a "
-                    "row whose keys are all masked, and no such row could be ruled out (if none occurs, say so: "
-                    "options={'assume_attended_rows': True})"
+                    f"{what} is added to scores in {str(dtype).removeprefix('torch.')}, which rounds the scores away "
+                    "in a row whose keys are all masked, and such a row cannot be ruled out (if none occurs, set "
+                    f"options={'assume_attended_rows': True})"
                 )

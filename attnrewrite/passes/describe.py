@@ -108,14 +108,14 @@ def describe_canonical(site: CanonicalAttention, row: SiteReport, ended: Ended) 
 
 def _grouping_in_words(site: AttentionSite) -> str:
     grouped, folded = ("x".join(str(axis.size) for axis in axes) for axes in (site.group_axes, site.folded))
-    words = [f"{folded} batches share a key and are one with as many more queries"] if folded else []
+    words = [f"{folded} batches share a key and are folded into the query positions"] if folded else []
     words += [f"{grouped} query heads share a key"] if grouped else []
     return "; ".join(filter(None, [*words, site.still_repeated]))
 
 
 def _slices_in_words(site: AttentionSite) -> str:
     if len(site.parts) == 1:
-        return "the buffer that it fills is not made"
+        return "the buffer that its result fills is not allocated"
     if site.parts:
         return f"merged from {len(site.parts)} slices"
     return f"slices are not merged: {site.unmerged}" if site.unmerged else ""
@@ -162,5 +162,5 @@ def _proof(site: CanonicalAttention) -> tuple[str, ...]:
     if scores.attended is not None:
         return (f"every row keeps a key: {scores.attended}",)
     if site.fused:
-        return ("rows without a key: as in the call that was there",)
-    return (f"rows without a key cannot be ruled out and keep the source's value ({scores.masked_rows.value})",)
+        return ("rows without a key: as in the source's call",)
+    return (f"rows without a key cannot be ruled out, and keep the source's value ({scores.masked_rows.value})",)

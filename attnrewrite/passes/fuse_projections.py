@@ -184,9 +184,9 @@ def _is_constant(projection: _Projection, view: GraphView) -> bool:
 def _own_reason(projection: _Projection, kernels: Collection[str]) -> str:
     """Why the projection is one with no other; empty where it may be."""
     if not all(_is_plain(part) for part in (projection.source, *projection.parts)):
-        return "its weight or input is of a subclass of Tensor, or not strided"
+        return "its weight or input is a tensor subclass, or not strided"
     if not _strides_are_unseen(projection.node, kernels):
-        return "it is returned from the graph, or read by an operator that may depend on its strides"
+        return "the graph returns it, or an operator that may depend on its strides reads it"
     return ""
 
 
@@ -195,16 +195,16 @@ def _reason_between(first: _Projection, other: _Projection, view: GraphView, wri
     one, two = tensor(first.weight), tensor(other.weight)
     biases = [tensor(each.bias).dtype for each in (first, other) if each.bias is not None]
     if first.node.target is not other.node.target or not same(one.shape[1 - first.dim], two.shape[1 - other.dim]):
-        return "it is written with another operator"
+        return "it uses another operator"
     if (
         one.dtype is not two.dtype
         or one.device != two.device
         or tensor(first.node).dtype is not tensor(other.node).dtype
         or biases[:1] * len(biases) != biases
     ):
-        return "its dtype or device is another"
+        return "it has another dtype or device"
     if not view.same_region(first.node, other.node) or checkpoint_of(first.node) != checkpoint_of(other.node):
-        return "a switch of grad mode, autocast or checkpointing is in between"
+        return "grad mode, autocast or checkpointing changes in between"
     if any(first.node < node < other.node for node in writing):
         return "a tensor is written to in between"
     if not all(_is_ready(part, first.node, view) for part in other.parts):

@@ -161,25 +161,27 @@ def _wrong(
     if str(value.device) != expected.device:
         first, other = spec.operands[0].name, str(operands[0].device)
         if name != first and other != str(value.device):
-            return f"{name} is on {value.device}, {first} on {other}; move them to one device"
+            return f"{name} is on {value.device} and {first} is on {other}; move them to one device"
         return (
-            f"{name} is on {value.device}, and the graph was compiled for {expected.device}; move it, or call the "
-            "model through torch.compile, which compiles anew"
+            f"{name} is on {value.device}, but the graph was compiled for {expected.device}; move it, or call the "
+            "model through torch.compile, which recompiles"
         )
     if dtype_name(value.dtype) != expected.dtype:
         return (
-            f"{name} is {dtype_name(value.dtype)}, and the graph was compiled for {expected.dtype}; convert it, or "
-            "call the model through torch.compile, which compiles anew"
+            f"{name} is {dtype_name(value.dtype)}, but the graph was compiled for {expected.dtype}; convert it, or "
+            "call the model through torch.compile, which recompiles"
         )
     if value.dim() != len(expected.dims):
-        return f"{name} has {value.dim()} dimensions, not {len(expected.dims)}; give it the shape that was compiled for"
+        return (
+            f"{name} has {value.dim()} dimensions, not {len(expected.dims)}; pass the shape that the graph was "
+            "compiled for"
+        )
     for place, axes in enumerate(expected.dims):
         if axes is not None and value.shape[place] != math.prod(sizes[axis] for axis in axes):
             return _wrong_size(value, place, axes, expected, spec, operands, sizes)
     if expected.dense and value.numel() > 0 and value.shape[-1] > 1 and value.stride(-1) != 1:
         return (
-            f"the last dimension of {name} has the stride {value.stride(-1)}, and the kernel was chosen for 1; call "
-            ".contiguous()"
+            f"the last dimension of {name} has stride {value.stride(-1)}, but the kernel requires 1; call .contiguous()"
         )
     return None
 
@@ -201,7 +203,7 @@ def _wrong_size(
             size = other.shape[its.dims.index(axes)]
             text = f"{text}; that of {its.name} is {size}"
             break
-    return f"{text}; give sizes that the graph was compiled for, or call the model through torch.compile"
+    return f"{text}; pass the sizes that the graph was compiled for, or call the model through torch.compile"
 
 
 def _check_unless_fake(operands: Sequence[Tensor], sizes: Sequence[int], spec: str) -> None:

@@ -106,7 +106,7 @@ def _join_around(
         replaced[joint] = whole
         note = note or _in_words(joining, weights)
     if before and not note:
-        note = ended.added_to("projections of parts of the batch are one")
+        note = ended.added_to("projections of parts of the batch are joined into one")
     return note or str(apart), replaced
 
 
@@ -119,7 +119,7 @@ def _in_words(joining: _Joining, value_weights: Sequence[Any]) -> str:
             source = part if taken is None else taken.source
             if source.target is aten.linear.default and source.args[1] in value_weights:
                 return f"identity part of {tensor(part).shape[dim]} of {total} batch entries"
-    return "the parts of the batch are projected together"
+    return "the parts of the batch share one projection"
 
 
 # Parts of a batch, projected before the attention.

@@ -69,7 +69,7 @@ def require_band(whole: AttentionSite, queries: Sequence[Span], windows: Sequenc
     for mod in whole.mods:
         kept = kept_where(mod, positions) if isinstance(mod, (Bias, Fill)) else None
         if bounded and kept is None and not isinstance(mod, (Shift, Narrow)):
-            raise NotSlices("each slice has keys of its own, and more is done to its scores after they were masked")
+            raise NotSlices("each slice has its own window of keys, and its scores are modified after masking")
         band = None if kept is None else band_of(kept, positions)
         reach = None if band is None else band.from_first
         bounded = bounded or (
@@ -77,9 +77,11 @@ def require_band(whole: AttentionSite, queries: Sequence[Span], windows: Sequenc
             and all(_holds(reach, own, window, count) for own, window in zip(queries, windows, strict=True))
         )
     if not bounded:
-        raise NotSlices("each slice has keys of its own, and no mask is known to keep its queries to them")
+        raise NotSlices(
+            "each slice has its own window of keys, and no mask is proved to restrict its queries to that window"
+        )
     if attended_everywhere(masks, positions) is None:
-        raise NotSlices("each slice has keys of its own, and a query may have none of them")
+        raise NotSlices("each slice has its own window of keys, and a query may attend none of them")
 
 
 def _holds(reach: Reach, queries: Span, window: Span, count: Size) -> bool:

@@ -135,7 +135,7 @@ def _merged(whole: fx.Node, assembly: Assembly, sites: dict[fx.Node, AttentionSi
     pieces = assembly.pieces
     divided = grid(pieces, shape)
     if divided is None:
-        raise NotSlices("the slices are not known to cover the whole exactly once")
+        raise NotSlices("the slices are not proved to cover the whole result exactly once")
     along = [
         dim
         for dim, spans in enumerate(divided)
@@ -143,7 +143,7 @@ def _merged(whole: fx.Node, assembly: Assembly, sites: dict[fx.Node, AttentionSi
     ]
     slices = [_slice(piece, along, sites) for piece in pieces]
     if len({id(part.site) for part in slices}) < len(slices):
-        raise NotSlices("one attention is put in several places")
+        raise NotSlices("the result of one attention is used for several slices")
     owned = _owned(whole, assembly, slices)
     _require_one_region(whole, assembly, slices, view)
     merge = _Merge(whole, slices, {dim: Axis(shape[dim], "slice") for dim in along}, view)
@@ -158,17 +158,19 @@ def _merged(whole: fx.Node, assembly: Assembly, sites: dict[fx.Node, AttentionSi
 def _slice(piece: Piece, along: list[int], sites: dict[fx.Node, AttentionSite]) -> _Slice:
     *views, result = _behind_views(piece.node, sites)
     if result not in sites:
-        raise NotSlices("something else than attention is put beside a slice, or something is done to a slice first")
+        raise NotSlices("something other than attention is concatenated with a slice, or a slice is modified first")
     site = sites[result]
     layout: Layout | None = site.result_layout
     for node in reversed(views):
         layout = None if layout is None else push(node, layout)
     if layout is None or set(axes_of(layout)) != set(axes_of(site.result_layout)):
-        raise NotSlices("the slices are laid out anew, in a way that no layout expresses, before they are put together")
+        raise NotSlices(
+            "the slices are rearranged before they are put together, in a way that is not known to be a view"
+        )
     own = resolve(layout)
     layout = tuple(() if dim is None else own[dim] for dim in piece.dims)
     if any(len(layout[dim]) > 1 for dim in along):
-        raise NotSlices("the slices are put together along a dimension that holds several axes")
+        raise NotSlices("the slices are put together along a dimension that combines several axes")
     axes = {dim: layout[dim][0] if layout[dim] else None for dim in along}
     return _Slice(site, layout, {dim: piece.box[dim] for dim in along}, axes, views)
 
@@ -186,7 +188,7 @@ def _owned(whole: fx.Node, assembly: Assembly, slices: list[_Slice]) -> list[fx.
             if not _is_idle(user):
                 if node is buffer:
                     continue
-                raise NotSlices(f"a slice is read by itself, too ({reader_in_words(user)})")
+                raise NotSlices(f"a slice is also used on its own ({reader_in_words(user)})")
             own.add(user)
             pending.append(user)
     return [node for node in own if not whole < node]
@@ -201,15 +203,15 @@ def _require_one_region(whole: fx.Node, assembly: Assembly, slices: list[_Slice]
     buffer = assembly.buffer
     if buffer is not None and buffer.target not in FACTORY_OPS:
         if buffer.op == "call_function":
-            raise NotSlices("the slices are written into a tensor that was computed, which is not left out")
+            raise NotSlices("the slices are written into a computed tensor, which must be kept")
         if slices[0].site.differentiable:
-            raise NotSlices("the slices are written into a tensor that may have a gradient, if only one of zeros")
+            raise NotSlices("the slices are written into a tensor that may need a gradient, even if only of zeros")
     if any(tensor(part.site.result).dtype is not tensor(whole).dtype for part in slices):
-        raise NotSlices("the slices have another dtype than the whole")
+        raise NotSlices("the slices and the whole result differ in dtype")
     if len({checkpoint_of(part.site.result) for part in slices}) > 1:
-        raise NotSlices("the slices are checkpointed one by one")
+        raise NotSlices("the slices are checkpointed separately")
     if not all(view.same_region(part.site.result, whole) for part in slices):
-        raise NotSlices("grad mode or autocast is switched between the slices and the whole")
+        raise NotSlices("grad mode or autocast differs between the slices and the whole result")
 
 
 _EQUAL = (
@@ -282,7 +284,7 @@ class _Merge:
         lone = tuple(axis for axis in query.axes if axis in unseen - {*key.axes, *value.axes})
         query_axes = self._renamed((model.query_axes,))[0] or lone
         if model.is_causal and set(query_axes) & set(self._axes.values()):
-            raise NotSlices("each slice counts its causal mask from its own first query")
+            raise NotSlices("the causal mask of each slice starts at the slice's own first query")
         site = dataclasses.replace(
             model,
             anchor=min(site.anchor for site in sites),
@@ -307,7 +309,7 @@ class _Merge:
             self._require_band(site)
         weighed = {axis for operand in (query, key, *site.modifiers) for axis in operand.axes}
         if model.dropout and not set(self._axes.values()) <= weighed:
-            raise NotSlices("each slice of the value drops weights of its own")
+            raise NotSlices("each slice of the value has its own dropout of the weights")
         added = tuple((axis,) for axis in self._axes.values() if axis in unseen & weighed)
         site = dataclasses.replace(site, weight_layout=(*added, *self._renamed(model.weight_layout)))
         # Now that all is compared axes may be divided: the whole may be a view itself.
@@ -330,7 +332,7 @@ class _Merge:
     def _require_band(self, site: AttentionSite) -> None:
         along = [dim for dim, axis in self._axes.items() if (axis,) == site.query_axes]
         if site.is_causal or len(along) != 1:
-            raise NotSlices("the key is not sliced as the result is")
+            raise NotSlices("the key and the result are not sliced alike")
         queries, windows = ([part.spans[dim] for part in self._slices] for dim in (along[0], _KEYS))
         require_band(site, queries, windows, self._axes[_KEYS].size)
 
@@ -342,13 +344,13 @@ class _Merge:
         for part, names, layout in zip(self._slices, self._names, layouts, strict=True):
             own = [self._unsliced(dim, part) for dim in resolve(layout)]
             if [len(dim) for dim in own] != [len(dim) for dim in model]:
-                raise NotSlices(f"the {what} of the slices have different dimensions")
+                raise NotSlices(f"the slices differ in the dimensions of their {what}")
             for axis, other in zip(axes_of(model), axes_of(own), strict=True):
                 known = names.setdefault(axis, other)
                 if known is not other or not same(axis.size, other.size):
-                    raise NotSlices(f"the {what} of the slices have different dimensions")
+                    raise NotSlices(f"the slices differ in the dimensions of their {what}")
             if len(set(names.values())) < len(names):
-                raise NotSlices(f"the {what} of the slices have different dimensions")
+                raise NotSlices(f"the slices differ in the dimensions of their {what}")
 
     def _unsliced(self, dim: Dim, part: _Slice) -> Dim:
         return tuple(axis for axis in axes_of((dim,)) if axis not in part.sliced)
@@ -358,7 +360,7 @@ class _Merge:
         new: dict[Axis, Axis] = {}
         for dim, axis in self._model.axes.items():
             if axis is not None and axis.parts is not None:
-                raise NotSlices("the slices are put together along a dimension that holds several axes")
+                raise NotSlices("the slices are put together along a dimension that combines several axes")
             if axis is not None:
                 new[axis] = self._axes[dim]
         return tuple(tuple(new.get(axis, axis) for axis in dim) for dim in resolve(layout))
@@ -382,14 +384,14 @@ class _Merge:
                     raise NotSlices(f"the {what} is sliced along another axis than the result")
                 layout[dim] = ()
             if any(axis in part.sliced for axis in axes_of(layout)):
-                raise NotSlices(f"the slices share the {what}, along the axis that they are slices of")
+                raise NotSlices(f"the slices share the {what}, which has the axis that the result is sliced along")
             layouts.append(tuple(layout))
         self._compared.append((layouts, what))
         merged = list(layouts[self._place])
         for dim, along in whole.sliced.items():
             merged[dim] = (self._axes[along],)
         if not all(same(size_of(axes), size) for axes, size in zip(merged, tensor(whole.node).shape, strict=True)):
-            raise NotSlices(f"the {what} of the whole is broadcast, and that of the slices is not")
+            raise NotSlices(f"the {what} is broadcast in the whole result and not in the slices")
         return Operand(whole.node, tuple(merged))
 
     def _behind_views(self, operand: Operand) -> Operand:
@@ -408,16 +410,16 @@ class _Merge:
 
     def _mods(self, mods: Sequence[tuple[Any, ...]], what: str) -> tuple[Any, ...]:
         if len({len(steps) for steps in mods}) > 1:
-            raise NotSlices(f"not the same is done to the {what} of each slice")
+            raise NotSlices(f"the operations on the {what} differ between slices")
         return tuple(self._mod(steps, what) for steps in zip(*mods, strict=True))
 
     def _mod(self, steps: Sequence[Any], what: str) -> Any:
         first = steps[0]
         if any(type(step) is not type(first) for step in steps):
-            raise NotSlices(f"not the same is done to the {what} of each slice")
+            raise NotSlices(f"the operations on the {what} differ between slices")
         if isinstance(first, Elementwise):
             if any(_function(step.node) != _function(first.node) for step in steps):
-                raise NotSlices(f"not the same is done to the {what} of each slice")
+                raise NotSlices(f"the operations on the {what} differ between slices")
             return first
         if isinstance(first, Scale):
             self._require_equal(steps, ("divide",), what)
@@ -433,7 +435,7 @@ class _Merge:
             self._require_equal(steps, rest, "mask")
             return dataclasses.replace(first, condition=self._operand([step.condition for step in steps], "mask"))
         if any(step != first for step in steps):
-            raise NotSlices(f"not the same is done to the {what} of each slice")
+            raise NotSlices(f"the operations on the {what} differ between slices")
         return first
 
     def _require_equal(self, steps: Sequence[Any], names: Sequence[str], what: str) -> None:

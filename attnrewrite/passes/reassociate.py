@@ -90,18 +90,17 @@ def _choose_order(site: LinearAttention) -> _OrderChoice:
 
     before, after = cost(own), cost(other)
     if has_free_unbacked_symbols([before, after]):
-        return _OrderChoice(own, "which order is the cheaper one depends on the data")
+        return _OrderChoice(own, "the cheaper order depends on the data")
     if statically_known_true(before <= after):
-        return _OrderChoice(own, f"the {own} order is the cheaper one")
+        return _OrderChoice(own, f"the {own} order is cheaper")
     if not statically_known_true(after < before):
         if own == "linear":
             return _OrderChoice(
                 own,
-                "which order is the cheaper one depends on symbolic sizes, and the linear one needs no "
-                "matrix of all pairs",
+                "the cheaper order depends on symbolic sizes, and the linear one needs no matrix of query-key pairs",
             )
         if not hint(after) < hint(before):
-            return _OrderChoice(own, f"the {own} order is the cheaper one for the sizes of the first call")
+            return _OrderChoice(own, f"the {own} order is cheaper for the sizes of the first call")
     if site.fixed:
         return _OrderChoice(own, f"the {other} order would be cheaper: {site.fixed}", refused=True)
     return _OrderChoice(other)

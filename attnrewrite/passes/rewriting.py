@@ -148,7 +148,7 @@ class Rewriting:
         """
         self._result.offered = True
         if not self._requested_alike(site):
-            row.reason = "its slices are not asked for alike (kernels, or other options of single sites)"
+            row.reason = "different kernels or options are requested for its slices (request the same for all of them)"
             return None
         policy = policy_at(self._policy, site.anchor)
         request = self._adjust_request(row.name, site, request_for(policy, row.location, site.anchor))
@@ -189,7 +189,7 @@ class Rewriting:
             self._result.sites.append(row)
             self._attentions.append(ReportedSite(site, row))
             return
-        why = Reason(f"the whole is not taken: {row.reason}")
+        why = Reason(f"no kernel takes the merged attention: {row.reason}")
         slices = [(f"{row.name}_{number}", replace(part, unmerged=why)) for number, part in enumerate(site.parts)]
         self._pending.extendleft(reversed(slices))
 

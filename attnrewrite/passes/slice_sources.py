@@ -88,7 +88,7 @@ class Wholes:
             # It was computed anew for each slice.
             return Whole(first, tuple(range(tensor(first).dim())), {})
         if not all(map(self._may_move, nodes)):
-            raise NotSlices(f"the {what} of the slices is computed where grad mode or autocast is another")
+            raise NotSlices(f"the {what} of the slices is computed under another grad mode or autocast")
         taken = _taken(nodes)
         if len(taken) == len(nodes) and len({(part.dim, part.selected) for part in taken}) == 1:
             return self._sliced(taken, what)
@@ -105,7 +105,7 @@ class Wholes:
                 and (first.target is aten.unsqueeze.default or permutation_of(first) is not None)
             ):
                 return self._rearranged(nodes, what)
-        raise NotSlices(f"the {what} of the slices is not one tensor, sliced")
+        raise NotSlices(f"the {what} of the slices is not known to be sliced from one tensor")
 
     def _equal(self, a: fx.Node, b: fx.Node, steps: int = 0) -> bool:
         """Whether two nodes compute the same, from the same, as far as a few steps tell."""
@@ -134,14 +134,14 @@ class Wholes:
                 if dim in whole.sliced or name in whole.sliced.values():
                     raise NotSlices(f"the {what} is sliced twice")
                 if not same(tensor(whole.node).shape[dim], self._sizes[name]):
-                    raise NotSlices(f"the slices leave a part of the {what}")
+                    raise NotSlices(f"the slices do not cover all of the {what}")
                 return Whole(whole.node, dims, {**whole.sliced, dim: name})
         first = taken[0].span
         if dim not in whole.sliced and all(same_span(part.span, first) for part in taken):
             # The same part of each slice is a slice of that part.
             node = self._builder.call(aten.slice.Tensor, whole.node, dim, first.start, first.stop)
             return Whole(node, dims, whole.sliced)
-        raise NotSlices(f"the {what} is not sliced as the result is")
+        raise NotSlices(f"the {what} and the result are not sliced alike")
 
     def _counted(self, nodes: Sequence[fx.Node], what: str) -> Whole:
         """``arange(start, end)``."""
@@ -150,7 +150,7 @@ class Wholes:
             if all(same(a, span.start) and same(b, span.stop) for (a, b), span in zip(counted, spans, strict=True)):
                 node = self._builder.call(aten.arange.start, 0, self._sizes[name], **nodes[0].kwargs)
                 return Whole(node, (0,), {0: name})
-        raise NotSlices(f"the {what} is not sliced as the result is")
+        raise NotSlices(f"the {what} and the result are not sliced alike")
 
     def _constant(self, node: fx.Node) -> Whole:
         """The same number everywhere, of which one entry is enough."""
@@ -177,7 +177,7 @@ class Wholes:
             # Broadcasting lines dimensions up from the last one on.
             offset = rank - len(whole.dims)
             if whole.dims != model.dims and not (whole.aligned() and None not in model.dims[offset:]):
-                raise NotSlices(f"the {what} of the slices is not one tensor, sliced")
+                raise NotSlices(f"the {what} of the slices is not known to be sliced from one tensor")
             for dim, name in whole.sliced.items():
                 if sliced.setdefault(dim + offset, name) != name:
                     raise NotSlices(f"the {what} is sliced along another axis than the result")
@@ -186,7 +186,7 @@ class Wholes:
             for dim in sliced:
                 own = dim - offset
                 if own >= 0 and own not in whole.sliced and not same(tensor(whole.node).shape[own], 1):
-                    raise NotSlices(f"the slices share the {what}, along the axis that they are slices of")
+                    raise NotSlices(f"the slices share the {what}, which has the axis that the result is sliced along")
         if len(set(sliced.values())) < len(sliced) or first.kwargs.get("out") is not None:
             raise NotSlices(f"the {what} is sliced twice")
         return Whole(self._builder.call(first.target, *args, **first.kwargs), model.dims, sliced)
@@ -194,7 +194,7 @@ class Wholes:
     def _rearranged(self, nodes: Sequence[fx.Node], what: str) -> Whole:
         whole = self.of([node.args[0] for node in nodes], what)  # type: ignore[misc]
         if not whole.aligned():
-            raise NotSlices(f"the {what} of the slices is rearranged after it was selected")
+            raise NotSlices(f"the {what} of the slices is rearranged after a selection")
         first = nodes[0]
         node = self._builder.call(first.target, whole.node, *first.args[1:], **first.kwargs)
         order = permutation_of(first)

@@ -51,9 +51,9 @@ class ReportData:
         """What is to be said of the model as a whole: a sentence for each rule that matches nothing."""
         places = [site.location for site in self.sites if site.location is not None]
         paths = list(dict.fromkeys(repr(place.module or str(place)) for place in places))
-        there = f"; there are attentions at {', '.join(paths[:4])}" if paths else ""
+        there = f"; the model has attentions at {', '.join(paths[:4])}" if paths else ""
         there += ", ..." if len(paths) > 4 else ""
-        return [f"kernel_rules: {glob!r} matches no attention here{there}" for glob in self.unmatched_rules]
+        return [f"kernel_rules: {glob!r} matches no attention{there}" for glob in self.unmatched_rules]
 
     @property
     def summary(self) -> str:
@@ -64,7 +64,7 @@ class ReportData:
         )
         text += f"; {len(self.recognized)} in the best form already" if self.recognized else ""
         uncaptured = sum(not graph.captured for graph in self.graphs)
-        return text + (f"; {uncaptured} passed on uncaptured" if uncaptured else "")
+        return text + (f"; {uncaptured} not captured" if uncaptured else "")
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report as JSON-ready data."""

@@ -30,9 +30,9 @@ def _verdict(site: CanonicalAttention, kernel: Kernel) -> Verdict:
     """What the kernel says; one that decides by numbers is not asked where they are known only with the data."""
     counts = [axis.size for axis in (*site.query_axes, *site.key_axes)]
     if has_free_unbacked_symbols(counts) and not kernel.takes_unbacked:
-        return Verdict.no("takes no number of positions that depends on the data")
+        return Verdict.no("does not take a number of queries or keys that depends on the data")
     if site.windowed and not kernel.skips_masked(site):
-        return Verdict.no("would compute all scores, where the source computes those within windows of keys")
+        return Verdict.no("would compute all scores, while the source computes only those within windows of keys")
     return kernel.supports(site)
 
 

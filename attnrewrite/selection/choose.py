@@ -100,7 +100,7 @@ def _automatic(
         milliseconds, source = _estimates(table, willing, workload, policy.cuda_graphs), f"measured on {table.device}"
     if policy.autotune:
         failed = [kernel.name for kernel in willing if kernel.name not in milliseconds]
-        verdicts.update({name: KernelVerdict(name, False, "failed when it was timed") for name in failed})
+        verdicts.update({name: KernelVerdict(name, False, "failed while it was timed") for name in failed})
         willing = [kernel for kernel in willing if kernel.name in milliseconds] or willing
     # A kernel of the user's own comes first unless it was measured, and so does PyTorch's choice where it was not.
     if willing[0].name not in milliseconds:
@@ -136,12 +136,12 @@ def say_unserved(request: Request, row: SiteReport, why: str, kernel: Kernel | N
     if "auto" in request.names or request.otherwise_kept:
         return
     message = (
-        f"{', '.join(request.names)} was asked for by {request.origin} and cannot serve the attention at "
+        f"{', '.join(request.names)} was requested by {request.origin} and cannot serve the attention at "
         f"{row.location}: {why}"
     )
     if request.strict:
         raise KernelError(message)
-    instead = f"{kernel.name} takes it" if kernel else "it is left as it is"
+    instead = f"{kernel.name} serves it" if kernel else "it is left unchanged"
     _warn_once(f"{message}; {instead}")
 
 

@@ -128,8 +128,9 @@ def say_what_is_lost(gm: fx.GraphModule, policy: Policy) -> list[str]:
         if not names:
             continue
         notes.append(
-            f"accelerate_attention on {part.name} is a part of this graph, which is compiled as a whole, so that "
-            f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not heard: say it where the model is compiled"
+            f"accelerate_attention on {part.name} is part of a model that is compiled as a whole: {', '.join(names)} "
+            f"{'has' if len(names) == 1 else 'have'} no effect here; set {'it' if len(names) == 1 else 'them'} where "
+            "the whole model is compiled"
         )
         if not part.said.issuperset(names):
             log.warning("%s", notes[-1])

@@ -383,12 +383,12 @@ def test_options_of_the_whole_graph_are_said_once(caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.WARNING, "attnrewrite"):
         for _ in range(2):
             notes = compiled_whole(attends)[2]
-            said = "dynamic, options['verify'], options['max_autotune'] are not heard"
+            said = "dynamic, options['verify'], options['max_autotune'] have no effect here"
             assert [note for note in notes if said in note and "attends" in note], notes
-    assert len([record for record in caplog.records if "not heard" in record.message]) == 1
+    assert len([record for record in caplog.records if "no effect here" in record.message]) == 1
     # What the model is compiled with holds.
     notes = compiled_whole(attends, options={"inner_backend": "aot_eager", "verify": True})[2]
-    assert not any("verify" in note for note in notes if "not heard" in note)
+    assert not any("verify" in note for note in notes if "no effect here" in note)
 
 
 def test_what_is_decorated_is_explained_with_its_kernels() -> None:
@@ -396,7 +396,7 @@ def test_what_is_decorated_is_explained_with_its_kernels() -> None:
     report = explain(model, X)
     assert [site.kernel for site in report.sites] == [MATH] and report.graphs[0].notes == []
     report = explain(model, X, options={"inner_backend": "eager"})
-    assert "options['inner_backend'] is not heard" in report.graphs[0].notes[0]
+    assert "options['inner_backend'] has no effect here" in report.graphs[0].notes[0]
 
 
 def test_slices_that_are_asked_for_by_different_kernels_are_not_merged() -> None:

@@ -65,7 +65,7 @@ def test_a_file_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["bench", "pass", "--json", str(tmp_path / "missing" / "pass.json")])
     assert result.exit_code == 2
     (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("Error: the data could not be written to") and "is no directory" in line
+    assert line.startswith("Error: the data could not be written to") and "is not a directory" in line
 
 
 # bench sites
@@ -118,10 +118,10 @@ def test_the_grids() -> None:
 def test_bad_input_of_bench_sites(tmp_path: Path) -> None:
     for arguments, words in (
         (["--kernels", "nativ"], "unknown kernel 'nativ' (did you mean 'native'"),
-        (["--json", str(tmp_path / "missing" / "x.json")], "is no directory"),
+        (["--json", str(tmp_path / "missing" / "x.json")], "is not a directory"),
         (["--device", "cuda:7"], "cuda:7"),
         (["--device", "cud"], "--device cud: PyTorch cannot use it"),
-        (["--device", "meta"], "give cpu, cuda or cuda:N"),
+        (["--device", "meta"], "pass cpu, cuda or cuda:N"),
     ):
         result = CliRunner().invoke(main, ["bench", "sites", *arguments])
         assert result.exit_code == 2, result.output

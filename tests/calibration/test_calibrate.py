@@ -552,12 +552,12 @@ def test_the_command(factories: Path) -> None:
         ("not_a_run", [], "returned an object of type int as run"),
         ("run_with_arguments", [], "run of calibrate_factories:run_with_arguments must be callable without arguments"),
         ("no_call", [], "run() did not call Video"),
-        ("fails", [], "run() raised IndexError: list index out of range (run with --traceback to see it all)"),
+        ("fails", [], "run() raised IndexError: list index out of range (run with --traceback for the full traceback)"),
         ("mapping", ["--threshold", "-1"], "threshold must be a number above 0"),
         ("mapping", ["--inner-backend", "inducto"], "did you mean 'inductor'"),
-        ("compiled", ["--inner-backend", "eager"], "is compiled already; leave it out"),
-        ("mapping", ["--json", "missing/a.json"], "missing is no directory"),
-        ("mapping", ["--plot", "missing/a.png"], "missing is no directory"),
+        ("compiled", ["--inner-backend", "eager"], "is already compiled; omit the option"),
+        ("mapping", ["--json", "missing/a.json"], "missing is not a directory"),
+        ("mapping", ["--plot", "missing/a.png"], "missing is not a directory"),
     ],
 )
 def test_mistakes_are_told_in_one_line(factories: Path, factory: str, options: list[str], words: str) -> None:

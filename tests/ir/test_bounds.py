@@ -212,7 +212,9 @@ CASES = [
         {"fuse_projections": True},
     ),
     Case(bounds.BESIDE_ATTENTION, behind_result, lambda row: "identity part" in row.projections),
-    Case(bounds.SHARED_PROJECTIONS, parts_of_a_batch, lambda row: "of the batch are one" in row.projections),
+    Case(
+        bounds.SHARED_PROJECTIONS, parts_of_a_batch, lambda row: "of the batch are joined into one" in row.projections
+    ),
     Case(bounds.BETWEEN_PRODUCTS, between_products, lambda row: row.order.startswith("linear")),
     Case(bounds.BEHIND_DIVISOR, behind_divisor, lambda row: "divided by a sum of the keys" in row.score_mods),
     Case(bounds.FEATURE_MAP, feature_map, lambda row: "relu of key" in row.score_mods),

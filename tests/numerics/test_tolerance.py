@@ -300,7 +300,9 @@ def test_a_graph_in_which_no_kernel_is_willing() -> None:
     _, graph = run(function, torch.randn(2, 8, 16), torch.randn(8, 8), tolerance=0.1)
     assert kernels(graph) == ["native"]
     (note,) = notes(graph)
-    assert note.startswith("tolerance 1e-01: no kernel of lower precision takes a site: int8: takes no mask")
+    assert note.startswith(
+        "tolerance 1e-01: no kernel of lower precision takes any attention site: int8: takes no mask"
+    )
     # What needs a network is not even asked.
     assert "sage" in note and "hub" not in note
     assert [verdict.kernel for verdict in graph.sites[0].verdicts] == ["native"]
@@ -319,7 +321,7 @@ def test_a_number_of_keys_that_depends_on_the_data() -> None:
         _, graph = run(function, q, x, torch.arange(8) < 5, tolerance=0.1)
     assert kernels(graph) == ["native"]
     (note,) = notes(graph)
-    assert "int8" in note.partition(": takes no number of positions that depends on the data")[0]
+    assert "int8" in note.partition(": does not take a number of queries or keys that depends on the data")[0]
 
 
 @pytest.mark.usefixtures("int8")
@@ -415,9 +417,7 @@ def test_weights_dropped_at_random() -> None:
 
     _, graph = run(function, torch.randn(2, 8, 16), tolerance=0.5)
     assert kernels(graph) == ["native"]
-    assert notes(graph) == [
-        "tolerance 5e-01: not applied at site0: weights are dropped at random, so that results cannot be compared"
-    ]
+    assert notes(graph) == ["tolerance 5e-01: not applied at site0: dropout is random, so results cannot be compared"]
 
 
 @pytest.mark.usefixtures("int8")
@@ -429,7 +429,7 @@ def test_inputs_that_are_not_at_hand() -> None:
     (graph,) = graphs
     assert kernels(graph) == ["native"]
     assert notes(graph) == [
-        "tolerance 5e-01: not applied, since the call's inputs are not at hand while it is compiled"
+        "tolerance 5e-01: not applied, since the inputs of the call are not available while it is compiled"
     ]
 
 
@@ -461,7 +461,7 @@ def test_a_source_that_does_not_fit_into_memory(tolerance: float) -> None:
     assert kernels(graph) == ["int8" if tolerance > 1e-2 else "native"]
     assert "error " in answer(graph.sites[0], "int8")
     first, _ = notes(graph)
-    assert "the graph as it was did not run (RuntimeError: " in first and "can't allocate memory" in first
+    assert "the source graph did not run (RuntimeError: " in first and "can't allocate memory" in first
     assert first.endswith("so results are compared with those of native")
 
 
@@ -627,4 +627,4 @@ def test_sage(cudagraphs: bool) -> None:
     assert kernels(beyond)[0] not in ("sage", "sage_varlen")
     assert "more than the tolerance 1e-05" in answer(beyond.sites[0], "sage")
     assert kernels(refused)[0] not in ("sage", "sage_varlen")
-    assert "no kernel of lower precision takes a site" in notes(refused)[0] and "sage" in notes(refused)[0]
+    assert "no kernel of lower precision takes any attention site" in notes(refused)[0] and "sage" in notes(refused)[0]

@@ -124,8 +124,8 @@ def test_a_wrong_rewrite_is_named_and_not_used(
     first, second, third = (row.reason for row in graph.sites)
     assert first == third == "verification failed elsewhere in the graph"
     assert second.startswith("verification: site1")
-    assert warning == f"{graph.name}: {second.removeprefix('verification: ')}; the graph is kept as it was"
-    assert any("the graph is kept as it was" in note and "site1" in note for note in graph.notes)
+    assert warning == f"{graph.name}: {second.removeprefix('verification: ')}; the source graph is kept"
+    assert any("the source graph is kept" in note and "site1" in note for note in graph.notes)
 
 
 @pytest.mark.usefixtures("wrong")
@@ -233,7 +233,7 @@ def test_random_numbers_are_as_without_verification(weights: float) -> None:
     (note,) = [note for note in graphs[0].notes if "verified" in note]
     if weights:
         assert "1 site agrees with the source" in note
-        assert "site0" in note and "drops weights at random (dropout 0.25), not compared" in note
+        assert "site0" in note and "not compared: its dropout of 0.25 is random" in note
     else:
         assert "all 2 sites agree" in note
 

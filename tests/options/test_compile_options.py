@@ -117,4 +117,4 @@ def test_assume_attended_rows_lifts_a_refusal() -> None:
     assert kept.status == "kept" and "assume_attended_rows" in kept.reason
     torch._dynamo.reset()
     (taken,) = rows(masked, *inputs, assume_attended_rows=True)
-    assert taken.status == "rewritten" and any("the caller's word" in line for line in taken.proof)
+    assert taken.status == "rewritten" and any("asserted by the option" in line for line in taken.proof)

@@ -298,7 +298,7 @@ def test_a_number_that_is_filled_in_beside_a_bias_that_may_mask(value: float) ->
     A number that swallows any score would: but the bias may mask the other keys of a row by as low a number.
     """
     form = _form(f"s = s + bias\ns = s.masked_fill(mask, {value})")
-    assert "beside another mask or bias" in form.inexpressible
+    assert "together with another mask or bias" in form.inexpressible
     # One that swallows any score is what it is.
     assert not _form("s = s + bias\ns = s.masked_fill(mask, -1e300)").inexpressible
     # Nor is there a second mask where every row keeps a key.

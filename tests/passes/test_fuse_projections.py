@@ -249,8 +249,8 @@ def _checkpointed(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor) -> Tensor:
 
 
 _OF_TWO = "are one projection to 32 features"
-_BETWEEN = "key not with query: a switch of grad mode, autocast or checkpointing is in between"
-_STRIDES = "by itself: it is returned from the graph, or read by an operator that may depend on its strides"
+_BETWEEN = "key not with query: grad mode, autocast or checkpointing changes in between"
+_STRIDES = "by itself: the graph returns it, or an operator that may depend on its strides reads it"
 
 
 # How many projections remain of three, and what is said.

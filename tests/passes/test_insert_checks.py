@@ -61,31 +61,40 @@ def checks_in(gm: fx.GraphModule) -> int:
 
 
 WRONG: list[tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = [
-    (lambda x: {"k": x["k"].to("meta")}, "key is on meta, query on cpu; move them to one device"),
+    (lambda x: {"k": x["k"].to("meta")}, "key is on meta and query is on cpu; move them to one device"),
     (
         lambda x: {name: value.to("meta") for name, value in x.items()},
-        "query is on meta, and the graph was compiled for cpu; move it, or call the model through torch.compile, which "
-        "compiles anew",
+        "query is on meta, but the graph was compiled for cpu; move it, or call the model through torch.compile, which "
+        "recompiles",
     ),
     (
         lambda x: {"v": x["v"].bfloat16()},
-        "value is bfloat16, and the graph was compiled for float32; convert it, or call the model through "
-        "torch.compile, which compiles anew",
+        "value is bfloat16, but the graph was compiled for float32; convert it, or call the model through "
+        "torch.compile, which recompiles",
     ),
-    (lambda x: {"mask": x["mask"].bool()}, "mask is bool, and the graph was compiled for float32; convert it"),
-    (lambda x: {"q": x["q"][0]}, "query has 3 dimensions, not 4; give it the shape that was compiled for"),
+    (lambda x: {"mask": x["mask"].bool()}, "mask is bool, but the graph was compiled for float32; convert it"),
+    (lambda x: {"q": x["q"][0]}, "query has 3 dimensions, not 4; pass the shape that the graph was compiled for"),
     (
         lambda x: {"v": x["v"][:, :, :5]},
-        "dimension 2 of value (keys) is 5, not 8; that of key is 8; give sizes that the graph was compiled for, or "
+        "dimension 2 of value (keys) is 5, not 8; that of key is 8; pass the sizes that the graph was compiled for, or "
         "call the model through torch.compile",
     ),
-    (lambda x: {"k": x["k"][:, :3]}, "dimension 1 of key (batch or heads) is 3, not 4; that of query is 4; give sizes"),
-    (lambda x: {"k": x["k"][..., :8]}, "dimension 3 of key (head size) is 8, not 16; that of query is 16; give sizes"),
-    (lambda x: {"mask": x["mask"][..., :7]}, "dimension 3 of mask (keys) is 7, not 8; that of key is 8; give sizes"),
-    (lambda x: {"mask": x["mask"].expand(2, 3, 1, 8)}, "dimension 1 of mask (broadcast) is 3, not 1; give sizes"),
+    (
+        lambda x: {"k": x["k"][:, :3]},
+        "dimension 1 of key (batch or heads) is 3, not 4; that of query is 4; pass the sizes",
+    ),
+    (
+        lambda x: {"k": x["k"][..., :8]},
+        "dimension 3 of key (head size) is 8, not 16; that of query is 16; pass the sizes",
+    ),
+    (
+        lambda x: {"mask": x["mask"][..., :7]},
+        "dimension 3 of mask (keys) is 7, not 8; that of key is 8; pass the sizes",
+    ),
+    (lambda x: {"mask": x["mask"].expand(2, 3, 1, 8)}, "dimension 1 of mask (broadcast) is 3, not 1; pass the sizes"),
     (
         lambda x: {"q": x["q"].mT.contiguous().mT},
-        "the last dimension of query has the stride 8, and the kernel was chosen for 1; call .contiguous()",
+        "the last dimension of query has stride 8, but the kernel requires 1; call .contiguous()",
     ),
 ]
 
@@ -143,7 +152,7 @@ def test_an_operator_that_does_not_keep_its_word(inner: str) -> None:
     with torch.no_grad(), pytest.raises(AttentionCheckError) as error:
         compiled()
     assert "test_insert_checks.py:" in str(error.value) and "(block)" in str(error.value)
-    assert "key is float64, and the graph was compiled for float32" in str(error.value)
+    assert "key is float64, but the graph was compiled for float32" in str(error.value)
 
 
 class Block(nn.Module):

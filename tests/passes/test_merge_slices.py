@@ -202,7 +202,7 @@ def test_dropout_of_slices_of_the_value_is_their_own() -> None:
 
     q, k, v = operands(3)
     v[..., 4:] = v[..., :4]
-    reason = "slices are not merged: each slice of the value drops weights of its own"
+    reason = "slices are not merged: each slice of the value has its own dropout of the weights"
     assert [row.slices for row in rows(sliced, q, k, v)] == [reason] * 2
     first, second = rewritten(sliced)(q, k, v).chunk(2, dim=-1)
     assert not torch.equal(first, second)
@@ -441,9 +441,9 @@ def test_windows_of_keys_where_no_kernel_leaves_out_what_is_masked() -> None:
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        (lambda q, k, v: in_windows(q, k, v, 4, 2, 3), "no mask is known to keep its queries to them"),
-        (lambda q, k, v: in_windows(q, k, v, 4, 3, 99), "no mask is known to keep its queries to them"),
-        (lambda q, k, v: in_windows(q, k, v, 4, 3, 3, -1.0), "no mask is known to keep its queries to them"),
+        (lambda q, k, v: in_windows(q, k, v, 4, 2, 3), "no mask is proved to restrict its queries"),
+        (lambda q, k, v: in_windows(q, k, v, 4, 3, 99), "no mask is proved to restrict its queries"),
+        (lambda q, k, v: in_windows(q, k, v, 4, 3, 3, -1.0), "no mask is proved to restrict its queries"),
         (
             lambda q, k, v: torch.cat(
                 [attend(q[:, i : i + 4], k[:, i : i + 4], v[:, i : i + 4]) for i in (0, 4, 8)], 1
@@ -452,7 +452,7 @@ def test_windows_of_keys_where_no_kernel_leaves_out_what_is_masked() -> None:
         ),
         (
             lambda q, k, v: torch.cat([attend(q[:, i : i + 4], k[:, : i + 4], v[:, : i + 4]) for i in (0, 4, 8)], 1),
-            "no mask is known to keep its queries to them",
+            "no mask is proved to restrict its queries",
         ),
         (
             lambda q, k, v: torch.cat(
@@ -483,7 +483,7 @@ def test_windows_whose_masked_scores_are_filled_again() -> None:
         return torch.cat(parts, dim=1)
 
     found = without_gradients(function, *operands(3, queries=12, keys=12))
-    assert len(found) == 3 and all("after they were masked" in row.slices for row in found)
+    assert len(found) == 3 and all("modified after masking" in row.slices for row in found)
 
 
 def test_windows_whose_mask_is_broadcast_over_the_keys() -> None:
@@ -517,7 +517,7 @@ def test_windows_in_which_padding_may_leave_a_row_without_a_key() -> None:
     keep = torch.ones(3, 12, dtype=torch.bool)
     keep[1, 4:] = False
     found = without_gradients(padded, *operands(3, queries=12, keys=12), keep)
-    assert len(found) == 3 and all("a query may have none of them" in row.slices for row in found)
+    assert len(found) == 3 and all("a query may attend none of them" in row.slices for row in found)
 
 
 # What is not merged.
@@ -558,7 +558,7 @@ def test_gap_keeps_its_zeros() -> None:
             result[start : start + 2] = attend(q[start : start + 2], k[start : start + 2], v[start : start + 2])
         return result
 
-    check_kept(sliced, *operands(6), slices=2, reason="not known to cover the whole exactly once")
+    check_kept(sliced, *operands(6), slices=2, reason="not proved to cover the whole result exactly once")
 
 
 def test_overlap() -> None:
@@ -575,14 +575,14 @@ def test_overlap_in_a_concatenation() -> None:
     def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.cat([attend(q[:, 0:6], k, v), attend(q[:, 4:10], k, v)], dim=1)
 
-    check_kept(sliced, *operands(3), slices=2, reason="the query is not sliced as the result is")
+    check_kept(sliced, *operands(3), slices=2, reason="the query and the result are not sliced alike")
 
 
 def test_put_together_in_another_order() -> None:
     def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.cat([attend(part, k, v) for part in reversed(torch.split(q, 5, dim=1))], dim=1)
 
-    check_kept(sliced, *operands(3), slices=2, reason="the query is not sliced as the result is")
+    check_kept(sliced, *operands(3), slices=2, reason="the query and the result are not sliced alike")
 
 
 def test_another_scale_in_one_slice() -> None:
@@ -597,7 +597,7 @@ def test_another_key_in_one_slice() -> None:
         first, second = q.chunk(2, dim=1)
         return torch.cat([attend(first, k, v), attend(second, v, v)], dim=1)
 
-    check_kept(sliced, *operands(3), slices=2, reason="the key of the slices is not one tensor")
+    check_kept(sliced, *operands(3), slices=2, reason="the key of the slices is not known to be sliced from one tensor")
 
 
 def test_keys_of_another_slice() -> None:
@@ -605,7 +605,7 @@ def test_keys_of_another_slice() -> None:
         parts = [attend(q[i : i + 2], k[4 - i : 6 - i], v[i : i + 2]) for i in (0, 2, 4)]
         return torch.cat(parts)
 
-    check_kept(sliced, *operands(6), slices=3, reason="the key is not sliced as the result is")
+    check_kept(sliced, *operands(6), slices=3, reason="the key and the result are not sliced alike")
 
 
 def test_one_key_for_all_slices() -> None:
@@ -623,7 +623,10 @@ def test_shared_key_is_not_sliced() -> None:
         return torch.cat([attend(part, k, v) for part in torch.split(q, 2)])
 
     check_kept(
-        sliced, *operands(6), slices=3, reason="the slices share the key, along the axis that they are slices of"
+        sliced,
+        *operands(6),
+        slices=3,
+        reason="the slices share the key, which has the axis that the result is sliced along",
     )
 
 
@@ -632,7 +635,7 @@ def test_key_that_is_longer_than_the_whole() -> None:
         return torch.cat([attend(q[i : i + 2], k[i : i + 2], v[i : i + 2]) for i in (0, 2)])
 
     q, k, v = operands(6)
-    check_kept(sliced, q[:4].contiguous(), k, v, slices=2, reason="the slices leave a part of the key")
+    check_kept(sliced, q[:4].contiguous(), k, v, slices=2, reason="the slices do not cover all of the key")
 
 
 def test_mask_of_another_slice() -> None:
@@ -648,7 +651,7 @@ def test_slice_that_is_read_by_itself() -> None:
         first, second = (attend(part, k, v) for part in q.chunk(2, dim=1))
         return torch.cat([first, second], dim=1) * first.mean()
 
-    check_kept(sliced, *operands(3), slices=2, reason="a slice is read by itself, too (mean")
+    check_kept(sliced, *operands(3), slices=2, reason="a slice is also used on its own (mean")
 
 
 def test_buffer_that_is_read_on_the_way() -> None:
@@ -659,7 +662,7 @@ def test_buffer_that_is_read_on_the_way() -> None:
         result[:, 5:] = attend(q[:, 5:], k, v)
         return result * half
 
-    check_kept(sliced, *operands(3), slices=2, reason="a slice is read by itself, too (sum")
+    check_kept(sliced, *operands(3), slices=2, reason="a slice is also used on its own (sum")
 
 
 def test_causal_calls_of_queries() -> None:
@@ -669,7 +672,7 @@ def test_causal_calls_of_queries() -> None:
         parts = [F.scaled_dot_product_attention(part, k, v, is_causal=True) for part in q.chunk(2, dim=-2)]
         return torch.cat(parts, dim=-2)
 
-    check_kept(sliced, *operands(2, 3), slices=2, reason="its own first query")
+    check_kept(sliced, *operands(2, 3), slices=2, reason="own first query")
 
 
 def test_something_else_beside_slices() -> None:
@@ -677,7 +680,7 @@ def test_something_else_beside_slices() -> None:
         first, second, last = torch.split(q, [4, 4, 2], dim=1)
         return torch.cat([attend(first, k, v), attend(second, k, v), last], dim=1)
 
-    check_kept(sliced, *operands(3), slices=2, reason="something else than attention is put beside a slice")
+    check_kept(sliced, *operands(3), slices=2, reason="something other than attention is concatenated with a slice")
 
 
 def test_half_of_it_without_gradients() -> None:
@@ -698,7 +701,7 @@ def test_slices_taken_without_gradients() -> None:
 
     found = rows(sliced, *operands(6))
     assert [row.slices for row in found] == [
-        "slices are not merged: the key of the slices is computed where grad mode or autocast is another"
+        "slices are not merged: the key of the slices is computed under another grad mode or autocast"
     ] * 2
 
 
@@ -708,7 +711,7 @@ def test_checkpointed_slices() -> None:
         return torch.cat(parts, dim=1)
 
     inputs = [t.requires_grad_() for t in operands(3)]
-    check_kept(sliced, *inputs, slices=2, reason="checkpointed one by one")
+    check_kept(sliced, *inputs, slices=2, reason="checkpointed separately")
 
 
 def test_a_cache_that_is_empty() -> None:
@@ -737,5 +740,7 @@ def test_slices_stay_where_the_whole_is_not_taken() -> None:
     inputs = [t.bfloat16() for t in (*operands(3), torch.randn(3, 1, 7))]
     found = rows(sliced, *inputs)
     assert [row.status for row in found] == ["kept"] * 2
-    assert all("the whole is not taken" in row.slices and "rounds them away" in row.reason for row in found)
+    assert all(
+        "no kernel takes the merged attention" in row.slices and "rounds the scores away" in row.reason for row in found
+    )
     assert relative_error(rewritten(sliced)(*inputs), sliced(*inputs)) == 0

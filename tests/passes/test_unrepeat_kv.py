@@ -45,7 +45,7 @@ def code_of(function: Callable[..., Any], *inputs: Any, **settings: Any) -> tupl
     return result, "\n".join(graph.after_code for graph in graphs), [row.grouping for row in rows]
 
 
-FOLDED = "3 batches share a key and are one with as many more queries"
+FOLDED = "3 batches share a key and are folded into the query positions"
 COPIES = ("aten.index", "aten.gather", "aten.take_along_dim", "aten.repeat", "aten.expand")
 
 REPETITIONS: dict[str, Callable[[Tensor], Tensor]] = {

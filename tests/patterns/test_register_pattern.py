@@ -305,7 +305,7 @@ def test_a_pattern_that_goes_wrong_leaves_the_model_as_it_was(
     (graph,) = graphs
     assert graph.rewritten == []
     if message is not None:
-        assert graph.reason.startswith("rewriting failed, so the graph is as it was: PatternError")
+        assert graph.reason.startswith("rewriting failed, so the graph is unchanged: PatternError")
         assert message in graph.reason
 
 

@@ -66,7 +66,7 @@ def test_windows_are_for_kernels_that_skip_what_is_masked() -> None:
     windowed = site(windowed=True)
     assert ask(windowed, Skipping()).willing
     assert ask(windowed, Willing()).reason == (
-        "would compute all scores, where the source computes those within windows of keys"
+        "would compute all scores, while the source computes only those within windows of keys"
     )
 
 

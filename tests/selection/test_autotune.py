@@ -159,7 +159,7 @@ def test_a_kernel_that_fails_is_left_out_and_said(own_cache: Path, caplog: pytes
     assert row.kernel != "failing"
     assert "failing failed and is left out: this one always fails" in caplog.text
     said = {verdict.kernel: verdict.reason for verdict in row.verdicts}
-    assert said["failing"] == "failed when it was timed"
+    assert said["failing"] == "failed while it was timed"
 
 
 def test_symbolic_sizes_are_those_of_the_call(own_cache: Path) -> None:

@@ -134,7 +134,7 @@ def test_the_next_willing_kernel_serves_with_a_warning(caplog: pytest.LogCapture
     assert [(v.kernel, v.willing) for v in row.verdicts] == [("flex", False), ("native", True)]
     (message,) = [record.message for record in caplog.records if "was asked for" in record.message]
     assert "options['kernels']" in message and "test_requests.py" in message and "not float64" in message
-    assert message.endswith("native takes it")
+    assert message.endswith("native serves it")
 
 
 def test_strict_is_an_error() -> None:
@@ -156,10 +156,10 @@ def test_an_attention_that_no_kernel_is_asked_about(caplog: pytest.LogCaptureFix
     operands = inputs().bfloat16(), torch.zeros(8, 8, dtype=torch.bfloat16)
     with caplog.at_level(logging.WARNING, "attnrewrite"), torch.no_grad():
         (row,) = rows(function, *operands, kernels="_native_math")
-    assert row.status == "kept" and "rounds them away" in row.reason
+    assert row.status == "kept" and "rounds the scores away" in row.reason
     (message,) = [record.message for record in caplog.records if "was asked for" in record.message]
-    assert row.reason in message and message.endswith("it is left as it is")
-    with torch.no_grad(), pytest.raises(attnrewrite.KernelError, match="rounds them away"):
+    assert row.reason in message and message.endswith("it is left unchanged")
+    with torch.no_grad(), pytest.raises(attnrewrite.KernelError, match="rounds the scores away"):
         compiled(function, kernels="_native_math", strict=True)(*operands)
 
 
@@ -217,7 +217,7 @@ def test_rules_that_match_nothing_are_said_by_explain(caplog: pytest.LogCaptureF
             report = attnrewrite.explain(model, inputs(), options={"kernel_rules": rules})
         assert report.unmatched_rules == ["*frist", "no_such.py:3"]
         text = report.to_text(120)
-        assert "'*frist' matches no attention here" in text and "'first', 'second'" in text
+        assert "'*frist' matches no attention" in text and "'first', 'second'" in text
         assert "*frist" in report.to_html() and "'*second' matches" not in text
     assert len(report.graphs) == 2 and report.graphs[0].unmatched_rules[1] == "*second"
     assert [record for record in caplog.records if "matches no" in record.message] == []

@@ -967,7 +967,7 @@ class Draft:
         if way == "arithmetic":
             self.line(f"m = ({keep}).to(s.dtype)")
             if any(kind in ("any", "-inf") for _, kind in self.terms):
-                self.refuse("zeros multiply scores that may be minus infinity")
+                self.refuse("scores that may be -inf are multiplied by zeros")
             low = self.pick.one("1e9", "1e9", "1e9", "1e4")
             self.terms.append(("fill", "-1e9" if low == "1e9" else "low"))
             self.line(self.pick.one(f"s = s * m + (1 - m) * -{low}", f"s = s * m - {low} * (1 - m)"))

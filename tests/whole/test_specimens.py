@@ -99,7 +99,7 @@ def test_dynamic_shapes(specimen: Specimen) -> None:
             assert relative_error(function(*inputs), specimen.function(*inputs)) <= 1e-5
     found = [row for graph in graphs for row in graph.sites]
     assert found
-    # Of linear attention it may be left open by symbolic sizes which order is the cheaper one.
+    # Of linear attention it may be left open by symbolic sizes which order is cheaper.
     assert [row for row in found if row.status not in (specimen.status, "recognized" if row.order else "")] == []
     assert len(graphs) <= allowed
 
