@@ -1,8 +1,24 @@
-"""Score modifications brought to the one form that kernels read.
+"""The canonical form of an attention's scores, which is what kernels read.
 
-``scores = scale * (query @ key) + mask``, where ``scale`` is a number, what is left of the scaling is multiplied into
-query or key, and ``mask`` is a sum of biases and fills replayed in their order. The form is only taken where it gives
-what the source gives; otherwise the reason is said.
+    source:     softmax(mod_n(... mod_1(query @ key)))
+    canonical:  softmax(scale * (query_factors * query) @ (key_factors * key) + mask)
+
+``scale`` is a number, the factors are tensors or signs, and ``mask`` is made of biases and fills (the *terms*), applied
+in their order. The steps, in the order of :func:`canonicalized`:
+
+1. Require that no size depends on the data, except a number of queries or keys that is at least one.
+2. Read the score mods one by one into scale, factors and terms (``_read_mods``). What no scale, bias or fill expresses
+   (such as a tanh) makes the form *inexpressible*: only a kernel that takes a ``score_mod`` can serve it.
+3. Drop the terms that are proved never to mask.
+4. Prove that every row attends a key, or let the user assert it (``_attended``). If neither holds, the form has to give
+   the source's values and gradients in a row without a key as well (``_terms_for_rows_without_key``).
+5. Check that rounding does not decide, and that the fills can be added as a mask (``_check_rounding``,
+   ``_why_not_a_mask``).
+6. Move modifications of the weights behind softmax to the value or the output (``_placed_weight_mods``).
+7. Recognize the shape of the mask: causal, a band, an isolated block (``_shape_of_mask``).
+8. Fold batches that share keys and values into the query positions (:mod:`attnrewrite.passes.fold_batches`).
+
+A step that cannot prove that result and gradients are the source's raises :class:`NotAttention` with the reason.
 """
 
 from __future__ import annotations
@@ -72,7 +88,7 @@ Term = Bias | Fill | Floor
 
 @dataclass
 class _Reading:
-    """The modifications, sorted into what is multiplied and what is added."""
+    """The score mods read so far: what is multiplied, what is added, and what is known of masked scores."""
 
     scale: float = 1.0
     query_factors: list[Scale] = field(default_factory=list)
@@ -80,33 +96,33 @@ class _Reading:
     terms: list[Term] = field(default_factory=list)
     inexpressible: Reason = FINE
     softcap: float | None = None
-    """What the scores are multiplied by after a tanh, where ``inexpressible`` is for nothing else."""
+    """The factor after a tanh; None unless that tanh is the only reason for ``inexpressible``."""
     shifted: bool = False
-    """A number that is the same for all keys of a row was added or subtracted."""
+    """Whether a number that is the same for all keys of a row was added or subtracted."""
     narrowed: Reason = FINE
     rounded_to: torch.dtype | None = None
-    """Masked scores were rounded to a dtype that still resolves them: what is added afterwards meets the infinities."""
+    """The dtype that masked scores were rounded to, if it resolves them; terms added later meet its infinities."""
     lifted: Literal["", "to zero", "to NaN"] = ""
-    """Masked scores had their maximum subtracted: what became of a row that is masked altogether."""
+    """What a row whose keys are all masked became when the maximum of masked scores was subtracted."""
     overflows: Reason = FINE
-    """What may change scores that are all masked, by overflow or by making them ordinary again."""
+    """Why a row whose keys are all masked may change: its scores overflow, or become ordinary numbers again."""
     bounded: float = 0.0
-    """How far from zero masked scores may lie after a function that bounds them, which leaves no term of the mask."""
+    """Bound of the absolute value of masked scores after a bounded function, which removes the terms of the mask."""
     bounded_terms: list[Term] = field(default_factory=list)
-    """The terms of that mask."""
+    """The terms that the bounded function removed."""
     makes_nan: bool = False
-    """Scores that may be minus infinity are multiplied by a tensor that may be zero."""
+    """Whether scores that may be -inf are multiplied by a tensor that may be zero."""
 
     def take_function(self, reason: str) -> None:
-        """The scores are no longer what a scale and a mask can say."""
+        """Makes the form inexpressible: scale and mask no longer describe the scores."""
         self.inexpressible, self.softcap = Reason(reason), None
 
 
 def canonicalized(site: AttentionSite, policy: Policy) -> CanonicalAttention:
-    """The site with its scores in canonical form, and batches that share keys and values folded.
+    """The site with its scores in canonical form and with batches that share keys and values folded.
 
     Raises:
-        NotAttention: there is none that gives the source's values for every input.
+        NotAttention: no canonical form gives the source's values for every input.
     """
     _require_sizes(site)
     return with_folded_batches(CanonicalAttention.of(site, canonical_scores(site, policy)))
@@ -114,7 +130,7 @@ def canonicalized(site: AttentionSite, policy: Policy) -> CanonicalAttention:
 
 def _require_sizes(site: AttentionSite) -> None:
     """Raises:
-    NotAttention: a size is known only once the data is there, and kernels decide by sizes.
+    NotAttention: a size depends on the data, or the number of queries or keys does and may be zero.
     """
     positions = {*site.query_axes, *site.key_axes}
     others = [axis.size for axis in (*site.query.axes, *site.key.axes, *site.value.axes) if axis not in positions]
@@ -128,16 +144,16 @@ def _require_sizes(site: AttentionSite) -> None:
 
 
 def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
-    """The canonical form of ``site``'s modifications.
+    """The canonical form of the site's score mods and weight mods.
 
-    Where only a kernel that takes any function of a score can compute the source, the form says so in
-    ``inexpressible``, and its terms are those that may mask afterwards.
+    If only a kernel that takes any ``score_mod`` can compute the source, the form's ``inexpressible`` has the reason,
+    and its terms are those that may mask after the function.
 
     Raises:
-        NotAttention: there is none that gives the source's values for every input.
+        NotAttention: no canonical form gives the source's values for every input.
     """
     positions = Positions(site.query_axes, site.key_axes)
-    reading = _read(site, positions)
+    reading = _read_mods(site, positions)
     formulas = [kept_where(term, positions) if isinstance(term, (Bias, Fill)) else None for term in reading.terms]
     terms = [term for term, formula in zip(reading.terms, formulas, strict=True) if formula is not True]
     kept = [formula for formula in formulas if formula is not True]
@@ -146,10 +162,10 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     dtype = min((term.dtype for term in terms), key=lambda dtype: dtype.itemsize, default=site.softmax_dtype)
     inexpressible, refused = reading.inexpressible, FINE
     if attended is None:
-        terms = _as_written_out(site, terms)
+        terms = _terms_for_rows_without_key(site, terms)
     if not site.fused:
         _check_rounding(terms, dtype, attended)
-        refused = _no_mask(terms, attended, site.differentiable)
+        refused = _why_not_a_mask(terms, attended, site.differentiable)
         inexpressible = inexpressible or refused
     masked = _kept_by_all(terms, kept)
     value_mods, output_mods, masked_rows = _placed_weight_mods(
@@ -181,13 +197,13 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
 def _attended(
     site: AttentionSite, reading: _Reading, terms: list[Term], positions: Positions, policy: Policy
 ) -> str | None:
-    """How it is known that every row keeps a key; None if that is not known.
+    """How it is known that every row attends a key; None if it is not known.
 
     Raises:
-        NotAttention: it is not known, and what the source gives a row without a key is not, either.
+        NotAttention: it is not known, and neither is the source's value of a row without a key.
     """
-    said = "asserted by the option assume_attended_rows" if policy.assume_attended_rows else None
-    attended = attended_everywhere(terms, positions) or _by_sink(site) or said
+    asserted = "asserted by the option assume_attended_rows" if policy.assume_attended_rows else None
+    attended = attended_everywhere(terms, positions) or _attended_by_sink(site) or asserted
     if site.foreign and attended is None and any(map(_may_mask, terms)):
         raise NotAttention(
             "the library's result for a row whose keys are all masked is not known, and such a row cannot be ruled out "
@@ -200,9 +216,9 @@ def _attended(
         )
     overflows = reading.overflows
     leaves_range = reading.bounded > (_EXPONENT if site.underflows else -ABSORBING)
-    # The terms that were there before the function may have masked whole rows, too.
+    # The terms before the function may have masked whole rows as well.
     if leaves_range and attended_everywhere([*reading.bounded_terms, *terms], positions) is None:
-        attended = said
+        attended = asserted
         overflows = Reason("masked scores underflow or overflow after a function that bounds them")
     if reading.lifted and (site.underflows or site.rounds_rows):
         overflows = Reason("the exponential is taken of masked scores whose maximum was subtracted before")
@@ -217,19 +233,23 @@ def _attended(
 def _shape_of_mask(
     site: AttentionSite, positions: Positions, kept: Formula | None, attended: str | None
 ) -> tuple[Band | None, tuple[Size, Size] | None]:
-    """The band or the isolated block that the terms together are proved to be, every row with a key."""
+    """The band and the isolated block that the terms together are proved to be; None for each that is not proved."""
     if site.is_causal:
         square = same(size_of(site.query_axes), size_of(site.key_axes))
         return Band((None, 0), (None, 0) if square else None), None
     if attended is None or kept is None:
         return None, None
-    return band_of(kept, positions), _isolated(kept, positions, site)
+    return band_of(kept, positions), _isolated_block(kept, positions, site)
 
 
-def _as_written_out(site: AttentionSite, terms: list[Term]) -> list[Term]:
-    """The terms as a softmax that is written out meets them in a row that may have no key."""
+def _terms_for_rows_without_key(site: AttentionSite, terms: list[Term]) -> list[Term]:
+    """The terms with the values that they have in a written-out softmax, where a row may have no key.
+
+    Raises:
+        NotAttention: such a row's value or gradient in the source is not the one of the canonical form.
+    """
     if site.underflows:
-        terms = [_infinite(term) for term in terms]
+        terms = [_underflown(term) for term in terms]
         if any(isinstance(term, Fill) and -math.inf < term.value < -ORDINARY for term in terms):
             raise NotAttention(
                 "the exponential of a score that a finite fill masks underflows (fill with -inf, or call torch.softmax)"
@@ -265,7 +285,7 @@ def _as_written_out(site: AttentionSite, terms: list[Term]) -> list[Term]:
         )
     resolved = [term for term in terms if term.dtype is torch.float64 and _may_be_low(term)]
     if site.rounds_rows and any(
-        value is ValueKind.ANY or value > ABSORBING for term in resolved for value in _lows(term)
+        value is ValueKind.ANY or value > ABSORBING for term in resolved for value in _large_finite_values(term)
     ):
         raise NotAttention(
             "in float64 the logsumexp of a row whose keys are all masked by finite numbers may keep its digits, and "
@@ -280,7 +300,7 @@ def _as_written_out(site: AttentionSite, terms: list[Term]) -> list[Term]:
 
 
 def _rows_without_key(site: AttentionSite, terms: list[Term]) -> MaskedRows:
-    """What the source gives rows that have no key, as far as softmax goes."""
+    """The source's weights in a row whose keys are all masked, before weight mods."""
     infinite = _may_be_infinite(terms) or _sum_may_overflow(terms)
     floored = bool(terms) and isinstance(terms[-1], Floor)
     if not site.underflows and (floored or not infinite):
@@ -293,25 +313,25 @@ def _may_be_infinite(terms: Sequence[Term]) -> bool:
 
 
 def _kept_by_all(terms: list[Term], kept: Sequence[Formula | None]) -> Formula | None:
-    """The formula under which no term masks; None where that is not known of one that may."""
+    """Condition under which every term leaves the score unmasked; None if it is unknown for a term that may mask."""
     for term, formula in zip(terms, kept, strict=True):
         if formula is None and (not isinstance(term, Bias) or may_mask(term)):
             return None
     return conjunction([formula for formula in kept if formula is not None])
 
 
-def _read(site: AttentionSite, positions: Positions) -> _Reading:
+def _read_mods(site: AttentionSite, positions: Positions) -> _Reading:
     reading = _Reading()
     terms = reading.terms
     for mod in site.mods:
-        if reading.lifted and not _keeps_lifted(mod, reading):
+        if reading.lifted and not _stays_lifted(mod, reading):
             reading.overflows = Reason("masked scores are changed further after their maximum was subtracted")
         if isinstance(mod, Elementwise):
-            _apply_function(mod, reading)
+            _read_function(mod, reading)
         elif isinstance(mod, Bias):
             if reading.narrowed:
                 reading.overflows = reading.narrowed
-            merged = _filled_by_bias(terms[-1], mod, positions) if terms else None
+            merged = _fill_of_product(terms[-1], mod, positions) if terms else None
             if merged is not None:
                 terms[-1] = merged
             else:
@@ -319,9 +339,9 @@ def _read(site: AttentionSite, positions: Positions) -> _Reading:
         elif isinstance(mod, Fill):
             terms.append(mod)
         elif isinstance(mod, Floor):
-            _put_floor(terms, mod)
+            _read_floor(terms, mod)
         elif isinstance(mod, Narrow):
-            _narrow(mod, reading)
+            _read_narrow(mod, reading)
         elif isinstance(mod, Shift):
             reading.shifted = True
             if mod.by_maximum and any(map(_may_mask, terms)):
@@ -372,8 +392,8 @@ _EXPONENT = 80.0
 _BOUNDED = (aten.tanh.default, aten.sigmoid.default, aten.clamp.default)
 
 
-def _apply_function(mod: Elementwise, reading: _Reading) -> None:
-    """No score is infinite after a bounded function, so that only later terms mask."""
+def _read_function(mod: Elementwise, reading: _Reading) -> None:
+    """Reads an elementwise function. After a bounded one no score is infinite, so only later terms mask."""
     target: Any = mod.node.target
     name = operator_name(target)
     low = mod.node.args[1] if len(mod.node.args) > 1 else mod.node.kwargs.get("min")
@@ -392,10 +412,10 @@ def _apply_function(mod: Elementwise, reading: _Reading) -> None:
         reading.bounded = max(abs(float(bound)) for bound in bounds if isinstance(bound, (int, float)))
 
 
-def _keeps_lifted(mod: ScoreMod, reading: _Reading) -> bool:
-    """Whether rows that were masked altogether, and lifted, stay what the terms give that were there before.
+def _stays_lifted(mod: ScoreMod, reading: _Reading) -> bool:
+    """Whether ``mod`` leaves ``reading.lifted`` true for rows whose keys are all masked.
 
-    Zeros stay zeros under a factor, if the terms do not overflow under it. NaN stays NaN, unless it is filled.
+    Zeros stay zeros under a positive factor, if the terms do not overflow under it. NaN stays NaN unless it is filled.
     """
     if isinstance(mod, Shift):
         return True
@@ -408,7 +428,7 @@ def _keeps_lifted(mod: ScoreMod, reading: _Reading) -> bool:
 
 
 def _may_overflow(term: Term, number: float) -> bool:
-    """Whether a term that is finite may become infinite when it is multiplied further; its steps so far count."""
+    """Whether a finite term may become infinite when it is multiplied by ``number``, after its own scales."""
     if not isinstance(term, Bias):
         return math.isfinite(term.value) and not math.isfinite(as_stored(term.value * number, term.dtype))
     factor = term.factor * number
@@ -424,22 +444,22 @@ def _may_mask(term: Term) -> bool:
 
 
 def _may_be_low(term: Term) -> bool:
-    """Whether a term may lower scores by a large and finite number."""
+    """Whether a term may lower scores by a large finite number."""
     return may_mask(term) if isinstance(term, Bias) else -math.inf < term.value < -ORDINARY
 
 
-def _lows(term: Term) -> list[Any]:
-    """Numbers by which a term may lower scores, minus infinity apart."""
+def _large_finite_values(term: Term) -> list[Any]:
+    """Numbers other than -inf by which a term may lower scores."""
     return [value for value in _values(term) if not isinstance(value, float) or -math.inf < value < -ORDINARY]
 
 
-def _infinite(term: Term) -> Term:
-    """What is far below zero has the exponential 0, as minus infinity has."""
+def _underflown(term: Term) -> Term:
+    """The term with -inf in place of a fill whose exponential underflows to 0."""
     return replace(term, value=-math.inf) if isinstance(term, Fill) and term.value <= UNDERFLOW else term
 
 
-def _narrow(mod: Narrow, reading: _Reading) -> None:
-    """A large number may become infinite in a narrower dtype."""
+def _read_narrow(mod: Narrow, reading: _Reading) -> None:
+    """Reads a cast of the scores: large numbers may become infinite in the narrower dtype."""
     terms = reading.terms
     terms[:] = [
         replace(term, value=as_stored(term.value, mod.dtype)) if isinstance(term, Fill) else term for term in terms
@@ -456,12 +476,12 @@ def _narrow(mod: Narrow, reading: _Reading) -> None:
 
 
 def _overflows(term: Term, dtype: torch.dtype) -> bool:
-    """Whether ``dtype`` makes an infinity of a number that the term is known to add."""
+    """Whether a finite number that the term is known to add is infinite in ``dtype``."""
     numbers = [value for value in _values(term) if isinstance(value, float) and math.isfinite(value)]
     return isinstance(term, Floor) or any(math.isinf(as_stored(number, dtype)) for number in numbers)
 
 
-def _put_floor(terms: list[Term], floor: Floor) -> None:
+def _read_floor(terms: list[Term], floor: Floor) -> None:
     assert floor.value <= ABSORBING
     terms[:] = [replace(term, value=max(term.value, floor.value)) if isinstance(term, Fill) else term for term in terms]
     if any(isinstance(term, Bias) for term in terms):
@@ -482,7 +502,7 @@ def _scaled(term: Term, number: float) -> Term:
 
 
 def _place_factor(mod: Scale, site: AttentionSite, reading: _Reading) -> bool:
-    """Moves a factor of the scores into query or key; False where it is one over query and key positions."""
+    """Moves a factor of the scores into query or key; returns False if it has both query and key positions."""
     factor = mod.factor
     axes = set(factor.axes) if isinstance(factor, Operand) else set()
     if not (axes <= set(site.query.axes) or axes <= set(site.key.axes)):
@@ -504,9 +524,9 @@ def _place_factor(mod: Scale, site: AttentionSite, reading: _Reading) -> bool:
 
 @dataclass(frozen=True)
 class _Multiplied(Fill):
-    """``scores * mask`` with a mask of zeros and ones, of which a large negative number added next makes a fill.
+    """``scores * mask`` with a mask of zeros and ones; it becomes a fill if a large negative bias is added next.
 
-    ``after_shift``: a number was added to all scores before, which does not reach those that become zero.
+    ``after_shift``: the maximum or another number was subtracted from all scores before the multiplication.
     """
 
     after_shift: bool = False
@@ -517,8 +537,8 @@ def _zeroes_keys(mod: Scale, site: AttentionSite) -> bool:
     return isinstance(factor, Operand) and bool(set(factor.axes) & set(site.key_axes)) and not mod.divide
 
 
-def _filled_by_bias(before: Term, bias: Bias, positions: Positions) -> Fill | None:
-    """``scores * mask + (1 - mask) * -1e9`` is a fill: where the mask is 0 nothing is left of the score."""
+def _fill_of_product(before: Term, bias: Bias, positions: Positions) -> Fill | None:
+    """The fill that ``scores * mask + (1 - mask) * -1e9`` is; None if ``before`` and ``bias`` are something else."""
     if not isinstance(before, Fill) or before.value != 0:
         return None
     entry = positions.of(bias.operand)
@@ -533,8 +553,8 @@ def _filled_by_bias(before: Term, bias: Bias, positions: Positions) -> Fill | No
     return None if value is None else Fill(before.condition, value, bias.dtype, before.invert, multiplied=True)
 
 
-def _isolated(kept: Formula, positions: Positions, site: AttentionSite) -> tuple[Size, Size] | None:
-    """The bounds of the block of positions that ``kept`` isolates from each other, as sizes of the graph."""
+def _isolated_block(kept: Formula, positions: Positions, site: AttentionSite) -> tuple[Size, Size] | None:
+    """The bounds of the block of positions that ``kept`` isolates, as sizes of the graph; None if there is no block."""
     bounds = isolated_block_of(kept, positions)
     if bounds is None:
         return None
@@ -552,13 +572,17 @@ def _isolated(kept: Formula, positions: Positions, site: AttentionSite) -> tuple
     return sizes[0], sizes[1]
 
 
-# What is done to the weights.
+# Modifications of the weights.
 
 
 def _placed_weight_mods(
     site: AttentionSite, positions: Positions, kept: Formula | None, masked_rows: MaskedRows
 ) -> tuple[tuple[WeightMod, ...], tuple[WeightMod, ...], MaskedRows]:
-    """What of it is done to the value, what to the output, and what rows without a key come to."""
+    """The weight mods for the value, those for the output, and what rows without a key become after them.
+
+    Raises:
+        NotAttention: a weight mod has query and key positions and is not known to be the mask.
+    """
     value_mods: list[WeightMod] = []
     output_mods: list[WeightMod] = []
     for mod in site.weight_mods:
@@ -592,11 +616,11 @@ def _placed_weight_mods(
     return tuple(value_mods), tuple(output_mods), masked_rows
 
 
-# What the terms may be.
+# Values of the terms.
 
 
-def _by_sink(site: AttentionSite) -> str | None:
-    """One more key that no mask reaches, if its score is a number like any other."""
+def _attended_by_sink(site: AttentionSite) -> str | None:
+    """The proof by a sink, a further key that is never masked; None unless its score is an ordinary number."""
     sink = site.sink
     if sink is None or site.sink_is_shifted:
         return None
@@ -628,20 +652,20 @@ def _values(term: Term) -> list[object]:
 
 
 def _lowest(value: object) -> float:
-    """What a value may be there to lower scores by."""
+    """The lowest number that a value may stand for."""
     if isinstance(value, float):
         return value
     return -math.inf if value is ValueKind.ANY else 0.0
 
 
 def _only_fills_mask(terms: list[Term]) -> bool:
-    """Whether a row can lose its keys to fills alone, and to fills of one value."""
+    """Whether only fills mask, and all of them with one value."""
     fills = {term.value for term in terms if isinstance(term, Fill)}
     return len(fills) == 1 and not any(isinstance(term, Bias) and may_mask(term) for term in terms)
 
 
 def _sum_may_overflow(terms: list[Term]) -> bool:
-    """Two terms that each are as low as the dtype goes add up to minus infinity."""
+    """Whether the sum of two terms may be -inf, each as low as the dtype goes."""
     low = [
         any(isinstance(v, float) and v <= ABSORBING for v in _values(term))
         for term in terms
@@ -650,10 +674,10 @@ def _sum_may_overflow(terms: list[Term]) -> bool:
     return sum(low) > 1
 
 
-def _no_mask(terms: list[Term], attended: str | None, differentiable: bool) -> Reason:
-    """Why the fills are not masks that can be added to the scores; empty where they are.
+def _why_not_a_mask(terms: list[Term], attended: str | None, differentiable: bool) -> Reason:
+    """Why the fills cannot be added to the scores as a mask; empty if they can.
 
-    A filled score is replaced, a masked one is added to: the same only if no score can lift the fill.
+    A fill replaces the score and a mask is added to it: both agree only if no score is large enough to matter.
     """
     low = [min(map(_lowest, _values(term)), default=0.0) for term in terms]
     for position, term in enumerate(terms):
@@ -699,10 +723,11 @@ def _no_mask(terms: list[Term], attended: str | None, differentiable: bool) -> R
 
 
 def _check_rounding(terms: list[Term], dtype: torch.dtype, attended: str | None) -> None:
-    """Half-precision sources round a score that has a large negative number added to it; fused kernels do not.
+    """Raises:
+    RoundingDecides: a half-precision source rounds scores away that fused kernels, which add in float32, do not.
 
-    Where a row keeps a key the difference vanishes in softmax. Where it may not, only a term that swallows the score
-    in float32 as well gives the source's value.
+    In a row that attends a key the difference vanishes in softmax. In a row that may not, only a term that rounds the
+    score away in float32 as well gives the source's value.
     """
     if attended is not None or dtype.itemsize >= 4:
         return

@@ -1,4 +1,4 @@
-"""Sites in the words of the report: their rows."""
+"""The rows of the report for sites."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def row_of_linear(name: str, site: LinearAttention) -> SiteReport:
 
 
 def describe_canonical(site: CanonicalAttention, row: SiteReport, ended: Ended) -> None:
-    """Adds to the row what the site's canonical form tells, and at which bounds searches for it ended."""
+    """Adds the canonical form to the row: what was proved of the mask, and the bounds at which searches ended."""
     row.proof = _proof_in_words(site, ended)
     row.grouping = _grouping_in_words(site)
     row.mask = " + ".join(site.scores.structure) or "none"
@@ -147,7 +147,7 @@ def _mod_in_words(mod: Any) -> str:
 
 
 def _proof_in_words(site: CanonicalAttention, ended: Ended) -> tuple[str, ...]:
-    """What was proved of the mask; where its structure was not, at which bounds searches for it ended."""
+    """What was proved of the mask; if its structure was not, also the bounds at which searches ended."""
     proof = _proof(site)
     shaped = site.scores.is_causal or site.scores.band is not None or site.scores.isolated is not None
     return proof if shaped else tuple(map(ended.added_to, proof))

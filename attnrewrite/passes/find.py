@@ -14,15 +14,15 @@ __all__ = ["find"]
 
 
 def find(view: GraphView) -> list[Finding]:
-    """What the patterns find, in graph order; of what several find, the first pattern's reading counts."""
+    """The findings of all patterns, in graph order; of findings that share nodes, the first pattern's counts."""
     findings = [finding for pattern in catalogue() for finding in pattern.find(view)]
     order = {node: position for position, node in enumerate(view.graph.nodes)}
     claimed: dict[fx.Node, str] = {}
     found: list[Finding] = []
-    # Scores, or weights and values, may be a product of three as well: what has a softmax is read first.
+    # A softmax attention contains products that linear attention would match, so it comes first.
     for finding in sorted(findings, key=lambda each: (isinstance(each, LinearAttention), order[each.anchor])):
         nodes = set(_nodes_of(finding))
-        # Sites of one pattern may share their scores; what another pattern has read is taken.
+        # Sites of one pattern may share their scores; nodes that another pattern has claimed are taken.
         if all(claimed.get(node, finding.pattern) == finding.pattern for node in nodes):
             claimed.update(dict.fromkeys(nodes, finding.pattern))
             found.append(finding)

@@ -1,15 +1,14 @@
-"""Batches that share their keys and values, as one batch with more queries.
+"""Folds batches that share keys and values into the query positions of one batch.
 
     softmax(query[f] @ key) @ value  for all f  =  softmax(fold(query) @ key) @ value,  fold: f and length as one
 
-Rows of softmax are independent, so an axis that key and value lack may be counted among the query positions, and
-nothing is repeated. The other way to do without copies is that of grouped queries, which counts the axis among the
-heads.
+Rows of softmax are independent, so an axis that key and value lack may be counted among the query positions, and key
+and value need no copies. The alternative without copies is GQA, which counts the axis among the heads.
 
-The rule: queries are folded where their memory is not that of grouped heads already, so that grouping would copy them:
-frames stand outside the positions, (batch, frame, position, head, feature), and heads inside. A mask must have all of
-the folded positions or none: one of a few of them would be written out for all. Under a causal mask, a window or an
-isolated block positions count, and nothing is folded.
+An axis is folded if the query's memory layout is not the one of grouped heads, so that GQA would have to copy the
+query: in (batch, frame, position, head, feature) frames lie outside the positions, and heads inside. A mask must have
+either all folded axes or none of them; otherwise it would have to be expanded. Nothing is folded under a causal mask, a
+window or an isolated block, since these depend on the index of a position.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ __all__ = ["with_folded_batches"]
 
 
 def with_folded_batches(site: CanonicalAttention) -> CanonicalAttention:
-    """The site in which axes that key and value lack are query positions, where the rule says so: its ``folded``.
+    """The site with axes that key and value lack folded into the query positions (``folded``), or the site unchanged.
 
-    What was proved of its mask holds for every row by itself, and so for those of all batches.
+    What was proved of the mask holds for each row separately, and so for the rows of all batches.
     """
     scores, groups = site.scores, site.group_axes
     if not groups or site.is_causal or scores.is_causal or scores.band is not None or scores.isolated is not None:
@@ -37,9 +36,9 @@ def with_folded_batches(site: CanonicalAttention) -> CanonicalAttention:
     strides = _strides(site.query)
     if _is_one_dimension(KernelLayout.of(site).query_dims[1], strides):
         return site
-    folded, positions = _beside(groups, site.query_axes, strides)
+    folded, positions = _contiguous_with(groups, site.query_axes, strides)
     if not folded:
-        # They are copied either way; kernels that take no grouped heads take these.
+        # The query is copied either way, and kernels without GQA take the folded form.
         folded, positions = groups, (*groups, *site.query_axes)
     if all(_has_all_or_none(operand, positions) for operand in site.modifiers):
         return replace(site, query_axes=positions, folded=folded)
@@ -47,7 +46,7 @@ def with_folded_batches(site: CanonicalAttention) -> CanonicalAttention:
 
 
 def _strides(operand: Operand) -> dict[Axis, Size]:
-    """How far apart in memory the entries of each axis are."""
+    """The stride of each axis of the operand."""
     strides: dict[Axis, Size] = {}
     operand = operand.resolved()
     for dim, own in zip(operand.layout, tensor(operand.node).stride(), strict=True):
@@ -59,25 +58,25 @@ def _strides(operand: Operand) -> dict[Axis, Size]:
 
 
 def _is_one_dimension(axes: Sequence[Axis], strides: dict[Axis, Size]) -> bool:
-    """Whether the axes, major to minor, lie in memory as one dimension does."""
-    return all(_holds(major, minor, strides) for major, minor in itertools.pairwise(axes))
+    """Whether the axes, major to minor, are contiguous with each other, as one dimension is."""
+    return all(_are_contiguous(major, minor, strides) for major, minor in itertools.pairwise(axes))
 
 
-def _holds(major: Axis, minor: Axis, strides: dict[Axis, Size]) -> bool:
+def _are_contiguous(major: Axis, minor: Axis, strides: dict[Axis, Size]) -> bool:
     return same(strides[major], minor.size * strides[minor])
 
 
-def _beside(
+def _contiguous_with(
     groups: tuple[Axis, ...], positions: tuple[Axis, ...], strides: dict[Axis, Size]
 ) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
-    """The groups that lie next to the query positions in memory, and the positions with them."""
+    """The group axes that are contiguous with the query positions, and the positions with these axes added."""
     if not positions or not _is_one_dimension(positions, strides):
         return (), positions
     folded: tuple[Axis, ...] = ()
     left = [*groups]
     while left:
-        outside = next((axis for axis in left if _holds(axis, positions[0], strides)), None)
-        inside = next((axis for axis in left if _holds(positions[-1], axis, strides)), None)
+        outside = next((axis for axis in left if _are_contiguous(axis, positions[0], strides)), None)
+        inside = next((axis for axis in left if _are_contiguous(positions[-1], axis, strides)), None)
         axis = outside if outside is not None else inside
         if axis is None:
             break

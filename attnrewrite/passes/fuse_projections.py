@@ -1,11 +1,11 @@
-"""Projections of one input, which are one projection whose result is split.
+"""Fuses projections of one input into one projection whose result is split.
 
     linear(x, a), linear(x, b)             ->  linear(x, cat([a, b])).split(...)
     x @ a, x @ b                           ->  (x @ cat([a, b], 1)).split(...)
 
-Query, key and value of self attention, key and value of cross attention. The parts are views of the one result: nothing
-is copied, and their rows lie further apart in memory than before. What computes with them does not see that; what
-returns them or asks for their strides would, so such projections stay.
+These are query, key and value of self-attention, and key and value of cross-attention. The parts are views of the one
+result: nothing is copied, but their row stride grows. Operators that compute with the parts do not see the strides. A
+graph that returns a part, or an operator that depends on its strides, would; such projections stay separate.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ _PRODUCTS = frozenset({aten.linear.default, aten.matmul.default, aten.mm.default
 def fuse_projections(
     gm: fx.GraphModule, served: Sequence[ReportedSite], replaced: dict[fx.Node, fx.Node], constants: bool
 ) -> bool:
-    """Makes one of the projections of one input that an attention's operands are made of.
+    """Fuses the projections of one input behind an attention's operands.
 
-    It comes after `join_projections`, since parts of one batch are not one input.
+    It runs after ``join_projections``, since different parts of a batch are different inputs.
 
     Args:
         served: the attentions that were rewritten or, without a softmax, recognized. Their rows get a note.
-        replaced: nodes that are no longer in the graph, each with what took its place; more are added.
-        constants: only weights that are constants of the graph are put together, which an inner compiler that freezes
-            them does once. The others are put together at each call.
+        replaced: nodes that are no longer in the graph, each with its replacement; the fused ones are added.
+        constants: whether to fuse only weights that are constants of the graph. An inner compiler that freezes them
+            concatenates them once; other weights are concatenated in each call.
 
     Returns:
         Whether any projections were fused.
@@ -73,13 +73,13 @@ def _fuse_behind(
     """Fuses the projections behind one attention's operands.
 
     Args:
-        view: of the graph as it is; where nodes were replaced, another one is needed for the next attention.
+        view: of the current graph; if nodes are replaced, the next attention needs a new one.
         operands: query, key and value, each under its name.
-        kernels: the names of nodes that kernels wrote: they take operands whatever lies between two positions.
+        kernels: the names of nodes that kernels wrote: these accept any strides.
 
     Returns:
-        A note for the report (what was fused, and why what might have been was not), and the nodes that were replaced,
-        each with what took its place; they are in the graph still.
+        A note for the report (what was fused, and why other candidates were not), and the replaced nodes, each with its
+        replacement; they are still in the graph.
     """
     roles: dict[fx.Node, list[str]] = {}
     apart: list[str] = []
@@ -112,24 +112,24 @@ def _grouped(
     constants: bool,
     apart: list[str],
 ) -> list[list[_Projection]]:
-    """The projections that may be one, together; why others stay apart is added to ``apart``."""
+    """Groups of projections that can be fused; the reasons why others cannot are added to ``apart``."""
     writing = [node for node in view.graph.nodes if writes(node)]
     groups: list[list[_Projection]] = []
     for node in sorted(roles):
         projection = _read(node)
         if projection is None or (constants and not _is_constant(projection, view)):
             continue
-        own = _own_reason(projection, kernels)
-        if own:
-            apart.append(f"{_in_words(roles[node])} by itself: {own}")
+        reason = _reason_alone(projection, kernels)
+        if reason:
+            apart.append(f"{_in_words(roles[node])} by itself: {reason}")
             continue
         reasons: list[str] = []
         for group in (group for group in groups if _same_source(group[0].source, projection.source)):
-            why = _reason_between(group[0], projection, view, writing)
-            if not why:
+            reason_between = _reason_between(group[0], projection, view, writing)
+            if not reason_between:
                 group.append(projection)
                 break
-            reasons.append(f"{_in_words(roles[node])} not with {_in_words(roles[group[0].node])}: {why}")
+            reasons.append(f"{_in_words(roles[node])} not with {_in_words(roles[group[0].node])}: {reason_between}")
         else:
             groups.append([projection])
             apart += reasons
@@ -142,7 +142,7 @@ def _in_words(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class _Projection:
-    """``node`` is ``source`` times ``weight``, whose dimension ``dim`` are the features, plus ``bias``."""
+    """``node`` is ``source`` times ``weight``, plus ``bias``; ``dim`` is the weight's dimension of output features."""
 
     node: fx.Node
     source: fx.Node
@@ -162,7 +162,7 @@ class _Projection:
 def _read(node: fx.Node) -> _Projection | None:
     args: Any = node.args
     if node.kwargs:
-        return None  # addmm with a factor; the others have none.
+        return None  # addmm with alpha or beta; the others have no keyword arguments.
     if node.target is aten.linear.default:
         projection = _Projection(node, args[0], args[1], args[2] if len(args) > 2 else None, 0)
     elif node.target is aten.addmm.default:
@@ -181,8 +181,8 @@ def _is_constant(projection: _Projection, view: GraphView) -> bool:
     return not view.differentiable(projection.node) and all(part.op == "get_attr" for part in projection.parts)
 
 
-def _own_reason(projection: _Projection, kernels: Collection[str]) -> str:
-    """Why the projection is one with no other; empty where it may be."""
+def _reason_alone(projection: _Projection, kernels: Collection[str]) -> str:
+    """Why the projection cannot be fused with any other; empty if it can."""
     if not all(_is_plain(part) for part in (projection.source, *projection.parts)):
         return "its weight or input is a tensor subclass, or not strided"
     if not _strides_are_unseen(projection.node, kernels):
@@ -191,7 +191,7 @@ def _own_reason(projection: _Projection, kernels: Collection[str]) -> str:
 
 
 def _reason_between(first: _Projection, other: _Projection, view: GraphView, writing: list[fx.Node]) -> str:
-    """Why two projections of one input are not one; empty where they are."""
+    """Why two projections of one input cannot be fused; empty if they can."""
     one, two = tensor(first.weight), tensor(other.weight)
     biases = [tensor(each.bias).dtype for each in (first, other) if each.bias is not None]
     if first.node.target is not other.node.target or not same(one.shape[1 - first.dim], two.shape[1 - other.dim]):
@@ -213,16 +213,16 @@ def _reason_between(first: _Projection, other: _Projection, view: GraphView, wri
 
 
 def _is_plain(node: fx.Node) -> bool:
-    """A tensor of numbers side by side, and no subclass, which may put together in its own way."""
+    """Whether the tensor is strided and no subclass, which may define its own concatenation."""
     value = tensor(node)
     return value.layout is torch.strided and not is_traceable_wrapper_subclass(value)
 
 
 def _strides_are_unseen(node: fx.Node, kernels: Collection[str]) -> bool:
-    """Whether what computes with ``node`` gives the same, lying in memory in the same way, if it is a strided view.
+    """Whether all users of ``node`` give the same values and strides if it becomes a strided view.
 
-    PyTorch's operators lay out a result by the order of their operand's strides, which a part of a row leaves as it is;
-    views alone pass on the strides themselves.
+    PyTorch's operators choose the layout of a result by the order of their operand's strides, which stays the same for
+    a part of a row. Only views pass on the strides themselves.
     """
     for user in node.users:
         if _may_pass_on_strides(user):
@@ -240,7 +240,7 @@ def _may_pass_on_strides(node: fx.Node) -> bool:
     return is_layout_op(node) or (is_cast(node) and tensor(node).dtype is tensor(node.args[0]).dtype)
 
 
-_TELL_STRIDES = frozenset(
+_READS_STRIDES = frozenset(
     {
         *AS_STRIDED_OPS,
         aten.sym_stride.int,
@@ -253,11 +253,11 @@ _TELL_STRIDES = frozenset(
 
 def _computes(node: fx.Node) -> bool:
     target: Any = node.target
-    return getattr(target, "namespace", "") == "aten" and target not in _TELL_STRIDES and not writes(node)
+    return getattr(target, "namespace", "") == "aten" and target not in _READS_STRIDES and not writes(node)
 
 
 def _same_source(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two nodes are one, or the same view of one."""
+    """Whether two nodes are the same node, or the same view of one node."""
     if a is b:
         return True
     if not (is_view(a) and a.target is b.target and a.kwargs == b.kwargs and len(a.args) == len(b.args)):
@@ -268,7 +268,7 @@ def _same_source(a: fx.Node, b: fx.Node) -> bool:
 
 
 def _is_ready(part: fx.Node, place: fx.Node, view: GraphView) -> bool:
-    """Whether a weight is there before ``place``, or is but a view of one, which can be taken before as well."""
+    """Whether a weight exists before ``place``, or is a view that can be moved before it."""
     if part < place or part.op == "get_attr":
         return True
     movable = (
@@ -300,7 +300,7 @@ def _fuse(group: list[_Projection], view: GraphView) -> dict[fx.Node, fx.Node]:
     target: Any = first.node.target
     given_args = args.get(target, (first.source, weight))
     if view.in_autocast(first.node):
-        # Autocast is not in force where values are worked out.
+        # Fake values are computed without autocast.
         features = tensor(weight).shape[first.dim]
         value = tensor(first.node).new_empty((*tensor(first.node).shape[:-1], features))
         whole = builder.insert(target, given_args, {}, value)
@@ -312,16 +312,17 @@ def _fuse(group: list[_Projection], view: GraphView) -> dict[fx.Node, fx.Node]:
         stop = start + each.features
         part = builder.call(aten.slice.Tensor, whole, -1, start, stop)
         each.node.replace_all_uses_with(part)
-        _see_strides(part)
+        _update_strides(part)
         replaced[each.node] = part
         start = stop
     return replaced
 
 
 def _bias(group: list[_Projection], builder: Builder) -> fx.Node | None:
-    """The biases one after another, zero where there is none; None where nothing has one.
+    """The concatenated biases, with zeros for a projection without a bias; None if no projection has one.
 
-    A bias is padded: zeros of their own would be made at each call, even beside weights that are frozen.
+    The zeros are padding of another bias: a separate tensor of zeros would be made in each call, even if the weights
+    are frozen.
     """
     given: list[fx.Node] = []
     zeros: list[Size] = [0]  # In front of the first, and behind each.
@@ -347,12 +348,12 @@ def _padded(bias: fx.Node, before: Size, after: Size, builder: Builder) -> fx.No
     return builder.insert(aten.constant_pad_nd.default, (bias, [before, after], 0.0), {}, value)
 
 
-def _see_strides(node: fx.Node) -> None:
-    """Lets views of ``node``, whose strides are others now, have theirs."""
+def _update_strides(node: fx.Node) -> None:
+    """Updates the fake values of views of ``node`` after its strides changed."""
     for user in node.users:
         if _may_pass_on_strides(user):
             if user.target in RESHAPE_OPS:
                 # It may have joined dimensions that are no longer side by side.
                 user.target = aten.reshape.default
             user.meta["val"] = evaluated(user)
-            _see_strides(user)
+            _update_strides(user)

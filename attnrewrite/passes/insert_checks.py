@@ -1,10 +1,9 @@
-"""``ATTNREWRITE_CHECKS=1``: before each call of a kernel, its operands are held against what the graph promises.
+"""``ATTNREWRITE_CHECKS=1``: checks the operands of a kernel before each call.
 
-Dynamo's guards look at a graph's inputs when the model is called through ``torch.compile``. Behind them nothing looks
-again: a compiled graph that is called in another way, or an operator whose result is not what its fake implementation
-says, gives a kernel operands that it was not chosen for. An operator ``torch.ops.attnrewrite.check_attention`` in front
-of the kernel compares device, dtype, sizes and the stride of the last dimension. It reads no data and waits for no
-device.
+Dynamo's guards check the inputs of a graph when the model is called through ``torch.compile``; nothing checks them
+later. If a compiled graph is called in another way, or if an operator's result differs from its fake implementation, a
+kernel gets operands that it was not chosen for. The operator ``torch.ops.attnrewrite.check_attention`` before the
+kernel compares device, dtype, sizes and the stride of the last dimension. It reads no data and waits for no device.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ __all__ = ["insert_check"]
 
 @dataclass(frozen=True)
 class _Expected:
-    """What is expected of an operand.
+    """The properties that an operand must have.
 
     Attributes:
-        name: what it is, in words.
+        name: the operand's name in messages.
         device, dtype: as PyTorch prints them.
-        dims: for each dimension the places, in the operator's ``sizes``, of the numbers whose product it is; None where
-            that is not known.
-        dense: the last dimension's stride is 1.
+        dims: for each dimension, the indices into the operator's ``sizes`` of the numbers whose product is its size;
+            None if that is not known.
+        dense: whether the last dimension has stride 1.
     """
 
     name: str
@@ -51,12 +50,12 @@ class _Expected:
 def insert_check(
     gm: fx.GraphModule, site: AttentionSite, created: Sequence[fx.Node], location: SourceLocation | None
 ) -> fx.Node | None:
-    """Puts the check of a site in front of its kernel.
+    """Inserts the check of a site before its kernel.
 
     Args:
-        created: the kernel's nodes. Operands that they do not read are not checked: a mask that has become
-            ``is_causal`` would have to be computed for it.
-        location: the site's, for the message.
+        created: the kernel's nodes. Operands that they do not read are not checked: a mask that became ``is_causal``
+            would have to be computed only for the check.
+        location: the site's location, for the message.
 
     Returns:
         The new node; None if the kernel reads none of the site's operands.
@@ -79,7 +78,7 @@ def insert_check(
 
 
 def _operands(site: AttentionSite) -> Iterable[tuple[str, Operand]]:
-    """Each once; weights and masks of one node are one operand."""
+    """The named operands of the site, each node once."""
     named = [("query", site.query), ("key", site.key), ("value", site.value)]
     for mod in (*site.mods, *site.weight_mods):
         if isinstance(mod, Bias):
@@ -144,19 +143,19 @@ def _parsed(spec: str) -> _Spec:
 
 def _check(operands: Sequence[Tensor], sizes: Sequence[int], spec: str) -> None:
     """Raises:
-    AttentionCheckError: an operand is not what was promised.
+    AttentionCheckError: an operand differs from what the graph was compiled for.
     """
     parsed = _parsed(spec)
     for value, expected in zip(operands, parsed.operands, strict=True):
-        wrong = _wrong(value, expected, parsed, operands, sizes)
-        if wrong:
-            raise AttentionCheckError(f"{parsed.where}: {wrong}")
+        mismatch = _mismatch(value, expected, parsed, operands, sizes)
+        if mismatch:
+            raise AttentionCheckError(f"{parsed.where}: {mismatch}")
 
 
-def _wrong(
+def _mismatch(
     value: Tensor, expected: _Expected, spec: _Spec, operands: Sequence[Tensor], sizes: Sequence[int]
 ) -> str | None:
-    """The first thing that is wrong with an operand, and what to do; None if nothing is."""
+    """What is wrong with an operand first, and what to do about it; None if nothing is wrong."""
     name = expected.name
     if str(value.device) != expected.device:
         first, other = spec.operands[0].name, str(operands[0].device)
@@ -178,7 +177,7 @@ def _wrong(
         )
     for place, axes in enumerate(expected.dims):
         if axes is not None and value.shape[place] != math.prod(sizes[axis] for axis in axes):
-            return _wrong_size(value, place, axes, expected, spec, operands, sizes)
+            return _size_mismatch(value, place, axes, expected, spec, operands, sizes)
     if expected.dense and value.numel() > 0 and value.shape[-1] > 1 and value.stride(-1) != 1:
         return (
             f"the last dimension of {name} has stride {value.stride(-1)}, but the kernel requires 1; call .contiguous()"
@@ -186,7 +185,7 @@ def _wrong(
     return None
 
 
-def _wrong_size(
+def _size_mismatch(
     value: Tensor,
     place: int,
     axes: tuple[int, ...],
@@ -195,9 +194,9 @@ def _wrong_size(
     operands: Sequence[Tensor],
     sizes: Sequence[int],
 ) -> str:
-    promised = math.prod(sizes[axis] for axis in axes)
-    words = " and ".join(dict.fromkeys(spec.axes[axis] for axis in axes)) or "broadcast"
-    text = f"dimension {place} of {expected.name} ({words}) is {value.shape[place]}, not {promised}"
+    expected_size = math.prod(sizes[axis] for axis in axes)
+    role = " and ".join(dict.fromkeys(spec.axes[axis] for axis in axes)) or "broadcast"
+    text = f"dimension {place} of {expected.name} ({role}) is {value.shape[place]}, not {expected_size}"
     for other, its in zip(operands, spec.operands, strict=True):
         if axes and its.name != expected.name and axes in its.dims:
             size = other.shape[its.dims.index(axes)]
@@ -207,7 +206,7 @@ def _wrong_size(
 
 
 def _check_unless_fake(operands: Sequence[Tensor], sizes: Sequence[int], spec: str) -> None:
-    """While a graph is traced nothing is checked. Real tensors on the device "meta" come here, too."""
+    """Checks real tensors, and nothing while a graph is traced. Tensors on "meta" are dispatched here as well."""
     if not any(isinstance(value, FakeTensor) for value in operands):
         _check(operands, sizes, spec)
 

@@ -1,14 +1,15 @@
-"""Projections of parts of a batch, which are projections of the whole batch.
+"""Joins projections of parts of a batch into one projection of the whole batch.
 
     linear(x[:n]), linear(x[n:])             ->  linear(x)[:n], linear(x)[n:]
     cat([linear(a), linear(b)])              ->  linear(cat([a, b]))
 
-Guidance by perturbed attention (PAG) attends one part of a batch and lets the value of another pass straight through.
-Each part is projected by itself, with the same weights; rows of a projection are independent of each other. So are the
-samples of a norm, and entries under views and arithmetic, through which the whole is looked for.
+Perturbed attention guidance (PAG) attends one part of a batch and passes the value of another part through unchanged.
+Each part is projected separately with the same weights. Rows of a projection are independent of each other, as are the
+samples of a norm and the entries under views and elementwise operators, so the search for the whole batch goes through
+these.
 
-Only what feeds an attention that was rewritten or, without a softmax, recognized, or follows it, is looked at. Nothing
-random is moved, and nothing across a switch of grad mode, autocast or checkpointing.
+The pass considers only projections before and after an attention that was rewritten or, without a softmax, recognized.
+It moves nothing random, and nothing across a change of grad mode, autocast or checkpointing.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ aten = torch.ops.aten
 
 
 def join_projections(gm: fx.GraphModule, served: Sequence[ReportedSite], replaced: dict[fx.Node, fx.Node]) -> bool:
-    """Makes one of the projections that attentions share with parts of the batch that they do not attend.
+    """Joins the projections of attended parts of a batch with those of its other parts.
 
     Args:
         served: the attentions that were rewritten or, without a softmax, recognized. Their rows get a note.
-        replaced: nodes that are no longer in the graph, each with what took its place; more are added.
+        replaced: nodes that are no longer in the graph, each with its replacement; the joined ones are added.
 
     Returns:
         Whether any projections were joined.
@@ -73,13 +74,13 @@ def _join_around(
     """Joins the projections around one attention.
 
     Args:
-        view: of the graph as it is; where nodes were replaced, another one is needed for the next attention.
-        query, key, value: its operands; one that is in the graph no longer has no projections.
-        output: its result, or what a kernel put in its place.
+        view: of the current graph; if nodes are replaced, the next attention needs a new one.
+        query, key, value: the attention's operands; an operand that is no longer in the graph has no projections.
+        output: the attention's result, or the kernel's.
 
     Returns:
-        A note for the report, also where a search ended at its bound, empty if there is nothing to say; and the nodes
-        that were replaced, each with what took its place; they are in the graph still.
+        A note for the report, which also says where a search ended at its bound, or an empty string; and the replaced
+        nodes, each with its replacement; they are still in the graph.
     """
     note = ""
     replaced: dict[fx.Node, fx.Node] = {}
@@ -97,21 +98,21 @@ def _join_around(
         joining = _Joining(view, parts, joint)
         whole = joining.of(parts, _dim(joint))
         if whole is None or not joining.projections:
-            joining.take_back()
+            joining.erase_unused()
             continue
         if not _same_strides(whole, joint):
             whole = in_memory_order_of(tensor(joint), whole, joining.builder)
         joint.replace_all_uses_with(whole)
-        joining.take_back()
+        joining.erase_unused()
         replaced[joint] = whole
-        note = note or _in_words(joining, weights)
+        note = note or _note(joining, weights)
     if before and not note:
         note = ended.added_to("projections of parts of the batch are joined into one")
     return note or str(apart), replaced
 
 
-def _in_words(joining: _Joining, value_weights: Sequence[Any]) -> str:
-    """An identity part takes the value as it is: what is projected last is its value projection, or a slice of it."""
+def _note(joining: _Joining, value_weights: Sequence[Any]) -> str:
+    """The note: in an identity part the output projection reads the value projection, or a slice of it, directly."""
     for joint, dim in joining.joints:
         total = tensor(joint).shape[dim]
         for part in _parts(joint):
@@ -122,11 +123,11 @@ def _in_words(joining: _Joining, value_weights: Sequence[Any]) -> str:
     return "the parts of the batch share one projection"
 
 
-# Parts of a batch, projected before the attention.
+# Projections of parts of the batch before the attention.
 
 
 def _project_whole(projection: fx.Node, view: GraphView) -> dict[fx.Node, fx.Node]:
-    """Replaces projections of all parts of a tensor by parts of its projection; returns which by which."""
+    """Replaces the projections of all parts of a tensor with parts of its projection; returns the replacements."""
     weight: Any = projection.args[1]
     peers = [node for node in weight.users if node.target is aten.linear.default and _same_weights(node, projection)]
     if len(peers) < 2:
@@ -141,7 +142,7 @@ def _project_whole(projection: fx.Node, view: GraphView) -> dict[fx.Node, fx.Nod
             whole = joining.of(list(order), dim)
             if whole is not None and (replaced := joining.replace_parts()):
                 return replaced
-            joining.take_back()
+            joining.erase_unused()
     return {}
 
 
@@ -158,11 +159,11 @@ def _all_same(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(map(same_argument, a, b))
 
 
-# Parts of a batch, put together after it.
+# Concatenations of parts of the batch after the attention.
 
 
 def _joints_after(output: fx.Node) -> list[fx.Node]:
-    """The concatenations that the result of an attention goes into, as far as rows stay by themselves."""
+    """The concatenations that an attention's result reaches through row-wise operators and slices."""
     found: list[fx.Node] = []
     seen = [output]
     for node in seen:
@@ -186,7 +187,7 @@ def _dim(joint: fx.Node) -> int:
     return int(dim) % tensor(joint).dim()
 
 
-# The whole of which nodes are the parts.
+# The concatenation of nodes, computed from the concatenation of their sources.
 
 
 @dataclass
@@ -198,10 +199,10 @@ class _Level:
 
 @dataclass
 class _Joining:
-    """Computes the concatenation of nodes that are computed alike of what their sources are parts of.
+    """Computes the concatenation of nodes by applying their common operator to the concatenation of their sources.
 
-    ``joint``: the concatenation that is computed in another way; None where the nodes are to be parts of what is there
-    already, and nothing is concatenated.
+    ``joint``: the concatenation to replace; None if the nodes are parts of a tensor that is in the graph already, so
+    that nothing has to be concatenated.
     """
 
     view: GraphView
@@ -218,28 +219,33 @@ class _Joining:
 
     def of(self, nodes: list[fx.Node], dim: int) -> fx.Node | None:
         """``cat(nodes, dim)``, computed of sources that are put together, or are there; None where it cannot be."""
-        whole = _covered(nodes, dim)
+        whole = _tensor_of_parts(nodes, dim)
         if whole is None and self._are_alike(nodes, dim):
             projections, joints = self.projections, len(self.joints)
             whole = self._computed(nodes, dim)
             if whole is not None and self.projections == projections and len(self.joints) > joints + 1:
-                # One concatenation here is less than several behind it.
+                # One concatenation here is cheaper than several of the sources.
                 whole, self.joints[joints:] = None, []
             if whole is not None:
                 self.levels.append(_Level(nodes, dim, whole))
-        if whole is None and self.joint is not None and nodes != _parts(self.joint) and _fit(nodes, dim):
+        if (
+            whole is None
+            and self.joint is not None
+            and nodes != _parts(self.joint)
+            and _can_be_concatenated(nodes, dim)
+        ):
             whole = self._call(nodes, aten.cat.default, nodes, dim)
             self.joints.append((whole, dim))
         return whole
 
-    def take_back(self) -> None:
-        """Removes what was written and is not read."""
+    def erase_unused(self) -> None:
+        """Erases written nodes that nothing uses."""
         for node in reversed(self.created):
             if not is_erased(node) and not node.users:
                 self.view.graph.erase_node(node)
 
     def replace_parts(self) -> dict[fx.Node, fx.Node]:
-        """Lets each part that is read be a slice of its whole; none if memory would look different to its readers."""
+        """Replaces each used part with a slice of its whole; replaces none if a user would see other strides."""
         replacements: dict[fx.Node, fx.Node] = {}
         own = {node for level in self.levels for node in level.nodes}
         for level in self.levels:
@@ -248,7 +254,7 @@ class _Joining:
                 stop = start + tensor(node).shape[level.dim]
                 if any(user not in own for user in node.users):
                     part = self._call(level.nodes, aten.slice.Tensor, level.whole, level.dim, start, stop)
-                    if _shows_its_memory(node) or not _same_strides(part, node):
+                    if _is_visible_as_part(node) or not _same_strides(part, node):
                         return {}
                     replacements[node] = part
                 start = stop
@@ -261,7 +267,7 @@ class _Joining:
         node = builder.call(target, *args, **kwargs)
         self.created += builder.created
         if tensor(node).dtype is not tensor(nodes[0]).dtype:
-            # Autocast is not in force where values are worked out.
+            # Fake values are computed without autocast.
             assert self.view.in_autocast(nodes[0]), f"{node} is not what {nodes[0]} is"
             node.meta["val"] = tensor(node).to(tensor(nodes[0]).dtype)
         return node
@@ -270,9 +276,9 @@ class _Joining:
         return Builder(self.view.gm, before=before, like=like)
 
     def _are_alike(self, nodes: list[fx.Node], dim: int) -> bool:
-        """Whether the nodes call the same operator, on tensors that differ in the size of ``dim`` alone."""
+        """Whether the nodes call the same operator, on tensors that differ only in the size of ``dim``."""
         first = nodes[0]
-        shape = _others(first, dim)
+        shape = _other_sizes(first, dim)
         place = self.joint if self.joint is not None else first
         return all(
             node.op == "call_function"
@@ -280,7 +286,7 @@ class _Joining:
             and is_tensor(node)
             and tensor(node).dtype is tensor(first).dtype
             and tensor(node).dim() == tensor(first).dim()
-            and same_shape(_others(node, dim), shape)
+            and same_shape(_other_sizes(node, dim), shape)
             and self.view.same_region(node, place)
             and checkpoint_of(node) == checkpoint_of(place)
             and (self.joint is None or len(node.users) == 1)
@@ -307,7 +313,7 @@ class _Joining:
         return None
 
     def _rearranged(self, nodes: list[fx.Node], dim: int) -> fx.Node | None:
-        """Views that leave the dimension whole."""
+        """The concatenation of views that neither split nor merge the dimension."""
         orders = [permutation_of(node) for node in nodes]
         sources = _sources(nodes, 0)
         if any(tensor(source).dim() != tensor(sources[0]).dim() for source in sources):
@@ -321,10 +327,10 @@ class _Joining:
             not same(product(tensor(n).shape), product(tensor(s).shape)) for n, s in zip(nodes, sources, strict=True)
         ):
             return None
-        own = [_same_dim(node, dim) for node in nodes]
+        own = [_source_dim(node, dim) for node in nodes]
         if own[0] is None or any(place != own[0] for place in own):
             return None
-        if any(not same_shape(_others(source, own[0]), _others(sources[0], own[0])) for source in sources):
+        if any(not same_shape(_other_sizes(source, own[0]), _other_sizes(sources[0], own[0])) for source in sources):
             return None
         source = self.of(sources, own[0])
         if source is None:
@@ -369,30 +375,30 @@ def _sources(nodes: Sequence[fx.Node], position: int) -> list[fx.Node]:
     return args
 
 
-def _others(node: fx.Node, dim: int) -> list[Size]:
+def _other_sizes(node: fx.Node, dim: int) -> list[Size]:
     shape = tensor(node).shape
     return [*shape[:dim], *shape[dim + 1 :]]
 
 
-def _fit(nodes: Sequence[fx.Node], dim: int) -> bool:
-    """Whether the nodes can be concatenated without becoming anything else."""
+def _can_be_concatenated(nodes: Sequence[fx.Node], dim: int) -> bool:
+    """Whether the nodes can be concatenated without a cast, a copy to another device or broadcasting."""
     first = nodes[0]
     return all(
         tensor(node).dim() == tensor(first).dim()
         and tensor(node).dtype is tensor(first).dtype
         and tensor(node).device == tensor(first).device
-        and same_shape(_others(node, dim), _others(first, dim))
+        and same_shape(_other_sizes(node, dim), _other_sizes(first, dim))
         for node in nodes
     )
 
 
-def _shows_its_memory(node: fx.Node) -> bool:
-    """Whether it matters that a node is a part of other memory.
+def _is_visible_as_part(node: fx.Node) -> bool:
+    """Whether a user of the node can tell that it is a part of a larger tensor.
 
-    A caller would hold the whole, and ``as_strided`` counts from where the memory begins.
+    A caller would keep the larger tensor alive, and ``as_strided`` counts from the start of the storage.
     """
     return any(
-        user.op == "output" or user.target in AS_STRIDED_OPS or (shares_memory(user) and _shows_its_memory(user))
+        user.op == "output" or user.target in AS_STRIDED_OPS or (shares_memory(user) and _is_visible_as_part(user))
         for user in node.users
     )
 
@@ -411,8 +417,8 @@ def _same_strides(a: fx.Node, b: fx.Node) -> bool:
     return all(same(x, y) or same(size, 1) for x, y, size in zip(own.stride(), other.stride(), own.shape, strict=True))
 
 
-def _covered(nodes: Sequence[fx.Node], dim: int) -> fx.Node | None:
-    """The tensor that the nodes are all the parts of, one after another."""
+def _tensor_of_parts(nodes: Sequence[fx.Node], dim: int) -> fx.Node | None:
+    """The tensor whose consecutive parts along ``dim`` are the nodes; None if there is none."""
     source: fx.Node | None = None
     start: Size = 0
     for node in _flattened(nodes, dim):
@@ -427,7 +433,7 @@ def _covered(nodes: Sequence[fx.Node], dim: int) -> fx.Node | None:
 
 
 def _flattened(nodes: Sequence[fx.Node], dim: int) -> list[fx.Node]:
-    """The nodes, in which concatenations along ``dim`` are what they are made of."""
+    """The nodes, with each concatenation along ``dim`` replaced by its parts."""
     result: list[fx.Node] = []
     for node in nodes:
         joined = node.target is aten.cat.default and is_tensor(node) and _dim(node) == dim

@@ -1,10 +1,10 @@
-"""Slices of queries that have a window of the keys each, which together are one attention under a band.
+"""Slices of queries that each attend a window of the keys: together they are one attention under a band mask.
 
     result[s] = softmax(mods(query[s] @ key[w(s)])) @ value[w(s)]     for slices s of queries and windows w(s) of keys
     result    = softmax(mods(query @ key)) @ value
 
-The mods mask the keys farther away than some distance. Where each window holds all keys that this leaves to its
-queries, the keys outside have a weight of zero in the whole, and in the slices none: the same.
+The mods mask all keys beyond some distance from the query. If each window contains every key that this leaves to its
+queries, the keys outside the window have zero weight in the whole attention, so leaving them out changes nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["key_windows", "require_band"]
 
 
 def key_windows(keys: Sequence[Operand], sites: Sequence[AttentionSite]) -> tuple[list[Span], Size] | None:
-    """The span of the keys that each slice attends, and how many there are; None if all attend the same.
+    """The span of the keys that each slice attends, and the number of keys; None if all slices attend the same keys.
 
     Args:
         keys: the key of each site, as far back as views and copies could be followed.
@@ -55,13 +55,15 @@ def key_windows(keys: Sequence[Operand], sites: Sequence[AttentionSite]) -> tupl
 
 
 def require_band(whole: AttentionSite, queries: Sequence[Span], windows: Sequence[Span], count: Size) -> None:
-    """Raises:
-    NotSlices: a query might attend a key outside its window, or none at all, were the slices one attention.
+    """Checks that the mask of the whole attention keeps each query within its slice's window of keys.
+
+    Raises:
+        NotSlices: a query might attend a key outside its window, or no key at all.
 
     Args:
         whole: the site of the whole, with masks over all queries and keys.
-        queries, windows: the slices, and the window of the keys that each attends.
-        count: how many keys there are.
+        queries, windows: the span of the queries of each slice, and the window of keys that it attends.
+        count: the number of keys.
     """
     positions = Positions(whole.query_axes, whole.key_axes)
     masks = [mod for mod in whole.mods if isinstance(mod, (Bias, Fill))]
@@ -74,7 +76,7 @@ def require_band(whole: AttentionSite, queries: Sequence[Span], windows: Sequenc
         reach = None if band is None else band.from_first
         bounded = bounded or (
             reach is not None
-            and all(_holds(reach, own, window, count) for own, window in zip(queries, windows, strict=True))
+            and all(_contains_reach(reach, own, window, count) for own, window in zip(queries, windows, strict=True))
         )
     if not bounded:
         raise NotSlices(
@@ -84,8 +86,8 @@ def require_band(whole: AttentionSite, queries: Sequence[Span], windows: Sequenc
         raise NotSlices("each slice has its own window of keys, and a query may attend none of them")
 
 
-def _holds(reach: Reach, queries: Span, window: Span, count: Size) -> bool:
-    """Whether the window has all the keys within reach of the queries."""
+def _contains_reach(reach: Reach, queries: Span, window: Span, count: Size) -> bool:
+    """Whether the window contains every key within reach of the queries."""
     before, after = reach
     first = _at_most(window.start, 0) or (before is not None and _at_most(window.start, queries.start - before))
     last = _at_most(count, window.stop) or (after is not None and _at_most(queries.stop + after, window.stop))

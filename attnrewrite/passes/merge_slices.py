@@ -1,12 +1,12 @@
-"""Slices of one attention, merged: sites that compute it part by part become the site of the whole.
+"""Merges the sites that compute slices of one attention into one site of the whole attention.
 
     result[s] = softmax(mods(query[s] @ key[s])) @ value[s]        for slices s that cover a range once
     result    = softmax(mods(query @ key)) @ value
 
-Rows of softmax attention depend on nothing but their own query, and batches and heads on nothing but themselves. So
-the slices may be merged where each operand is either sliced in the same way as the result, along the axis that the
-result is sliced along, or does not have that axis and is the same for all; and where all else is the same. The keys may
-be another slice for each: see ``key_windows.py``.
+A row of softmax attention depends only on its own query, and batches and heads are independent of each other. So slices
+may be merged if each operand is either sliced like the result, along the same axis, or lacks that axis and is shared by
+all slices, and if everything else agrees. Each slice may also attend its own window of the keys: see
+``key_windows.py``.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ __all__ = ["merge_slices"]
 aten = torch.ops.aten
 
 _KEYS = -1
-"""The name of the range of the keys, where each slice has a window of them; others are dimensions of the result."""
+"""The range of the keys, if each slice attends a window of them; other ranges are dimensions of the result."""
 
 
 def merge_slices(findings: Sequence[Finding], view: GraphView) -> list[Finding]:
-    """The findings, in which a site of a whole stands for the sites of its slices, its ``parts``.
+    """The findings with merged sites in place of the sites of their slices, which become their ``parts``.
 
-    Sites that are put together and cannot be merged say why in ``unmerged``.
+    If the results of several sites are put together but the sites cannot be merged, their ``unmerged`` says why.
     """
     sites = {finding.result: finding for finding in findings if isinstance(finding, AttentionSite)}
     merged: dict[fx.Node, AttentionSite] = {}
     unmerged: dict[fx.Node, Reason] = {}
-    # The largest whole first: it may be made of others.
+    # The largest result first: it may consist of others.
     for node, assembly in reversed(assemblies(view.graph).items() if sites else ()):
         parts = _sites_of(assembly, sites)
-        # One slice alone may fill a buffer, which is of no use then.
+        # A single slice may fill a buffer, which is then unnecessary.
         if len(parts) < (2 if assembly.buffer is None else 1) or any(part.result in merged for part in parts):
             continue
         with searching() as ended:
             try:
                 whole = _merged(node, assembly, sites, view)
             except NotSlices as reason:
-                alike = len(parts) > 1 and _same_origin([part.query.node for part in parts])
-                for part in parts if alike else ():
+                is_sliced_query = len(parts) > 1 and _same_origin([part.query.node for part in parts])
+                for part in parts if is_sliced_query else ():
                     unmerged.setdefault(part.result, Reason(ended.added_to(str(reason))))
             else:
                 merged.update(dict.fromkeys((part.result for part in parts), whole))
@@ -69,11 +69,11 @@ def merge_slices(findings: Sequence[Finding], view: GraphView) -> list[Finding]:
         if not isinstance(finding, AttentionSite):
             result.append(finding)
             continue
-        stands = merged.get(finding.result)
-        if stands is None:
+        whole_site = merged.get(finding.result)
+        if whole_site is None:
             result.append(dataclasses.replace(finding, unmerged=unmerged.get(finding.result, FINE)))
-        elif finding is stands.parts[0]:
-            result.append(stands)
+        elif finding is whole_site.parts[0]:
+            result.append(whole_site)
     return result
 
 
@@ -83,7 +83,7 @@ def _sites_of(assembly: Assembly, sites: dict[fx.Node, AttentionSite]) -> list[A
 
 
 def _behind_views(node: fx.Node, sites: dict[fx.Node, AttentionSite]) -> list[fx.Node]:
-    """``node`` and what is behind its views and copies, up to the result of a site."""
+    """``node`` and the nodes that it is a chain of views and copies of, back to the result of a site."""
     chain = [node]
     while chain[-1] not in sites and is_layout_op(chain[-1]):
         chain.append(chain[-1].all_input_nodes[0])
@@ -91,7 +91,7 @@ def _behind_views(node: fx.Node, sites: dict[fx.Node, AttentionSite]) -> list[fx
 
 
 def _same_origin(nodes: Sequence[fx.Node]) -> bool:
-    """Whether nodes are parts of one tensor, as slices are."""
+    """Whether all nodes are slices of one tensor."""
     return len({_origin(node) for node in nodes}) == 1
 
 
@@ -105,11 +105,13 @@ def _origin(node: fx.Node) -> fx.Node:
 
 @dataclass
 class _Slice:
-    """One piece of the whole: its site, and its span of each dimension that is sliced.
+    """One slice of the whole result.
 
-    ``layout``: the dimensions of the whole, as axes of the site.
-    ``axes``: what the site calls the axis that a dimension is sliced along; None where the slice is of size one.
-    ``views``: what stands between the site's result and its place in the whole.
+    Attributes:
+        layout: the dimensions of the whole result, in the axes of the slice's site.
+        spans: for each sliced dimension, the part of it that the slice covers.
+        axes: for each sliced dimension, the site's axis for it; None if the slice has size one.
+        views: the views between the site's result and its place in the whole result.
     """
 
     site: AttentionSite
@@ -124,10 +126,10 @@ class _Slice:
 
 
 def _merged(whole: fx.Node, assembly: Assembly, sites: dict[fx.Node, AttentionSite], view: GraphView) -> AttentionSite:
-    """The site whose result is ``whole``.
+    """The merged site, whose result is ``whole``.
 
     Raises:
-        NotSlices: it is put together of something else than slices of one attention.
+        NotSlices: ``whole`` does not consist of slices of one attention.
     """
     if assembly.problem:
         raise NotSlices(assembly.problem)
@@ -144,11 +146,11 @@ def _merged(whole: fx.Node, assembly: Assembly, sites: dict[fx.Node, AttentionSi
     slices = [_slice(piece, along, sites) for piece in pieces]
     if len({id(part.site) for part in slices}) < len(slices):
         raise NotSlices("the result of one attention is used for several slices")
-    owned = _owned(whole, assembly, slices)
+    deleted = _nodes_to_delete(whole, assembly, slices)
     _require_one_region(whole, assembly, slices, view)
     merge = _Merge(whole, slices, {dim: Axis(shape[dim], "slice") for dim in along}, view)
     try:
-        return merge.site(owned)
+        return merge.site(deleted)
     except NotSlices:
         for node in reversed(merge.builder.created):
             view.graph.erase_node(node)
@@ -175,8 +177,8 @@ def _slice(piece: Piece, along: list[int], sites: dict[fx.Node, AttentionSite]) 
     return _Slice(site, layout, {dim: piece.box[dim] for dim in along}, axes, views)
 
 
-def _owned(whole: fx.Node, assembly: Assembly, slices: list[_Slice]) -> list[fx.Node]:
-    """The nodes that put the whole together, and what reads them to no purpose: all go when the site is replaced."""
+def _nodes_to_delete(whole: fx.Node, assembly: Assembly, slices: list[_Slice]) -> list[fx.Node]:
+    """Nodes to delete with the site: the concatenation or scatters, and views of them that nothing uses."""
     own = {*assembly.nodes, *(node for part in slices for node in (*part.views, part.site.result))} | {whole}
     buffer = assembly.buffer
     pending = [node for node in own if node is not whole]
@@ -185,7 +187,7 @@ def _owned(whole: fx.Node, assembly: Assembly, slices: list[_Slice]) -> list[fx.
         for user in node.users:
             if user in own:
                 continue
-            if not _is_idle(user):
+            if not _is_unused(user):
                 if node is buffer:
                     continue
                 raise NotSlices(f"a slice is also used on its own ({reader_in_words(user)})")
@@ -194,9 +196,9 @@ def _owned(whole: fx.Node, assembly: Assembly, slices: list[_Slice]) -> list[fx.
     return [node for node in own if not whole < node]
 
 
-def _is_idle(node: fx.Node) -> bool:
-    """Whether a view is of no use: a slice assignment looks at the place that it writes to."""
-    return taken_from(node) is not None and all(map(_is_idle, node.users))
+def _is_unused(node: fx.Node) -> bool:
+    """Whether nothing uses a view: a slice assignment takes a view of the place that it writes to."""
+    return taken_from(node) is not None and all(map(_is_unused, node.users))
 
 
 def _require_one_region(whole: fx.Node, assembly: Assembly, slices: list[_Slice], view: GraphView) -> None:
@@ -214,7 +216,7 @@ def _require_one_region(whole: fx.Node, assembly: Assembly, slices: list[_Slice]
         raise NotSlices("grad mode or autocast differs between the slices and the whole result")
 
 
-_EQUAL = (
+_EQUAL_FIELDS = (
     "pattern",
     "softmax_dtype",
     "compute_dtype",
@@ -229,18 +231,18 @@ _EQUAL = (
     "underflows",
     "rounds_rows",
 )
-"""What slices of one attention have in common, beside their operands."""
+"""Fields in which the slices of one attention agree, besides their operands."""
 
 
 class _Merge:
-    """The comparison of slices, one after another with the one that stands for all."""
+    """Compares each slice with a model slice and builds the merged site."""
 
     def __init__(self, whole: fx.Node, slices: list[_Slice], axes: dict[int, Axis], view: GraphView) -> None:
         self._whole = whole
         self._slices = slices
         self._axes = axes
         self._view = view
-        # A slice of size one does not show which axis it is of.
+        # A slice of size one does not show which axis was sliced.
         self._place = max(range(len(slices)), key=lambda place: len(slices[place].sliced))
         self._model = slices[self._place]
         self.builder = Builder(view.gm, before=whole, like=self._model.site.anchor)
@@ -252,13 +254,13 @@ class _Merge:
             may_move=lambda node: view.same_region(node, whole),
         )
         self._names: list[dict[Axis, Axis]] = [{} for _ in slices]
-        """For each slice: the axes of the model, and what this slice calls them."""
+        """For each slice, its axis for each axis of the model slice."""
         self._compared: list[tuple[Sequence[Layout], str]] = []
-        """Layouts that must be the same for all slices, compared when no axis is divided any more."""
+        """Layouts that must agree between slices; compared at the end, when no more axes are divided."""
 
-    def site(self, owned: list[fx.Node]) -> AttentionSite:
+    def site(self, deleted: list[fx.Node]) -> AttentionSite:
         model = self._model.site
-        for name in _EQUAL:
+        for name in _EQUAL_FIELDS:
             if any(getattr(part.site, name) != getattr(model, name) for part in self._slices):
                 raise NotSlices(f"the slices differ: {name}")
         sites = [part.site for part in self._slices]
@@ -271,7 +273,7 @@ class _Merge:
         for axis in self._axes.values():
             if not any(axis in operand.axes for operand in (query, key, value)):
                 raise NotSlices("the slices have the same query, key and value")
-        # Which axes are query positions is a matter of names, except to a causal mask.
+        # Only under a causal mask does it matter which of the axes are query positions.
         for axes in ("key_axes", "feature_axes", *["query_axes"] * model.is_causal):
             self._compared.append(([(getattr(site, axes),) for site in sites], axes))
         self._compared.append(([(axes_of(site.weight_layout),) for site in sites], "scores"))
@@ -279,10 +281,10 @@ class _Merge:
         for layouts, what in self._compared:
             self._require_alike(layouts, what)
         key_axes = self._renamed((model.key_axes,))[0]
-        # Slices of size one have no axis that the scores could have.
-        unseen = {self._axes[dim] for dim, axis in self._model.axes.items() if axis is None}
-        lone = tuple(axis for axis in query.axes if axis in unseen - {*key.axes, *value.axes})
-        query_axes = self._renamed((model.query_axes,))[0] or lone
+        # Slices of size one lack the axis, and so do their scores.
+        of_size_one = {self._axes[dim] for dim, axis in self._model.axes.items() if axis is None}
+        query_of_size_one = tuple(axis for axis in query.axes if axis in of_size_one - {*key.axes, *value.axes})
+        query_axes = self._renamed((model.query_axes,))[0] or query_of_size_one
         if model.is_causal and set(query_axes) & set(self._axes.values()):
             raise NotSlices("the causal mask of each slice starts at the slice's own first query")
         site = dataclasses.replace(
@@ -300,25 +302,25 @@ class _Merge:
             mods=mods,
             weight_mods=weight_mods,
             sink=sink,
-            interior=self._view.ordered([*owned, *(node for site in sites for node in site.interior)]),
+            interior=self._view.ordered([*deleted, *(node for site in sites for node in site.interior)]),
             parts=tuple(sorted(sites, key=lambda site: site.anchor)),
             written=tuple(self.builder.created),
             windowed=self._windows,
         )
         if self._windows:
             self._require_band(site)
-        weighed = {axis for operand in (query, key, *site.modifiers) for axis in operand.axes}
-        if model.dropout and not set(self._axes.values()) <= weighed:
+        score_axes = {axis for operand in (query, key, *site.modifiers) for axis in operand.axes}
+        if model.dropout and not set(self._axes.values()) <= score_axes:
             raise NotSlices("each slice of the value has its own dropout of the weights")
-        added = tuple((axis,) for axis in self._axes.values() if axis in unseen & weighed)
+        added = tuple((axis,) for axis in self._axes.values() if axis in of_size_one & score_axes)
         site = dataclasses.replace(site, weight_layout=(*added, *self._renamed(model.weight_layout)))
-        # Now that all is compared axes may be divided: the whole may be a view itself.
+        # The comparison is complete, so axes may be divided now: the whole operand may be a view itself.
         return site.with_operands(self._behind_views)
 
     # Keys.
 
     def _key_windows(self) -> bool:
-        """Whether each slice has a window of the keys, which are one more range then."""
+        """Whether each slice attends its own window of the keys; if so, the keys become a further range."""
         sites = [part.site for part in self._slices]
         found = key_windows([self._behind_views(site.key) for site in sites], sites)
         if found is None:
@@ -339,7 +341,11 @@ class _Merge:
     # Axes.
 
     def _require_alike(self, layouts: Sequence[Layout], what: str) -> None:
-        """The same axes in the same dimensions, those apart along which the whole is sliced."""
+        """Requires the same axes in the same dimensions of all slices, apart from the sliced axes.
+
+        Raises:
+            NotSlices: they differ.
+        """
         model = [self._unsliced(dim, self._model) for dim in layouts[self._place]]
         for part, names, layout in zip(self._slices, self._names, layouts, strict=True):
             own = [self._unsliced(dim, part) for dim in resolve(layout)]
@@ -356,7 +362,7 @@ class _Merge:
         return tuple(axis for axis in axes_of((dim,)) if axis not in part.sliced)
 
     def _renamed(self, layout: Layout) -> Layout:
-        """A layout of the model's as one of the whole."""
+        """The layout of the whole operand, from the model slice's layout."""
         new: dict[Axis, Axis] = {}
         for dim, axis in self._model.axes.items():
             if axis is not None and axis.parts is not None:
@@ -368,10 +374,10 @@ class _Merge:
     # Operands.
 
     def _operand(self, operands: Sequence[Operand], what: str) -> Operand:
-        """The operand of which the slices' are slices, or which they share.
+        """The operand that the slices' operands are slices of, or that they share.
 
         Raises:
-            NotSlices: there is none.
+            NotSlices: there is no such operand.
         """
         operands = [self._behind_views(operand) for operand in operands]
         whole = self._wholes.of([operand.node for operand in operands], what)
@@ -398,7 +404,7 @@ class _Merge:
         return peel(operand, lambda node: self._view.same_region(node, self._whole))[-1].resolved()
 
     def _factor(self, factors: Sequence[Any], what: str) -> Any:
-        """A number that the slices share, or an operand."""
+        """The number that the slices share, or the operand that theirs are slices of."""
         first = factors[0]
         if all(isinstance(factor, Operand) for factor in factors):
             return self._operand(factors, what)

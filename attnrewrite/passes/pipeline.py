@@ -1,4 +1,4 @@
-"""The way of a graph through the passes: from the IR to the IR with its attentions replaced."""
+"""The passes in their order: from the captured graph to the graph with its attentions replaced."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def rewrite(
     with_kinds: bool = False,
     with_batch: bool = False,
 ) -> Rewritten:
-    """Replaces, in place, each attention of the IR graph that a kernel is willing to take.
+    """Replaces, in place, each attention of the graph that a kernel serves.
 
     Args:
-        adjust_request: may change what the user asked for at a site.
-        steps: the clock, log and dump of the steps; default: none but the clock's and the log's.
-        with_kinds: whether attentions are told apart as spatial, temporal and cross.
+        adjust_request: may change the user's request at a site.
+        steps: times, logs and dumps the steps; default: no dump.
+        with_kinds: whether to classify attentions as spatial, temporal or cross.
         with_batch: whether to find the tensors whose dimension 0 begins with the batch.
     """
     run = Rewriting(gm, policy, adjust_request, Steps() if steps is None else steps)
@@ -67,7 +67,7 @@ def rewrite(
                 with run.step("splice", name):
                     run.splice(attention, row, kernel)
             else:
-                # Slices that were merged come next, each for itself.
+                # The slices of a merged site come next, each on its own.
                 with run.step("keep", name):
                     run.keep(site, row)
 
@@ -80,7 +80,7 @@ def rewrite(
 
 
 def find_sites(view: GraphView) -> list[Finding]:
-    """Every attention and near miss of a graph, slices merged and repetitions of keys and values undone."""
+    """Every attention and near miss of a graph, with slices merged and keys and values unrepeated."""
     return unrepeat_kv(merge_slices(find(view), view), view)
 
 
@@ -88,7 +88,7 @@ def read_sites(gm: fx.GraphModule, policy: Policy) -> list[CanonicalAttention]:
     """The attentions of the IR graph in canonical form, without rewriting them.
 
     Raises:
-        NotAttention: one is not what it looked like.
+        NotAttention: a site has no canonical form.
     """
     sites = [finding for finding in find_sites(GraphView(gm)) if isinstance(finding, AttentionSite)]
     return [canonicalized(current_site(site, {}, policy), policy) for site in sites]

@@ -1,8 +1,8 @@
-"""Linear attention in the cheaper order: ``query @ (key^T @ value)``, or ``(query @ key^T) @ value``.
+"""Reassociates the products of linear attention: ``query @ (key^T @ value)`` or ``(query @ key^T) @ value``.
 
-The order is decided by the number of floating-point operations, for all sizes that the graph may be called with.
-Where symbolic sizes leave it open no guard is added: the linear order, which needs no matrix of all pairs, stays, and
-the quadratic one gives way to it if that is cheaper for the sizes that the graph is compiled with.
+The cheaper order is the one with fewer floating-point operations, for all sizes that the graph may be called with. If
+symbolic sizes leave this open, no guard is added: the linear order, which needs no matrix of query-key pairs, stays,
+and the quadratic order is replaced with it if the linear one is cheaper for the sizes of the first call.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ aten = torch.ops.aten
 
 
 def reassociate(gm: fx.GraphModule, site: LinearAttention, row: SiteReport, replaced: dict[fx.Node, fx.Node]) -> None:
-    """Multiplies linear attention in the cheaper order; its row says which, or why the source's order stays.
+    """Multiplies linear attention in the cheaper order. Its row gets that order, or the reason why the source's stays.
 
     Args:
-        site: its operands are in the graph.
-        replaced: nodes that are no longer in the graph, each with what took its place; more are added.
+        site: the linear attention; its operands are in the graph.
+        replaced: nodes that are no longer in the graph, each with its replacement; the site's nodes are added.
     """
     choice = _choose_order(site)
     if choice.order == site.order:
@@ -54,7 +54,12 @@ def reassociate(gm: fx.GraphModule, site: LinearAttention, row: SiteReport, repl
 
 @dataclass(frozen=True)
 class _OrderChoice:
-    """``order``: the one to multiply in. ``reason``: why the source's order stays; empty where it is changed."""
+    """The order to multiply in.
+
+    Attributes:
+        reason: why the source's order stays; empty if it changes.
+        refused: whether the other order would be cheaper but cannot be used.
+    """
 
     order: Order
     reason: str = ""
@@ -62,7 +67,7 @@ class _OrderChoice:
 
 
 def operations(site: LinearAttention, order: Order) -> Size:
-    """Floating-point operations of the two products, a multiplication and an addition each."""
+    """The floating-point operations of the two products, counting a multiply-add as two."""
     return 2 * sum(product([axis.size for axis in axes]) for axes in _spans(site, order))
 
 
@@ -78,11 +83,11 @@ def _spans(site: LinearAttention, order: Order) -> tuple[tuple[Axis, ...], tuple
 
 
 def _choose_order(site: LinearAttention) -> _OrderChoice:
-    """The cheaper order, or why the source's stays; ``refused`` where the other one would be cheaper."""
+    """The cheaper order, or the source's order and why it stays."""
     own: Order = site.order
     other: Order = "quadratic" if own == "linear" else "linear"
     spans = {order: _spans(site, order) for order in (own, other)}
-    # What all products have in common is no matter of the order, and its size may be unknown.
+    # Axes that all products share do not affect the comparison, and their sizes may be unknown.
     common = set.intersection(*(set(axes) for pair in spans.values() for axes in pair))
 
     def cost(order: Order) -> Size:
@@ -107,7 +112,7 @@ def _choose_order(site: LinearAttention) -> _OrderChoice:
 
 
 def _emit_result(site: LinearAttention, builder: Builder) -> fx.Node:
-    """The result in the order that is not the source's: ``(outer @ middle) @ inner``."""
+    """Emits the result in the other order than the source's: ``(outer @ middle) @ inner``."""
     batch = _dims(site.batch_axes)
     transposed = not _ends_with(site.result_layout, site.inner_axes)
     rows, columns = (site.outer_axes,), (site.inner_axes,)
@@ -127,11 +132,11 @@ def _emit_result(site: LinearAttention, builder: Builder) -> fx.Node:
 
 
 def _emit_sum(site: LinearAttention, total: Operand, applied: int, builder: Builder) -> fx.Node:
-    """A sum of ``middle @ inner`` over what the second product sums over: ``inner`` times the sum of ``middle``.
+    """Emits a sum of ``middle @ inner`` over the axis that the second product sums over: ``inner @ sum(middle)``.
 
     Args:
         total: the sum in the source, and its dimensions.
-        applied: how many of the scales it includes.
+        applied: the number of scales that the sum includes.
     """
     stored = {*site.middle.axes, *site.inner.axes}
     batch = _dims([axis for axis in site.batch_axes if axis in stored])
@@ -150,7 +155,7 @@ def _dims(axes: Sequence[Axis]) -> tuple[Dim, ...]:
 
 
 def _laid(builder: Builder, operand: Operand, batch: Sequence[Dim], *matrix: Sequence[Dim]) -> fx.Node:
-    """The operand as matrices: (batch..., rows, columns), with size one for batch axes that it lacks."""
+    """The operand laid out as matrices (batch..., rows, columns), with size one for batch axes that it lacks."""
     return lay_out(builder, operand.node, operand.layout, [*batch, *(dim for dims in matrix for dim in dims)])
 
 

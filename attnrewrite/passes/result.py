@@ -1,4 +1,4 @@
-"""What became of a graph."""
+"""The result of the passes over a graph."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["ReportedSite", "Rewritten"]
 
 
 class ReportedSite(NamedTuple):
-    """An attention, and its row of the report."""
+    """An attention and its row of the report."""
 
     site: AttentionSite | LinearAttention
     row: SiteReport
@@ -24,16 +24,17 @@ class ReportedSite(NamedTuple):
 
 @dataclass
 class Rewritten:
-    """What became of a graph.
+    """The result of the passes over a graph.
 
     Attributes:
         sites: a row for each site, in graph order.
-        round_like_eager: a site was kept because the rounding of its scores decides its result.
-        offered: kernels were asked, so the result depends on the kernels that the user asks for.
-        projections_changed: projections were joined or fused.
-        results: of each attention, rewritten or not: its row, its kind with the reason for it if kinds were asked for,
-            and the node that now holds its result.
-        begins_with_batch: if asked for, see :func:`attnrewrite.analysis.kinds.begins_with_batch`.
+        round_like_eager: whether a site was kept because the rounding of its scores decides its result.
+        offered: whether any site was offered to kernels, so that the result depends on the requested kernels.
+        projections_changed: whether projections were joined or fused.
+        results: for each attention, rewritten or not: its row, its kind (None if kinds were not requested), and the
+        node
+            that now holds its result.
+        begins_with_batch: see :func:`attnrewrite.analysis.kinds.begins_with_batch`; empty if not requested.
     """
 
     sites: list[SiteReport] = field(default_factory=list)

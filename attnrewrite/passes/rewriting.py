@@ -1,4 +1,4 @@
-"""One run of the passes over a graph: what is known of it so far, and what is done at each site."""
+"""One run of the passes over a graph: its state, and the steps at each site."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ from attnrewrite.torch_private import is_erased
 __all__ = ["AdjustRequest", "Rewriting", "as_requested", "current_site"]
 
 AdjustRequest = Callable[[str, CanonicalAttention, Request | None], Request | None]
-"""Given a site's name in the report, the site, and what the user asked for there: what is asked for."""
+"""From a site's name in the report, the site, and the user's request: the request to use there."""
 
 
 def as_requested(name: str, site: CanonicalAttention, request: Request | None) -> Request | None:
-    """Nothing is asked for beyond what the user asked for."""
+    """The user's request, unchanged."""
     return request
 
 
 def current_site(site: AttentionSite, replaced: dict[fx.Node, fx.Node], policy: Policy) -> AttentionSite:
-    """The site of the graph as it stands now.
+    """The site with the operands that the graph has now.
 
     Args:
-        replaced: nodes that are no longer in the graph, each with what took its place.
+        replaced: nodes that are no longer in the graph, each with its replacement.
     """
     return replace(redirected(site, replaced), for_inductor=policy.inner_backend == "inductor")
 
@@ -58,7 +58,7 @@ class Rewriting:
 
     Attributes:
         view: the graph as patterns read it.
-        replaced: nodes that are no longer in the graph, each with what took its place.
+        replaced: nodes that are no longer in the graph, each with its replacement.
         served: attentions that were rewritten or, without a softmax, recognized.
     """
 
@@ -78,23 +78,23 @@ class Rewriting:
         self._begins_with_batch: frozenset[fx.Node] = frozenset()
 
     def step(self, name: str, site: str = "") -> contextlib.AbstractContextManager[None]:
-        """Runs one step; ``site``: the name of the site, if the step runs once for each."""
+        """Context manager of one step; ``site`` is the name of the site if the step runs once for each site."""
         return self._steps.step(name, self._gm, site)
 
     def each(self, findings: Sequence[Finding]) -> Iterator[tuple[str, Finding]]:
-        """The findings with their names in the report; where a merged site is kept, its slices follow.
+        """The findings with their names in the report; if a merged site is kept, its slices follow it.
 
-        A site has the same name whatever becomes of others: what it is asked for goes by names.
+        The name of a site does not depend on the outcome of others, since requests refer to names.
         """
         self._pending.extend((f"site{index}", finding) for index, finding in enumerate(findings))
         while self._pending:
             yield self._pending.popleft()
 
     def read_kinds(self, findings: Sequence[Finding], with_kinds: bool, with_batch: bool) -> None:
-        """What attention reuse asks of the graph before it changes."""
+        """Reads what attention reuse needs from the graph before it changes."""
         if with_kinds:
             sites = [finding for finding in findings if not isinstance(finding, NearMiss)]
-            # Of wholes, and of the slices that may stand for them.
+            # Of merged sites, and of the slices that may replace them.
             sites += [part for site in sites if isinstance(site, AttentionSite) for part in site.parts]
             kinds = kinds_of(self._gm, sites)
             self._kinds = {site.result: kind for site, kind in zip(sites, kinds, strict=True)}
@@ -114,15 +114,15 @@ class Rewriting:
         self.served.append(self._attentions[-1])
 
     def begin(self, name: str, site: AttentionSite) -> tuple[AttentionSite, SiteReport]:
-        """The site with operands that are in the graph, and its row of the report."""
+        """The site with the operands that the graph has now, and its row of the report."""
         site = current_site(site, self.replaced, self._policy)
         return site, row_of_attention(name, site)
 
     def canonicalized(self, site: AttentionSite, row: SiteReport) -> CanonicalAttention | None:
-        """The site in the form that kernels read; None if it has none, and the row says why.
+        """The site in canonical form; None if it has none, and then the row says why.
 
         Raises:
-            KernelError: with ``strict``, kernels were asked for at a site that stays because its rounding decides.
+            KernelError: with ``strict``, kernels were requested for a site that is kept because rounding decides.
         """
         policy = policy_at(self._policy, site.anchor)
         try:
@@ -130,7 +130,7 @@ class Rewriting:
                 attention = canonicalized(site, policy)
         except NotAttention as reason:
             row.reason = ended.added_to(str(reason))
-            # The slices of a whole speak for themselves.
+            # The slices of a merged site are reported separately.
             if isinstance(reason, RoundingDecides) and not site.parts:
                 self._result.round_like_eager = self._result.offered = True
                 request = request_for(policy, row.location, site.anchor)
@@ -141,13 +141,13 @@ class Rewriting:
         return attention
 
     def choose(self, site: CanonicalAttention, row: SiteReport) -> Kernel | None:
-        """The kernel that takes the site; None if none does, and the row says why.
+        """The kernel that serves the site; None if no kernel does, and then the row says why.
 
         Raises:
-            KernelError: with ``strict``, no kernel that was asked for does.
+            KernelError: with ``strict``, no requested kernel serves it.
         """
         self._result.offered = True
-        if not self._requested_alike(site):
+        if not self._slices_have_same_request(site):
             row.reason = "different kernels or options are requested for its slices (request the same for all of them)"
             return None
         policy = policy_at(self._policy, site.anchor)
@@ -160,8 +160,8 @@ class Rewriting:
             row.reason = str(refusal)
             return None
 
-    def _requested_alike(self, site: AttentionSite) -> bool:
-        """Whether the same is asked for at all slices of a whole."""
+    def _slices_have_same_request(self, site: AttentionSite) -> bool:
+        """Whether the same kernels and options are requested for all slices of a merged site."""
         requests = []
         for part in site.parts:
             policy = policy_at(self._policy, part.anchor)
@@ -169,13 +169,13 @@ class Rewriting:
         return all(each == requests[0] for each in requests)
 
     def splice(self, site: CanonicalAttention, row: SiteReport, kernel: Kernel) -> None:
-        """Puts the kernel in the site's place, behind a check if one is asked for."""
+        """Replaces the site with the kernel, preceded by a check if the option ``checks`` is on."""
         row.status, row.kernel = "rewritten", kernel.name
         created = splice(self._gm, site, kernel, self.replaced, self._written)
         if policy_at(self._policy, site.anchor).checks:
             check = insert_check(self._gm, site, created, row.location)
             created = created if check is None else (check, *created)
-        # A mask that was proved is not read.
+        # A mask whose structure was proved may be unused now.
         remove_unused(self._gm.graph, site.written)
         row.nodes_after = tuple(node.name for node in (*site.written, *created) if not is_erased(node))
         self._result.sites.append(row)
@@ -183,18 +183,18 @@ class Rewriting:
         self.served.append(self._attentions[-1])
 
     def keep(self, site: AttentionSite, row: SiteReport) -> None:
-        """Leaves the site as it is; a whole gives way to its slices. Operands written for a kernel are removed."""
+        """Keeps the site and removes the operands written for a kernel; the slices of a merged site are tried next."""
         remove_unused(self._gm.graph, site.written)
         if not site.parts:
             self._result.sites.append(row)
             self._attentions.append(ReportedSite(site, row))
             return
-        why = Reason(f"no kernel takes the merged attention: {row.reason}")
-        slices = [(f"{row.name}_{number}", replace(part, unmerged=why)) for number, part in enumerate(site.parts)]
+        unmerged = Reason(f"no kernel takes the merged attention: {row.reason}")
+        slices = [(f"{row.name}_{number}", replace(part, unmerged=unmerged)) for number, part in enumerate(site.parts)]
         self._pending.extendleft(reversed(slices))
 
     def finish(self, projections_changed: bool) -> Rewritten:
-        """What became of the graph, which is checked and compiled to Python if it changed."""
+        """The result of the run. A changed graph is checked and recompiled to Python."""
         result = self._result
         result.projections_changed = projections_changed
         for site, row in self._attentions:

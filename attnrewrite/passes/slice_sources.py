@@ -1,7 +1,7 @@
-"""The tensor of which given nodes are slices: found, or written where no node holds it.
+"""Finds the tensor that given nodes are slices of, or writes it if no node holds it.
 
-A mask that is inverted slice by slice, a query that is scaled slice by slice: what is computed of each slice in the
-same way, entry by entry, is a slice of the same computed of the whole.
+If the same elementwise operation is applied to each slice (a mask inverted slice by slice, a query scaled slice by
+slice), the results are slices of the same operation applied to the whole tensor.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ aten = torch.ops.aten
 
 
 class NotSlices(Exception):
-    """Why sites whose results are put together stay sites of their own."""
+    """Sites whose results are put together cannot be merged; the message says why."""
 
 
 @dataclass(frozen=True)
 class Whole:
-    """What nodes are slices of.
+    """The tensor that some nodes are slices of.
 
-    ``dims``: for each dimension of it, that of the slices, None where it is selected.
-    ``sliced``: for each dimension of it that is sliced, the name of the range that it is sliced along.
+    Attributes:
+        node: the tensor.
+        dims: for each of its dimensions, the slices' dimension; None if it was selected.
+        sliced: for each of its sliced dimensions, the range that it is sliced along.
     """
 
     node: fx.Node
@@ -42,12 +44,12 @@ class Whole:
     sliced: Mapping[int, int]
 
     def aligned(self) -> bool:
-        """Whether it has the dimensions of the slices, in their order."""
+        """Whether the tensor and the slices have the same dimensions in the same order."""
         return self.dims == tuple(range(len(self.dims)))
 
 
 class Wholes:
-    """Finds wholes, for slices whose spans of each range are known."""
+    """Finds the whole tensors of slices whose spans of each range are known."""
 
     def __init__(
         self,
@@ -58,10 +60,10 @@ class Wholes:
     ) -> None:
         """
         Args:
-            spans: for each range, by a name of its own, the part of it that each slice is.
-            sizes: how long each range is.
-            builder: writes what no node holds.
-            may_move: whether what a node computes may be computed where ``builder`` writes.
+            spans: for each range, by name, the span that each slice covers.
+            sizes: the length of each range.
+            builder: writes a whole tensor that no node holds.
+            may_move: whether a node's computation may be repeated where ``builder`` writes.
         """
         self._spans = spans
         self._sizes = sizes
@@ -70,10 +72,13 @@ class Wholes:
         self._found: dict[tuple[fx.Node, ...], Whole] = {}
 
     def of(self, nodes: Sequence[fx.Node], what: str) -> Whole:
-        """What ``nodes`` are slices of, one node for each slice; ``what`` they are in words.
+        """The whole tensor of ``nodes``, one node for each slice.
+
+        Args:
+            what: the name of the operand in messages.
 
         Raises:
-            NotSlices: it is nothing that is known to be sliced along these ranges.
+            NotSlices: the nodes are not known to be slices of one tensor along these ranges.
         """
         key = tuple(nodes)
         if key not in self._found:
@@ -85,7 +90,7 @@ class Wholes:
         if all(node is first for node in nodes):
             return Whole(first, tuple(range(tensor(first).dim())), {})
         if all(self._equal(node, first) for node in nodes):
-            # It was computed anew for each slice.
+            # It is computed again for each slice.
             return Whole(first, tuple(range(tensor(first).dim())), {})
         if not all(map(self._may_move, nodes)):
             raise NotSlices(f"the {what} of the slices is computed under another grad mode or autocast")
@@ -96,7 +101,7 @@ class Wholes:
             return self._constant(first)
         if all(_same_call(node, first) for node in nodes):
             if first.target is aten.arange.start:
-                return self._counted(nodes, what)
+                return self._arange(nodes, what)
             if is_cast(first) or is_pointwise(first):
                 return self._entry_by_entry(nodes, what)
             if (
@@ -108,7 +113,7 @@ class Wholes:
         raise NotSlices(f"the {what} of the slices is not known to be sliced from one tensor")
 
     def _equal(self, a: fx.Node, b: fx.Node, steps: int = 0) -> bool:
-        """Whether two nodes compute the same, from the same, as far as a few steps tell."""
+        """Structural equality of two nodes, compared up to ``EQUAL_STEPS`` steps back."""
         if a is b:
             return True
         if a.op != "call_function" or a.target is not b.target or not (is_pure(a) and is_pure(b)):
@@ -143,17 +148,17 @@ class Wholes:
             return Whole(node, dims, whole.sliced)
         raise NotSlices(f"the {what} and the result are not sliced alike")
 
-    def _counted(self, nodes: Sequence[fx.Node], what: str) -> Whole:
-        """``arange(start, end)``."""
-        counted = [[_value(arg) for arg in node.args[:2]] for node in nodes]
+    def _arange(self, nodes: Sequence[fx.Node], what: str) -> Whole:
+        """The ``arange`` over a whole range, of which the slices have ``arange(start, end)``."""
+        bounds = [[_value(arg) for arg in node.args[:2]] for node in nodes]
         for name, spans in self._spans.items():
-            if all(same(a, span.start) and same(b, span.stop) for (a, b), span in zip(counted, spans, strict=True)):
+            if all(same(a, span.start) and same(b, span.stop) for (a, b), span in zip(bounds, spans, strict=True)):
                 node = self._builder.call(aten.arange.start, 0, self._sizes[name], **nodes[0].kwargs)
                 return Whole(node, (0,), {0: name})
         raise NotSlices(f"the {what} and the result are not sliced alike")
 
     def _constant(self, node: fx.Node) -> Whole:
-        """The same number everywhere, of which one entry is enough."""
+        """A constant tensor of one entry, which broadcasts."""
         rank = tensor(node).dim()
         one = self._builder.call(node.target, [1] * rank, *node.args[1:], **node.kwargs)
         return Whole(one, tuple(range(rank)), {})
@@ -174,7 +179,7 @@ class Wholes:
         rank = len(model.dims)
         sliced: dict[int, int] = {}
         for whole in wholes:
-            # Broadcasting lines dimensions up from the last one on.
+            # Broadcasting aligns dimensions from the last one.
             offset = rank - len(whole.dims)
             if whole.dims != model.dims and not (whole.aligned() and None not in model.dims[offset:]):
                 raise NotSlices(f"the {what} of the slices is not known to be sliced from one tensor")
@@ -207,7 +212,7 @@ class Wholes:
 
 
 def _taken(nodes: Sequence[fx.Node]) -> list[Taken]:
-    """What the nodes are parts of; among parts of one tensor the tensor itself is a part, too."""
+    """The slices that the nodes are; among slices of one tensor, the tensor itself counts as one."""
     found = [taken_from(node) for node in nodes]
     known = [part for part in found if part is not None]
     if known and len(known) < len(found) and all(part.source is known[0].source for part in known):
@@ -218,12 +223,12 @@ def _taken(nodes: Sequence[fx.Node]) -> list[Taken]:
 
 
 def _without(own: int, dims: tuple[int | None, ...]) -> tuple[int | None, ...]:
-    """The dimensions of slices after one of theirs was selected away."""
+    """``dims`` after the slices' dimension ``own`` was selected."""
     return tuple(None if dim is None or dim == own else dim - (dim > own) for dim in dims)
 
 
 def _same_call(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two nodes call the same operator, tensors and sizes among the arguments apart."""
+    """Whether two nodes call the same operator with the same arguments, apart from tensors and sizes."""
     return (
         a.op == b.op == "call_function"
         and a.target is b.target
@@ -242,7 +247,7 @@ _CONSTANT = frozenset({aten.zeros.default, aten.ones.default, aten.full.default}
 
 
 def _same_constant(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two nodes are filled with the same number, whatever their sizes."""
+    """Whether two constant nodes hold the same number; their sizes may differ."""
     return (
         a.target is b.target
         and len(a.args) == len(b.args)

@@ -1,4 +1,4 @@
-"""A kernel's call in the place of the attention that it serves."""
+"""Replaces an attention with the call of the kernel that serves it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def latest(node: fx.Node, replaced: dict[fx.Node, fx.Node]) -> fx.Node:
 
 
 def redirected(site: AttentionSite, replaced: dict[fx.Node, fx.Node]) -> AttentionSite:
-    """The site in which an operand that was the result of an earlier site is that site's replacement."""
+    """The site with replaced operands: an operand may be the result of an earlier site that was rewritten."""
     # Other sites, found later, may have divided the axes.
     query_axes, key_axes, feature_axes = (
         axes_of((axes,)) for axes in (site.query_axes, site.key_axes, site.feature_axes)
@@ -53,9 +53,10 @@ def replace_node(
 
 
 class WrittenByRegion:
-    """What kernels were given for earlier sites, such as a mask that all layers share, and later ones take again.
+    """Nodes written for the kernels of earlier sites, such as a mask that all layers share, for reuse by later sites.
 
-    Only within a region: what was written where gradients are off has none, and what a checkpoint holds is made anew.
+    Nodes are reused only within a region: those written where gradients are off have none, and a checkpoint recomputes
+    its own.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -73,11 +74,11 @@ def splice(
     replaced: dict[fx.Node, fx.Node],
     written: WrittenByRegion,
 ) -> tuple[fx.Node, ...]:
-    """Puts the kernel's nodes in the site's place and removes what served only the site; returns those nodes."""
+    """Replaces the site with the kernel's nodes, removes nodes that only the site used, and returns the new ones."""
     builder = Builder(gm, before=site.result, like=site.anchor, written=written.of(site.result))
     autocast = None
     if site.in_autocast and not site.fused:
-        # The kernel's operands and mask have the dtypes that they should have; autocast would round the mask.
+        # The kernel's operands and mask already have the right dtypes; autocast would round the mask.
         autocast = builder.insert(enter_autocast, (site.device.type, None, False, None), {}, None)
     output = kernel.emit(site, builder)
     if autocast is not None:
@@ -101,11 +102,11 @@ _STRIDE_BLIND = frozenset(
         aten.einsum.default,
     }
 )
-"""Operators whose result is laid out in memory in the same way, however their operands are."""
+"""Operators whose result has the same strides whatever the strides of their operands are."""
 
 
 def _strides_are_free(node: fx.Node) -> bool:
-    """Whether nothing can tell how ``node`` lies in memory. Views on the way become reshapes, which always work."""
+    """Whether no user depends on the strides of ``node``; views among its users become reshapes, which accept any."""
     free = True
     for user in node.users:
         if user.target in _STRIDE_BLIND:
@@ -118,7 +119,7 @@ def _strides_are_free(node: fx.Node) -> bool:
 
 
 def remove_unused(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
-    """Removes nodes, the last one first, and, one after another, what only they have read."""
+    """Removes the nodes that have no users, the last one first, and then the sources that only they used."""
     pending = [*nodes]
     while pending:
         node = pending.pop()

@@ -1,4 +1,4 @@
-"""What every step on a graph's way has in common: its time, its log line, the check of the graph, and its dump.
+"""Runs the steps of a graph's compilation, each with its time, log line, check of the graph, and dump.
 
 with steps.step("merge_slices", gm):
     findings = merge_slices(findings, view)
@@ -25,15 +25,15 @@ class Steps:
     """The steps of one graph's compilation.
 
     Attributes:
-        seconds: by the name of each step, in the order in which they first ran, the time that it took; that of a step
-            that runs once for each site is the sum over the sites.
+        seconds: the time of each step by name, in the order of their first run; a step that runs once for each site has
+            the sum over the sites.
     """
 
     def __init__(self, graph: str = "a graph", dump: GraphDump | None = None) -> None:
         """
         Args:
             graph: the graph's name in the log.
-            dump: where the graph is written after each step that changed it; None: nowhere.
+            dump: the dump that the graph is written to after each step that changed it; None for no dump.
         """
         self.seconds: dict[str, float] = {}
         self._graph = graph
@@ -45,8 +45,8 @@ class Steps:
         """Runs one step.
 
         Args:
-            gm: the graph that the step may change; None if it has none.
-            site: the name of the site, if the step runs once for each.
+            gm: the graph that the step may change; None if it changes none.
+            site: the name of the site, if the step runs once for each site.
         """
         start = time.perf_counter()
         try:

@@ -1,11 +1,11 @@
-"""Keys and values that are computed of something repeated: computed of it once, and not repeated.
+"""Eliminates repetitions (``repeat_kv``) of keys and values.
 
-    key = f(repeat(x))  ->  f(x), whose missing axis says that it is shared
+    key = f(repeat(x))  ->  f(x), which lacks the axis of the repetition and so shares its entries
 
 A repetition (``expand``, ``repeat``, ``repeat_interleave``, a constant index such as ``[0] * frames``) is an axis that
-the source lacks. Where what comes between the repetition and the attention does the same to every copy (entry by
-entry, a rotation of the features, a norm or a projection of the last dimension), key and value need no copies: they
-lack the axis as well, which is all that grouped and broadcast attention are (:mod:`attnrewrite.ir.views`).
+its source lacks. If the operators between the repetition and the attention do the same to every copy (elementwise
+operators, a rotation of the features, a norm or a projection of the last dimension), key and value need no copies: they
+lack the axis as well, as in GQA and broadcast attention (:mod:`attnrewrite.ir.views`).
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ aten = torch.ops.aten
 
 
 def unrepeat_kv(findings: Sequence[Finding], view: GraphView) -> list[Finding]:
-    """The findings, in which key and value are what they are made of, wherever they are made of something repeated.
+    """The findings with unrepeated keys and values in each site whose keys and values are computed from a repetition.
 
-    Nodes that are written for it are among the site's ``written``.
+    The site's ``written`` gets the nodes that are added for it.
     """
     return [_unrepeated(finding, view) if isinstance(finding, AttentionSite) else finding for finding in findings]
 
@@ -55,7 +55,7 @@ def _unrepeated(site: AttentionSite, view: GraphView) -> AttentionSite:
         absent: list[Axis] = []
         for axis in free:
             if axis in copied:
-                absent += _divided_alike(axis, copied[axis], axes_of((tuple(needed | beyond),)))
+                absent += _absent_parts(axis, copied[axis], axes_of((tuple(needed | beyond),)))
         held = {axis for operand in (site.key, site.value) for axis in operand.resolved().axes}
         absent = [axis for axis in absent if axis in held]
         if beyond and not absent:
@@ -68,13 +68,13 @@ def _unrepeated(site: AttentionSite, view: GraphView) -> AttentionSite:
     found = [writing.of(operand) for operand in (site.key, site.value)]
     key, value = found
     if key is None or value is None or not writing.is_sole_reader():
-        writing.take_back()
+        writing.erase_written()
         return site
     return replace(site, key=key, value=value, written=(*site.written, *writing.created))
 
 
-def _divided_alike(axis: Axis, model: Axis, needed: Sequence[Axis]) -> list[Axis]:
-    """Those parts of ``axis`` that are not needed, once it is divided as its ``model`` is; none if all of it is."""
+def _absent_parts(axis: Axis, model: Axis, needed: Sequence[Axis]) -> list[Axis]:
+    """The parts of ``axis`` that are not needed, after dividing it like ``model``."""
     parts = model.leaves()
     if all(part in needed for part in parts):
         return []
@@ -83,35 +83,36 @@ def _divided_alike(axis: Axis, model: Axis, needed: Sequence[Axis]) -> list[Axis
     divided = axis.divide(model.parts[1].size) if axis.parts is None else (axis.parts[0], axis.parts[1])
     if divided is None:
         return []
-    return [
-        part for own, other in zip(divided, model.parts, strict=True) for part in _divided_alike(own, other, needed)
-    ]
+    return [part for own, other in zip(divided, model.parts, strict=True) for part in _absent_parts(own, other, needed)]
 
 
 def _without(layout: Layout, absent: frozenset[Axis]) -> Layout:
-    gone = set(axes_of((tuple(absent),)))
-    return tuple(tuple(axis for axis in dim if axis not in gone) for dim in resolve(layout))
+    dropped = set(axes_of((tuple(absent),)))
+    return tuple(tuple(axis for axis in dim if axis not in dropped) for dim in resolve(layout))
 
 
-# One step back, from a node to what it is computed of.
+# One step back, from a node to its sources.
 
 
 @dataclass(frozen=True)
 class _StepBack:
-    """A node, computed of ``sources``, each of which has the axes of its layout.
+    """How a node is computed from its sources.
 
-    ``kept``: the axes along which entries of the sources do not stay where they are. ``again`` computes the node of
-    other sources; None where the node only moves the entries of its one source. ``projects``: it is a projection.
+    Attributes:
+        sources: the sources, each with its layout.
+        kept: the axes that must not be dropped, since the node moves or mixes entries along them.
+        recompute: computes the node from other sources; None if the node only rearranges the entries of its one source.
+        projects: whether the node is a projection.
     """
 
     sources: tuple[Operand, ...]
     kept: Dim = ()
-    again: Callable[[Builder, list[fx.Node]], fx.Node] | None = None
+    recompute: Callable[[Builder, list[fx.Node]], fx.Node] | None = None
     projects: bool = False
 
 
 def _step(node: fx.Node, layout: Layout) -> _StepBack | None:
-    """The step back from ``node``; None where it is not known to do the same along any axis."""
+    """The step back from ``node``; None if the node is not known to do the same along any axis."""
     args: Any = node.args
     if node.op != "call_function" or not is_tensor(node):
         return None
@@ -122,7 +123,7 @@ def _step(node: fx.Node, layout: Layout) -> _StepBack | None:
     if taken is not None:
         return _step_of_part(node, taken, layout)
     if node.target in CAT_OPS:
-        return _step_of_joint(node, layout)
+        return _step_of_concatenation(node, layout)
     if node.target in (aten.linear.default, aten.layer_norm.default, aten.rms_norm.default):
         return _step_of_rows(node, layout)
     if is_pointwise(node) or is_cast(node):
@@ -136,17 +137,17 @@ def _step_of_part(node: fx.Node, taken: Taken, layout: Layout) -> _StepBack:
     rest = layout[dim:] if taken.selected else layout[dim + 1 :]
     start, stop = taken.span.start, taken.span.stop
 
-    def again(builder: Builder, sources: list[fx.Node]) -> fx.Node:
+    def recompute(builder: Builder, sources: list[fx.Node]) -> fx.Node:
         if taken.selected:
             return builder.call(aten.select.int, sources[0], dim, start)
         return builder.call(aten.slice.Tensor, sources[0], dim, start, stop)
 
     return _StepBack(
-        (Operand(taken.source, (*layout[:dim], whole, *rest)),), () if taken.selected else layout[dim], again
+        (Operand(taken.source, (*layout[:dim], whole, *rest)),), () if taken.selected else layout[dim], recompute
     )
 
 
-def _step_of_joint(node: fx.Node, layout: Layout) -> _StepBack | None:
+def _step_of_concatenation(node: fx.Node, layout: Layout) -> _StepBack | None:
     args: Any = node.args
     parts = args[0]
     if not all(is_tensor(part) for part in parts):
@@ -161,14 +162,14 @@ def _step_of_joint(node: fx.Node, layout: Layout) -> _StepBack | None:
         own = () if stacked else fresh_layout([tensor(part).shape[dim]])
         sources.append(Operand(part, (*layout[:dim], *own, *layout[dim + 1 :])))
 
-    def again(builder: Builder, sources: list[fx.Node]) -> fx.Node:
+    def recompute(builder: Builder, sources: list[fx.Node]) -> fx.Node:
         return builder.call(node.target, sources, dim)
 
-    return _StepBack(tuple(sources), layout[dim], again)
+    return _StepBack(tuple(sources), layout[dim], recompute)
 
 
 def _step_of_rows(node: fx.Node, layout: Layout) -> _StepBack | None:
-    """A projection, or a norm, of the last dimensions: each row by itself, with the same weights."""
+    """The step of a projection or norm of the last dimensions: each row separately, with the same weights."""
     args: Any = node.args
     projects = node.target is aten.linear.default
     count = 1 if projects else len(args[1])
@@ -180,10 +181,10 @@ def _step_of_rows(node: fx.Node, layout: Layout) -> _StepBack | None:
     last = len(layout) - count
     own = (*layout[:last], *fresh_layout(tensor(source).shape[last:]))
 
-    def again(builder: Builder, sources: list[fx.Node]) -> fx.Node:
+    def recompute(builder: Builder, sources: list[fx.Node]) -> fx.Node:
         return builder.call(node.target, sources[0], *args[1:], **node.kwargs)
 
-    return _StepBack((Operand(source, own),), tuple(axis for dim in layout[last:] for axis in dim), again, projects)
+    return _StepBack((Operand(source, own),), tuple(axis for dim in layout[last:] for axis in dim), recompute, projects)
 
 
 def _step_of_entries(node: fx.Node, layout: Layout) -> _StepBack | None:
@@ -198,25 +199,25 @@ def _step_of_entries(node: fx.Node, layout: Layout) -> _StepBack | None:
             return None
         sources.append(Operand(source, own))
 
-    def again(builder: Builder, sources: list[fx.Node]) -> fx.Node:
+    def recompute(builder: Builder, sources: list[fx.Node]) -> fx.Node:
         args = list(node.args)
         for position, source in zip(positions, sources, strict=True):
             args[position] = source
         return builder.call(node.target, *args, **node.kwargs)
 
-    return _StepBack(tuple(sources), (), again)
+    return _StepBack(tuple(sources), (), recompute)
 
 
-_PASSED = frozenset({aten.cat.default, aten.stack.default, aten.layer_norm.default, aten.rms_norm.default})
+_FOLLOWED = frozenset({aten.cat.default, aten.stack.default, aten.layer_norm.default, aten.rms_norm.default})
 
 
 # Which axes a tensor depends on.
 
 
 class _Dependence:
-    """Follows an operand back to what it is made of, on copies of its axes: nothing is divided or written.
+    """Follows an operand back to find the axes that it depends on. It works on copies of the axes and writes nothing.
 
-    ``beyond``: the axes of what was not looked at, since the search had ended, and may or may not depend on them.
+    ``beyond``: the axes of nodes that were not examined, since the search had ended; these may depend on any of them.
     """
 
     def __init__(self, site: AttentionSite, view: GraphView, copied: dict[Axis, Axis]) -> None:
@@ -227,7 +228,7 @@ class _Dependence:
         self.beyond: set[Axis] = set()
 
     def of(self, operand: Operand) -> set[Axis]:
-        """The axes that it depends on, as copies, some of which may be divided afterwards."""
+        """Copies of the axes that the operand depends on; the copies may be divided."""
         layout = tuple(
             tuple(self._copied.setdefault(axis, Axis(axis.size, axis.name)) for axis in dim)
             for dim in operand.resolved().layout
@@ -235,12 +236,12 @@ class _Dependence:
         return self._needed(operand.node, layout, may_project=True)
 
     def _may_have_step(self, node: fx.Node, may_project: bool) -> bool:
-        """Whether the search would go on from ``node``, without the cost of the step."""
+        """Whether the search would continue from ``node``; cheaper than computing the step."""
         if node.op != "call_function" or not is_tensor(node) or self._view.grad_region(node) != self._region:
             return False
         if node.target is aten.linear.default:
             return may_project
-        known = node.target in _PASSED or is_layout_op(node) or is_cast(node) or is_pointwise(node)
+        known = node.target in _FOLLOWED or is_layout_op(node) or is_cast(node) or is_pointwise(node)
         return known or taken_from(node) is not None
 
     def _needed(self, node: fx.Node, layout: Layout, may_project: bool) -> set[Axis]:
@@ -262,7 +263,7 @@ class _Dependence:
         return needed
 
 
-# Computing it without the others.
+# Computing an operand without the axes that it does not depend on.
 
 
 def _part(builder: Builder, node: fx.Node, dim: int, taken: Repetition) -> fx.Node:
@@ -272,21 +273,21 @@ def _part(builder: Builder, node: fx.Node, dim: int, taken: Repetition) -> fx.No
 
 @dataclass
 class _Writing:
-    """Writes operands anew without the axes that they do not depend on."""
+    """Writes operands again without the absent axes."""
 
     site: AttentionSite
     view: GraphView
     absent: frozenset[Axis]
     created: list[fx.Node] = field(default_factory=list)
-    _passed: list[fx.Node] = field(default_factory=list)
+    _views: list[fx.Node] = field(default_factory=list)
     _computed: list[fx.Node] = field(default_factory=list)
     _written: Written = field(default_factory=dict)
 
     def of(self, operand: Operand) -> Operand | None:
-        node = self._again(operand.node, operand.layout)
+        node = self._without_absent(operand.node, operand.layout)
         if node is None:
             return None
-        self._passed += self._behind_views(operand.node)
+        self._views += self._with_views(operand.node)
         region = self.view.grad_region(self.site.result)
 
         def may_enter(node: fx.Node) -> bool:
@@ -295,39 +296,39 @@ class _Writing:
         return peel(Operand(node, _without(operand.layout, self.absent)), may_enter)[-1].resolved()
 
     def is_sole_reader(self) -> bool:
-        """Whether nothing is computed twice: what was computed of the repeated tensor has no other reader."""
-        own = {*self._passed, *self._computed, *self.site.interior}
+        """Whether nothing is computed twice: only the site uses what was computed from the repeated tensor."""
+        own = {*self._views, *self._computed, *self.site.interior}
         return all(user in own for node in self._computed for user in node.users)
 
-    def take_back(self) -> None:
+    def erase_written(self) -> None:
         for node in reversed(self.created):
             self.view.graph.erase_node(node)
 
-    def _behind_views(self, node: fx.Node) -> list[fx.Node]:
-        """The views by which the site reads ``node``."""
+    def _with_views(self, node: fx.Node) -> list[fx.Node]:
+        """``node`` and the views of it."""
         seen = [node]
         for each in seen:
             seen += [user for user in each.users if is_layout_op(user) and user not in seen]
         return seen
 
-    def _again(self, node: fx.Node, layout: Layout) -> fx.Node | None:
-        """``node`` without the absent axes; itself if it has none of them."""
+    def _without_absent(self, node: fx.Node, layout: Layout) -> fx.Node | None:
+        """``node`` without the absent axes (itself if it has none of them); None if it cannot be computed."""
         if not set(axes_of(layout)) & set(axes_of((tuple(self.absent),))):
             return node
         builder = Builder(self.view.gm, before=node, like=node, written=self._written)
-        again = self._selected(builder, node, layout) or self._computed_again(builder, node, layout)
+        replacement = self._selected(builder, node, layout) or self._recomputed(builder, node, layout)
         self.created += builder.created
-        if again is None:
+        if replacement is None:
             return None
-        self._say_dtype(again, node)
-        return again if same_shape(tensor(again).shape, shape_of(_without(layout, self.absent))) else None
+        self._keep_dtype(replacement, node)
+        return replacement if same_shape(tensor(replacement).shape, shape_of(_without(layout, self.absent))) else None
 
-    def _say_dtype(self, again: fx.Node, node: fx.Node) -> None:
-        """Autocast is not in force where values are worked out, and makes of the same call what it made of ``node``."""
+    def _keep_dtype(self, replacement: fx.Node, node: fx.Node) -> None:
+        """Gives the fake value of ``replacement`` the dtype of ``node``: fake values are computed without autocast."""
         dtype = tensor(node).dtype
-        if tensor(again).dtype is not dtype:
-            assert self.view.in_autocast(node), f"{again} is not what {node} is"
-            again.meta["val"] = tensor(again).to(dtype)
+        if tensor(replacement).dtype is not dtype:
+            assert self.view.in_autocast(node), f"{replacement} is not what {node} is"
+            replacement.meta["val"] = tensor(replacement).to(dtype)
 
     def _selected(self, builder: Builder, node: fx.Node, layout: Layout) -> fx.Node | None:
         repeated = repetition_of(node)
@@ -344,7 +345,7 @@ class _Writing:
         return lay_out(builder, source, pulled, _without(layout, self.absent), expand=True)
 
     def _projected_in_part(self, builder: Builder, node: fx.Node, repeated: Repetition) -> fx.Node | None:
-        """The entries that ``node`` repeats, projected by themselves, where a projection of all serves nothing else."""
+        """The projection of only those entries that ``node`` repeats; None if the projection of all has other users."""
         layout = fresh_layout(tensor(repeated.source).shape)
         if not layout[repeated.dim] or not same_shape((repeated.count,), (1,)):
             return None
@@ -352,37 +353,37 @@ class _Writing:
         chain = peel(Operand(repeated.source, layout), lambda node: len(node.users) == 1)
         projection, own = chain[-1].node, chain[-1].resolved().layout
         step = _step(projection, own) if len(projection.users) == 1 else None
-        if step is None or not step.projects or not step.again or taken.parts or not self._serves_only(node):
+        if step is None or not step.projects or not step.recompute or taken.parts or not self._serves_only(node):
             return None
         (source,) = step.sources
         dims = tuple((axis,) for axis in axes_of(source.layout))
         if (taken,) not in dims or not self.view.same_region(projection, node):
             return None
         part = _part(builder, lay_out(builder, source.node, source.layout, dims), dims.index((taken,)), repeated)
-        gone = frozenset({taken})
-        part = lay_out(builder, part, _without(dims, gone), _without(source.layout, gone))
-        part = step.again(builder, [part])
-        self._say_dtype(part, projection)
-        return lay_out(builder, part, _without(own, gone), _without(layout, gone))
+        dropped = frozenset({taken})
+        part = lay_out(builder, part, _without(dims, dropped), _without(source.layout, dropped))
+        part = step.recompute(builder, [part])
+        self._keep_dtype(part, projection)
+        return lay_out(builder, part, _without(own, dropped), _without(layout, dropped))
 
     def _serves_only(self, node: fx.Node) -> bool:
-        """Whether nothing but the site is computed of ``node``."""
-        own = {*self._computed, *self._passed, *self.site.interior}
+        """Whether only the site uses ``node``."""
+        own = {*self._computed, *self._views, *self.site.interior}
         return all(user in own or bool(is_layout_op(user) and self._serves_only(user)) for user in node.users)
 
-    def _computed_again(self, builder: Builder, node: fx.Node, layout: Layout) -> fx.Node | None:
+    def _recomputed(self, builder: Builder, node: fx.Node, layout: Layout) -> fx.Node | None:
         step = _step(node, layout)
         if step is None:
             return None
-        (self._passed if step.again is None else self._computed).append(node)
+        (self._views if step.recompute is None else self._computed).append(node)
         if node.target is operator.getitem:
             self._computed.append(node.all_input_nodes[0])
-        sources = [self._again(source.node, source.layout) for source in step.sources]
+        sources = [self._without_absent(source.node, source.layout) for source in step.sources]
         known = [source for source in sources if source is not None]
         if len(known) < len(sources):
             return None
-        if step.again is not None:
-            return step.again(builder, known)
+        if step.recompute is not None:
+            return step.recompute(builder, known)
         (source,) = step.sources
         own = _without(source.layout, self.absent)
         return lay_out(builder, known[0], own, _without(layout, self.absent), expand=True)
