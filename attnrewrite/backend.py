@@ -38,7 +38,7 @@ from attnrewrite.report.dump import GraphDump
 from attnrewrite.report.graph_code import graph_source
 from attnrewrite.report.report import RewriteReport
 from attnrewrite.report.rows import GraphReport
-from attnrewrite.selection.decorated_parts import say_what_is_lost
+from attnrewrite.selection.decorated_parts import options_without_effect
 from attnrewrite.selection.requests import unmatched_rules
 from attnrewrite.torch_private import CompileContext, dynamo_config, trace_structured
 from attnrewrite.variants import Variants
@@ -158,7 +158,7 @@ class _Compilation:
         self._inner = InnerCompiler(policy)
         self._known_buffers = KnownBuffers(gm, example_inputs)
         self._report = GraphReport(_graph_name(), inner_backend=self._inner.name, node_count=len(gm.graph.nodes))
-        self._report.notes += say_what_is_lost(gm, policy)
+        self._report.notes += options_without_effect(gm, policy)
         directory = debug_directory()
         self._dump = None if directory is None else GraphDump.begin(directory, self._report.name)
         self._steps = Steps(self._report.name, self._dump)
@@ -174,7 +174,7 @@ class _Compilation:
         outcome = self._rewritten(source)
         self._note_inner_settings(outcome)
         kept = self._kept_for_reuse(source, outcome)
-        self._tell(source.before, outcome.after)
+        self._publish_and_dump(source.before, outcome.after)
         if kept is not None:
             compiled = self._compiled_with_reuse(kept, outcome)
         elif source.original is not None and outcome.rewritten.changed:
@@ -206,7 +206,7 @@ class _Compilation:
     def _passed_on(self, reason: CaptureError) -> CompiledFn:
         """The graph as it is, compiled by the inner compiler."""
         self._report.captured, self._report.reason = False, str(reason)
-        self._tell(self._gm, self._gm)
+        self._publish_and_dump(self._gm, self._gm)
         return self._compiled(_Outcome(self._gm, self._gm, keep_attention=False))
 
     def _rewritten(self, source: _Source) -> _Outcome:
@@ -233,7 +233,7 @@ class _Compilation:
         report.sites = rewritten.sites
         report.unmatched_rules = unmatched_rules(self._policy, [site.location for site in report.sites])
         if admission is not None:
-            admission.tell(report.sites)
+            admission.add_verdicts(report.sites)
             report.notes += admission.notes
         # Where nothing was rewritten the inner compiler gets what it would get without us.
         gm = source.gm if rewritten.changed else self._gm
@@ -278,7 +278,7 @@ class _Compilation:
         if outcome.rewritten.round_like_eager:
             self._report.notes.append("Inductor rounds half-precision results as eager does (emulate_precision_casts)")
 
-    def _tell(self, before: fx.GraphModule, after: fx.GraphModule) -> None:
+    def _publish_and_dump(self, before: fx.GraphModule, after: fx.GraphModule) -> None:
         """Completes the report, publishes it, and dumps the graph."""
         if _collector.get() is not None or self._dump is not None:
             self._report.before_code, self._report.after_code = graph_source(before), graph_source(after)

@@ -1,4 +1,4 @@
-"""What a verification compares, and what it says."""
+"""The outcome of a verification: checks of sites, and the differences that they found."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from attnrewrite.report.rows import SiteReport
 __all__ = ["TOLERANCES", "Difference", "SiteCheck", "Verification", "difference"]
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
-"""How far a site may lie from the source, relative to the source's largest number, by the dtype that it computes in.
+"""The largest difference from the source, relative to the source's largest number, by the compute dtype.
 
-float32 on a GPU counts as float16 where TF32 is allowed, whose products have no more digits.
+float32 on a GPU counts as float16 if TF32 is allowed, whose products have no more digits.
 """
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Between what a site gives and what the source gives.
+    """The difference between the results of a site and of the source.
 
     Attributes:
-        absolute: the largest difference of two numbers; infinite where NaN or infinity meets another number.
-        relative: ``absolute`` over the source's largest finite magnitude.
+        absolute: the largest difference of two numbers; infinite if NaN or infinity meets another number.
+        relative: ``absolute`` divided by the source's largest finite magnitude.
         reason: why the two cannot be compared number by number (another shape, an exception), or empty.
     """
 
@@ -36,15 +36,15 @@ class Difference:
 
 @dataclass(frozen=True)
 class SiteCheck:
-    """What became of one rewritten site: compared, or skipped for a reason.
+    """The check of one rewritten site: its difference, or the reason why it was skipped.
 
     Attributes:
-        site: the site's row of the report; None for an output of the graph that differs outside of every site.
-        what: the site or the output, in words.
-        difference: what was found; None where the site was skipped.
+        site: the site's row of the report; None for an output of the graph that no site computes.
+        what: the name of the site or the output in messages.
+        difference: the difference found; None if the site was skipped.
         allowed: the largest relative difference that passes.
-        inputs: what the site read, each as "name dtype (shape)".
-        skipped: why it was not compared, or empty.
+        inputs: the inputs of the site, each as "name dtype (shape)".
+        skipped: why the site was not compared; empty if it was.
     """
 
     site: SiteReport | None
@@ -72,10 +72,10 @@ class SiteCheck:
 
 @dataclass
 class Verification:
-    """All checks of a graph. ``unable``: why the source's graph could not be run for comparison, or empty."""
+    """All checks of a graph. ``source_error``: why the source graph could not be run for comparison; empty if it ran."""
 
     checks: list[SiteCheck] = field(default_factory=list)
-    unable: str = ""
+    source_error: str = ""
 
     @property
     def failed(self) -> list[SiteCheck]:
@@ -95,7 +95,7 @@ class Verification:
 
 
 def difference(actual: Any, expected: torch.Tensor) -> Difference:
-    """How far ``actual`` lies from ``expected``: NaN must meet NaN, and an infinity the same one."""
+    """The difference of ``actual`` from ``expected``; NaN agrees with NaN, and an infinity with the same infinity."""
     if not isinstance(actual, torch.Tensor):
         return Difference(math.inf, math.inf, f"gives {type(actual).__name__} where the source gives a tensor")
     for kind in ("shape", "dtype", "device"):
@@ -120,7 +120,7 @@ def difference(actual: Any, expected: torch.Tensor) -> Difference:
 
 
 def allowed_difference(value: torch.Tensor, dtype_name: str = "") -> float:
-    """The tolerance for a result: that of the coarser of its own dtype and the one that the site computes in."""
+    """The tolerance for a result: that of the coarser of its dtype and the site's compute dtype."""
     named = getattr(torch, dtype_name, None)
     dtypes = [value.dtype, *([named] if isinstance(named, torch.dtype) else [])]
     if value.device.type == "cuda" and torch.float32 in dtypes and torch.backends.cuda.matmul.allow_tf32:

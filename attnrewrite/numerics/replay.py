@@ -1,4 +1,4 @@
-"""The source's graph and the rewritten one, run side by side."""
+"""Runs the source graph and the rewritten graph side by side."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ class _ReplacedSite:
 
     Attributes:
         result: the source's node that was replaced.
-        replacement: the node that came in its place; ``created`` are all that came.
-        inputs: what those nodes read of the rest of the graph.
+        replacement: the node that replaced it.
+        created: all nodes that replaced the site.
+        inputs: the nodes outside the site that these read.
     """
 
     row: SiteReport
@@ -48,7 +49,7 @@ class _ReplacedSite:
 
 @dataclass
 class _ReplayStep:
-    """A call, or with ``site`` the comparison of that site. Nodes among the arguments are keys of the values."""
+    """A call or, with ``site``, the comparison of that site. Nodes among the arguments are keys of the values."""
 
     node: fx.Node
     args: Any = ()
@@ -64,10 +65,10 @@ class _ReplayStep:
 
 
 class ReplayPlan:
-    """What is run, in which order, and which values are compared.
+    """The calls to run, in their order, and the values to compare.
 
-    A node of the rewritten graph that calls the same with the same arguments as in the source has the source's value;
-    so has, once compared, the replacement of a site. All others have values of their own.
+    A node of the rewritten graph that makes the same call as its twin in the source has the source's value. So does the
+    replacement of a site once it is compared. All other nodes have their own values.
     """
 
     def __init__(
@@ -79,9 +80,9 @@ class ReplayPlan:
         rows: Sequence[SiteReport],
     ) -> None:
         """Args:
-        twins: nodes of the rewritten graph that came from the same node as one of the source.
+        twins: for nodes of the rewritten graph, the source's node that was made from the same captured node.
         results: by the name of a site, the node of the source that holds its result.
-        rows: the rewritten graph's sites.
+        rows: the rows of the rewritten graph.
         """
         self.source = source
         self.skipped: list[SiteCheck] = []
@@ -117,7 +118,7 @@ class ReplayPlan:
         return sites
 
     def _own_steps(self, rewritten: fx.GraphModule) -> dict[fx.Node, list[_ReplayStep]]:
-        """For nodes of the source the steps that follow on them, and where the value of each of our nodes is found."""
+        """The steps that follow each node of the source; also records the node that holds each of our nodes' values."""
         site_of = {node: site for site in self._sites for node in site.created}
         steps: dict[fx.Node, list[_ReplayStep]] = {}
         first = next(iter(self.source.graph.nodes))
@@ -147,7 +148,7 @@ class ReplayPlan:
         return steps
 
     def _own_outputs(self, rewritten: fx.GraphModule) -> list[tuple[str, fx.Node, fx.Node]]:
-        """Outputs of the graph whose value is not the source's: (in words, ours, the source's)."""
+        """The outputs of the graph whose value is not the source's: (name in messages, our node, the source's node)."""
         ours = _leaves(rewritten.graph.output_node().args)
         source = _leaves(self.source.graph.output_node().args)
         pairs = zip(ours, source, strict=True)
@@ -159,18 +160,18 @@ class ReplayPlan:
 
 
 def read_outside(created: Sequence[fx.Node]) -> fx.Node | None:
-    """Which of a site's nodes holds its result: the only one that others read; of several the last."""
+    """The node of a site that holds its result: the last one that nodes outside the site use; None without tensors."""
     tensors = [node for node in created if _is_tensor(node)]
     read = [node for node in tensors if any(user not in created for user in node.users)]
     return next(reversed(read or tensors), None)
 
 
 class SourceError(Exception):
-    """The source's graph raised."""
+    """The source graph raised an exception."""
 
 
 class _Autocast:
-    """A graph's autocast regions; those that it leaves open are closed at the end."""
+    """The autocast regions of a graph; regions that it leaves open are closed at the end."""
 
     def __init__(self) -> None:
         self._open: list[Any] = []
@@ -268,7 +269,7 @@ class Replay:
             return self._autocast.enter(*args)
         if node.target is exit_autocast:
             return self._autocast.exit(*args)
-        return node.target(*_unwritten(node.target, args), **kwargs)
+        return node.target(*_with_copies_of_written(node.target, args), **kwargs)
 
     def _compare(self, site: _ReplacedSite) -> None:
         if site.row.dropout:
@@ -277,8 +278,8 @@ class Replay:
             return
         expected = self._values[site.result]
         found = self._difference(site.replacement, expected)
-        inputs = tuple(_described(node, self._values[node]) for node in site.inputs if _is_tensor(node))
-        # What the user's tolerance admitted is not thrown out here.
+        inputs = tuple(_description(node, self._values[node]) for node in site.inputs if _is_tensor(node))
+        # A kernel that the user's tolerance admitted passes here.
         allowed = max(allowed_difference(expected, site.row.dtype), site.row.tolerance)
         self._result.checks.append(SiteCheck(site.row, site.what, found, allowed, inputs))
 
@@ -293,14 +294,14 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def _same_call(node: fx.Node, args: Any, kwargs: Any, twin: fx.Node) -> bool:
-    """Splicing turns views of a result into reshapes, whose values are the same."""
+    """Whether two nodes make the same call; splicing turns views of a result into reshapes, which count as the same."""
     reshaped = twin.target is aten.view.default and node.target is aten.reshape.default
     same_target = node.op == twin.op and (node.target == twin.target or reshaped)
     return same_target and args == twin.args and kwargs == twin.kwargs
 
 
-def _unwritten(target: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments, with copies of those that the operator writes to."""
+def _with_copies_of_written(target: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments, with copies of the tensors that the operator writes to."""
     schema = schema_of(target)
     if schema is None or not schema.is_mutable:
         return args
@@ -317,5 +318,5 @@ def _leaves(arguments: Any) -> list[fx.Node]:
     return found
 
 
-def _described(node: fx.Node, value: torch.Tensor) -> str:
+def _description(node: fx.Node, value: torch.Tensor) -> str:
     return f"{node.name} {value.dtype} {tuple(value.shape)}".replace("torch.", "")

@@ -1,9 +1,9 @@
-"""``options["tolerance"]``: kernels of lower precision where they come near enough on real inputs.
+"""``options["tolerance"]``: admits kernels of lower precision whose error on real inputs is small enough.
 
-Dynamo hands a backend the inputs of the very call that it compiles for. Before the graph is rewritten, each kernel of
-lower precision is put into a copy of it, wherever it is willing, and the copy is compared with the source site by site
-(:mod:`attnrewrite.numerics.verify`). The first kernel within the tolerance takes the site, as if it had been asked for
-there; a request by name is stronger.
+Dynamo passes a backend the inputs of the call that it compiles for. Before the graph is rewritten, each kernel of lower
+precision is spliced into a copy of it wherever the kernel is willing, and the copy is compared with the source site by
+site (:mod:`attnrewrite.numerics.verify`). The first kernel within the tolerance serves the site, as if it had been
+requested there; a request by name takes precedence.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _ORIGIN = "options['tolerance']"
 
 @dataclass
 class Admission:
-    """What the tolerance lets in.
+    """The kernels that the tolerance admits.
 
     Attributes:
         tolerance: the largest error, relative to the largest number of the site's result.
-        verdicts: by the name of a site, the answer of each kernel of lower precision that could be tried in the graph.
-        notes: what is to be said of the graph as a whole.
+        verdicts: by the name of a site, the verdict on each kernel of lower precision that was tried there.
+        notes: notes for the report of the graph.
     """
 
     tolerance: float
@@ -54,12 +54,12 @@ class Admission:
         return next((verdict.kernel for verdict in self.verdicts.get(name, ()) if verdict.willing), None)
 
     def adjust_request(self, name: str, site: CanonicalAttention, request: Request | None) -> Request | None:
-        """What is asked for at a site, with the kernel that was let in."""
+        """The user's request at a site with the admitted kernel added, or the request unchanged."""
         kernel = self.kernel_at(name)
         return request if kernel is None else _with(request, kernel)
 
-    def tell(self, sites: Iterable[SiteReport]) -> None:
-        """Adds the answers to the rows of the rewritten graph."""
+    def add_verdicts(self, sites: Iterable[SiteReport]) -> None:
+        """Adds the verdicts to the rows of the rewritten graph."""
         for row in sites:
             tried = self.verdicts.get(row.name, [])
             names = {verdict.kernel for verdict in tried}
@@ -69,36 +69,36 @@ class Admission:
 
 
 def admitted(gm: fx.GraphModule, policy: Policy, inputs: Sequence[Any], tolerance: float) -> Admission:
-    """Which kernels of lower precision the tolerance lets in, and where.
+    """The kernels of lower precision that the tolerance admits at each site.
 
     Args:
         gm: the captured graph, which is not changed.
-        inputs: those of the call that the graph is compiled for.
+        inputs: the inputs of the call that the graph is compiled for.
 
     Raises:
         KernelError: with ``strict``, as :func:`rewrite` does.
     """
     admission = Admission(tolerance)
-    said = f"tolerance {_in_words(tolerance)}"
-    values = _at_hand(inputs)
+    prefix = f"tolerance {_in_words(tolerance)}"
+    values = _real_inputs(inputs)
     if values is None:
         admission.notes.append(
-            f"{said}: not applied, since the inputs of the call are not available while it is compiled"
+            f"{prefix}: not applied, since the inputs of the call are not available while it is compiled"
         )
         return admission
     survey = _Survey()
     exact = _copied(gm)
-    exactly = rewrite(exact, policy, survey.adjust_request)
+    exact_result = rewrite(exact, policy, survey.adjust_request)
     for reason, names in survey.excluded.items():
-        admission.notes.append(f"{said}: not applied at {', '.join(names)}: {reason}")
+        admission.notes.append(f"{prefix}: not applied at {', '.join(names)}: {reason}")
     if not survey.answers:
         return admission
     willing = survey.willing()
     if not willing:
         refused = itertools.chain.from_iterable(at.values() for at in survey.answers.values())
-        admission.notes.append(f"{said}: no kernel of lower precision takes any attention site: {refusals(refused)}")
+        admission.notes.append(f"{prefix}: no kernel of lower precision takes any attention site: {refusals(refused)}")
         return admission
-    trials = _Trials(gm, policy, values, exact, exactly)
+    trials = _Trials(gm, policy, values, exact, exact_result)
     # In the order of registration.
     for kernel in willing:
         for name, answers in survey.answers.items():
@@ -107,18 +107,18 @@ def admitted(gm: fx.GraphModule, policy: Policy, inputs: Sequence[Any], toleranc
         for name, check in trials.run(kernel, survey.sites_for(kernel, admission)).items():
             admission.verdicts.setdefault(name, []).append(_judged(kernel, check, tolerance))
     served = sum(admission.kernel_at(name) is not None for name in survey.answers)
-    admission.notes += [f"{said}: {note}" for note in trials.notes]
-    admission.notes.append(f"{said}: {served} of {len(survey.answers)} attention sites served in lower precision")
+    admission.notes += [f"{prefix}: {note}" for note in trials.notes]
+    admission.notes.append(f"{prefix}: {served} of {len(survey.answers)} attention sites served in lower precision")
     return admission
 
 
 def _candidates() -> list[Kernel]:
-    """What needs a network serves by name only."""
+    """The registered kernels of lower precision, except those that are fetched over the network."""
     return [kernel for kernel in registered_kernels() if kernel.lower_precision and not kernel.is_fetched]
 
 
 def _with(request: Request | None, kernel: str) -> Request:
-    """The kernel stands in front of the automatic choice, and behind what was asked for by name."""
+    """The request with ``kernel`` added before the automatic choice, after kernels requested by name."""
     if request is None:
         return Request((kernel,), _ORIGIN)
     place = request.names.index("auto")
@@ -127,11 +127,11 @@ def _with(request: Request | None, kernel: str) -> Request:
 
 
 class _Survey:
-    """Asks every kernel of lower precision at every site that is open to them; what is spliced is not changed.
+    """Asks every kernel of lower precision at every site of the automatic choice, without changing the requests.
 
     Attributes:
-        answers: for each such site, the answers by the kernel's name.
-        excluded: sites at which results cannot be compared, by the reason.
+        answers: for each such site, the verdicts by the kernel's name.
+        excluded: the sites whose results cannot be compared, by reason.
     """
 
     def __init__(self) -> None:
@@ -152,12 +152,12 @@ class _Survey:
         return request
 
     def willing(self) -> list[str]:
-        """The kernels that would take a site."""
+        """The kernels that would take at least one site."""
         names = [kernel.name for kernel in self._kernels]
         return [name for name in names if any(name in at and at[name].willing for at in self.answers.values())]
 
     def sites_for(self, kernel: str, admission: Admission) -> frozenset[str]:
-        """Where the kernel is willing and none before it was let in."""
+        """The sites where the kernel is willing and no earlier kernel was admitted."""
         return frozenset(
             name
             for name, answers in self.answers.items()
@@ -177,18 +177,18 @@ def _incomparable(site: CanonicalAttention) -> str:
 
 
 class _Trials:
-    """Runs kernels on the call's inputs, against the source; where that does not run, against the exact kernels."""
+    """Compares kernels with the source on the call's inputs, or with the exact kernels if the source does not run."""
 
     def __init__(
-        self, gm: fx.GraphModule, policy: Policy, inputs: Sequence[Any], exact: fx.GraphModule, exactly: Rewritten
+        self, gm: fx.GraphModule, policy: Policy, inputs: Sequence[Any], exact: fx.GraphModule, exact_result: Rewritten
     ) -> None:
         self.notes: list[str] = []
         self._gm, self._policy, self._inputs = gm, policy, inputs
-        self._exact, self._exactly = exact, exactly
+        self._exact, self._exact_result = exact, exact_result
         self._source: Original | None = Original(gm)
 
     def run(self, kernel: str, sites: frozenset[str]) -> dict[str, SiteCheck]:
-        """What became of each of the sites with the kernel in its place; empty where nothing could be run."""
+        """The check of each site with the kernel in its place; empty if nothing could be run."""
         if not sites:
             return {}
 
@@ -197,26 +197,26 @@ class _Trials:
 
         trial = _copied(self._gm)
         rows = rewrite(trial, self._policy, adjust_request).sites
-        # Another kernel may have been asked for by name, before the automatic choice.
+        # A kernel requested by name may serve the site instead.
         served = {row.name for row in rows if row.name in sites and row.kernel == kernel}
         checks = self._compared(trial, rows).checks if served else []
         return {check.site.name: check for check in checks if check.site is not None and check.site.name in served}
 
     def _compared(self, trial: fx.GraphModule, rows: Sequence[SiteReport]) -> Verification:
-        # What a kernel compiles for itself is no part of the graph that is being compiled.
+        # A kernel's own compilations are not part of the current one.
         with tracing(None):
             if self._source is not None:
                 found = self._source.compare(trial, rows, self._inputs)
-                if not found.unable:
+                if not found.source_error:
                     return found
                 self._source = None
                 self.notes.append(
-                    f"the source graph did not run ({found.unable}), so results are compared with those of "
-                    + ", ".join(dict.fromkeys(row.kernel or "the source" for row in self._exactly.sites))
+                    f"the source graph did not run ({found.source_error}), so results are compared with those of "
+                    + ", ".join(dict.fromkeys(row.kernel or "the source" for row in self._exact_result.sites))
                 )
-            found = Original(self._exact, self._exactly.sites).compare(trial, rows, self._inputs)
-        if found.unable:
-            note = f"not applied, since the rewritten graph did not run either: {found.unable}"
+            found = Original(self._exact, self._exact_result.sites).compare(trial, rows, self._inputs)
+        if found.source_error:
+            note = f"not applied, since the rewritten graph did not run either: {found.source_error}"
             self.notes += [] if note in self.notes else [note]
             return Verification()
         return found
@@ -242,7 +242,7 @@ def _copied(gm: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(gm, copy.deepcopy(gm.graph))
 
 
-def _at_hand(inputs: Sequence[Any]) -> list[Any] | None:
-    """The inputs with symbolic numbers as those of the call; None where there are no real ones."""
+def _real_inputs(inputs: Sequence[Any]) -> list[Any] | None:
+    """The real inputs of the call, with symbolic numbers replaced by its numbers; None if they are not available."""
     values = [known_number(value) for value in inputs]
     return None if any(value is None or isinstance(value, FakeTensor) for value in values) else values

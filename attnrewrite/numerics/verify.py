@@ -1,12 +1,12 @@
 """``ATTNREWRITE_VERIFY=1``: the first call of a compiled graph compares each rewritten site with the source.
 
-The captured graph as it was runs on the call's own inputs, and wherever it comes to the result of a site, the nodes
-that replaced the site run on the same values. What they give is compared, and the run goes on with the source's value:
-an error is laid to the site that makes it, not to those behind it. Whatever else differs between the two graphs runs
-too and is compared where it leaves the graph; calls that are the same in both run once.
+The source graph, as captured, runs on the call's own inputs. When it has computed the result of a site, the nodes that
+replaced the site run on the same values, and the two results are compared. The run continues with the source's value,
+so an error is attributed to the site that makes it and not to later ones. Other differences between the two graphs run
+as well and are compared at the graph's outputs. Calls that are the same in both graphs run once.
 
-The inputs are not written to, random numbers are drawn from a copy of the generators' state, and nothing is recorded
-for a backward pass: gradients are not compared.
+Inputs are not written to, random numbers come from a copy of the generators' state, and nothing is recorded for a
+backward pass: gradients are not compared.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ CompiledFn = Callable[..., Any]
 
 
 class Original:
-    """A copy of a graph, which others that were made of the same captured graph are compared with."""
+    """A copy of a graph, to compare other graphs with that were made from the same captured graph."""
 
     def __init__(self, gm: fx.GraphModule, rows: Sequence[SiteReport] = ()) -> None:
         """Args:
-        gm: the captured graph before it is rewritten in place, or one that was rewritten already.
-        rows: the sites of the latter.
+        gm: the captured graph before it is rewritten in place, or a rewritten graph.
+        rows: the sites of a rewritten graph.
         """
         copies: dict[fx.Node, fx.Node] = {}
         graph = fx.Graph()
@@ -47,20 +47,20 @@ class Original:
         self.gm = fx.GraphModule(gm, graph)
         self._by_name = {node.name: copy for node, copy in copies.items()}
         self._place = {node: place for place, node in enumerate(graph.nodes)}
-        self._came = {name for row in rows for name in row.nodes_after}
-        # Found now: the nodes of the graph itself may change.
+        self._created = {name for row in rows for name in row.nodes_after}
+        # Looked up now, since the nodes of the original graph may change.
         self._replacements = {row.name: self._replacement(row) for row in rows if row.status == "rewritten"}
 
     def compare(self, other: fx.GraphModule, sites: Sequence[SiteReport], inputs: Sequence[Any]) -> Verification:
         """Compares a graph whose sites were rewritten with this one.
 
         Args:
-            other: made of the captured graph that this one was made of.
-            sites: its rows, of which those that were rewritten are compared.
-            inputs: what the compiled graph is called with.
+            other: the rewritten graph, made from the same captured graph.
+            sites: the rows of ``other``; rewritten ones are compared.
+            inputs: the inputs of the compiled graph.
         """
-        came = {name for row in sites for name in row.nodes_after} | self._came
-        common = {name: node for name, node in self._by_name.items() if name not in came}
+        created = {name for row in sites for name in row.nodes_after} | self._created
+        common = {name: node for name, node in self._by_name.items() if name not in created}
         twins = {node: common[node.name] for node in other.graph.nodes if node.name in common}
         results = {row.name: self._result(row) for row in sites}
         verification = Verification()
@@ -70,7 +70,7 @@ class Original:
             try:
                 run(inputs)
             except SourceError as error:
-                verification.unable = str(error)
+                verification.source_error = str(error)
         return verification
 
     def _result(self, row: SiteReport) -> fx.Node | None:
@@ -92,13 +92,13 @@ def _devices(*gms: fx.GraphModule) -> set[torch.device]:
 def verified(
     original: Original, gm: fx.GraphModule, report: GraphReport, unchanged: CompiledFn, rewritten: CompiledFn
 ) -> CompiledFn:
-    """A callable whose first call compares the two graphs and decides which of the compiled ones serves all calls.
+    """A callable whose first call compares the two graphs and chooses the compiled one for all calls.
 
     Args:
         original: the captured graph, copied before rewriting.
         gm: the graph that was rewritten.
-        report: its rows are compared; what is found is written into it.
-        unchanged, rewritten: the graph as Dynamo gave it, and the rewritten one, compiled.
+        report: the report of the graph: its rows are compared, and the outcome is written into it.
+        unchanged, rewritten: Dynamo's graph and the rewritten graph, both compiled.
     """
     lock = threading.Lock()
     pending: Original | None = original
@@ -110,7 +110,7 @@ def verified(
             with lock:
                 if pending is not None:
                     result = pending.compare(gm, report.sites, inputs)
-                    _tell(result, report)
+                    _publish(result, report)
                     chosen = unchanged if result.failed else rewritten
                     pending = None
         return chosen(*inputs)
@@ -118,10 +118,10 @@ def verified(
     return call
 
 
-def _tell(result: Verification, report: GraphReport) -> None:
-    """The outcome for the log and the report."""
-    if result.unable:
-        note = f"not verified, and compiled as rewritten: the source graph did not run: {result.unable}"
+def _publish(result: Verification, report: GraphReport) -> None:
+    """Writes the outcome to the log and the report."""
+    if result.source_error:
+        note = f"not verified, and compiled as rewritten: the source graph did not run: {result.source_error}"
         log.warning("%s: %s", report.name, note)
         report.notes.append(note)
         return

@@ -225,7 +225,7 @@ def _attended(
     if attended is None and overflows:
         raise NotAttention(
             f"{overflows}, which changes the result of a row without a key, and such a row cannot be ruled out (if "
-            f"none occurs, set options={'assume_attended_rows': True})"
+            "none occurs, set options={'assume_attended_rows': True})"
         )
     return attended
 
@@ -740,5 +740,5 @@ def _check_rounding(terms: list[Term], dtype: torch.dtype, attended: str | None)
                 raise RoundingDecides(
                     f"{what} is added to scores in {str(dtype).removeprefix('torch.')}, which rounds the scores away "
                     "in a row whose keys are all masked, and such a row cannot be ruled out (if none occurs, set "
-                    f"options={'assume_attended_rows': True})"
+                    "options={'assume_attended_rows': True})"
                 )

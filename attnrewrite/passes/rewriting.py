@@ -28,7 +28,7 @@ from attnrewrite.passes.splice import WrittenByRegion, current_operand, latest, 
 from attnrewrite.passes.steps import Steps
 from attnrewrite.patterns import Finding, GraphView, NearMiss
 from attnrewrite.report.rows import SiteReport
-from attnrewrite.selection.choose import choose, say_unserved
+from attnrewrite.selection.choose import choose, warn_unserved
 from attnrewrite.selection.decorated_parts import policy_at
 from attnrewrite.selection.requests import request_for
 from attnrewrite.torch_private import is_erased
@@ -135,7 +135,7 @@ class Rewriting:
                 self._result.round_like_eager = self._result.offered = True
                 request = request_for(policy, row.location, site.anchor)
                 if request is not None:
-                    say_unserved(request, row, row.reason)
+                    warn_unserved(request, row, row.reason)
             return None
         describe_canonical(attention, row, ended)
         return attention

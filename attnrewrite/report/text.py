@@ -115,7 +115,7 @@ def became(site: SiteReport) -> str:
 def graph_summary(graph: GraphReport) -> str:
     """One line: "2 of 3 attention sites rewritten · 412 nodes · inner compiler inductor · find 0.01 s"."""
     if not graph.captured:
-        found = "not captured"
+        found = "passed on unchanged"
     elif graph.sites:
         count = len(graph.sites)
         found = f"{len(graph.rewritten)} of {count} attention site{'s' * (count != 1)} rewritten"

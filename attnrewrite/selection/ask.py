@@ -1,4 +1,4 @@
-"""Asking a kernel whether it takes a site: the one way, whoever asks."""
+"""Asks a kernel whether it can serve a site."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["ask", "refusals"]
 
 
 def ask(site: CanonicalAttention, kernel: Kernel, by_name: bool = False) -> KernelVerdict:
-    """Whether the kernel takes the site and can run here.
+    """The kernel's verdict: whether it takes the site and can run here.
 
     Args:
-        by_name: it was asked for by name, so that a willing one is fetched if need be.
+        by_name: whether the kernel was requested by name; if so, a willing kernel is fetched if necessary.
     """
     verdict = _verdict(site, kernel)
     if verdict.willing:
@@ -27,7 +27,7 @@ def ask(site: CanonicalAttention, kernel: Kernel, by_name: bool = False) -> Kern
 
 
 def _verdict(site: CanonicalAttention, kernel: Kernel) -> Verdict:
-    """What the kernel says; one that decides by numbers is not asked where they are known only with the data."""
+    """The kernel's verdict; it is not asked if it needs a number of queries or keys that depends on the data."""
     counts = [axis.size for axis in (*site.query_axes, *site.key_axes)]
     if has_free_unbacked_symbols(counts) and not kernel.takes_unbacked:
         return Verdict.no("does not take a number of queries or keys that depends on the data")
@@ -37,7 +37,7 @@ def _verdict(site: CanonicalAttention, kernel: Kernel) -> Verdict:
 
 
 def refusals(verdicts: Iterable[KernelVerdict]) -> str:
-    """Each reason once, behind the kernels that gave it."""
+    """The reasons, each once after the names of the kernels that gave it."""
     kernels: dict[str, dict[str, None]] = {}
     for verdict in verdicts:
         kernels.setdefault(verdict.reason, {})[verdict.kernel] = None

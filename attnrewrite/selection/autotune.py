@@ -1,6 +1,6 @@
-"""autotune: kernels timed on a site's own shapes, on the real device, while the graph is compiled.
+"""The option ``autotune``: times kernels on a site's own shapes and device while the graph is compiled.
 
-Results are kept on disk, a file for each device, version and shape (``ATTNREWRITE_CACHE_DIR``).
+Results are stored on disk, in one file for each device, version and shape (``ATTNREWRITE_CACHE_DIR``).
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ log = logging.getLogger("attnrewrite")
 
 
 def tuned(gm: fx.GraphModule, site: CanonicalAttention, kernels: Sequence[Kernel], policy: Policy) -> dict[str, float]:
-    """Milliseconds of each kernel at the site, in training with the backward pass; what failed is left out.
+    """Milliseconds of each kernel at the site, in training including the backward pass; kernels that fail are left out.
 
-    Operands are random, and masks that the graph is given keep every key.
+    Operands are random, and masks that are inputs of the graph keep every key.
     """
     file = _file(site, policy)
     known = _read(file)
     missing = [kernel for kernel in kernels if _key(kernel) not in known]
     if missing:
-        # All anew: times are comparable only if they were taken in turns.
+        # All kernels again: only times that were taken in turns are comparable.
         known |= {_key(kernel): time for kernel, time in _measured(gm, site, kernels, policy)}
         _write(file, site, known)
     return {kernel.name: time for kernel in kernels if (time := known.get(_key(kernel))) is not None}
@@ -74,10 +74,10 @@ def _measured(
         times = time_together(runs, site.device, smallest, cuda_graphs=policy.cuda_graphs)
     runs.clear()
     gc.collect()
-    return [(kernel, _of(times.get(kernel.name), policy)) for kernel in kernels]
+    return [(kernel, _milliseconds(times.get(kernel.name), policy)) for kernel in kernels]
 
 
-def _of(times: Times | None, policy: Policy) -> float | None:
+def _milliseconds(times: Times | None, policy: Policy) -> float | None:
     if times is None:
         return None
     return times.graph_ms if policy.cuda_graphs and times.graph_ms is not None else times.call_ms

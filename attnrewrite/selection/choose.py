@@ -1,4 +1,4 @@
-"""choose: which kernel takes a site. Each is asked; of those that nobody named, the fastest willing one serves."""
+"""Chooses the kernel of a site: the first willing one of those requested by name, or else the fastest willing one."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from attnrewrite.selection.autotune import tuned
 from attnrewrite.selection.cost_table import CostTable, Workload, cost_table
 from attnrewrite.selection.requests import named, standing
 
-__all__ = ["choose", "say_unserved", "willing_kernels"]
+__all__ = ["choose", "warn_unserved", "willing_kernels"]
 
 log = logging.getLogger("attnrewrite")
 
 _ABOUT_AS_FAST = 1.04
-"""Times of a table tell no less than this apart: what comes first in the standing order has less to compile."""
+"""Times of a table within this factor count as equal; the kernel that comes first in the standing order serves."""
 
 
 def choose(
     gm: fx.GraphModule, site: CanonicalAttention, request: Request | None, row: SiteReport, policy: Policy
 ) -> Kernel | None:
-    """The kernel for a site, None if none is willing; the row gets every answer, and the reason if there is none.
+    """The kernel for a site; None if no kernel is willing. The row gets every verdict, and the reason if there is none.
 
     Raises:
-        KernelError: with ``strict``, none that was asked for is willing.
+        KernelError: with ``strict``, no requested kernel is willing.
     """
     verdicts: dict[str, KernelVerdict] = {}
     before, after = named(request)
@@ -71,24 +71,24 @@ def _is_willing(
 def willing_kernels(
     site: CanonicalAttention, kernels: list[Kernel], verdicts: dict[str, KernelVerdict]
 ) -> list[Kernel]:
-    """Those of ``kernels`` that take the site; every answer goes into ``verdicts``."""
+    """The kernels that take the site; every verdict is added to ``verdicts``."""
     return [kernel for kernel in kernels if _is_willing(site, kernel, verdicts)]
 
 
 def _automatic(
     gm: fx.GraphModule, site: CanonicalAttention, policy: Policy, verdicts: dict[str, KernelVerdict]
 ) -> Kernel | None:
-    """The fastest willing kernel, by measurement: here and now, or in the table for devices of this kind."""
+    """The fastest willing kernel, by autotuning or by the cost table of the device; None if no kernel is willing."""
     table = cost_table(site.device) if site.for_inductor else None
     asked = [kernel for kernel in standing(table) if kernel.concerns(site)]
-    # What computes less needs no measurement.
+    # A kernel that computes less is not measured.
     kernel = _first_willing(site, [kernel for kernel in asked if kernel.computes_less], verdicts)
     if kernel is not None:
         return kernel
     if not policy.autotune and table is None:
         return _first_willing(site, asked, verdicts)
     willing = willing_kernels(site, asked, verdicts)
-    # Time is not bought with memory: what keeps the scores serves where nothing else does.
+    # A kernel that stores the scores serves only if no other kernel does.
     willing = [kernel for kernel in willing if not kernel.keeps_scores] or willing
     if len(willing) < 2:
         return willing[0] if willing else None
@@ -102,7 +102,7 @@ def _automatic(
         failed = [kernel.name for kernel in willing if kernel.name not in milliseconds]
         verdicts.update({name: KernelVerdict(name, False, "failed while it was timed") for name in failed})
         willing = [kernel for kernel in willing if kernel.name in milliseconds] or willing
-    # A kernel of the user's own comes first unless it was measured, and so does PyTorch's choice where it was not.
+    # The first kernel serves if it was not measured: a user's kernel, or PyTorch's choice.
     if willing[0].name not in milliseconds:
         return willing[0]
     for name, time in milliseconds.items():
@@ -117,18 +117,18 @@ def _estimates(table: CostTable, kernels: list[Kernel], workload: Workload, cuda
 
 
 def _check_request(request: Request, row: SiteReport, kernel: Kernel | None) -> None:
-    """Says so where no kernel that was asked for serves the site.
+    """Warns if no requested kernel can serve the site.
 
     Raises:
         KernelError: with ``strict``.
     """
     asked = [verdict for verdict in row.verdicts if verdict.kernel in request.names]
     if not any(verdict.willing for verdict in asked):
-        say_unserved(request, row, refusals(asked), kernel)
+        warn_unserved(request, row, refusals(asked), kernel)
 
 
-def say_unserved(request: Request, row: SiteReport, why: str, kernel: Kernel | None = None) -> None:
-    """A warning, once, that what was asked for cannot serve an attention, and what becomes of it instead.
+def warn_unserved(request: Request, row: SiteReport, why: str, kernel: Kernel | None = None) -> None:
+    """Warns once that the requested kernels cannot serve an attention, and says what serves it instead.
 
     Raises:
         KernelError: with ``strict``.

@@ -1,8 +1,8 @@
-"""How long kernels take, as measured on devices of one kind, and what that says of a site that was not measured.
+"""Cost tables: measured times of kernels on one kind of device, and estimates for sites that were not measured.
 
-A table is what ``attnrewrite bench sites --table`` wrote on a device: ``cost_tables/<family>.json``. A site's time is
-that of the nearest row, with the part that grows in proportion to the work; a kernel that was not measured on such
-sites has none.
+``attnrewrite bench sites --table`` writes a table on a device: ``cost_tables/<family>.json``. The estimate for a site
+is the time of the nearest row, scaled by the ratio of the work; a kernel that was not measured on similar sites has
+none.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from attnrewrite.kernels.common.limits import platform_of
 __all__ = ["CostTable", "Workload", "cost_table", "device_family", "families_with", "packaged_table"]
 
 _FARTHEST = 12.0
-"""Rows farther away than this say nothing of a site: one step is a factor of two in one size."""
+"""The largest distance of a row that is used for a site; a factor of two in one size is a distance of one."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a kernel's time depends on; sizes that are symbols are those that were seen first.
+    """What a kernel's time depends on. Symbolic sizes have the values of the first call.
 
     Attributes:
         mask: "none", "causal", "window", "key padding", "boolean" or "additive".
-        key_heads: heads that have keys of their own; fewer than ``heads`` for grouped queries.
-        backward: the backward pass belongs to it.
+        key_heads: the number of key heads; fewer than ``heads`` with GQA.
+        backward: whether the time includes the backward pass.
     """
 
     dtype: str
@@ -72,11 +72,11 @@ class Workload:
 
     @property
     def work(self) -> float:
-        """In proportion to the multiplications of both products."""
+        """The number of multiplications of both products."""
         return float(self.batch * self.heads * self.queries * self.keys * (self.head_dim + self.value_head_dim))
 
     def distance(self, other: Workload) -> float:
-        """How many factors of two lie between the two; infinite where they are of different kinds."""
+        """The distance in factors of two; infinite between workloads of different kinds."""
         kinds = ("mask", "backward", "softcap")
         if any(getattr(self, kind) != getattr(other, kind) for kind in kinds):
             return math.inf
@@ -86,7 +86,7 @@ class Workload:
             (self.batch * self.heads, other.batch * other.heads, 1.0),
             (self.queries, other.queries, 1.0),
             (self.keys, other.keys, 1.0),
-            # Kernels are made for single head sizes, and read grouped keys in other ways.
+            # Kernels are specialized for head sizes, and read the keys of GQA differently.
             (self.head_dim, other.head_dim, 2.0),
             (self.heads // self.key_heads, other.heads // other.key_heads, 0.5),
         ]
@@ -112,7 +112,7 @@ class _Measurement:
 
     @property
     def host(self) -> float:
-        """How long the device waits while the host starts the call."""
+        """The time that the device waits while the host starts the call."""
         return max(0.0, self.call - self.graph) if self.graph is not None else 0.0
 
 
@@ -121,8 +121,8 @@ class CostTable:
     """Measured times, in milliseconds, by kernel.
 
     Attributes:
-        device: what was measured.
-        rows: for each kernel, what was measured of it.
+        device: the device that was measured.
+        rows: the measurements of each kernel.
     """
 
     device: str
@@ -130,7 +130,7 @@ class CostTable:
 
     @staticmethod
     def from_json(text: str) -> CostTable:
-        """From what ``attnrewrite bench sites --table`` writes."""
+        """The table that ``attnrewrite bench sites --table`` wrote."""
         data = json.loads(text)
         rows: dict[str, list[_Measurement]] = {}
         for site in data["sites"]:
@@ -142,10 +142,10 @@ class CostTable:
         return CostTable(data["device"], rows)
 
     def milliseconds(self, kernel: str, workload: Workload, cuda_graphs: bool) -> float | None:
-        """About how long the kernel takes.
+        """The estimated time of the kernel; None if it was not measured on similar workloads.
 
         Args:
-            cuda_graphs: calls cost the host nothing.
+            cuda_graphs: whether calls are replayed from CUDA graphs, so that they cost the host nothing.
         """
         rows = self.rows.get(kernel, ())
         near = min(rows, key=lambda row: row.workload.distance(workload), default=None)
@@ -156,13 +156,13 @@ class CostTable:
         ratio = workload.work / near.workload.work
         if near.graph is None:
             return near.call * ratio
-        # A part does not grow with the work, such as making a block mask: no more than the shortest time.
+        # A part of the time, such as making a block mask, does not grow with the work: at most the shortest time.
         alike = [row for row in rows if row.workload.distance(workload) < math.inf]
         fixed = min(row.graph for row in alike if row.graph is not None)
         device = fixed + (near.graph - fixed) * ratio if near.graph > fixed else fixed * max(ratio, 1.0)
         if cuda_graphs:
             return device
-        # What the host needs does not grow with the work; other work of the host's only ever adds to it.
+        # The host's time does not grow with the work; other load of the host can only add to it.
         return device + min(row.host for row in alike if row.graph is not None)
 
 
@@ -175,12 +175,12 @@ def device_family(device: torch.device) -> str:
 
 
 def cost_table(device: torch.device) -> CostTable | None:
-    """The table for devices of this kind, None where none was measured."""
+    """The table for devices of this kind; None if none was measured."""
     return packaged_table(device_family(device))
 
 
 def families_with(kernel: str) -> list[str]:
-    """The kinds of devices on which the kernel was measured."""
+    """The device families on which the kernel was measured."""
     folder: Any = resources.files("attnrewrite.selection") / "cost_tables"
     families = sorted(file.name.removesuffix(".json") for file in folder.iterdir() if file.name.endswith(".json"))
     return [family for family in families if (table := packaged_table(family)) is not None and kernel in table.rows]
@@ -188,6 +188,6 @@ def families_with(kernel: str) -> list[str]:
 
 @functools.cache
 def packaged_table(family: str) -> CostTable | None:
-    """The table of a kind of devices, None where none comes along."""
+    """The table of a device family that is part of the package; None if there is none."""
     file: Any = resources.files("attnrewrite.selection") / "cost_tables" / f"{family}.json"
     return CostTable.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -1,7 +1,8 @@
-"""What :func:`accelerate_attention` asks for in a part of a model that is compiled as a whole.
+"""Options of parts decorated with :func:`accelerate_attention` within a model that is compiled as a whole.
 
-Dynamo inlines the decorated part into the model's graph, and the options of the part's own compilation are not read.
-So the decorator annotates the part's nodes, and here what it asks for at single sites is put over the graph's options.
+Dynamo inlines a decorated part into the model's graph and does not read the part's own compile options. So the
+decorator annotates the part's nodes, and the options that apply to single sites override the graph's options at these
+nodes.
 """
 
 from __future__ import annotations
@@ -19,29 +20,29 @@ from torch import fx
 from attnrewrite.options.compile_options import DATA_DEPENDENT_SIZES, OWN_OPTIONS, Policy
 from attnrewrite.torch_private import dynamo_config
 
-__all__ = ["DecoratedPart", "inner_backend_is_given", "parts_in", "policy_at", "say_what_is_lost"]
+__all__ = ["DecoratedPart", "inner_backend_is_given", "options_without_effect", "parts_in", "policy_at"]
 
 log = logging.getLogger("attnrewrite")
 
 _INNERMOST = "attnrewrite_part"
-_OF_SITES = ("kernels", "kernel_rules", "strict", "assume_attended_rows", "checks", "autotune")
+_SITE_OPTIONS = ("kernels", "kernel_rules", "strict", "assume_attended_rows", "checks", "autotune")
 """The options that may differ from site to site of one graph."""
 
 
 inner_backend_is_given: ContextVar[bool] = ContextVar("attnrewrite_inner_backend_is_given", default=True)
-"""False where nothing is lost with a part's own inner backend, since ``explain`` takes none of the user's."""
+"""False under ``explain`` without the user's inner backend: a part's own inner backend is then not reported."""
 
 
 class DecoratedPart:
     """A part of a model under :func:`accelerate_attention`.
 
-    The decorated class or function holds it, and so does each graph that it is a part of and that may be compiled again
-    (``variants.py``). It is forgotten with the last of them.
+    The decorated class or function holds a reference to it, and so does each graph that contains the part and may be
+    compiled again (``variants.py``). It is freed with the last of them.
 
     Attributes:
         arguments: ``options``, ``mode`` and ``dynamic``, as for ``torch.compile``.
-        annotation: of the part's nodes (``torch.fx.traceback.annotate``).
-        said: the arguments that a warning said are not heard.
+        annotation: the annotation of the part's nodes (``torch.fx.traceback.annotate``).
+        warned: the arguments without effect that a warning has named.
     """
 
     def __init__(self, name: str, arguments: Mapping[str, Any]) -> None:
@@ -51,42 +52,46 @@ class DecoratedPart:
         """
         self.name = name
         self.arguments = arguments
-        self.said: set[str] = set()
+        self.warned: set[str] = set()
         number = str(next(_numbers))
         _parts[number] = self
-        # The key that all parts share names the innermost one. A key of its own keeps it known within inner parts.
+        # The shared key names the innermost part. The part's own key keeps it known within inner parts.
         self.annotation = {f"{_INNERMOST}_{number}": number, _INNERMOST: number}
 
     @property
     def _options(self) -> Mapping[str, Any]:
         return self.arguments["options"] or {}
 
-    def over(self, policy: Policy) -> Policy:
-        """What holds within this part of a graph that is compiled under ``policy``."""
-        own = self._own()
-        given = {key: getattr(own, key) for key in _OF_SITES if key in self._options}
+    def override(self, policy: Policy) -> Policy:
+        """The policy within this part of a graph that is compiled under ``policy``."""
+        policy_of_part = self._policy()
+        given = {key: getattr(policy_of_part, key) for key in _SITE_OPTIONS if key in self._options}
         if "kernel_rules" in given:
-            given["kernel_rules"] = (*own.kernel_rules, *policy.kernel_rules)
+            given["kernel_rules"] = (*policy_of_part.kernel_rules, *policy.kernel_rules)
         return dataclasses.replace(policy, **given)
 
-    def lost(self, policy: Policy) -> list[str]:
-        """What was asked for here and differs in the graph as a whole."""
-        own = self._own()
-        names = [] if own.mode in (None, policy.mode) else ["mode"]
+    def without_effect(self, policy: Policy) -> list[str]:
+        """The part's arguments that have no effect, since the graph as a whole is compiled with others."""
+        policy_of_part = self._policy()
+        names = [] if policy_of_part.mode in (None, policy.mode) else ["mode"]
         names += [] if self.arguments["dynamic"] is None else ["dynamic"]
         for key in self._options:
             if key == DATA_DEPENDENT_SIZES:
-                holds = own.capture_dynamic_output_shape_ops == dynamo_config.capture_dynamic_output_shape_ops
+                has_effect = (
+                    policy_of_part.capture_dynamic_output_shape_ops == dynamo_config.capture_dynamic_output_shape_ops
+                )
             elif key == "inner_backend" and not inner_backend_is_given.get():
-                holds = True
+                has_effect = True
             elif key in OWN_OPTIONS:
-                holds = key in _OF_SITES or getattr(own, key) == getattr(policy, key)
+                has_effect = key in _SITE_OPTIONS or getattr(policy_of_part, key) == getattr(policy, key)
             else:
-                holds = key in policy.inner_options and policy.inner_options[key] == own.inner_options[key]
-            names += [] if holds else [f"options[{key!r}]"]
+                has_effect = (
+                    key in policy.inner_options and policy.inner_options[key] == policy_of_part.inner_options[key]
+                )
+            names += [] if has_effect else [f"options[{key!r}]"]
         return names
 
-    def _own(self) -> Policy:
+    def _policy(self) -> Policy:
         return Policy.from_options(self._options, self.arguments["mode"])
 
 
@@ -96,7 +101,7 @@ _parts: weakref.WeakValueDictionary[str, DecoratedPart] = weakref.WeakValueDicti
 
 
 def _parts_at(node: fx.Node) -> list[DecoratedPart]:
-    """The decorated parts that the node is in, the innermost last."""
+    """The decorated parts that contain the node, the innermost last."""
     custom = node.meta.get("custom") or {}
     if _INNERMOST not in custom:
         return []
@@ -106,25 +111,25 @@ def _parts_at(node: fx.Node) -> list[DecoratedPart]:
 
 
 def policy_at(policy: Policy, node: fx.Node) -> Policy:
-    """What holds at a site: the graph's policy, and over it what the parts ask for that its node is in.
+    """The policy at a site: the graph's policy, overridden by the decorated parts that contain the node.
 
     Raises:
         OptionError: an option of a part has a wrong value.
     """
     for part in _parts_at(node):
-        policy = part.over(policy)
+        policy = part.override(policy)
     return policy
 
 
-def say_what_is_lost(gm: fx.GraphModule, policy: Policy) -> list[str]:
-    """A sentence for each part of the graph some of whose options cannot hold; each is logged once as a warning.
+def options_without_effect(gm: fx.GraphModule, policy: Policy) -> list[str]:
+    """A sentence for each part of the graph with options that have no effect; each is logged once as a warning.
 
     Raises:
         OptionError: an option of a part has a wrong value.
     """
     notes = []
     for part in parts_in(gm):
-        names = part.lost(policy)
+        names = part.without_effect(policy)
         if not names:
             continue
         notes.append(
@@ -132,14 +137,14 @@ def say_what_is_lost(gm: fx.GraphModule, policy: Policy) -> list[str]:
             f"{'has' if len(names) == 1 else 'have'} no effect here; set {'it' if len(names) == 1 else 'them'} where "
             "the whole model is compiled"
         )
-        if not part.said.issuperset(names):
+        if not part.warned.issuperset(names):
             log.warning("%s", notes[-1])
-            part.said.update(names)
+            part.warned.update(names)
     return notes
 
 
 def parts_in(gm: fx.GraphModule) -> Iterator[DecoratedPart]:
-    """The decorated parts that nodes of a graph are in."""
+    """The decorated parts that contain nodes of a graph."""
     found: dict[int, DecoratedPart] = {}
     for module in gm.modules():
         if isinstance(module, fx.GraphModule):

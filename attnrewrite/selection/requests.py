@@ -1,8 +1,8 @@
-"""Which kernels a site is offered, and in which order.
+"""The kernels that a site is offered, in their order.
 
-First come those that the user asked for, at one of seven levels. From the strongest: an argument of the call itself
-(``compatibility_mode`` of :func:`attnrewrite.attention_forward`), ``kernels=`` of the decorator (a rule for all sites
-of a part of the model), ``options["kernel_rules"]``, the context manager :func:`attention_backend`,
+Kernels that the user requested come first. A request has one of seven levels; from the strongest: an argument of the
+call (``compatibility_mode`` of :func:`attnrewrite.attention_forward`), ``kernels=`` of the decorator (a rule for all
+sites of a part of the model), ``options["kernel_rules"]``, the context manager :func:`attention_backend`,
 ``options["kernels"]``, ``ATTNREWRITE_KERNELS``, then the variables that diffusers and DiffSynth-Studio read.
 """
 
@@ -47,15 +47,16 @@ _COMPATIBLE = Request(("native",), f"{COMPATIBILITY}=True", otherwise_kept=True)
 
 @contextlib.contextmanager
 def attention_backend(*names: str | Sequence[str], strict: bool = False) -> Iterator[None]:
-    """Asks for kernels, in this order, for every compiled model that is called inside.
+    """Requests kernels, in this order, for every compiled model that is called inside.
 
-    It holds in the thread (or asyncio task) that enters it, nests, and works on models that are compiled already: a
-    graph is compiled once more for each set of kernels that it is first called under, and not again on return.
+    It applies to the thread (or asyncio task) that enters it, can be nested, and works on models that are already
+    compiled: a graph is compiled once for each set of kernels that it is called under.
 
     Args:
-        names: kernels by name, or one list of them; the first willing one serves, ``"auto"`` is the automatic choice.
-        strict: a site that none of them can serve is an error; by default the next willing kernel takes it, and a
-            warning says why.
+        names: names of kernels, or one list of them; the first willing one serves. ``"auto"`` is the automatic choice.
+        strict: whether a site that none of them can serve is an error. By default the next willing kernel serves it,
+        and
+            a warning says why.
 
     Raises:
         OptionError: a name is unknown.
@@ -74,15 +75,15 @@ def attention_backend(*names: str | Sequence[str], strict: bool = False) -> Iter
 
 
 def request_in_force() -> Request | None:
-    """What the context manager asks for here; the key of a compiled graph's variants."""
+    """The request of the context manager that is in force; None outside of one."""
     return _in_force.get()
 
 
 def request_for(policy: Policy, location: SourceLocation | None, call: fx.Node) -> Request | None:
-    """What is asked for at a site, None where nothing is: the strongest level that says anything.
+    """The request at a site, of the strongest level that has one; None if there is none.
 
     Args:
-        call: the node that stands for the site, which may be annotated by :func:`attnrewrite.attention_forward`.
+        call: the node of the site, which may be annotated by :func:`attnrewrite.attention_forward`.
     """
     if call.meta.get("custom", {}).get(KERNEL_OF_CALL) == COMPATIBILITY:
         return _COMPATIBLE
@@ -98,13 +99,13 @@ def request_for(policy: Policy, location: SourceLocation | None, call: fx.Node) 
 
 
 def unmatched_rules(policy: Policy, locations: Iterable[SourceLocation | None]) -> tuple[str, ...]:
-    """The globs of ``options["kernel_rules"]`` that match none of the sites at these places."""
+    """The globs of ``options["kernel_rules"]`` that match no site at these locations."""
     places = list(locations)
     return tuple(glob for glob, _ in policy.kernel_rules if not any(_matches(glob, place) for place in places))
 
 
 def _matches(pattern: str, location: SourceLocation | None) -> bool:
-    """A rule is a glob over the module's path ("*.attn1") or over the line ("attention.py:120")."""
+    """Whether a rule's glob matches the module's path ("*.attn1") or the line ("attention.py:120")."""
     if location is None:
         return pattern == "*"
     line = f"{location.file}:{location.line}"
@@ -114,7 +115,7 @@ def _matches(pattern: str, location: SourceLocation | None) -> bool:
 
 
 def named(request: Request | None) -> tuple[list[Kernel], list[Kernel]]:
-    """The kernels that were asked for by name: before the automatic choice, and after it."""
+    """The kernels requested by name: those before the automatic choice, and those after it."""
     names = request.names if request else ()
     place = names.index("auto") if "auto" in names else len(names)
     before, after = names[:place], names[place + 1 :]
@@ -122,9 +123,9 @@ def named(request: Request | None) -> tuple[list[Kernel], list[Kernel]]:
 
 
 def standing(table: CostTable | None) -> list[Kernel]:
-    """The kernels that need not be asked for, in their standing order.
+    """The kernels of the automatic choice, in their standing order.
 
-    After the automatic ones come those that ``table`` knows the times of, unless they compute in lower precision.
+    The automatic kernels come first, then the exact kernels that ``table`` has times for.
     """
     kernels = registered_kernels()
     measured = [] if table is None else [kernel for kernel in kernels if kernel.name in table.rows]

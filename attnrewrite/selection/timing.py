@@ -1,9 +1,9 @@
-"""What a kernel's calls take on the device at hand: a site cut out of its graph, compiled alone, and timed.
+"""Times kernels at a site: the site is cut out of its graph, compiled alone, and called on the current device.
 
-Kernels that are compared are timed in turns, in one process. On CUDA the L2 cache is cleared before each call, as
-``triton.testing.do_bench`` does, and a call's time includes what the host needs to start it where the device waits for
-that. The way into a compiled graph is no part of it: a model goes it once, however many attentions it has. Replays of a
-CUDA graph show the device's own time.
+Kernels that are compared are timed in turns, in one process. On CUDA the L2 cache is cleared before each call, as in
+``triton.testing.do_bench``, and a call's time includes the host's time to start it if the device waits for that. The
+time to enter a compiled graph is excluded: a model enters it once, however many attentions it has. Replays of a CUDA
+graph give the device's time alone.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ __all__ = ["Standalone", "Times", "compiled_alone", "cut_out", "smallest_run", "
 _CACHE_BYTES = 256 * 2**20
 """More than the L2 cache of any GPU."""
 _FEWEST, _MOST = 5, 200
-"""Calls of each in a spell."""
+"""The number of calls of each kernel in a spell."""
 _SPELLS = 4
-"""Calls are timed in so many spells, of which the quietest counts: other work of the host's only ever adds to them."""
+"""The number of spells of calls. The quietest spell counts: other load of the host can only add to the times."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Standalone:
     """A site under one kernel, as a graph of its own.
 
     Attributes:
-        module: its inputs are the values of ``inputs``, in this order.
+        module: the graph; it takes the values of ``inputs``, in this order.
         inputs: the nodes of the site's graph that it reads.
-        operands: which of them are the query, the key and the value, or are read to make these.
+        operands: the inputs that are query, key or value, or that these are computed from.
     """
 
     module: fx.GraphModule
@@ -53,9 +53,9 @@ class Standalone:
     operands: frozenset[fx.Node]
 
     def random_inputs(self, requires_grad: bool) -> list[Tensor]:
-        """Operands and biases from a normal distribution, conditions that all hold, integers that are all zero.
+        """Normally distributed operands and biases, conditions that are all true, and integers that are all zero.
 
-        Sizes that are symbols are those that were seen first.
+        Symbolic sizes have the values of the first call.
         """
         values = []
         for node in self.inputs:
@@ -73,9 +73,9 @@ class Standalone:
 
 
 def cut_out(gm: fx.GraphModule, site: CanonicalAttention, kernel: Kernel) -> Standalone:
-    """The calls that the kernel would put in the site's place; ``gm`` is as it was afterwards.
+    """The kernel's calls for the site, as a graph of their own; ``gm`` is unchanged on return.
 
-    What depends on no input of the graph, such as a mask made of positions, is made within.
+    Nodes that depend on no input of the graph, such as a mask made of positions, become part of the new graph.
     """
     builder = Builder(gm, before=site.result, like=site.anchor)
     try:
@@ -134,15 +134,15 @@ def _inputs_first(graph: fx.Graph) -> None:
 
 
 def compiled_alone(alone: Standalone, inputs: Sequence[Tensor], policy: Policy) -> Callable[..., Tensor]:
-    """The standalone graph as the inner compiler makes it, or as it stands where that is not Inductor."""
+    """The standalone graph compiled by Inductor, or the graph itself if the inner compiler is another."""
     if policy.inner_backend != "inductor":
         return alone.module
     without_graphs = {key: value for key, value in policy.inner_options.items() if key != "triton.cudagraphs"}
     inner = InnerCompiler(replace(policy, mode=None, inner_options=without_graphs))
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     fakes = [mode.from_tensor(value, static_shapes=True) for value in inputs]
-    # A compilation of its own, whatever is being compiled around it; all of it now, as PyTorch does not expect a
-    # backward pass to be compiled while a forward pass is.
+    # A separate compilation, whatever is being compiled around it. The backward pass is compiled now as well: PyTorch
+    # does not expect one to be compiled later, during the compilation of another forward pass.
     whole = backward_compiled_at_once()
     with tracing(TracingContext(mode)), whole:
         compiled = inner.compile(alone.module, fakes, keep_attention=True, round_like_eager=False)
@@ -156,7 +156,7 @@ def compiled_alone(alone: Standalone, inputs: Sequence[Tensor], policy: Policy) 
 
 
 def smallest_run(device: torch.device, backward: bool, policy: Policy) -> Callable[[], Any]:
-    """A compiled graph of next to nothing, forwards or forwards and backwards: what entering one takes."""
+    """Runs a minimal compiled graph, with or without a backward pass: its time is that of entering a graph."""
     graph = fx.Graph()
     graph.output((graph.call_function(torch.ops.aten.mul.Tensor, (graph.placeholder("value"), 2.0)),))
     value = torch.ones(1, device=device, requires_grad=backward)
@@ -177,9 +177,9 @@ class Times:
     """Times of one kernel, in milliseconds.
 
     Attributes:
-        call: of calls, in the quietest of the spells in which they were timed.
-        graph: of replays of a CUDA graph; empty where there is none.
-        memory: bytes that a call allocates at most at one time, operands apart; None where the device does not say.
+        call: times of calls, in the quietest spell.
+        graph: times of replays of a CUDA graph; empty without one.
+        memory: peak bytes that a call allocates besides its operands; None if the device does not report it.
     """
 
     call: list[float] = field(default_factory=list)
@@ -207,10 +207,10 @@ def time_together(
     """Times calls in turns.
 
     Args:
-        runs: by name; each has been called before, so that nothing is left to compile.
-        smallest: of :func:`smallest_run`.
-        seconds: about how long the calls are timed, and again the replays.
-        cuda_graphs: replay CUDA graphs, too, where the device has them and the calls can be captured.
+        runs: the calls by name; each has been called before, so that nothing is left to compile.
+        smallest: the result of :func:`smallest_run`.
+        seconds: about how long to time the calls, and then the replays.
+        cuda_graphs: whether to time replays of CUDA graphs as well, if the calls can be captured.
     """
     times = {name: Times(memory=_memory_of(run, device)) for name, run in runs.items()}
     if not runs:
@@ -222,7 +222,9 @@ def time_together(
         return [_spell(runs, clock, seconds / _SPELLS) for _ in range(count)]
 
     calls = spells(1)
-    further = _SPELLS - 1 if len(next(iter(calls[0].values()))) > _FEWEST else 0  # Long calls are the device's.
+    further = (
+        _SPELLS - 1 if len(next(iter(calls[0].values()))) > _FEWEST else 0
+    )  # Long calls are not disturbed by the host.
     calls += spells(further // 2)
     if on_cuda and cuda_graphs:
         graphs = {name: replay for name, run in runs.items() if (replay := _captured(run, device)) is not None}
@@ -252,7 +254,7 @@ class _CudaClock:
     """Times between events on the device, with the L2 cache cleared.
 
     Args:
-        smallest: the device is kept busy for as long as the host takes to start this; default: nothing.
+        smallest: the device is kept busy for as long as the host needs to start this; default: not at all.
     """
 
     def __init__(self, device: torch.device, smallest: Callable[[], Any] | None = None) -> None:
@@ -273,7 +275,7 @@ class _CudaClock:
         return float(start.elapsed_time(end))
 
     def new_round(self) -> None:
-        """The host is not equally fast at all times."""
+        """Measures how long the host needs to start a call: its speed varies."""
         if self._smallest is not None:
             torch.cuda.synchronize(self._device)
             start = time.perf_counter()
@@ -299,7 +301,7 @@ class _CudaClock:
 
 
 def _spell(runs: dict[str, Callable[[], Any]], clock: _Clock | _CudaClock, seconds: float) -> dict[str, list[float]]:
-    """Times of calls in turns, for about so long."""
+    """Times calls in turns, for about ``seconds``."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     first = time.perf_counter()
     for run in runs.values():
@@ -309,7 +311,7 @@ def _spell(runs: dict[str, Callable[[], Any]], clock: _Clock | _CudaClock, secon
     for _ in range(min(_MOST, max(_FEWEST, int(seconds / max(a_round, 1e-6))))):
         clock.new_round()
         for name, run in runs.items():
-            # One at a time: what was started before would hide what the host needs for the next.
+            # One at a time: a call in flight would hide the host's time to start the next.
             times[name].append(clock.time(run)())
     return times
 
@@ -327,7 +329,7 @@ def _memory_of(run: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def _captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Any] | None:
-    """A replay of the call; None where it cannot be captured."""
+    """A replay of the call from a CUDA graph; None if the call cannot be captured."""
     graph = torch.cuda.CUDAGraph()
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream(device))
@@ -338,7 +340,7 @@ def _captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     try:
         with torch.cuda.graph(graph):
             run()
-    except RuntimeError:  # What is not allowed within a capture: a synchronisation, an allocation of the host's.
+    except RuntimeError:  # Not allowed within a capture: a synchronization, an allocation by the host.
         torch.cuda.synchronize(device)
         return None
     return graph.replay

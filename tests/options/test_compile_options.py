@@ -62,7 +62,7 @@ def test_a_mode_needs_inductor() -> None:
     from attnrewrite.backend import attnrewrite
 
     gm = fx.symbolic_trace(lambda x: x)
-    with pytest.raises(OptionError, match="mode='max-autotune' belongs to Inductor") as error:
+    with pytest.raises(OptionError, match="mode='max-autotune' applies only to Inductor") as error:
         attnrewrite(gm, [torch.zeros(1)], mode="max-autotune", options={"inner_backend": "eager"})
     assert "\n" not in str(error.value)
 
