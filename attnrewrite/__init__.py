@@ -3,8 +3,8 @@
 ``torch.compile(model, backend="attnrewrite")`` needs no import of this package. The names here are for the rest:
 
 - :func:`accelerate_attention`: the backend for one module class, module or function.
-- :func:`attention_backend`, :func:`set_attention_backend`, :func:`reset_attention_backend`: which kernels to use, for
-  models that are compiled already, too.
+- :func:`attention_backend`, :func:`set_attention_backend`, :func:`reset_attention_backend`: the kernels to use, also
+  for models that are already compiled.
 - :func:`attention_forward`: one attention, called from eager or compiled code.
 - :func:`register_kernel`, :func:`unregister_kernel`: kernels of your own; see docs/options.md.
 - :func:`register_pattern`, :func:`unregister_pattern`: attentions that the catalogue lacks; see docs/patterns.md.

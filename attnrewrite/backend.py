@@ -1,4 +1,4 @@
-"""The ``torch.compile`` backend: one graph in, one compiled callable out, and a report on the way."""
+"""The ``torch.compile`` backend: compiles one graph to a callable, and reports what was rewritten."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _unnamed = itertools.count()
 
 @contextlib.contextmanager
 def collect_reports() -> Iterator[list[GraphReport]]:
-    """Gathers the report of every graph that is compiled inside, source code included."""
+    """Collects the report of every graph that is compiled inside, including its source code."""
     reports: list[GraphReport] = []
     token = _collector.set(reports)
     try:
@@ -71,7 +71,7 @@ def attnrewrite(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> CompiledFn:
-    """What ``torch.compile(model, backend="attnrewrite", mode=mode, options=options)`` calls for each graph.
+    """The backend of ``torch.compile(model, backend="attnrewrite", mode=mode, options=options)``, called for each graph.
 
     Args:
         gm: Dynamo's graph.
@@ -83,7 +83,7 @@ def attnrewrite(
 
     Raises:
         OptionError: an option is unknown or has a wrong value.
-        KernelError: with ``strict``, a site that no kernel that was asked for can serve.
+        KernelError: with ``strict``, no requested kernel can serve a site.
     """
     policy = Policy.from_options(options, mode)
     if policy.capture_dynamic_output_shape_ops and not dynamo_config.capture_dynamic_output_shape_ops:
@@ -91,7 +91,7 @@ def attnrewrite(
             f"options[{DATA_DEPENDENT_SIZES!r}] has no effect through torch.compile, which has already traced the "
             f"graph: set torch._dynamo.config.{DATA_DEPENDENT_SIZES} = True, or use accelerate_attention"
         )
-    # For the inner compiler as well, if the graph cannot be captured or has no attention.
+    # Legalized here, since the inner compiler gets this graph if it cannot be captured or has no attention.
     gm = legalized(gm)
     call = current_call()
     if policy.cache is None or (call is not None and call.is_of_graph):
@@ -116,12 +116,12 @@ def _with_variants(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Po
 
 @dataclass(frozen=True)
 class _Source:
-    """A captured graph, and what has to be known of it as it was before it is rewritten in place.
+    """A captured graph, and what later steps need of it from before the rewriting, which is in place.
 
     Attributes:
-        before: a copy, for the report and the dump; the graph itself if neither is asked for.
+        before: a copy for the report and the dump; the graph itself if neither is requested.
         original: a copy to verify against; None unless ``verify`` is on.
-        identity: what the graph is known by in other compilations; None outside a call that reuses attention.
+        identity: identifies the graph across compilations; None outside a call that reuses attention.
     """
 
     gm: fx.GraphModule
@@ -132,13 +132,13 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What the passes made of a graph.
+    """The outcome of the passes over a graph.
 
     Attributes:
-        gm: what the inner compiler is given.
-        after: what the report and the dump show.
-        keep_attention: the graph has attention that was left alone on purpose.
-        rewritten: empty where nothing could be captured, or the passes failed.
+        gm: the graph for the inner compiler.
+        after: the graph for the report and the dump.
+        keep_attention: whether the graph has attention that was kept on purpose.
+        rewritten: the result of the passes; empty if the graph could not be captured or the passes failed.
     """
 
     gm: fx.GraphModule
@@ -148,7 +148,7 @@ class _Outcome:
 
 
 class _Compilation:
-    """One graph's way to a compiled callable, under the request and the plan of reuse that are in force."""
+    """The compilation of one graph, under the request and the plan of reuse in force."""
 
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy) -> None:
         self._gm = gm
@@ -165,7 +165,7 @@ class _Compilation:
         self._report.seconds = self._steps.seconds
 
     def run(self) -> tuple[CompiledFn, bool]:
-        """The compiled graph, and whether it depends on the request and the plan."""
+        """The compiled graph, and whether it depends on the request and the plan of reuse."""
         try:
             source = self._captured()
         except CaptureError as reason:
@@ -204,7 +204,7 @@ class _Compilation:
         )
 
     def _passed_on(self, reason: CaptureError) -> CompiledFn:
-        """The graph as it is, compiled by the inner compiler."""
+        """The unchanged graph, compiled by the inner compiler."""
         self._report.captured, self._report.reason = False, str(reason)
         self._publish_and_dump(self._gm, self._gm)
         return self._compiled(_Outcome(self._gm, self._gm, keep_attention=False))
@@ -223,7 +223,7 @@ class _Compilation:
             )
         except KernelError:
             raise
-        except Exception as error:  # A defect of ours must not break the user's model; it is reported.
+        except Exception as error:  # A defect of attnrewrite must not break the user's model; it is reported.
             if raises_defects():
                 raise
             advice = "" if isinstance(error, PatternError) else ", please report this"
@@ -235,19 +235,19 @@ class _Compilation:
         if admission is not None:
             admission.add_verdicts(report.sites)
             report.notes += admission.notes
-        # Where nothing was rewritten the inner compiler gets what it would get without us.
+        # If nothing was rewritten, the inner compiler gets the graph that it would get without attnrewrite.
         gm = source.gm if rewritten.changed else self._gm
         return _Outcome(gm, source.gm, _holds_softmax_of_product(source.gm), rewritten)
 
     def _admitted(self, source: _Source) -> Admission | None:
-        """What a tolerance lets in; None unless one is given."""
+        """The kernels that the option ``tolerance`` admits; None without it."""
         if self._policy.tolerance is None:
             return None
         with self._steps.step("tolerance"):
             return admitted(source.gm, self._policy, self._inputs, self._policy.tolerance)
 
     def _kept_for_reuse(self, source: _Source, outcome: _Outcome) -> Kept | None:
-        """The graphs that give and take attention values; None outside a call that reuses attention."""
+        """The graphs that store and reuse attention values; None outside a call that reuses attention."""
         call, rewritten = self._call, outcome.rewritten
         if call is None or source.identity is None:
             return None
@@ -258,7 +258,7 @@ class _Compilation:
             return None
         try:
             kept = kept_attention(source.gm, self._inputs, rewritten, source.identity, call)
-        except Exception as error:  # As above: the model runs without reuse.
+        except Exception as error:  # A defect, as above: the model runs without reuse.
             if raises_defects():
                 raise
             log.warning(
@@ -294,8 +294,8 @@ class _Compilation:
 
     def _compiled_with_verification(self, source: _Source, original: Original, outcome: _Outcome) -> CompiledFn:
         with self._steps.step("inner"):
-            # Now and not when it is needed: guards that compiling adds belong to this compilation of Dynamo's. If it
-            # is needed, its attention is left as it is on purpose.
+            # Compiled now, not when it is needed, since guards that are added belong to this compilation by Dynamo. If
+            # it is used, its attention is kept on purpose.
             unchanged = self._inner_compiled(self._gm, self._inputs, outcome, keep_attention=True)
         return verified(original, source.gm, self._report, unchanged, self._compiled(outcome))
 
@@ -315,7 +315,7 @@ class _Compilation:
 
 
 def _graph_name() -> str:
-    """Dynamo's own number for the graph ("graph_0_1": frame 0, its second compilation), where there is one."""
+    """The graph's name by Dynamo's number ("graph_0_1": frame 0, its second compilation), or by a counter."""
     compile_id = CompileContext.current_compile_id()
     if compile_id is None:
         return f"graph_x{next(_unnamed)}"
@@ -334,7 +334,7 @@ def _holds_softmax_of_product(gm: fx.GraphModule) -> bool:
 
 
 def _publish(report: GraphReport) -> None:
-    """The collector, the log (``TORCH_LOGS=+attnrewrite``) and the structured trace (``TORCH_TRACE``)."""
+    """Sends the report to the collector, the log (``TORCH_LOGS=+attnrewrite``) and the trace (``TORCH_TRACE``)."""
     collector = _collector.get()
     if collector is not None:
         collector.append(report)

@@ -1,7 +1,7 @@
 """The command line: ``attnrewrite doctor``, ``explain``, ``calibrate`` and ``bench``.
 
-torch is imported by the commands, not here: ``attnrewrite --help`` answers at once. Mistakes of the caller end in one
-line on standard error and exit code 2.
+The commands import torch, not this module, so ``attnrewrite --help`` answers at once. A mistake of the caller prints
+one line to standard error and exits with code 2.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _RETURNS_A_RUN = (
 
 
 class _BadInput(click.ClickException):
-    """A mistake of the caller: one line, and exit code 2. ``traceback`` asks for the whole story of its cause."""
+    """A mistake of the caller: prints one line and exits with code 2."""
 
     exit_code = 2
 
@@ -108,7 +108,7 @@ def explain(
         click.echo(report.to_json())
     elif sys.stdout.isatty():
         print_report(report)
-    else:  # a file or a pipe has no width to keep to
+    else:  # a file or a pipe has no fixed width
         click.echo(report.to_text())
     if html is not None:
         try:
@@ -309,12 +309,12 @@ def bench_sites(
 
 
 def _in_a_line(error: Exception) -> str:
-    """Without the list that may follow the message."""
+    """The message of an error, without the list that may follow it."""
     return str(getattr(error, "message", error))
 
 
 def _check_writable(path: Path | None) -> None:
-    """Before the work is done, and not after it."""
+    """Raises an error before the work if the file's directory does not exist."""
     if path is not None and not path.parent.is_dir():
         raise _BadInput(f"the data could not be written to {path}: {path.parent} is not a directory")
 
@@ -336,8 +336,8 @@ def _write(path: Path | None, save: Callable[[Path], object]) -> None:
 
 
 def _made_by(factory: str, traceback: bool) -> Any:
-    """What the function returns that "package.module:factory" names."""
-    # As `python -m` has it, so that modules of the current directory are found.
+    """The result of the function that "package.module:factory" names."""
+    # As with `python -m`, so that modules in the current directory are found.
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     function = _load(factory, traceback)
@@ -375,7 +375,7 @@ def _load(target: str, traceback: bool) -> Callable[[], Any]:
 
 def _near_matches(name: str, owner: object) -> str:
     names = [candidate for candidate in dir(owner) if not candidate.startswith("_")]
-    # Case is what people get wrong most; compare without it.
+    # The comparison ignores case, the most frequent mistake.
     lowered = {candidate.lower(): candidate for candidate in names}
     near = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered)]
     return f"; did you mean {' or '.join(near)}?" if near else ""
@@ -402,7 +402,7 @@ def _accepts(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
 
 
 def _model_and_inputs(made: Any, factory: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """What the factory returned, as a model and what to call it with."""
+    """The model and its arguments, from what the factory returned."""
     model, args, kwargs = made, (), {}
     if isinstance(made, Mapping):
         unknown = sorted(str(key) for key in made if key not in ("model", "args", "kwargs"))
@@ -430,7 +430,7 @@ def _model_and_inputs(made: Any, factory: str) -> tuple[Callable[..., Any], tupl
 
 
 def _model_and_run(made: Any, factory: str) -> tuple[Any, Callable[[], Any], Callable[[], Any]]:
-    """What the factory returned, as a model, what runs it, and what gives its timestep."""
+    """The model, the function that runs it, and the timestep callback, from what the factory returned."""
     names = ("model", "run", "current_timestep_callback")
     if isinstance(made, Mapping):
         wrong = [f"no key {name!r}" for name in names if name not in made]
@@ -460,7 +460,7 @@ def _bad_return(factory: str, what: str, returns: str = _RETURNS) -> NoReturn:
 
 @contextlib.contextmanager
 def _users_code(what: str, traceback: bool) -> Iterator[None]:
-    """Puts whatever the user's own code raises into one line; with --traceback it goes through as it is."""
+    """Reports an exception of the user's code in one line; with --traceback the exception passes unchanged."""
     try:
         yield
     except click.ClickException:
@@ -468,7 +468,7 @@ def _users_code(what: str, traceback: bool) -> Iterator[None]:
     except Exception as error:
         if traceback:
             raise
-        # Dynamo appends paragraphs on how to debug it; the first line says what happened.
+        # Dynamo appends advice on debugging; the first line says what happened.
         first = next(iter(str(error).strip().splitlines()), "")
         message = f"{type(error).__name__}: {first}" if first else type(error).__name__
         raise _BadInput(f"{what} raised {message} (run with --traceback for the full traceback)") from error

@@ -1,7 +1,7 @@
 """What can run on this machine, and why the rest cannot: the data behind ``attnrewrite doctor``.
 
-Each answer is tried, not looked up: a back end of ``scaled_dot_product_attention`` is called once on a small input, a
-package is imported, the compiler is looked for by Inductor's own search.
+Each answer is tested, not looked up: a backend of ``scaled_dot_product_attention`` is called once on a small input, a
+package is imported, and the compiler is searched for as Inductor does.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ PACKAGES_NOTE = (
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: whether it can be used, and what was found or what is missing."""
+    """The check of one component: whether it can be used, and what was found or is missing."""
 
     name: str
     ok: bool
@@ -61,7 +61,7 @@ class Check:
 
 @dataclass(frozen=True)
 class KernelCheck(Check):
-    """A kernel. ``package`` is what it is part of, "" where it is PyTorch; ``how_to_get`` a command or a page."""
+    """A kernel. ``package``: the package that it belongs to, "" for PyTorch; ``how_to_get``: a command or a page."""
 
     package: str = ""
     how_to_get: str = ""
@@ -69,7 +69,7 @@ class KernelCheck(Check):
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that ``attnrewrite doctor`` found."""
+    """Everything that ``attnrewrite doctor`` found."""
 
     system: tuple[Check, ...]
     devices: tuple[Check, ...]
@@ -92,7 +92,7 @@ class Diagnosis:
         return json.dumps(self.to_dict(), indent=indent)
 
     def to_text(self, width: int = 120) -> str:
-        """What a terminal shows, without colours."""
+        """The text that a terminal shows, without colors."""
         out = io.StringIO()
         print_diagnosis(self, Console(file=out, width=width, color_system=None, force_terminal=False))
         return "\n".join(line.rstrip() for line in out.getvalue().rstrip().split("\n")) + "\n"
@@ -102,7 +102,7 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Looks at this machine. Takes a few seconds where optional kernel packages are installed: they are imported."""
+    """Checks this machine. Takes a few seconds if optional kernel packages are installed, since it imports them."""
     return Diagnosis(
         system=tuple(_system()),
         devices=tuple(_devices()),
@@ -114,7 +114,7 @@ def diagnose() -> Diagnosis:
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> None:
-    """Prints the diagnosis to a terminal, in colour where the terminal has any."""
+    """Prints the diagnosis to a terminal, in color if the terminal supports it."""
     sections = [
         ("Python and PyTorch", diagnosis.system, ""),
         ("Devices", diagnosis.devices, ""),
@@ -127,13 +127,13 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> Non
 
 
 def _by_package(kernels: tuple[KernelCheck, ...]) -> Iterator[Check]:
-    """Each kernel that can run, then one line for each package that others wait for."""
+    """A line for each kernel that can run, then one for each package that other kernels need."""
     others = [kernel for kernel in kernels if kernel.package]
     yield from (kernel for kernel in others if kernel.ok)
     waiting: dict[tuple[str, str], list[KernelCheck]] = {}
     for kernel in others:
         if not kernel.ok:
-            # Kernels of one package may be had in different ways, which makes no second line.
+            # Kernels of one package with different ways to get them share a line.
             reason = kernel.detail.removesuffix(f" ({kernel.how_to_get})")
             waiting.setdefault((kernel.package, reason), []).append(kernel)
     for (package, reason), group in waiting.items():
@@ -149,7 +149,7 @@ def _section(title: str, checks: tuple[Check, ...], note: str) -> RenderableType
     grid.add_column(overflow="fold", min_width=16)
     grid.add_column(overflow="fold")
     for check in checks:
-        # Text objects: a loader's message may hold what rich would take for markup.
+        # Text objects: a loader's message may contain what rich would read as markup.
         mark = Text("yes", style="green") if check.ok else Text("no", style="yellow")
         grid.add_row(mark, Text(check.name), Text(check.detail))
     parts: list[RenderableType] = [Text(title, style="bold")]
@@ -222,14 +222,14 @@ def _sdpa_backends() -> Iterator[Check]:
     if accelerator is not None:
         devices.append(accelerator.type)
     for device in devices:
-        # Half precision is what the fused kernels of a GPU are for; a CPU's take float32.
+        # The fused kernels of a GPU need half precision; those of a CPU take float32.
         dtype = torch.float32 if device == "cpu" else torch.float16
         for name, backend in _SDPA_BACKENDS.items():
             yield _try_sdpa(name, backend, device, dtype)
 
 
 def _try_sdpa(name: str, backend: SDPBackend, device: str, dtype: torch.dtype) -> Check:
-    """Calls one back end alone; when it refuses, torch says why in warnings."""
+    """Calls a single backend; if it refuses, torch says why in warnings."""
     kind = f"{name} on {device}"
     if device == "cpu" and name in _CUDA_ONLY:
         return Check(kind, False, "exists only for CUDA devices")
@@ -246,7 +246,7 @@ def _try_sdpa(name: str, backend: SDPBackend, device: str, dtype: torch.dtype) -
 
 
 def _package(distribution: str, module: str) -> Check:
-    """Whether a kernel package is there, and loads."""
+    """Whether a kernel package is installed and can be imported."""
     try:
         version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The inner compiler: what the graph goes to when attnrewrite is done with it."""
+"""The inner compiler, which compiles the rewritten graph."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class InnerCompiler:
         self._policy = policy
         backend = policy.inner_backend
         self.name = backend if isinstance(backend, str) else getattr(backend, "__name__", type(backend).__name__)
-        self._compile: Callable[[fx.GraphModule, Sequence[Any], bool, bool], CompiledFn] = self._other
+        self._compile: Callable[[fx.GraphModule, Sequence[Any], bool, bool], CompiledFn] = self._compile_with_function
         if backend == "inductor":
             self._compile = self._inductor
             self._inductor_wrapper({})  # Checks the options.
@@ -62,13 +62,13 @@ class InnerCompiler:
         """The compiled ``gm``.
 
         Args:
-            keep_attention: the graph holds attention that was left as it is on purpose, so Inductor's own attention
-                patterns may not touch it: some of them ignore the axis of softmax, or what a masked row gives.
-            round_like_eager: the graph holds half-precision scores whose rounding decides the result.
+            keep_attention: whether the graph has attention that was kept on purpose. Inductor's own attention patterns
+                are then turned off: some of them ignore the axis of softmax, or the value of a masked row.
+            round_like_eager: whether the graph has half-precision scores whose rounding decides the result.
         """
         return self._compile(gm, example_inputs, keep_attention, round_like_eager)
 
-    def _other(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *_: bool) -> CompiledFn:
+    def _compile_with_function(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *_: bool) -> CompiledFn:
         compiled: CompiledFn = self._function(gm, example_inputs, **self._keywords)
         return compiled
 

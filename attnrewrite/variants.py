@@ -1,6 +1,6 @@
-"""One compiled graph for each set of kernels and each plan of attention reuse that it is called under.
+"""Variants of a compiled graph: one for each request of kernels and each plan of attention reuse.
 
-Which one is chosen at the call, outside the graph.
+The variant is chosen at each call, outside the graph.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ _ARGUMENT = re.compile(r"L\['(\w+)'\]")
 
 
 class Variants:
-    """A compiled graph that is compiled once more for each :class:`Request` and :class:`ReusePlan` that is in force.
+    """A compiled graph that is compiled again for each new :class:`Request` and :class:`ReusePlan` in force.
 
-    The first was compiled by Dynamo with the guards of the user's code. Another is Dynamo's own compilation of the
-    graph, with guards of its own: sizes that it specializes are checked, and nothing is assumed of inputs that the
-    first did not see. Any thread may call it; variants are made one at a time.
+    Dynamo compiled the first variant with the guards of the user's code. Each further variant is a separate compilation
+    of the graph by Dynamo, with its own guards, which check the sizes that it specializes on. Any thread may call it;
+    variants are compiled one at a time.
     """
 
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], backend: Backend) -> None:
         """Args:
-        gm: Dynamo's graph, before anything was done to it.
-        backend: what compiles the graph under the request and the plan that are in force.
+        gm: Dynamo's graph, unchanged.
+        backend: compiles the graph under the request and the plan in force.
         """
         self._gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-        self._parts = [*parts_in(gm)]  # Which are asked about at each compilation.
+        self._parts = [*parts_in(gm)]  # A reference keeps them alive for each compilation.
         self._backend = backend
         self._sources = {node.target: source_name(node) for node in gm.graph.find_nodes(op="placeholder")}
         self._dynamic = any(_is_symbolic(value) for value in example_inputs) or None
         self._compiled: dict[_Key, CompiledFn] = {}
 
     def add(self, compiled: CompiledFn) -> CompiledFn:
-        """The variant for what is in force now; returns what to call."""
+        """Adds the variant for the request and plan in force; returns it."""
         self._compiled[_in_force()] = compiled
         return self
 
@@ -59,7 +59,7 @@ class Variants:
         key = _in_force()
         compiled = self._compiled.get(key)
         if compiled is None:
-            # While one thread compiles, the code of graph modules that any other makes is never compiled
+            # While one thread compiles, Dynamo does not compile graph modules that another thread makes
             # (torch._dynamo.convert_frame.fx_forward_from_src_skip_result).
             with compile_lock:
                 compiled = self._compiled.get(key)
@@ -68,7 +68,7 @@ class Variants:
         return compiled(*args)
 
     def _compile(self) -> CompiledFn:
-        # Dynamo's cache goes by code object: each variant has one of its own, so none counts as a recompilation.
+        # Dynamo's cache is keyed by code object; each variant has its own, so none counts as a recompilation.
         module = fx.GraphModule(self._gm, copy.deepcopy(self._gm.graph))
 
         def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> CompiledFn:
@@ -79,9 +79,9 @@ class Variants:
                     name_source(node, self._sources[argument[1]])
             return self._backend(gm, example_inputs)
 
-        # The class is this module's own. Where compiled code raises an error, a graph module's ``__call__`` goes
-        # through the traceback, which Dynamo would trace, and raise an error of its own.
-        # ``Module.__call__`` itself is another function, in all threads, while one of them traces.
+        # The class belongs to this module alone. If compiled code raises, a graph module's own ``__call__`` walks the
+        # traceback; Dynamo would trace that and raise another error. ``Module.__call__`` cannot be used: while one
+        # thread traces, it is another function in all threads.
         type(module).__call__ = wrapped_call  # type: ignore[method-assign]
         compiled: CompiledFn = torch.compile(module, backend=backend, fullgraph=True, dynamic=self._dynamic)
         return compiled

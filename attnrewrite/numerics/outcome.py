@@ -72,7 +72,7 @@ class SiteCheck:
 
 @dataclass
 class Verification:
-    """All checks of a graph. ``source_error``: why the source graph could not be run for comparison; empty if it ran."""
+    """All checks of a graph. ``source_error``: why the source graph could not be run; empty if it ran."""
 
     checks: list[SiteCheck] = field(default_factory=list)
     source_error: str = ""

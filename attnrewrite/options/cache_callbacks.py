@@ -1,4 +1,4 @@
-"""What the user's callbacks for attention reuse answer: the timestep, and weights."""
+"""The values of the user's callbacks for attention reuse: the timestep, and weights."""
 
 from __future__ import annotations
 
@@ -16,57 +16,57 @@ __all__ = ["timestep_of", "weight_of"]
 
 
 def timestep_of(callback: Callable[[], Any]) -> float:
-    """The timestep of the call that is about to be made, from ``current_timestep_callback``.
+    """The timestep of the next call, from ``current_timestep_callback``.
 
-    A tensor on an accelerator is waited for.
+    Waits for a tensor on an accelerator.
 
     Raises:
-        CacheError: the answer is not one number.
+        CacheError: the callback does not return one number.
     """
-    answer = callback()
-    if answer is None:
+    value = callback()
+    if value is None:
         raise CacheError(
             "current_timestep_callback returned None: it must return the timestep during each call of the model (a "
             "pipeline's current_timestep is None except while the pipeline runs; in a custom loop, set a variable "
             "before each call and return it)"
         )
-    number = _number(answer)
+    number = _number(value)
     if number is None:
         raise CacheError(
-            f"current_timestep_callback must return one number, or a tensor of one element; got {_shown(answer)}"
+            f"current_timestep_callback must return one number, or a tensor of one element; got {_shown(value)}"
         )
     return number
 
 
 def weight_of(callback: Callable[[nn.Module], Any], module: nn.Module, name: str) -> float:
-    """The weight that a callback of FasterCache gives for a module.
+    """The weight that a callback of FasterCache returns for a module.
 
     Args:
-        name: the setting that the callback is, for the message.
+        name: the callback's setting, for the message.
 
     Raises:
-        CacheError: the answer is not one number.
+        CacheError: the callback does not return one number.
     """
-    answer = callback(module)
-    number = _number(answer)
+    value = callback(module)
+    number = _number(value)
     if number is None:
-        raise CacheError(f"{name} must return one number, or a tensor of one element; got {_shown(answer)}")
+        raise CacheError(f"{name} must return one number, or a tensor of one element; got {_shown(value)}")
     return number
 
 
-def _number(answer: Any) -> float | None:
-    if isinstance(answer, Tensor):
-        if answer.numel() != 1 or answer.is_complex():
+def _number(value: Any) -> float | None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex():
             return None
-        answer = answer.item()
-    elif isinstance(answer, np.ndarray) and answer.size == 1:
-        answer = answer.item()
-    if isinstance(answer, bool) or not isinstance(answer, Real) or not math.isfinite(answer):
+        value = value.item()
+    elif isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         return None
-    return float(answer)
+    return float(value)
 
 
-def _shown(answer: Any) -> str:
-    if isinstance(answer, Tensor) and answer.numel() != 1:
-        return f"a tensor of shape {tuple(answer.shape)}"
-    return repr(answer)
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        return f"a tensor of shape {tuple(value.shape)}"
+    return repr(value)

@@ -1,7 +1,7 @@
 """The settings of cross-step caching, with the names, meanings and defaults of diffusers' two configurations.
 
-https://huggingface.co/docs/diffusers/main/en/api/cache. Two things are different: which attentions are spatial,
-temporal or cross is told from the graph unless identifiers are given, and there are fields of attnrewrite's own.
+https://huggingface.co/docs/diffusers/main/en/api/cache. There are two differences: unless identifiers are given, the
+graph determines which attentions are spatial, temporal or cross; and attnrewrite adds fields of its own.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ _INPUTS_WITH_BOTH_HALVES = (
 
 @dataclass
 class PyramidAttentionBroadcastConfig:
-    """Pyramid Attention Broadcast: an attention's output is used again in the next steps (arXiv 2408.12588).
+    """Pyramid Attention Broadcast: reuses an attention's output in the next steps (arXiv 2408.12588).
 
     Attributes:
         spatial_attention_block_skip_range, temporal_attention_block_skip_range, cross_attention_block_skip_range:
-            attention of that kind is computed in one call of so many, and its output used again in the others; None:
-            computed always. Default None; if all three are None, spatial attention takes 2, with a warning.
+            attention of that kind is computed once in that many calls, and its output reused in the others; None:
+            computed in every call. Default None; if all three are None, spatial attention uses 2, with a warning.
         spatial_attention_timestep_skip_range, temporal_attention_timestep_skip_range,
-        cross_attention_timestep_skip_range: the timesteps, both ends excluded, between which outputs are used again,
-            in the scheduler's units. Default ``(100, 800)``.
+        cross_attention_timestep_skip_range: the timesteps, both ends excluded, between which outputs are reused, in
+            the scheduler's units. Default ``(100, 800)``.
         spatial_attention_block_identifiers, temporal_attention_block_identifiers, cross_attention_block_identifiers:
             regular expressions, searched in the module path of an attention, that name the attentions of that kind.
-            Default None: the kind is told from the graph. They choose among self-attentions or among
-            cross-attentions; which of these two an attention is, the graph alone says.
-        current_timestep_callback: gives the timestep of the call that is being made. It must be set, for example
+            Default None: the graph determines the kind. Identifiers choose among self-attentions or among
+            cross-attentions; which of the two an attention is, only the graph determines.
+        current_timestep_callback: returns the timestep of the current call. It must be set, for example to
             ``lambda: pipe.current_timestep``.
-        memory_limit: bytes that stored values may take, over all streams of calls. Default None: no limit.
-        offload: whether stored values are kept in the host's memory between calls. Default False.
+        memory_limit: the largest number of bytes of stored values, over all streams of calls. Default None: no limit.
+        offload: whether stored values are kept in host memory between calls. Default False.
     """
 
     spatial_attention_block_skip_range: int | None = None
@@ -75,34 +75,34 @@ class PyramidAttentionBroadcastConfig:
 
 @dataclass
 class FasterCacheConfig:
-    """FasterCache: attention extrapolated from its last two outputs, guidance predicted (arXiv 2410.19355).
+    """FasterCache: extrapolates attention from its last two outputs and predicts guidance (arXiv 2410.19355).
 
     Attributes:
-        spatial_attention_block_skip_range, temporal_attention_block_skip_range: attention of that kind is computed in
-            one call of so many, and extrapolated in the others; None: computed always. Default 2 and None.
+        spatial_attention_block_skip_range, temporal_attention_block_skip_range: attention of that kind is computed once
+            in that many calls, and extrapolated in the others; None: computed in every call. Default 2 and None.
         spatial_attention_timestep_skip_range, temporal_attention_timestep_skip_range: the timesteps, both ends
             excluded, between which attention is extrapolated, in the scheduler's units. Default ``(-1, 681)``.
         low_frequency_weight_update_timestep_range, high_frequency_weight_update_timestep_range: the timesteps, both
             ends excluded, between which the difference of guidance is multiplied by the alphas below (equation 11).
             Default ``(99, 901)`` and ``(-1, 301)``.
         alpha_low_frequency, alpha_high_frequency: the weights of the difference of guidance. Default 1.1.
-        unconditional_batch_skip_range: the unconditional half is computed in one call of so many. Default 5.
+        unconditional_batch_skip_range: the unconditional half is computed once in that many calls. Default 5.
         unconditional_batch_timestep_skip_range: the timesteps, both ends excluded, between which the unconditional half
             is predicted. Default ``(-1, 641)``.
         spatial_attention_block_identifiers, temporal_attention_block_identifiers: regular expressions, searched in the
-            module path of an attention, that name the self-attentions of that kind. Default None: the kind is told from
-            the graph.
-        attention_weight_callback: from a module to the weight of the extrapolation. Default: 0.5, with a warning.
-        low_frequency_weight_callback, high_frequency_weight_callback: from the model to the weight of the difference of
+            module path of an attention, that name the self-attentions of that kind. Default None: the graph determines
+            the kind.
+        attention_weight_callback: maps a module to the weight of the extrapolation. Default: 0.5, with a warning.
+        low_frequency_weight_callback, high_frequency_weight_callback: map the model to the weight of the difference of
             guidance. Default: the alphas, within their timesteps; 1 elsewhere.
-        tensor_format: of the model's output, ``"BCFHW"``, ``"BFCHW"`` or ``"BCHW"``. Default ``"BCFHW"``.
+        tensor_format: the format of the model's output, ``"BCFHW"``, ``"BFCHW"`` or ``"BCHW"``. Default ``"BCFHW"``.
         is_guidance_distilled: whether the model has no unconditional half. Default False.
         current_timestep_callback: gives the timestep of the call that is being made. It must be set, for example
             ``lambda: pipe.current_timestep``.
         unconditional_conditional_input_kwargs_identifiers: the keyword arguments of the model that hold the
             unconditional inputs and then the conditional ones, along dimension 0. Default ``("hidden_states",
             "encoder_hidden_states", "timestep", "attention_mask", "encoder_attention_mask")``.
-        _unconditional_conditional_input_kwargs_identifiers: diffusers' name of the same. One of both may be given.
+        _unconditional_conditional_input_kwargs_identifiers: diffusers' name of the same setting. Only one may be given.
         memory_limit: bytes that stored values may take, over all streams of calls. Default None: no limit.
         offload: whether stored values are kept in the host's memory between calls. Default False.
         follow_diffusers: whether an extrapolated output counts as one of the last two, as in diffusers. Default False:
@@ -145,14 +145,14 @@ class FasterCacheConfig:
 
 
 def validated(config: object) -> PyramidAttentionBroadcastConfig | FasterCacheConfig:
-    """A checked copy of a configuration, with everything filled in that has a default of its own.
+    """A checked copy of a configuration with computed defaults filled in.
 
-    Callbacks of FasterCache's weights are set, ``unconditional_conditional_input_kwargs_identifiers`` holds the names,
+    FasterCache's weight callbacks are set, ``unconditional_conditional_input_kwargs_identifiers`` holds the names, and
     identifiers and ranges are tuples.
 
     Args:
         config: one of the two above, or diffusers' ``PyramidAttentionBroadcastConfig`` or ``FasterCacheConfig``, whose
-            default identifiers count as not given. It is left as it is.
+            default identifiers count as not given. It is not changed.
 
     Raises:
         OptionError: a setting is wrong, or ``config`` is something else.
@@ -174,12 +174,12 @@ def validated(config: object) -> PyramidAttentionBroadcastConfig | FasterCacheCo
 def _own(config: object) -> PyramidAttentionBroadcastConfig | FasterCacheConfig:
     if isinstance(config, (PyramidAttentionBroadcastConfig, FasterCacheConfig)):
         return config
-    # An object of diffusers is there only if its module is loaded.
+    # An object of diffusers' class can exist only if the module is loaded.
     hooks = sys.modules.get("diffusers.hooks")
     for own in (PyramidAttentionBroadcastConfig, FasterCacheConfig):
         theirs = getattr(hooks, own.__name__, None)
         if isinstance(theirs, type) and isinstance(config, theirs):
-            return _taken_over(config, theirs, own)
+            return _converted(config, theirs, own)
     raise OptionError(
         "a cache takes attnrewrite's or diffusers' PyramidAttentionBroadcastConfig(...) or FasterCacheConfig(...); got "
         f"{_shown(config)} (First-Block Cache, MagCache and TaylorSeer are not supported)"
@@ -193,7 +193,7 @@ def _shown(config: object) -> str:
     return repr(config) if kind.__module__ == "builtins" else f"an object of {kind.__module__}.{kind.__qualname__}"
 
 
-def _taken_over(
+def _converted(
     config: Any, theirs: Any, own: type[PyramidAttentionBroadcastConfig] | type[FasterCacheConfig]
 ) -> PyramidAttentionBroadcastConfig | FasterCacheConfig:
     """diffusers' settings in attnrewrite's class."""
@@ -202,7 +202,7 @@ def _taken_over(
     for field in dataclasses.fields(theirs):
         value = getattr(config, field.name)
         if field.name.endswith("_block_identifiers") and _same_names(value, field.default):
-            value = None  # What the library matches by default says nothing of this model.
+            value = None  # The library's default identifiers do not describe this model.
         if field.name in known:
             taken[field.name] = value
         elif value is not field.default and value != field.default:
@@ -218,7 +218,7 @@ def _same_names(value: object, default: object) -> bool:
 
 
 def _checked(config: PyramidAttentionBroadcastConfig | FasterCacheConfig) -> dict[str, Any]:
-    """The settings, each checked by what its name says that it is.
+    """The checked settings; the name of a setting determines its check.
 
     Raises:
         OptionError: one of them is wrong.
@@ -234,7 +234,7 @@ def _checked(config: PyramidAttentionBroadcastConfig | FasterCacheConfig) -> dic
                     f"{setting} must be a function that returns the current timestep, such as "
                     f"lambda: pipe.current_timestep; got {value!r}"
                 )
-            if not _takes_nothing(value):
+            if not _takes_no_arguments(value):
                 raise OptionError(
                     f"{setting} is called without arguments, but {value!r} requires some: pass a function such as "
                     "lambda: pipe.current_timestep"
@@ -266,7 +266,7 @@ def _checked(config: PyramidAttentionBroadcastConfig | FasterCacheConfig) -> dic
     return settings
 
 
-def _takes_nothing(function: Callable[..., Any]) -> bool:
+def _takes_no_arguments(function: Callable[..., Any]) -> bool:
     try:
         inspect.signature(function).bind()
     except TypeError:
@@ -277,10 +277,10 @@ def _takes_nothing(function: Callable[..., Any]) -> bool:
 
 
 def _filled_in(config: FasterCacheConfig) -> FasterCacheConfig:
-    """``config`` with its defaults that are functions, and the names of inputs at one place; changed in place.
+    """Fills in ``config``, in place, the weight callbacks and the names of inputs; returns it.
 
     Raises:
-        OptionError: the names are given twice, or there is nothing to do.
+        OptionError: the names are given twice, or the configuration would reuse nothing.
     """
     public = config.unconditional_conditional_input_kwargs_identifiers
     private = config._unconditional_conditional_input_kwargs_identifiers
@@ -324,7 +324,7 @@ def _half(module: nn.Module) -> float:
 def _within(
     timesteps: tuple[float, float], alpha: float, current_timestep: Callable[[], Any]
 ) -> Callable[[nn.Module], float]:
-    """Equation 11: ``alpha`` between the timesteps, 1 elsewhere."""
+    """The weight of equation 11: ``alpha`` between the timesteps, 1 elsewhere."""
 
     def weight(module: nn.Module) -> float:
         return alpha if timesteps[0] < timestep_of(current_timestep) < timesteps[1] else 1.0
@@ -383,7 +383,7 @@ def _names(value: object, setting: str) -> tuple[str, ...] | None:
 
 
 def _strings(value: object) -> tuple[str, ...]:
-    """The strings of a list, none of them empty; nothing if it is no such list."""
+    """The nonempty strings of a list, as a tuple; empty if ``value`` is anything else."""
     if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) and name for name in value):
         return ()
     return tuple(value)
@@ -398,4 +398,4 @@ def _is_count(value: object) -> bool:
 
 
 TENSOR_FORMATS = {"BCFHW": 5, "BFCHW": 5, "BCHW": 4}
-"""What a model's output may be: height and width come last, so only the number of dimensions matters here."""
+"""The formats of a model's output, with their number of dimensions; height and width come last in each."""

@@ -1,4 +1,4 @@
-"""Every setting and every environment variable, in this one place."""
+"""The options of ``torch.compile`` that attnrewrite reads, checked."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ __all__ = ["DATA_DEPENDENT_SIZES", "OWN_OPTIONS", "Policy", "tracing_settings"]
 
 
 DATA_DEPENDENT_SIZES = "capture_dynamic_output_shape_ops"
-"""The option, and the setting of ``torch._dynamo.config``, of one name."""
+"""The name of the option, and of the setting of ``torch._dynamo.config``."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What the user asked for, checked.
+    """The user's options, checked.
 
     Attributes:
-        inner_backend: what compiles the rewritten graph: a registered torch.compile backend's name, or a callable
+        inner_backend: the compiler of the rewritten graph: a registered torch.compile backend's name, or a callable
             ``(gm, example_inputs) -> callable``. Default ``"inductor"``.
-        assume_attended_rows: the user's word that every query row has at least one key that is not masked. It lifts
-            refusals that exist only for the sake of fully masked rows (see docs/exactness.md). Default False.
+        assume_attended_rows: whether the user asserts that every query attends at least one key. It lifts refusals that
+            exist only because of fully masked rows (see docs/exactness.md). Default False.
         verify: whether the first call of each compiled graph compares every rewritten site with the source
             (:mod:`attnrewrite.numerics.verify`). Default ``ATTNREWRITE_VERIFY``, which is False where it is unset.
         tolerance: the largest error, relative to the largest number of a site's result, with which a kernel of lower
-            precision is let in (:mod:`attnrewrite.numerics.tolerance`). Default None: such kernels serve by name only.
+            precision is admitted (:mod:`attnrewrite.numerics.tolerance`). Default None: only by name.
         checks: whether device, dtype and shapes of the operands are checked before each call of a kernel
             (:mod:`attnrewrite.passes.insert_checks`). Default ``ATTNREWRITE_CHECKS``, which is False where it is unset.
         kernels: the kernels to use, in order of preference; empty for the automatic choice.
         kernel_rules: kernels for single sites: pairs of a glob, over the module's path or over "file:line", and names.
-            The first that matches holds. An option takes them as a dictionary.
-        strict: whether a site that no kernel that was asked for can serve is an error. Default False: the next willing
-            kernel takes it, with a warning.
+            The first match applies. The option is a dictionary.
+        strict: whether a site that no requested kernel can serve is an error. Default False: the next willing kernel
+            serves it, with a warning.
         autotune: whether the automatic choice times the willing kernels on each site's own shapes. Default
             ``ATTNREWRITE_AUTOTUNE``, which is False where it is unset.
-        fuse_projections: whether projections of one input that feed an attention become one. Default
-            ``ATTNREWRITE_FUSE_PROJECTIONS``; None, where that is unset: only those whose weights are constants that
+        fuse_projections: whether projections of one input that feed an attention are fused into one. Default
+            ``ATTNREWRITE_FUSE_PROJECTIONS``; None, if that is unset: only projections whose weights are constants that
             Inductor freezes.
-        cache: reuse of attention across diffusion steps, for each graph by itself: a validated config. Default None. A
-            model's calls as a whole have :func:`attnrewrite.enable_cache`.
+        cache: a validated config for reuse of attention across diffusion steps, in each graph separately. Default None.
+            For the calls of a whole model, see :func:`attnrewrite.enable_cache`.
         capture_dynamic_output_shape_ops: whether Dynamo traces operators such as ``nonzero``, whose output's size
-            depends on the data, which otherwise break the graph. ``explain`` and ``accelerate_attention`` switch it on
-            while Dynamo traces; ``torch.compile`` itself has traced the graph when it reads options. Default False.
+            depends on the data and which otherwise break the graph. ``explain`` and ``accelerate_attention`` turn it on
+            while Dynamo traces; ``torch.compile`` has already traced the graph when it reads options. Default False.
         mode: ``torch.compile``'s mode, for Inductor only.
-        inner_options: what is passed on to the inner compiler.
+        inner_options: the options that are passed to the inner compiler.
     """
 
     inner_backend: str | Callable[..., Any] = "inductor"
@@ -74,10 +74,10 @@ class Policy:
     def from_options(options: Mapping[str, Any] | None, mode: str | None) -> Policy:
         """The policy for ``torch.compile(..., backend="attnrewrite", options=options, mode=mode)``.
 
-        Keys that are attnrewrite's own are taken; the rest is kept for the inner compiler, which checks them.
+        Options that are not attnrewrite's are passed to the inner compiler, which checks them.
 
         Raises:
-            OptionError: an option of attnrewrite's own, or the environment variable behind it, has a wrong value.
+            OptionError: an option of attnrewrite, or its environment variable, has a wrong value.
         """
         own: dict[str, Any] = {}
         inner: dict[str, Any] = {}
@@ -100,12 +100,12 @@ class Policy:
             own["kernels"] = kernel_names(own["kernels"], "options['kernels']")
         if "kernel_rules" in own:
             own["kernel_rules"] = _rules(own["kernel_rules"])
-        request_of_environment()  # Its mistakes are said now, and not in the middle of a graph.
+        request_of_environment()  # Raises for mistakes now, instead of in the middle of a graph.
         return Policy(mode=None if mode == "default" else mode, inner_options=inner, **own)
 
     @property
     def cuda_graphs(self) -> bool:
-        """Whether Inductor puts what it compiles into CUDA graphs, where a call costs the host next to nothing."""
+        """Whether Inductor uses CUDA graphs, in which a call costs the host almost nothing."""
         if self.inner_backend != "inductor":
             return False
         if self.mode in ("reduce-overhead", "max-autotune"):
@@ -114,14 +114,14 @@ class Policy:
 
     @property
     def freezes(self) -> bool:
-        """Whether Inductor works out once what depends on constants alone, where gradients are off."""
+        """Whether Inductor freezes constants when gradients are off: it computes once what depends only on them."""
         if self.inner_backend != "inductor":
             return False
         return bool(self.inner_options.get("freezing", inductor_config().freezing))
 
 
 OWN_OPTIONS = tuple(f.name for f in dataclasses.fields(Policy) if f.name not in ("mode", "inner_options"))
-"""The keys of ``options`` that attnrewrite reads itself."""
+"""The keys of ``options`` that attnrewrite reads."""
 
 
 def _tolerance(value: Any) -> float | None:
@@ -155,5 +155,5 @@ def _rules(value: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
 
 
 def tracing_settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What is set in ``torch._dynamo.config`` while a model that was compiled with these options is called."""
+    """The settings of ``torch._dynamo.config`` during calls of a model that was compiled with these options."""
     return {DATA_DEPENDENT_SIZES: True} if (options or {}).get(DATA_DEPENDENT_SIZES) is True else {}

@@ -1,4 +1,4 @@
-"""Every environment variable."""
+"""The environment variables that attnrewrite reads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _DIFFSYNTH = {
 
 
 def request_of_environment() -> Request | None:
-    """What the environment asks for; None where it says nothing.
+    """The request of the environment; None without one.
 
     ``ATTNREWRITE_KERNELS=NAME[,NAME...]``; without it ``DIFFUSERS_ATTN_BACKEND`` with a name of diffusers' dispatcher,
     then ``DIFFSYNTH_ATTENTION_IMPLEMENTATION`` with a name of DiffSynth-Studio's.
@@ -61,7 +61,11 @@ def request_of_environment() -> Request | None:
 
 
 def switched(name: str) -> bool | None:
-    """An environment variable that is 1 or 0, for every graph whose options say nothing; None where it is unset."""
+    """The value of a variable that is 1 or 0, the default of an option; None if it is unset.
+
+    Raises:
+        OptionError: it has another value.
+    """
     value = os.environ.get(name, "")
     if value not in ("", "0", "1"):
         raise OptionError(f"{name} takes 1 or 0; got {value!r}")
@@ -69,29 +73,33 @@ def switched(name: str) -> bool | None:
 
 
 def raises_defects() -> bool:
-    """``ATTNREWRITE_RAISE=1``: a defect of the rewriting is an error, and the graph is checked after each step.
+    """``ATTNREWRITE_RAISE=1``: raises on a defect of the rewriting, and checks the graph after each step.
 
-    By default it is a warning, and the graph runs as it was. For tests: of attnrewrite, and of patterns and kernels.
+    By default a defect is a warning, and the graph runs unchanged. For tests of attnrewrite, of patterns and of
+    kernels.
     """
     return bool(switched("ATTNREWRITE_RAISE"))
 
 
 def cache_directory() -> Path:
-    """``ATTNREWRITE_CACHE_DIR=DIR``: where measurements are kept; default: the user's cache directory."""
+    """``ATTNREWRITE_CACHE_DIR=DIR``: the directory of stored measurements; default: the user's cache directory."""
     value = os.environ.get("ATTNREWRITE_CACHE_DIR", "")
     return Path(value) if value else platformdirs.user_cache_path("attnrewrite")
 
 
 def debug_directory() -> Path | None:
-    """``ATTNREWRITE_DEBUG=DIR``: where the dump of each compiled graph goes; None when unset or empty."""
+    """``ATTNREWRITE_DEBUG=DIR``: the directory for the dump of each compiled graph; None if unset or empty."""
     value = os.environ.get("ATTNREWRITE_DEBUG", "")
     return Path(value) if value else None
 
 
 def debug_tensor_limit() -> int:
-    """``ATTNREWRITE_DEBUG_MB``: up to how many MiB of floating-point inputs a dump stores with the graph.
+    """``ATTNREWRITE_DEBUG_MB``: the largest size of the floating-point inputs that a dump stores, returned in bytes.
 
-    Above it the dumped script draws random ones in their place. Default 1024.
+    Above it, the dumped script draws random inputs instead. Default 1024.
+
+    Raises:
+        OptionError: it is not a number.
     """
     value = os.environ.get("ATTNREWRITE_DEBUG_MB", "1024")
     try:

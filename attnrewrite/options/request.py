@@ -1,4 +1,4 @@
-"""The kernels that are asked for at a site."""
+"""The kernels that are requested for a site."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["Request", "kernel_names"]
 
 @dataclass(frozen=True)
 class Request:
-    """Kernels that were asked for, in order.
+    """Requested kernels, in order of preference.
 
     Attributes:
-        origin: where, in the user's words: ``options['kernels']``, an environment variable, ...
-        strict: a site that none of them can serve is an error.
-        otherwise_kept: a site that none of them can serve stays the call that it is.
+        origin: where they were requested: ``options['kernels']``, an environment variable, ...
+        strict: whether a site that none of them can serve is an error.
+        otherwise_kept: whether a site that none of them can serve is kept unchanged.
     """
 
     names: tuple[str, ...]
@@ -28,10 +28,10 @@ class Request:
 
 
 def kernel_names(value: Any, where: str) -> tuple[str, ...]:
-    """``value`` as names of kernels: one, several with commas between them, or a sequence.
+    """The names of kernels in ``value``: one name, several separated by commas, or a sequence.
 
     Raises:
-        OptionError: it is something else, or a kernel of that name does not exist.
+        OptionError: ``value`` is something else, or names a kernel that does not exist.
     """
     if isinstance(value, tuple) and len(value) == 1:
         (value,) = value

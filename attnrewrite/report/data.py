@@ -1,4 +1,4 @@
-"""What the rewriting did to a model and why, as plain data: every rendering is made from it."""
+"""The data of a report: what was rewritten in a model, and why the rest was not. Every rendering uses it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ReportData:
 
     @property
     def sites(self) -> list[SiteReport]:
-        """Every row of every graph, whatever became of it."""
+        """Every row of every graph, rewritten or not."""
         return [site for graph in self.graphs for site in graph.sites]
 
     @property
@@ -40,7 +40,7 @@ class ReportData:
 
     @property
     def unmatched_rules(self) -> list[str]:
-        """The globs of ``options["kernel_rules"]`` that match no site of any graph; none if that is not known."""
+        """The globs of ``options["kernel_rules"]`` that match no site of any graph; empty if that is not known."""
         if not self.graphs or not all(graph.captured and not graph.reason for graph in self.graphs):
             return []
         first, *others = self.graphs
@@ -48,7 +48,7 @@ class ReportData:
 
     @property
     def remarks(self) -> list[str]:
-        """What is to be said of the model as a whole: a sentence for each rule that matches nothing."""
+        """Sentences about the model as a whole: one for each rule of ``kernel_rules`` that matches nothing."""
         places = [site.location for site in self.sites if site.location is not None]
         paths = list(dict.fromkeys(repr(place.module or str(place)) for place in places))
         there = f"; the model has attentions at {', '.join(paths[:4])}" if paths else ""

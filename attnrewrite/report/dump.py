@@ -1,10 +1,9 @@
-"""``ATTNREWRITE_DEBUG``: graphs as Python, step by step to be read, and before and after to be run.
+"""``ATTNREWRITE_DEBUG``: dumps graphs as Python: after each step for reading, and before and after as scripts that run.
 
-Each compiled graph has a folder. Numbered files show its code after each step that changed it, and are to be read. A
-dumped script, before or after, needs nothing but torch. It holds the graph's code as ``nn.Module`` classes and loads
-the inputs that were there at compile time from ``inputs.pt`` next to it. What cannot be written down (a function of
-``__main__``, a tensor subclass of some package) is said in a comment at the top of the script and in a warning; it
-never stops the compilation that asked for the dump.
+Each compiled graph has a folder. Numbered files show its code after each step that changed it. The scripts for before
+and after need only torch. A script contains the graph's code as ``nn.Module`` classes and loads the inputs of compile
+time from ``inputs.pt`` next to it. If something cannot be written (a function of ``__main__``, a tensor subclass of
+another package), a comment at the top of the script and a warning say so; the compilation continues.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ class GraphDump:
     def __init__(self, folder: Path, tensor_limit: int) -> None:
         """
         Args:
-            folder: a new one.
-            tensor_limit: up to how many bytes of floating-point inputs are stored.
+            folder: a new, empty folder.
+            tensor_limit: the largest number of bytes of floating-point inputs to store.
         """
         self.folder = folder
         self._tensor_limit = tensor_limit
@@ -52,12 +51,11 @@ class GraphDump:
 
     @staticmethod
     def begin(directory: Path, name: str) -> GraphDump | None:
-        """Makes the folder of a graph; None if it cannot be made, and a warning says why.
+        """Makes the folder of a graph; returns None, with a warning, if it cannot be made.
 
         Args:
-            directory: where the folder goes. One that is there already is left alone: the next one is called
-                ``<name>_2``.
-            name: the graph's; it gives the folder its name.
+            directory: the parent of the folder. An existing folder is left alone: the next one is called ``<name>_2``.
+            name: the graph's name, which names the folder.
 
         Raises:
             OptionError: ``ATTNREWRITE_DEBUG_MB`` is not a number.
@@ -70,9 +68,9 @@ class GraphDump:
             return None
 
     def add(self, step: str, gm: fx.GraphModule) -> None:
-        """Writes the graph's code, to be read, under the next number, unless it is what was written last."""
+        """Writes the graph's code to the next numbered file, unless it is unchanged since the last one."""
         graph = [part for node in gm.graph.nodes for part in (node, node.target, node.args, node.kwargs)]
-        # Whatever changes a node gives it new arguments: nothing is compared by value, which might add a guard.
+        # A changed node has new argument objects; comparing by value might add a guard.
         if len(graph) == len(self._written) and all(map(operator.is_, graph, self._written)):
             return
         self._written = graph
@@ -90,13 +88,13 @@ class GraphDump:
 
         Args:
             graph: the graph's report.
-            before: the graph as it was captured.
-            after: the graph as it was rewritten; it takes the same inputs.
-            example_inputs: what the graph is called with: tensors, fake tensors, symbolic or plain numbers.
+            before: the captured graph.
+            after: the rewritten graph; it takes the same inputs.
+            example_inputs: the inputs of the graph: tensors, fake tensors, symbolic or plain numbers.
         """
         folder = self.folder
         state = AmbientState.current()
-        # The dump may be asked for in the middle of a compilation, under its fake tensor and proxy modes.
+        # The dump may be written during a compilation, under its fake tensor and proxy modes.
         with disable_current_modes(), torch.no_grad():
             tensors = DumpTensors(self._tensor_limit)
             inputs = [tensors.add(("inputs", index), value) for index, value in enumerate(example_inputs)]
@@ -124,7 +122,7 @@ class GraphDump:
 
 
 def _safe_name(name: str) -> str:
-    """``name`` as every file system takes it, and short enough for all that is put behind it."""
+    """``name`` in a form that every file system accepts, short enough for the suffixes."""
     safe = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("._-")
     if len(safe) > 80:
         safe = f"{safe[:70]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
@@ -135,7 +133,7 @@ def _safe_name(name: str) -> str:
 
 
 def _fresh_folder(directory: Path, name: str) -> Path:
-    """A new folder; ``mkdir`` decides who gets a name, so that several processes may dump to one place."""
+    """A new folder. Several processes may dump to one directory: ``mkdir`` decides which one gets a name."""
     directory.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
@@ -150,7 +148,7 @@ def _fresh_folder(directory: Path, name: str) -> Path:
 
 def _write(path: Path, text: str) -> None:
     try:
-        # A path or a name may hold bytes that are no UTF-8 (surrogates); they must not cost the file.
+        # A path or a name may contain surrogates for bytes that are not UTF-8; the file is written nevertheless.
         path.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         log.warning("%s could not be written: %s", path, error)

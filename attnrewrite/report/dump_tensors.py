@@ -1,4 +1,4 @@
-"""The tensors of a dump: which are stored, and how they share memory."""
+"""The tensors of a dump: which ones are stored, and how they share memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from attnrewrite.torch_private import FakeTensor, is_traceable_wrapper_subclass
 
 @dataclass
 class DumpEntry:
-    """One value that the scripts need: how it is written in them, and the tensor to store, if any."""
+    """One value that the scripts need: its expression in them, and the tensor to store, if any."""
 
     key: tuple[str, int | str]
     value: Any
@@ -30,7 +30,7 @@ class DumpEntry:
 
 @dataclass
 class DumpTensors:
-    """The inputs and constants of both scripts. ``settle`` decides for all of them together what is stored."""
+    """The inputs and constants of both scripts. ``settle`` decides which of them are stored."""
 
     limit: int
     entries: list[DumpEntry] = field(default_factory=list)
@@ -63,7 +63,7 @@ class DumpTensors:
                 self._store(group)
 
     def stored(self) -> dict[str, dict[int | str, torch.Tensor]]:
-        """What goes into ``inputs.pt``."""
+        """The content of ``inputs.pt``."""
         result: dict[str, dict[int | str, torch.Tensor]] = {"inputs": {}, "before": {}, "after": {}}
         for entry in self.entries:
             if entry.stored is not None:
@@ -81,7 +81,7 @@ class DumpTensors:
         if isinstance(value, (bool, int, str, bytes)) or value is None:
             entry.expression = repr(value)
         elif isinstance(value, (float, complex)):
-            # repr(inf) is no Python; float("inf") is.
+            # repr(inf) is not valid Python; float("inf") is.
             finite = math.isfinite(value) if isinstance(value, float) else True
             entry.expression = repr(value) if finite else f'float("{value}")'
         elif isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
@@ -94,7 +94,7 @@ class DumpTensors:
             entry.expression = f"missing({entry.problem!r})"
 
     def _is_real(self, entry: DumpEntry) -> bool:
-        """Whether the tensor holds data of its own that can be stored; notes the problem where nothing can be done."""
+        """Whether the tensor has data that can be stored; records a problem if it can be neither stored nor drawn."""
         value = entry.value
         if isinstance(value, FakeTensor):
             sizes = [*map(known_number, value.shape), *map(known_number, value.stride())]
@@ -161,7 +161,7 @@ def _end(tensor: torch.Tensor) -> int:
 
 
 def _extent_bytes(group: Sequence[DumpEntry]) -> int:
-    """How many bytes of their common storage the tensors reach, from the first to the last."""
+    """The number of bytes from the first to the last that the tensors use of their common storage."""
     tensors = [entry.value for entry in group]
     start = min(_offset(tensor) * tensor.element_size() for tensor in tensors)
     end = max(_end(tensor) * tensor.element_size() for tensor in tensors)
@@ -169,7 +169,7 @@ def _extent_bytes(group: Sequence[DumpEntry]) -> int:
 
 
 def _compact(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors of one storage, on a copy of the part they reach if that is smaller; strides and aliases stay."""
+    """The tensors of one storage, on a copy of the part that they use if that is smaller; strides and aliases stay."""
     plain = [tensor.detach().as_subclass(torch.Tensor) for tensor in tensors]
     if any(tensor.is_conj() or tensor.is_neg() for tensor in plain):
         # A pending conjugation is a flag on the tensor, not in the storage; it is carried out.

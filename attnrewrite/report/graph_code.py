@@ -19,7 +19,7 @@ _FRAME = re.compile(r'^\s*File "(?P<file>.+)", line (?P<line>\d+), in (?P<functi
 
 
 def graph_source(gm: fx.GraphModule) -> str:
-    """Python source of the module's ``forward``, each run of lines under the place in the user's code it comes from.
+    """Python source of the module's ``forward``, with comments that name the place in the user's code.
 
     The ``forward`` of nested graphs (the branches of ``torch.cond``, a checkpointed block) follows under its name.
     """
@@ -37,11 +37,11 @@ def one_line(value: object) -> str:
 
 
 def python_code(gm: fx.GraphModule) -> Any:
-    """fx's own code for the graph, in the plainest spelling; the graph is as it was afterwards.
+    """The code that fx generates for the graph, in its plainest form; the graph is unchanged on return.
 
-    Inputs and outputs are flat: an exported module's signature is a pytree, which a script has no need for. Inputs
-    have their node's name from the start: Dynamo's graphs begin with a hundred lines ``l_x_ = L_x_``. There are no
-    annotations: they may name what cannot be imported, and say little, since every input is a tensor or a number.
+    Inputs and outputs are flat: a script does not need the pytree signature of an exported module. Inputs have their
+    node's name from the start, without the lines ``l_x_ = L_x_`` of Dynamo's graphs. Annotations are removed: they may
+    name what cannot be imported.
     """
     codegen = codegen_of(gm.graph)
     saved = {node: (node.target, node.type) for node in gm.graph.nodes}

@@ -24,8 +24,8 @@ __all__ = ["report_to_html"]
 class _CodeLine:
     """One line of highlighted code.
 
-    ``anchors``: the sites whose first line on this side it is. ``first``: the line before it is of another site, or
-    of none.
+    ``anchors``: the sites whose first line on this side it is. ``first``: whether the line before belongs to another
+    site, or to none.
     """
 
     number: int
@@ -66,15 +66,15 @@ class _GraphPanel:
     after: list[_CodeLine]
 
 
-# Hues of rewritten sites: greens, blues and purples, neighbours far apart. Kept sites are all of one orange.
+# Hues of rewritten sites: greens, blues and purples, with neighbors far apart. All kept sites have the same orange.
 _REWRITTEN_HUES = (150, 215, 280, 180, 250, 320, 120, 200)
 
 _KEPT_HUE = 35
 
 
 def report_to_html(report: ReportData) -> str:
-    """The report as one HTML page that needs nothing beside itself."""
-    # Only this rendering needs a template engine, and the text is rendered far more often.
+    """The report as one self-contained HTML page."""
+    # Imported here, since only this rendering needs a template engine, and text is rendered far more often.
     import jinja2
 
     environment = jinja2.Environment(
@@ -98,13 +98,13 @@ def _graph_view(graph: GraphReport, id: str) -> _GraphPanel:
         )
     before = _code(graph.before_code, "before", rows)
     unchanged = not graph.after_code or graph.after_code == graph.before_code
-    # What was kept stands on the right as well, under the names that it had.
+    # Kept sites appear on the right as well, under the names that they had.
     after = [] if unchanged else _code(graph.after_code, "after", rows)
     return _GraphPanel(graph, id, graph_summary(graph), rows, before, after)
 
 
 def _code(source: str, side: str, rows: Sequence[_SiteView]) -> list[_CodeLine]:
-    """The source in lines, each with the site it belongs to; sets the anchors that the rows link to."""
+    """The lines of the source, each with its site; sets the anchors that the rows link to."""
     from markupsafe import Markup
     from pygments import highlight
     from pygments.formatters import HtmlFormatter
@@ -125,7 +125,7 @@ def _code(source: str, side: str, rows: Sequence[_SiteView]) -> list[_CodeLine]:
         line = _CodeLine(number, Markup(markup))
         functions += text.startswith("def ")
         assigned = ASSIGNMENT.match(text)
-        # Names are of the first function; those of nested graphs, which follow, are a world of their own.
+        # The sites' names refer to the first function; the nested graphs that follow have their own names.
         found = owners.get(assigned["name"], []) if assigned and functions == 1 else []
         if found:
             line.site = found[0]

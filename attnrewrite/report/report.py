@@ -1,4 +1,4 @@
-"""The report that users get: its data (:mod:`attnrewrite.report.data`), which renders itself."""
+"""The report that users get: data (:mod:`attnrewrite.report.data`) with methods that render it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["RewriteReport"]
 
 @dataclass
 class RewriteReport(ReportData):
-    """All graphs of one model: what was found, what it became, and why the rest was left as it is."""
+    """All graphs of one model: the attentions found, what they were rewritten into, and why the rest was kept."""
 
     def to_text(self, width: int | None = None) -> str:
-        """The table that a terminal shows, without colours. ``width`` in columns; default: as wide as it needs."""
+        """The table that a terminal shows, without colors; ``width`` in columns, by default as wide as needed."""
         return report_to_text(self, width=width)
 
     def to_html(self) -> str:

@@ -12,7 +12,7 @@ __all__ = ["GraphReport", "KernelVerdict", "SiteReport"]
 
 @dataclass(frozen=True)
 class KernelVerdict:
-    """One kernel's answer for one site: willing, or the reason why not."""
+    """One kernel's verdict on one site: willing, or the reason why not."""
 
     kernel: str
     willing: bool
@@ -23,18 +23,18 @@ class KernelVerdict:
 class SiteReport:
     """One attention, or one near miss.
 
-    ``status``: "rewritten"; "recognized" for an attention that is in its best form already; "kept" for what was left as
-    it was for another reason. ``reason`` says why it was not rewritten.
+    ``status``: "rewritten"; "recognized" for an attention that is already in its best form; "kept" if it was left
+    unchanged for another reason. ``reason`` says why it was not rewritten.
 
     Shapes are tuples of strings, since a size may be symbolic ("s37"); they read (batch..., heads, length, features).
-    ``requested``: the kernels that were asked for here, and where; empty for the automatic choice.
-    ``slices``: that the site was merged from slices of one attention, or why slices were not merged.
-    ``projections``: which projections around the attention are one, of parts of the batch or of one input; and with
-    ``fuse_projections`` why others of one input are not.
+    ``requested``: the kernels that were requested for the site, and by what; empty for the automatic choice.
+    ``slices``: whether the site was merged from slices of one attention, or why slices were not merged.
+    ``projections``: which projections around the attention were joined (parts of the batch) or fused (one input); with
+    ``fuse_projections`` also why others were not.
     ``tolerance``: the largest relative error that a lower-precision kernel was admitted with; 0 for any other kernel.
-    ``order``: of linear attention, in which its products are multiplied: "linear" (key and value first), "quadratic"
-    (query and key first), or "linear, was quadratic". ``operations``: the floating-point operations of either order.
-    ``cached``: with a cache, as which kind the attention is reused across steps and why, or "no: " and why not.
+    ``order``: the order of linear attention's products: "linear" (key and value first), "quadratic" (query and key
+    first), or "linear, was quadratic". ``operations``: the floating-point operations of either order.
+    ``cached``: with a cache, the kind as which the attention is reused across steps and why, or "no: " and why not.
     ``nodes_before`` and ``nodes_after`` are the names of graph nodes: the left-hand sides of the lines in
     ``GraphReport.before_code`` and ``GraphReport.after_code`` that belong to this site.
     """
@@ -70,13 +70,13 @@ class SiteReport:
 
 @dataclass
 class GraphReport:
-    """One graph that Dynamo handed over.
+    """One graph that Dynamo passed to the backend.
 
     ``captured`` is False when the graph went to the inner compiler untouched; ``reason`` then says why.
     ``before_code`` and ``after_code`` are Python source of the graph's module. ``seconds`` maps the name of each step,
     in the order in which the steps ran, to the time that it took: "capture", those of
-    :func:`attnrewrite.passes.pipeline.rewrite`, "inner", and others that options ask for. ``unmatched_rules``: the
-    globs of ``options["kernel_rules"]`` that match no site of this graph; those of another graph may.
+    :func:`attnrewrite.passes.pipeline.rewrite`, "inner", and others that depend on options. ``unmatched_rules``: the
+    globs of ``options["kernel_rules"]`` that match no site of this graph; they may match sites of another graph.
     """
 
     name: str

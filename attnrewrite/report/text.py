@@ -1,6 +1,6 @@
-"""The renderings of a :class:`~attnrewrite.report.data.ReportData`: text, a coloured table, and an HTML page.
+"""Renders a :class:`~attnrewrite.report.data.ReportData` as text and as a colored table.
 
-Nothing here decides anything: what a rendering says is in the report's data, and all of it is shown in full.
+A rendering adds nothing to the report's data and shows all of it in full.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ ASSIGNMENT = re.compile(r"^ {4}(?:\w+ [^\w\s=]{1,3}= [^;]+;  )?(?P<name>\w+)(?: 
 """A line of a graph's code that gives a node its value. In-place operators read ``x += y;  iadd = x``."""
 
 _TABLE_MIN_WIDTH = 110
-"""Below this many columns a table of five columns is a row of splinters; the sites are listed one by one."""
+"""The smallest width of the table; on narrower terminals the sites are listed one after another."""
 
 
 def report_to_text(report: ReportData, width: int | None = None) -> str:
     """The report as plain text. ``width`` in columns; by default as wide as the table needs."""
     out = io.StringIO()
-    # Cells hold their columns to a maximum, so a table in an endless line is as wide as it needs and no wider.
+    # Columns have a maximum width, so the table is only as wide as it needs to be.
     console = Console(file=out, width=width or 240, color_system=None, force_terminal=False, legacy_windows=False)
     console.print(_report(report, width or 240))
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().split("\n")) + "\n"
 
 
 def print_report(report: ReportData, console: Console | None = None) -> None:
-    """Prints the report to a terminal, in colour where the terminal has any."""
+    """Prints the report to a terminal, in color if the terminal supports it."""
     console = console or Console()
     console.print(_report(report, console.width))
 
 
 def short_path(file: str) -> str:
-    """A path as one reads it: from the working directory, or from the package that it is installed in."""
+    """A path relative to the working directory, or to the installation directory of its package."""
     path = Path(file)
     for root in ("site-packages", "dist-packages"):
         if root in path.parts:
@@ -57,7 +57,7 @@ def short_path(file: str) -> str:
         return file
 
 
-# -- what a site says, in lines, the same for every rendering ---------------------------------------------------------
+# -- the lines of a site, the same for every rendering ----------------------------------------------------------------
 
 
 def _shape(shape: Sequence[str]) -> str:
@@ -65,7 +65,7 @@ def _shape(shape: Sequence[str]) -> str:
 
 
 def meaning(site: SiteReport) -> list[str]:
-    """What the attention is: shapes, dtype, scale, mask and so on, each of them only if the report has it."""
+    """The properties of the attention that the report has: shapes, dtype, scale, mask and so on."""
     shapes = {"q": site.query_shape, "k": site.key_shape, "v": site.value_shape}
     lines: list[str] = []
     for name, shape in shapes.items():
@@ -87,7 +87,7 @@ def meaning(site: SiteReport) -> list[str]:
 
 
 def why(site: SiteReport) -> list[str]:
-    """The reason, the proof, and what the kernels answered."""
+    """The reason, the proof, and the kernels' verdicts."""
     cached = f"reused across steps: {site.cached}" if site.cached else ""
     lines = [text for text in (site.reason, site.slices, site.projections, cached) if text]
     lines += site.proof
@@ -139,7 +139,7 @@ def versions(report: ReportData) -> str:
 
 
 def _report(report: ReportData, width: int) -> RenderableType:
-    # Everything is put into Text objects: a "[" in a module's path is no markup of rich's.
+    # Everything is put into Text objects: a "[" in a module's path must not be read as markup by rich.
     parts: list[RenderableType] = []
     if report.model:
         parts.append(Text(report.model, style="bold"))
@@ -177,16 +177,16 @@ def _table(sites: Sequence[SiteReport]) -> Table:
     for title, most in (("site", 24), ("where", 56), ("what it means", 36), ("became", 20), ("why", 64)):
         table.add_column(title, overflow="fold", max_width=most)
     for site in sites:
-        colour = _colour(site)
-        name = Text(site.name, style=colour)
+        color = _color(site)
+        name = Text(site.name, style=color)
         if site.pattern:
             name.append(f"\n{site.pattern}", style="dim")
-        outcome = Text(became(site), style=f"bold {colour}")
+        outcome = Text(became(site), style=f"bold {color}")
         table.add_row(name, _lines(where(site.location)), _lines(meaning(site)), outcome, _lines(why(site)))
     return table
 
 
-def _colour(site: SiteReport) -> str:
+def _color(site: SiteReport) -> str:
     return "yellow" if site.status == "kept" else "green"
 
 
@@ -195,15 +195,15 @@ def _lines(lines: Sequence[str]) -> Text:
 
 
 def _block(site: SiteReport) -> RenderableType:
-    """One site on a narrow terminal: labelled lines in place of a row."""
-    colour = _colour(site)
+    """One site on a narrow terminal: labeled lines in place of a row."""
+    color = _color(site)
     grid = Table.grid(padding=(0, 1, 0, 0))
     grid.add_column(overflow="fold", style="dim", min_width=6)
     grid.add_column(overflow="fold")
     for label, lines in (("where", where(site.location)), ("means", meaning(site)), ("why", why(site))):
         if lines:
             grid.add_row(label, _lines(lines))
-    heading = Text.assemble((site.name, colour), " -> ", (became(site), f"bold {colour}"), overflow="fold")
+    heading = Text.assemble((site.name, color), " -> ", (became(site), f"bold {color}"), overflow="fold")
     if site.pattern:
         heading.append(f"  ({site.pattern})", style="dim")
     return Group(Text(), heading, Padding(grid, (0, 0, 0, 2), expand=False))
