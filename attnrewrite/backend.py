@@ -71,7 +71,7 @@ def attnrewrite(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> CompiledFn:
-    """The backend of ``torch.compile(model, backend="attnrewrite", mode=mode, options=options)``, called for each graph.
+    """Compiles a graph for ``torch.compile(model, backend="attnrewrite", mode=mode, options=options)``.
 
     Args:
         gm: Dynamo's graph.
