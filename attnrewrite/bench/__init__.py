@@ -1,1 +1,1 @@
-"""``attnrewrite bench``: how long the passes take, and the kernels of this machine side by side."""
+"""``attnrewrite bench``: times the passes, and the kernels of this machine."""

@@ -1,4 +1,4 @@
-"""The attentions that ``attnrewrite bench sites`` measures, as a model might write them, and the same in float64."""
+"""The attentions that ``attnrewrite bench sites`` measures, as a model might write them, with a float64 reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 __all__ = ["GRIDS", "Case", "reference"]
 
 _REFERENCE_BYTES = 2**28
-"""How large the float64 scores of the reference may become at one time."""
+"""The largest size of the reference's float64 scores at one time."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,9 @@ class Case:
     """One attention of the grid.
 
     Attributes:
-        mask: "none", "causal", "window" (of an eighth of the keys), "key padding" (a quarter of the keys, and one more
-            for each entry of the batch), "additive" (a bias of the scores' full size) or "softcap" (beside a causal
-            mask).
-        backward: the backward pass is timed with it.
+        mask: "none", "causal", "window" (an eighth of the keys), "key padding" (a quarter of the keys, and one more for
+            each entry of the batch), "additive" (a bias of the scores' full size) or "softcap" (with a causal mask).
+        backward: whether the backward pass is timed as well.
     """
 
     batch: int
@@ -46,11 +45,11 @@ class Case:
 
     @property
     def score_bytes(self) -> int:
-        """What the scores take in float32."""
+        """The size of the scores in float32."""
         return 4 * self.batch * self.heads * self.queries * (self.keys or self.queries)
 
     def inputs(self, device: torch.device) -> list[Tensor]:
-        """Query, key, value, and what the mask needs; the same numbers every time."""
+        """Query, key, value and the inputs of the mask; the same numbers every time."""
         generator = torch.Generator(device).manual_seed(0)
         kind: Any = {"device": device, "generator": generator, "dtype": getattr(torch, self.dtype)}
         keys, key_heads = self.keys or self.queries, self.key_heads or self.heads

@@ -1,8 +1,8 @@
-"""``attnrewrite bench pass``: how long attnrewrite's own steps take on graphs of about 1,000 and about 10,000 nodes.
+"""``attnrewrite bench pass``: times attnrewrite's own steps on graphs of about 1,000 and about 10,000 nodes.
 
-The model is a transformer with naive attention, a block of which comes to 100 nodes of the IR with one attention.
-A copy of the captured graph is rewritten for each repeat, inside the compilation, as in real use. Nothing is compiled
-afterwards and no kernel runs. Times are wall-clock times and include what Python's garbage collector takes.
+The model is a transformer with naive attention; each block is 100 nodes of the IR with one attention. Each repeat
+rewrites a copy of the captured graph, inside the compilation, as in real use. Nothing is compiled and no kernel runs.
+Times are wall-clock times and include Python's garbage collection.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ __all__ = ["PassBenchmark", "PassTimes", "environment", "measure_pass", "print_p
 STEPS = ("find", "merge_slices", "unrepeat_kv", "canonicalize", "choose", "splice", "join_projections")
 """The steps whose sum is the time of the pass, as ``GraphReport.seconds`` names them.
 
-Files of older measurements have four: "find" was the first three together, "simplify" is now "canonicalize", and
-"splice" held "join_projections" as well.
+Files of older measurements have four: "find" included the next two, "simplify" is now "canonicalize", and "splice"
+included "join_projections".
 """
 
 _WIDTH, _HEADS, _LENGTH, _BATCH = 32, 4, 16, 2
 _FILLERS = 56
 _CAPTURES = 2
-"""How often a graph is captured at most: it takes much longer than what is measured."""
+"""The largest number of captures of a graph: a capture takes much longer than the pass."""
 
 
 class _Block(nn.Module):
@@ -91,16 +91,16 @@ class _Model(nn.Module):
 
 @dataclass(frozen=True)
 class PassTimes:
-    """The times of one graph, in seconds, every single one of them.
+    """All times of one graph, in seconds.
 
     Attributes:
-        blocks: how many blocks the model has.
-        nodes: nodes of the captured graph, inputs and output included.
-        sites, rewritten: attentions found, and rewritten.
-        capture: from Dynamo's graph to the IR; no part of the pass.
-        steps: for each of :data:`STEPS`.
-        whole: the call of ``rewrite`` from beginning to end: the steps, and checking and printing the new graph.
-        cpu: the same in CPU time, which other processes disturb less.
+        blocks: the number of blocks of the model.
+        nodes: the number of nodes of the captured graph, including inputs and output.
+        sites, rewritten: the number of attentions found, and rewritten.
+        capture: times from Dynamo's graph to the IR, which are not part of the pass.
+        steps: times of each of :data:`STEPS`.
+        whole: times of the whole call of ``rewrite``: the steps, and checking and printing the new graph.
+        cpu: ``whole`` in CPU time, which other processes disturb less.
     """
 
     blocks: int
@@ -113,12 +113,12 @@ class PassTimes:
     cpu: list[float] = field(default_factory=list)
 
     def median(self, step: str) -> float:
-        """The median of a step in seconds; 0 for one that did not occur."""
+        """The median of a step in seconds; 0 if the step did not run."""
         return statistics.median(self.steps.get(step) or [0.0])
 
     @property
     def pass_seconds(self) -> float:
-        """The median over the repeats of the steps' sum."""
+        """The median over the repeats of the sum of the steps."""
         return statistics.median(map(sum, zip(*self.steps.values(), strict=True)))
 
     @property
@@ -128,14 +128,14 @@ class PassTimes:
 
 @dataclass(frozen=True)
 class PassBenchmark:
-    """Two graphs or more, the smallest first."""
+    """The times of two or more graphs, the smallest first."""
 
     times: list[PassTimes]
     environment: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
-        """The pass on the biggest graph over the pass on the smallest."""
+        """The time of the pass on the largest graph divided by that on the smallest."""
         return self.times[-1].pass_seconds / self.times[0].pass_seconds
 
     def to_dict(self) -> dict[str, Any]:
@@ -157,12 +157,12 @@ def run_pass_benchmark(
     """Measures the pass on a graph for each number of blocks; 10 blocks are about 1,000 nodes.
 
     Args:
-        blocks: how many blocks, each with one attention; default 10 and 100.
-        repeats: how often each graph is rewritten; default 5. It is captured once or twice.
-        dynamic: symbolic batch size and length; default False.
-        command: what is recorded as the command; default ``sys.argv``.
+        blocks: the numbers of blocks, each with one attention; default 10 and 100.
+        repeats: how often to rewrite each graph; default 5. It is captured once or twice.
+        dynamic: whether batch size and length are symbolic; default False.
+        command: the command to record; default ``sys.argv``.
     """
-    measure_pass(2, 1, dynamic)  # What is loaded and filled on first use belongs to no graph.
+    measure_pass(2, 1, dynamic)  # Warm-up: first use loads modules and fills caches.
     start = time.perf_counter()
     times = [measure_pass(count, repeats, dynamic) for count in sorted(blocks)]
     about = {**environment(command), "dynamic": dynamic, "seconds": round(time.perf_counter() - start, 1)}
@@ -170,12 +170,13 @@ def run_pass_benchmark(
 
 
 def measure_pass(blocks: int, repeats: int, dynamic: bool = False) -> PassTimes:
-    """Captures the graph of a model with so many blocks, and rewrites it ``repeats`` times.
+    """Captures the graph of a model of ``blocks`` blocks, and rewrites it ``repeats`` times.
 
-    ``dynamic``: with a symbolic batch size and length.
+    Args:
+        dynamic: whether batch size and length are symbolic.
 
     Raises:
-        RuntimeError: the model did not come as one graph.
+        RuntimeError: the model was not captured as one graph.
     """
     found: list[PassTimes] = []
 
@@ -186,7 +187,7 @@ def measure_pass(blocks: int, repeats: int, dynamic: bool = False) -> PassTimes:
     torch.manual_seed(0)
     model = _Model(blocks).eval()
     inputs = torch.randn(_BATCH, _LENGTH, _WIDTH), torch.ones(_BATCH, _LENGTH, dtype=torch.long)
-    # Dynamo keeps compiled code by the model's code, which all sizes share.
+    # Dynamo's cache is keyed by the model's code, which all sizes share.
     torch.compiler.reset()
     with torch.no_grad():
         torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(*inputs)
@@ -224,7 +225,7 @@ def _measure_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], blocks: in
 
 
 def print_pass_benchmark(result: PassBenchmark, console: Console | None = None) -> None:
-    """Prints the table, a column for each graph: seconds are medians."""
+    """Prints a table with a column for each graph and median seconds."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("nodes")
     for times in result.times:
@@ -239,7 +240,7 @@ def print_pass_benchmark(result: PassBenchmark, console: Console | None = None) 
     ]
     for title, text in rows:
         table.add_row(title, *map(text, result.times))
-    # What is no terminal has no width of its own; rich would take 80 columns.
+    # A file or a pipe has no width; rich would use 80 columns.
     console = console or (Console() if sys.stdout.isatty() else Console(width=120))
     console.print(table)
     small, big = result.times[0], result.times[-1]
@@ -267,7 +268,7 @@ def environment(command: Sequence[str] | None) -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of the checkout that this package lies in; None where there is no git or no checkout."""
+    """The output of git for the checkout of this package; None without git or a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()

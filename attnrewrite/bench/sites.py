@@ -1,8 +1,8 @@
-"""``attnrewrite bench sites``: every willing kernel on a grid of attentions, and what the automatic choice makes of it.
+"""``attnrewrite bench sites``: times every willing kernel on a grid of attentions, and checks the automatic choice.
 
-Each attention is written naively, captured as any model is, and given to each kernel as the rewritten graph would have
-it, compiled by Inductor. The kernels of one attention are timed in turns, in one process. With workers, several
-processes compile at the same time, and afterwards one after the other measures.
+Each attention is written naively, captured like any model, rewritten with each kernel, and compiled by Inductor. The
+kernels of one attention are timed in turns, in one process. With workers, several processes compile in parallel and
+then measure one after another.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ _MATH_BYTES = 2**33
 
 @dataclass(frozen=True)
 class SitesBenchmark:
-    """What was measured.
+    """The measurements.
 
     Attributes:
-        sites: for each case its ``name``, its ``workload``, under ``kernels`` each kernel's times in milliseconds (or
-            why it has none), and under ``auto`` the automatic choice.
+        sites: for each case, ``name``, ``workload``, ``kernels`` (each kernel's times in milliseconds, or why it has
+            none), and ``auto`` (the automatic choice).
     """
 
     sites: list[dict[str, Any]]
@@ -63,7 +63,7 @@ class SitesBenchmark:
         path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     def save_table(self, path: Path) -> None:
-        """Only what :class:`attnrewrite.selection.cost_table.CostTable` reads."""
+        """Writes the part that :class:`attnrewrite.selection.cost_table.CostTable` reads."""
         kept = ("device", "torch", "command", "commit")
         times = ("call_ms", "graph_ms")
         sites = [
@@ -94,12 +94,12 @@ def run_sites_benchmark(
 
     Args:
         cases: such as ``GRIDS["main"]``.
-        kernels: which ones; default: every exact kernel that is available. Kernels that compute in lower precision, or
-            are fetched from a network, are measured only if they are named.
+        kernels: the kernels to measure; default: every exact kernel that is available. Kernels of lower precision, or
+            that are fetched over the network, are measured only if they are named.
         device: default: the accelerator if there is one, else "cpu".
-        seconds: about how long the calls of one case are timed; default 0.5.
-        workers: processes that compile at the same time; default 1: this one.
-        command: what is recorded as the command; default ``sys.argv``.
+        seconds: about how long to time the calls of one case; default 0.5.
+        workers: the number of processes that compile in parallel; default 1: this one.
+        command: the command to record; default ``sys.argv``.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     start = time.perf_counter()
@@ -148,9 +148,9 @@ class _Prepared:
     """A case with its kernels compiled.
 
     Attributes:
-        calls: the compiled calls, by kernel, each with the standalone graph that says what it reads.
-        kernels: what is known of kernels without times: why they refuse, or how they failed.
-        smallest: a compiled graph of next to nothing.
+        calls: for each kernel, the standalone graph and its compiled call.
+        kernels: for each kernel without times, why it refuses or how it failed.
+        smallest: a minimal compiled graph.
         auto: the automatic choice, for calls and within CUDA graphs.
     """
 
@@ -193,7 +193,7 @@ class _Prepared:
         return {"name": str(self.case), "workload": workload, "kernels": self.kernels, "auto": self._auto()}
 
     def _auto(self) -> dict[str, Any]:
-        """The automatic choice, and its time over that of the fastest kernel that is exact."""
+        """The automatic choice, and the ratio of its time to that of the fastest exact kernel."""
         found: dict[str, Any] = {}
         for what, name in self.auto.items():
             times = {
@@ -209,7 +209,7 @@ class _Prepared:
 
 
 def _prepare(case: Case, names: Sequence[str], device: torch.device) -> _Prepared:
-    # Every row of the grid keeps a key; only that a bias may be minus infinity everywhere is not known.
+    # Every row of the grid attends a key, but this is not known of a bias.
     policy = Policy(assume_attended_rows=True)
     inputs = case.inputs(device)
     gm, site = _captured(case, inputs, policy)
@@ -295,7 +295,7 @@ def _values(gm: fx.GraphModule, alone: Standalone, inputs: Sequence[Tensor]) -> 
 def _run_of(
     case: Case, call: Callable[..., Tensor], values: Sequence[Tensor], inputs: Sequence[Tensor]
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """The output, and with a backward pass the gradients of query, key and value, of the output's sum of squares."""
+    """Runs a call; returns the output and, with a backward pass, the gradients of its sum of squares."""
 
     def run() -> tuple[Tensor, ...]:
         with torch.set_grad_enabled(case.backward):
@@ -316,7 +316,7 @@ def _errors(found: Sequence[Tensor], reference: Sequence[Tensor]) -> list[float]
 
 
 def _spread(times: Sequence[float]) -> tuple[float, float] | None:
-    """The middle half: the first and the third quartile."""
+    """The first and the third quartile."""
     if len(times) < 4:
         return None
     first, _, third = statistics.quantiles(times, n=4)
@@ -412,7 +412,7 @@ def _work(
 
 
 def print_sites_benchmark(result: SitesBenchmark, console: Console | None = None) -> None:
-    """Prints a table: each kernel's median milliseconds, the fastest in bold, the automatic choice marked with *."""
+    """Prints a table of each kernel's median milliseconds, the fastest in bold, the automatic choice starred."""
     names = _measured_names(result.sites)
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("batch,heads,length,head_dim")
@@ -444,7 +444,7 @@ def print_sites_benchmark(result: SitesBenchmark, console: Console | None = None
 
 
 def _why_untimed(result: SitesBenchmark) -> Iterator[str]:
-    """A line for each reason for which a kernel has no times: of those that were asked for, or that failed."""
+    """A line for each reason why a requested kernel has no times, or any kernel failed."""
     asked = result.environment.get("asked", [])
     reasons: dict[tuple[str, str], int] = {}
     for site in result.sites:
@@ -462,7 +462,7 @@ def _measured_names(sites: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def plot_sites(result: SitesBenchmark, path: Path) -> None:
-    """Draws each kernel's time over that of the fastest, site by site, into a file of matplotlib's (.png, .svg, .pdf).
+    """Plots each kernel's time relative to the fastest, site by site, into a file (.png, .svg, .pdf) with matplotlib.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.

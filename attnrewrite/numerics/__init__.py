@@ -1,1 +1,1 @@
-"""Real numbers: verification at the first call, and kernels that are admitted within a tolerance."""
+"""Comparison of results: verification at the first call, and admission of kernels within a tolerance."""

@@ -1,1 +1,1 @@
-"""What the user asks for: options, environment variables, settings."""
+"""The options of the user: compile options, environment variables, settings of caches."""

@@ -1,1 +1,1 @@
-"""The passes over the IR, in ``pipeline.rewrite`` in their order."""
+"""The passes over the IR; ``pipeline.rewrite`` runs them in their order."""

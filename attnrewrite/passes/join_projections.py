@@ -403,7 +403,7 @@ def _is_visible_as_part(node: fx.Node) -> bool:
     )
 
 
-def _same_dim(node: fx.Node, dim: int) -> int | None:
+def _source_dim(node: fx.Node, dim: int) -> int | None:
     """The dimension of a reshape's source that its result has as ``dim``, with the same number of entries before it."""
     shape, source = tensor(node).shape, tensor(node.all_input_nodes[0]).shape
     for own in range(len(source)):

@@ -1,1 +1,1 @@
-"""What the user is told: rows, tables, pages, dumps."""
+"""Reports: rows, tables, pages, dumps."""

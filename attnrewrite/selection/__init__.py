@@ -1,1 +1,1 @@
-"""Which kernel serves a site."""
+"""The choice of the kernel for a site."""
