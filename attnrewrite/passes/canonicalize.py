@@ -374,14 +374,8 @@ def _read_mods(site: AttentionSite, positions: Positions) -> _Reading:
         reading.query_factors.append(Scale(-1.0))
     if any(isinstance(term, _Multiplied) for term in terms):
         if any(isinstance(term, _Multiplied) and term.after_shift for term in terms):
-            raise NotAttention(
-                "shifted scores are multiplied by a mask of zeros and ones: a masked score becomes zero, which softmax "
-                "still counts"
-            )
-        reading.take_function(
-            "the scores are multiplied by a mask of zeros and ones: a masked score becomes zero, which softmax still "
-            "counts"
-        )
+            raise NotAttention("shifted scores are multiplied by a mask, and softmax still counts the masked zeros")
+        reading.take_function("the scores are multiplied by a mask, and softmax still counts the masked zeros")
         terms[:] = [term for term in terms if not isinstance(term, _Multiplied)]
     return reading
 

@@ -369,7 +369,7 @@ def test_options_of_single_sites_hold_within_a_model() -> None:
     assert compiled_whole(lambda x: assured(x) + attend(x))[1] == [MATH, NATIVE]
     with attention_backend("flex"), torch.no_grad():
         assert compiled_whole(lambda x: assured(x) + attend(x))[1] == [FLEX, FLEX]
-    with pytest.raises(KernelError, match="flex was asked for"):
+    with pytest.raises(KernelError, match="flex was requested by"):
         compiled_whole(lambda x: strict(x.double()))
 
 

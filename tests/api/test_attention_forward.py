@@ -584,5 +584,5 @@ def test_an_eager_call_stands_where_the_user_wrote_it(caplog: pytest.LogCaptureF
     assert row.location is not None and row.location.file == __file__
     assert row.location.code == "attention_forward(q, k, v, scale=0.123)"
     assert row.location.function == "test_an_eager_call_stands_where_the_user_wrote_it"
-    (message,) = [record.message for record in caplog.records if "was asked for" in record.message]
+    (message,) = [record.message for record in caplog.records if "was requested by" in record.message]
     assert f"{__file__}:{row.location.line}" in message and "functional.py:" not in message.replace(__file__, "")

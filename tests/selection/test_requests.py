@@ -132,13 +132,13 @@ def test_the_next_willing_kernel_serves_with_a_warning(caplog: pytest.LogCapture
         rows(in_float64, inputs(), kernels="flex")
     assert row.kernel == "native"
     assert [(v.kernel, v.willing) for v in row.verdicts] == [("flex", False), ("native", True)]
-    (message,) = [record.message for record in caplog.records if "was asked for" in record.message]
+    (message,) = [record.message for record in caplog.records if "was requested by" in record.message]
     assert "options['kernels']" in message and "test_requests.py" in message and "not float64" in message
     assert message.endswith("native serves it")
 
 
 def test_strict_is_an_error() -> None:
-    with torch.no_grad(), pytest.raises(attnrewrite.KernelError, match=r"flex was asked for .*not float64"):
+    with torch.no_grad(), pytest.raises(attnrewrite.KernelError, match=r"flex was requested by .*not float64"):
         compiled(in_float64, kernels="flex", strict=True)(inputs())
     with torch.no_grad(), attnrewrite.attention_backend("flex", strict=True):
         function = compiled(in_float64)
@@ -157,7 +157,7 @@ def test_an_attention_that_no_kernel_is_asked_about(caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.WARNING, "attnrewrite"), torch.no_grad():
         (row,) = rows(function, *operands, kernels="_native_math")
     assert row.status == "kept" and "rounds the scores away" in row.reason
-    (message,) = [record.message for record in caplog.records if "was asked for" in record.message]
+    (message,) = [record.message for record in caplog.records if "was requested by" in record.message]
     assert row.reason in message and message.endswith("it is left unchanged")
     with torch.no_grad(), pytest.raises(attnrewrite.KernelError, match="rounds the scores away"):
         compiled(function, kernels="_native_math", strict=True)(*operands)
