@@ -39,10 +39,10 @@ OWN_TABLES = {
     "attnrewrite.caching.identity": {"_INDEXED"},  # Numbers that say which part is read.
     "attnrewrite.ir.views": {"_REPEATS", "_SHAPE_ONLY"},  # The operators that its two functions see through.
     "attnrewrite.passes.canonicalize": {"_BOUNDED"},  # Functions of scores without infinite results.
-    "attnrewrite.passes.fuse_projections": {"_PRODUCTS", "_TELL_STRIDES"},  # What is fused, and what would show it.
+    "attnrewrite.passes.fuse_projections": {"_PRODUCTS", "_READS_STRIDES"},  # What is fused, and what would show it.
     "attnrewrite.passes.slice_sources": {"_CONSTANT"},  # Factories that only sizes and a number are given to.
     "attnrewrite.passes.splice": {"_STRIDE_BLIND"},  # What lays out its result whatever it reads.
-    "attnrewrite.passes.unrepeat_kv": {"_PASSED"},  # What it writes again without the repetition.
+    "attnrewrite.passes.unrepeat_kv": {"_FOLLOWED"},  # What it writes again without the repetition.
     "attnrewrite.patterns.linear": {"_SUMS"},  # The sum over keys that normalizes.
     "attnrewrite.patterns.softmax.rule": {"_BARRIERS"},  # Where the search for products ends.
 }

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnrewrite.analysis.indices import _counting
+from attnrewrite.analysis.indices import _counted
 from attnrewrite.backend import collect_reports
 from tests.support.helpers import cast, gradients, relative_error, rewritten
 
@@ -125,9 +125,9 @@ def test_an_index_of_data_says_nothing() -> None:
         ([-6, -1], None),
     ],
 )
-def test_counting(entries: list[int], found: Any) -> None:
+def test_counted(entries: list[int], found: Any) -> None:
     """(start, step, count, inner, outer), of five entries."""
-    assert _counting(entries, 5) == found
+    assert _counted(entries, 5) == found
 
 
 def test_gradients_and_bfloat16() -> None:
