@@ -261,7 +261,7 @@ def _terms_for_rows_without_key(site: AttentionSite, terms: list[Term]) -> list[
             "scores or exponentials are multiplied by a mask, which makes the gradient of a row without a key NaN "
             "(if no such row occurs, set options={'assume_attended_rows': True})"
         )
-    zeroed = any(isinstance(mod, Zero) and not mod.multiplied for mod in site.weight_mods)
+    zeroed = any(isinstance(mod, Zero) for mod in site.weight_mods)
     if site.differentiable and zeroed and infinite and (_may_be_infinite(biases) or any(map(may_mask, biases))):
         raise NotAttention(
             "weights are set to zero in rows without a key, but the gradient of such a row stays NaN where the mask "
@@ -350,6 +350,8 @@ def _read_mods(site: AttentionSite, positions: Positions) -> _Reading:
             if mod.divide and mod.factor == 0:
                 raise NotAttention("the scores are divided by zero")
             number = 1.0 / mod.factor if mod.divide else float(mod.factor)
+            if abs(number) < 1 and _sum_may_overflow(terms):
+                reading.overflows = Reason(_SUM_SCALED)
             reading.scale *= number
             reading.bounded *= abs(number)
             if reading.softcap is not None:
@@ -495,6 +497,9 @@ def _scaled(term: Term, number: float) -> Term:
     return replace(term, value=value)
 
 
+_SUM_SCALED = "two masks may add up to minus infinity, and their sum is scaled afterwards"
+
+
 def _place_factor(mod: Scale, site: AttentionSite, reading: _Reading) -> bool:
     """Moves a factor of the scores into query or key; returns False if it has both query and key positions."""
     factor = mod.factor
@@ -510,6 +515,8 @@ def _place_factor(mod: Scale, site: AttentionSite, reading: _Reading) -> bool:
         if any(isinstance(term, Fill) and math.isfinite(term.value) for term in terms):
             reading.overflows = Reason("a tensor scales masked scores")
         return True
+    if _sum_may_overflow(terms):
+        reading.overflows = Reason(_SUM_SCALED)
     terms[:] = [term.scaled(mod) for term in terms if isinstance(term, Bias)]
     (reading.query_factors if axes <= set(site.query.axes) else reading.key_factors).append(mod)
     reading.softcap = None

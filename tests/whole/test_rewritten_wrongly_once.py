@@ -305,6 +305,18 @@ def exponentials_of_multiplied_scores(q: Tensor, k: Tensor, v: Tensor, kept: Ten
     return torch.nan_to_num(_by_hand((q @ k.mT) * kept - 1e9 * (1 - kept.float()))) @ v
 
 
+@_case(Q, K, V, MASKED, MASKED)
+def sum_of_two_masks_that_is_scaled(q: Tensor, k: Tensor, v: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    s = q @ k.mT + one.float() * LOWEST + other.float() * LOWEST
+    return (s * 0.5).log_softmax(-1).exp() @ v
+
+
+@_case(Q, K, V, ~MASKED)
+def added_then_multiplied_by_the_mask(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    w = (q @ k.mT + torch.zeros(kept.shape).masked_fill(~kept, -math.inf)).softmax(-1)
+    return (w * kept.to(w.dtype)) @ v
+
+
 @_case(Q, K, V, MASKED, MASKED_ROWS)
 def rows_set_to_zero(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, rows: Tensor) -> Tensor:
     return (q @ k.mT / 3).masked_fill(masked, -math.inf).softmax(-1).masked_fill(rows, 0.0) @ v
