@@ -191,7 +191,7 @@ class _Autocast:
 
 @contextlib.contextmanager
 def without_traces(devices: set[torch.device]) -> Iterator[_Autocast]:
-    """No gradients, and afterwards the generators and the autocast regions are as they were."""
+    """No gradients, and afterward the generators and the autocast regions are as they were."""
     autocast = _Autocast()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
