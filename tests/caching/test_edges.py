@@ -645,7 +645,7 @@ class Pipeline:
 
 
 def test_a_pipeline_is_no_model(clock: Clock) -> None:
-    message = "not an object of Pipeline: of a pipeline, give its denoiser, such as pipe.transformer"
+    message = "not an object of Pipeline: give the pipeline.s denoiser, such as pipe.transformer"
     with pytest.raises(CacheTypeError, match=message):
         attnrewrite.enable_cache(Pipeline(), broadcast(clock))  # type: ignore[arg-type]
 
