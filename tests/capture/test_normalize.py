@@ -42,6 +42,16 @@ def _drawn(kind: str, dtype: torch.dtype, seed: int, shape: Sequence[int]) -> An
 
 
 @pytest.mark.parametrize("alias", ALIASES, ids=str)
+def test_an_alias_takes_the_arguments_of_what_it_becomes(alias: Any) -> None:
+    """Of the same types and with the same defaults, and by the same names where they are given by name."""
+    own, other = (target._schema.arguments for target in (alias, ALIASES[alias]))
+    assert [(str(a.type), a.default_value) for a in own] == [(str(a.type), a.default_value) for a in other]
+    assert all(
+        a.kwarg_only and a.name == b.name for a, b in zip(own, other, strict=True) if a.kwarg_only or b.kwarg_only
+    )
+
+
+@pytest.mark.parametrize("alias", ALIASES, ids=str)
 def test_an_alias_has_the_bits_of_what_it_becomes(alias: Any) -> None:
     """In each dtype that it takes at all, and it takes the same ones."""
     arguments = alias._schema.arguments
