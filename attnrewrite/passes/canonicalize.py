@@ -110,6 +110,8 @@ class _Reading:
     """Bound of the absolute value of masked scores after a bounded function, which removes the terms of the mask."""
     bounded_terms: list[Term] = field(default_factory=list)
     """The terms that the bounded function removed."""
+    summed: bool = False
+    """Whether masks that may add up to -inf are left as they were when their sum was scaled down."""
     makes_nan: bool = False
     """Whether scores that may be -inf are multiplied by a tensor that may be zero."""
 
@@ -350,13 +352,11 @@ def _read_mods(site: AttentionSite, positions: Positions) -> _Reading:
             if mod.divide and mod.factor == 0:
                 raise NotAttention("the scores are divided by zero")
             number = 1.0 / mod.factor if mod.divide else float(mod.factor)
-            if abs(number) < 1 and _sum_may_overflow(terms):
-                reading.overflows = Reason(_SUM_SCALED)
             reading.scale *= number
             reading.bounded *= abs(number)
             if reading.softcap is not None:
                 reading.softcap *= number
-            terms[:] = [_scaled(term, number) for term in terms]
+            _scale_terms(number, reading)
         elif (reading.shifted and _zeroes_keys(mod, site)) or not _place_factor(mod, site, reading):
             assert isinstance(mod.factor, Operand)
             if mod.divide or not possible_values(mod.factor.node) <= {0.0, 1.0}:
@@ -482,6 +482,42 @@ def _read_floor(terms: list[Term], floor: Floor) -> None:
     terms[:] = [replace(term, value=max(term.value, floor.value)) if isinstance(term, Fill) else term for term in terms]
     if any(isinstance(term, Bias) for term in terms):
         terms.append(floor)
+
+
+def _scale_terms(number: float, reading: _Reading) -> None:
+    """Scales the terms by a number; masks whose sum overflowed before stay as they are if the number is below 1."""
+    terms = reading.terms
+    if 0 < number < 1 and _sum_may_overflow(terms):
+        if _are_masks_of_one_number(terms):
+            # Lower numbers than in the source, but in the same order: -inf for two masks, and equal for one.
+            reading.summed = True
+            terms[:] = [term if _is_low(term) else _scaled(term, number) for term in terms]
+            return
+        reading.overflows = Reason(_SUM_SCALED)
+    elif reading.summed and number != 1:
+        reading.overflows = Reason(_SUM_SCALED)
+    terms[:] = [_scaled(term, number) for term in terms]
+
+
+def _are_masks_of_one_number(terms: list[Term]) -> bool:
+    """Whether what is added is 0 or one number, the same for all masks, and beside it nothing that may be large."""
+    lowest: set[float] = set()
+    for term in terms:
+        if not isinstance(term, Bias):
+            return False
+        values = _values(term)
+        if not _is_low(term):
+            if not all(isinstance(value, (float, ValueKind)) and is_ordinary(value) for value in values):
+                return False
+        elif term.scales or not all(isinstance(value, float) for value in values):
+            return False
+        else:
+            lowest |= {value for value in values if isinstance(value, float) and value != 0}
+    return len(lowest) == 1
+
+
+def _is_low(term: Term) -> bool:
+    return any(isinstance(value, float) and value <= ABSORBING for value in _values(term))
 
 
 def _scaled(term: Term, number: float) -> Term:
@@ -667,12 +703,7 @@ def _only_fills_mask(terms: list[Term]) -> bool:
 
 def _sum_may_overflow(terms: list[Term]) -> bool:
     """Whether the sum of two terms may be -inf, each as low as the dtype goes."""
-    low = [
-        any(isinstance(v, float) and v <= ABSORBING for v in _values(term))
-        for term in terms
-        if not isinstance(term, Floor)
-    ]
-    return sum(low) > 1
+    return sum(_is_low(term) for term in terms if not isinstance(term, Floor)) > 1
 
 
 def _why_not_a_mask(terms: list[Term], attended: str | None, differentiable: bool) -> Reason:

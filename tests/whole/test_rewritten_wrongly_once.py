@@ -311,6 +311,20 @@ def sum_of_two_masks_that_is_scaled(q: Tensor, k: Tensor, v: Tensor, one: Tensor
     return (s * 0.5).log_softmax(-1).exp() @ v
 
 
+@_case(Q, K, V, MASKED, OTHER)
+def sum_of_two_masks_that_is_scaled_twice(q: Tensor, k: Tensor, v: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    s = q @ k.mT + one.float() * LOWEST + other.float() * LOWEST
+    return (s * 0.25 * 3.0).softmax(-1) @ v
+
+
+@_case(Q, K, V, MASKED, OTHER, KEPT_KEYS)
+def a_mask_after_a_sum_that_is_scaled(
+    q: Tensor, k: Tensor, v: Tensor, one: Tensor, other: Tensor, kept: Tensor
+) -> Tensor:
+    s = (q @ k.mT + one.float() * LOWEST + other.float() * LOWEST) * 0.25
+    return (s + (~kept).float() * LOWEST).softmax(-1) @ v
+
+
 @_case(Q, K, V, ~MASKED)
 def added_then_multiplied_by_the_mask(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
     w = (q @ k.mT + torch.zeros(kept.shape).masked_fill(~kept, -math.inf)).softmax(-1)
