@@ -264,7 +264,9 @@ def _terms_for_rows_without_key(site: AttentionSite, terms: list[Term]) -> list[
             "(if no such row occurs, set options={'assume_attended_rows': True})"
         )
     zeroed = any(isinstance(mod, Zero) for mod in site.weight_mods)
-    if site.differentiable and zeroed and infinite and (_may_be_infinite(biases) or any(map(may_mask, biases))):
+    nan_by_bias = _may_be_infinite(biases) or _sum_may_overflow(biases)
+    nan_by_bias = nan_by_bias or (site.underflows and any(map(may_mask, biases)))
+    if site.differentiable and zeroed and nan_by_bias:
         raise NotAttention(
             "weights are set to zero in rows without a key, but the gradient of such a row stays NaN where the mask "
             "was added (if "
@@ -701,7 +703,7 @@ def _only_fills_mask(terms: list[Term]) -> bool:
     return len(fills) == 1 and not any(isinstance(term, Bias) and may_mask(term) for term in terms)
 
 
-def _sum_may_overflow(terms: list[Term]) -> bool:
+def _sum_may_overflow(terms: Sequence[Term]) -> bool:
     """Whether the sum of two terms may be -inf, each as low as the dtype goes."""
     return sum(_is_low(term) for term in terms if not isinstance(term, Floor)) > 1
 
