@@ -489,7 +489,7 @@ def _read_floor(terms: list[Term], floor: Floor) -> None:
 def _scale_terms(number: float, reading: _Reading) -> None:
     """Scales the terms by a number; masks whose sum overflowed before stay as they are if the number is below 1."""
     terms = reading.terms
-    if 0 < number < 1 and _sum_may_overflow(terms):
+    if 0 < number < 1 and _added_masks_may_overflow(terms):
         if _are_masks_of_one_number(terms):
             # Lower numbers than in the source, but in the same order: -inf for two masks, and equal for one.
             reading.summed = True
@@ -505,6 +505,8 @@ def _are_masks_of_one_number(terms: list[Term]) -> bool:
     """Whether what is added is 0 or one number, the same for all masks, and beside it nothing that may be large."""
     lowest: set[float] = set()
     for term in terms:
+        if isinstance(term, Fill) and term.value == -math.inf:
+            continue
         if not isinstance(term, Bias):
             return False
         values = _values(term)
@@ -516,6 +518,17 @@ def _are_masks_of_one_number(terms: list[Term]) -> bool:
         else:
             lowest |= {value for value in values if isinstance(value, float) and value != 0}
     return len(lowest) == 1
+
+
+def _added_masks_may_overflow(terms: Sequence[Term]) -> bool:
+    """Whether a mask is added to scores that another finite number masked before; a fill replaces what was there."""
+    masked = False
+    for term in terms:
+        low = any(isinstance(value, float) and -math.inf < value <= ABSORBING for value in _values(term))
+        if masked and low and isinstance(term, Bias):
+            return True
+        masked |= low
+    return False
 
 
 def _is_low(term: Term) -> bool:
@@ -553,7 +566,7 @@ def _place_factor(mod: Scale, site: AttentionSite, reading: _Reading) -> bool:
         if any(isinstance(term, Fill) and math.isfinite(term.value) for term in terms):
             reading.overflows = Reason("a tensor scales masked scores")
         return True
-    if _sum_may_overflow(terms):
+    if _added_masks_may_overflow(terms):
         reading.overflows = Reason(_SUM_SCALED)
     terms[:] = [term.scaled(mod) for term in terms if isinstance(term, Bias)]
     (reading.query_factors if axes <= set(site.query.axes) else reading.key_factors).append(mod)

@@ -311,6 +311,20 @@ def sum_of_two_masks_that_is_scaled(q: Tensor, k: Tensor, v: Tensor, one: Tensor
     return (s * 0.5).log_softmax(-1).exp() @ v
 
 
+@_case(Q, K, V, MASKED, OTHER, KEPT)
+def sum_of_two_masks_beside_a_fill_that_is_scaled(
+    q: Tensor, k: Tensor, v: Tensor, one: Tensor, other: Tensor, kept: Tensor
+) -> Tensor:
+    s = (q @ k.mT).masked_fill(~kept, -math.inf) + one.float() * LOWEST + other.float() * LOWEST
+    return (s * 0.25).softmax(-1) @ v
+
+
+@_case(Q, K, V, MASKED, OTHER)
+def two_fills_that_are_scaled(q: Tensor, k: Tensor, v: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    s = (q @ k.mT).masked_fill(one, LOWEST).masked_fill(other, LOWEST)
+    return (s * 0.25).softmax(-1) @ v
+
+
 @_case(Q, K, V, MASKED, OTHER)
 def sum_of_two_masks_that_is_scaled_twice(q: Tensor, k: Tensor, v: Tensor, one: Tensor, other: Tensor) -> Tensor:
     s = q @ k.mT + one.float() * LOWEST + other.float() * LOWEST
