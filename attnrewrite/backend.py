@@ -275,8 +275,6 @@ class _Compilation:
             return
         if outcome.keep_attention:
             self._report.notes.append("Inductor's own attention patterns are turned off for this graph")
-        if outcome.rewritten.round_like_eager:
-            self._report.notes.append("Inductor rounds half-precision results as eager does (emulate_precision_casts)")
 
     def _publish_and_dump(self, before: fx.GraphModule, after: fx.GraphModule) -> None:
         """Completes the report, publishes it, and dumps the graph."""
@@ -290,28 +288,21 @@ class _Compilation:
 
     def _compiled(self, outcome: _Outcome) -> CompiledFn:
         with self._steps.step("inner"):
-            return self._inner_compiled(outcome.gm, self._inputs, outcome, keep_attention=outcome.keep_attention)
+            return self._inner.compile(outcome.gm, self._inputs, keep_attention=outcome.keep_attention)
 
     def _compiled_with_verification(self, source: _Source, original: Original, outcome: _Outcome) -> CompiledFn:
         with self._steps.step("inner"):
             # Compiled now, not when it is needed, since guards that are added belong to this compilation by Dynamo. If
             # it is used, its attention is kept on purpose.
-            unchanged = self._inner_compiled(self._gm, self._inputs, outcome, keep_attention=True)
+            unchanged = self._inner.compile(self._gm, self._inputs, keep_attention=True)
         return verified(original, source.gm, self._report, unchanged, self._compiled(outcome))
 
     def _compiled_with_reuse(self, kept: Kept, outcome: _Outcome) -> CompiledFn:
         def compile_graph(gm: fx.GraphModule, added: Sequence[torch.Tensor]) -> CompiledFn:
-            inputs = [*self._inputs, *added]
-            return self._inner_compiled(gm, inputs, outcome, keep_attention=outcome.keep_attention)
+            return self._inner.compile(gm, [*self._inputs, *added], keep_attention=outcome.keep_attention)
 
         with self._steps.step("inner"):
             return kept.compiled(compile_graph, copies=self._policy.cuda_graphs)
-
-    def _inner_compiled(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], outcome: _Outcome, *, keep_attention: bool
-    ) -> CompiledFn:
-        round_like_eager = outcome.rewritten.round_like_eager
-        return self._inner.compile(gm, inputs, keep_attention=keep_attention, round_like_eager=round_like_eager)
 
 
 def _graph_name() -> str:

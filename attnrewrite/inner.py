@@ -36,7 +36,7 @@ class InnerCompiler:
         self._policy = policy
         backend = policy.inner_backend
         self.name = backend if isinstance(backend, str) else getattr(backend, "__name__", type(backend).__name__)
-        self._compile: Callable[[fx.GraphModule, Sequence[Any], bool, bool], CompiledFn] = self._compile_with_function
+        self._compile: Callable[[fx.GraphModule, Sequence[Any], bool], CompiledFn] = self._compile_with_function
         if backend == "inductor":
             self._compile = self._inductor
             self._inductor_wrapper({})  # Checks the options.
@@ -56,31 +56,24 @@ class InnerCompiler:
             )
         self._keywords = self._accepted_options()
 
-    def compile(
-        self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, keep_attention: bool, round_like_eager: bool
-    ) -> CompiledFn:
+    def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, keep_attention: bool) -> CompiledFn:
         """The compiled ``gm``.
 
         Args:
             keep_attention: whether the graph has attention that was kept on purpose. Inductor's own attention patterns
                 are then turned off: some of them ignore the axis of softmax, or the value of a masked row.
-            round_like_eager: whether the graph has half-precision scores whose rounding decides the result.
         """
-        return self._compile(gm, example_inputs, keep_attention, round_like_eager)
+        return self._compile(gm, example_inputs, keep_attention)
 
     def _compile_with_function(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *_: bool) -> CompiledFn:
         compiled: CompiledFn = self._function(gm, example_inputs, **self._keywords)
         return compiled
 
-    def _inductor(
-        self, gm: fx.GraphModule, example_inputs: Sequence[Any], keep_attention: bool, round_like_eager: bool
-    ) -> CompiledFn:
+    def _inductor(self, gm: fx.GraphModule, example_inputs: Sequence[Any], keep_attention: bool) -> CompiledFn:
         own: dict[str, Any] = {}
         if keep_attention:
             given = self._policy.inner_options.get("disabled_passes", inductor_config().disabled_passes)
             own["disabled_passes"] = ",".join(filter(None, (given, ATTENTION_PATTERNS)))
-        if round_like_eager:
-            own["emulate_precision_casts"] = True
         compiled: CompiledFn = self._inductor_wrapper(own)(gm, example_inputs)
         return compiled
 

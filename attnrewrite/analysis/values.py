@@ -29,6 +29,7 @@ from attnrewrite.ir.products import is_product
 from attnrewrite.ir.stored import StoredPattern
 
 __all__ = [
+    "ABSORBED",
     "ABSORBING",
     "FAR_BELOW",
     "ORDINARY",
@@ -46,6 +47,10 @@ aten = torch.ops.aten
 ABSORBING = -(2.0**126)
 """A score that no finite score of ordinary size can lift: exact in float32 and bfloat16, and still finite after the
 multiplication by log2(e) that fused kernels apply before exponentiation."""
+
+
+ABSORBED = -(2.0**60)
+"""A number at or below this absorbs scores of any size that occurs: in float32 up to 2**35, in float64 up to 64."""
 
 
 class ValueKind(enum.Enum):

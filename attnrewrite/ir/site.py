@@ -28,11 +28,11 @@ __all__ = [
     "Elementwise",
     "Fill",
     "Floor",
+    "Lift",
     "MaskedRows",
     "Narrow",
     "NotAttention",
     "Reach",
-    "RoundingDecides",
     "Scale",
     "ScoreMod",
     "Shift",
@@ -46,10 +46,6 @@ class NotAttention(Exception):
     """Raised with the reason when a computation that looks like attention must be kept: it is a near miss."""
 
 
-class RoundingDecides(NotAttention):
-    """Raised when the rounding of half-precision scores would decide the result of a fully masked row."""
-
-
 @dataclass(frozen=True)
 class Scale:
     """``scores * factor``, or with ``divide``, ``scores / factor``, by a number, a symbolic number or a tensor."""
@@ -60,12 +56,17 @@ class Scale:
 
 @dataclass(frozen=True)
 class Bias:
-    """``scores + factor * operand``, computed in ``dtype``; ``scales`` are applied to the operand first, in order."""
+    """``scores + factor * operand``, computed in ``dtype``; ``scales`` are applied to the operand first, in order.
+
+    ``rescaled``: what the sum of this term and of those before it is multiplied by after that, in order. The sum may
+    overflow before, so that the numbers are not factors of each term.
+    """
 
     operand: Operand
     dtype: torch.dtype
     factor: float = 1.0
     scales: tuple[Scale, ...] = ()
+    rescaled: tuple[float, ...] = ()
 
     def of(self, value: float) -> float | None:
         """What is added where the operand is ``value``, each step rounded to ``dtype``; None if a tensor scales it."""
@@ -73,12 +74,14 @@ class Bias:
             if not isinstance(scale.factor, (int, float)):
                 return None
             value = _stored(value / scale.factor if scale.divide else value * scale.factor, self.dtype)
-        return _stored(value * self.factor, self.dtype)
+        for factor in (self.factor, *self.rescaled):
+            value = _stored(value * factor, self.dtype)
+        return value
 
     def scaled(self, scale: Scale) -> Bias:
         """The bias with one more factor, applied after the others and rounded by itself."""
         own = () if self.factor == 1 else (Scale(self.factor),)
-        return Bias(self.operand, self.dtype, 1.0, (*self.scales, *own, scale))
+        return replace(self, factor=1.0, scales=(*self.scales, *own, scale))
 
 
 def _stored(value: float, dtype: torch.dtype) -> float:
@@ -90,6 +93,7 @@ class Fill:
     """``where(condition, value, scores)``; with ``invert``, ``where(condition, scores, value)``.
 
     ``multiplied``: the source multiplies by zeros and ones instead, which lets NaN through, also in gradients.
+    ``rescaled``: as a bias's; the value is minus infinity then.
     """
 
     condition: Operand
@@ -97,6 +101,7 @@ class Fill:
     dtype: torch.dtype
     invert: bool = False
     multiplied: bool = False
+    rescaled: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -220,6 +225,23 @@ class MaskedRows(str, enum.Enum):
         return self in (MaskedRows.NONE, MaskedRows.MEAN_OF_VALUE)
 
 
+class Lift(enum.IntEnum):
+    """What is done to the added mask of rows without a key before a kernel gets it. Softmax cancels what is subtracted.
+
+    A fused kernel loses such rows otherwise: their scores to the number that is added, and to rounding their logsumexp,
+    of which the backward pass makes the weights.
+    """
+
+    NONE = 0
+    """Nothing."""
+    OPENED = 1
+    """Zeros replace rows of minus infinity."""
+    ROWS = 2
+    """The highest number of each row is subtracted as well: in rows that finite numbers mask the scores decide."""
+    ABSORBED = 3
+    """As ROWS; and where that number is so low that it absorbs the scores, the query is zero."""
+
+
 @dataclass(frozen=True)
 class CanonicalScores:
     """The canonical form of the scores: ``scale * query_factors * key_factors * (query @ key) + replay(terms)``.
@@ -237,6 +259,9 @@ class CanonicalScores:
         fills_decide: rows without a key can only come from fills, which all fill in the same value. The kernel then
             computes such rows as attending to every key with a score of zero, and the source's result for them (the
             mean of the values, zero or NaN) is made from its output.
+        lift: what is done to the mask of rows without a key.
+        nan_gradients: in rows of minus infinity softmax is NaN, its weights are set to zero, and the gradients of
+            query, key and mask are NaN there in the source.
         is_causal: the mask was proved to be top-left aligned causal, and the kernel is asked for it by its flag.
         band: the band that all terms together were proved to be, with a key for every row. A kernel with a window or
             causal flag may take it instead of the terms.
@@ -258,6 +283,8 @@ class CanonicalScores:
     masked_rows: MaskedRows
     rounded_to: torch.dtype | None = None
     fills_decide: bool = False
+    lift: Lift = Lift.NONE
+    nan_gradients: bool = False
     is_causal: bool = False
     band: Band | None = None
     isolated: tuple[Size, Size] | None = None
@@ -366,6 +393,11 @@ class AttentionSite:
     @property
     def device(self) -> torch.device:
         return tensor(self.query.node).device
+
+    @property
+    def in_half(self) -> bool:
+        """Whether the source computes in half precision: its formula in float64 is what the result is held to."""
+        return self.compute_dtype.itemsize < 4
 
     @property
     def shared_axes(self) -> tuple[Axis, ...]:

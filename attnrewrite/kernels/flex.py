@@ -135,8 +135,7 @@ class Flex(Kernel):
         elif asked.mask != "none":
             mask = KeepMask(builder, site, layout.score_dims)
             assert mask.node is not None
-            if mask.opened_rows is not None:
-                query = builder.call(aten.where.ScalarSelf, mask.opened_rows, 0.0, query)
+            query = mask.query_of_kernel(query)
             blocks = blocks_of_mask(builder, site, mask.node)
         elif asked.is_bounded:
             blocks = blocks_of_band(builder, site, asked)

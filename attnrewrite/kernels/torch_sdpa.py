@@ -16,7 +16,7 @@ from attnrewrite.analysis.values import ORDINARY, ValueKind, possible_values
 from attnrewrite.ir.axes import Operand
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import same, tensor
-from attnrewrite.ir.site import Bias, CanonicalAttention, Fill
+from attnrewrite.ir.site import Bias, CanonicalAttention, Fill, Lift
 from attnrewrite.kernels.common.base import Kernel
 from attnrewrite.kernels.common.layout import KernelLayout, padded, with_unit_stride
 from attnrewrite.kernels.common.limits import Capability, Limits, capability_of
@@ -132,8 +132,8 @@ class TorchSDPA(Kernel):
             # One more key of zeros, whose score is the sink's and whose value adds nothing.
             key, value = (padded(builder, part, -2, 0.0) for part in (key, value))
         batch, heads, length, _ = tensor(query).shape
-        if mask.opened_rows is not None:
-            query = builder.call(aten.where.ScalarSelf, mask.opened_rows, 0.0, query)
+        own_query = query
+        query = mask.query_of_kernel(query)
         if mask.node is not None and not same(tensor(mask.node).stride()[-1], 0):
             # A permuted bias (T5's) is read slowly, or sends the call to PyTorch's MATH; layers share the copy. Not so
             # one that is expanded over the keys.
@@ -146,6 +146,7 @@ class TorchSDPA(Kernel):
             fake,
         )
         if not site.fused and mask.node is not None:
+            output = mask.with_gradients(output, own_query, key, value)
             output = mask.with_source_rows(output, value, layout)
         return layout.as_result(builder, site, output)
 
@@ -206,6 +207,8 @@ def _backward_loses_rows(site: CanonicalAttention) -> bool:
     source has this already.
     """
     scores = site.scores
+    if scores.lift > Lift.OPENED:
+        return False
     if not site.differentiable or (site.fused and tensor(site.result).dim() == 4):
         return False
     for term in scores.terms:

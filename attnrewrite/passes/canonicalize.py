@@ -12,8 +12,7 @@ in their order. The steps, in the order of :func:`canonicalized`:
 3. Drop the terms that are proved never to mask.
 4. Prove that every row attends a key, or let the user assert it (``_attended``). If neither holds, the form has to give
    the source's values and gradients in a row without a key as well (``_terms_for_rows_without_key``).
-5. Check that rounding does not decide, and that the fills can be added as a mask (``_check_rounding``,
-   ``_why_not_a_mask``).
+5. Check that the fills can be added as a mask (``_why_not_a_mask``).
 6. Move modifications of the weights behind softmax to the value or the output (``_placed_weight_mods``).
 7. Recognize the shape of the mask: causal, a band, an isolated block (``_shape_of_mask``).
 8. Fold batches that share keys and values into the query positions (:mod:`attnrewrite.passes.fold_batches`).
@@ -44,6 +43,7 @@ from attnrewrite.analysis.masks import (
     truth,
 )
 from attnrewrite.analysis.values import (
+    ABSORBED,
     ABSORBING,
     FAR_BELOW,
     ORDINARY,
@@ -65,10 +65,10 @@ from attnrewrite.ir.site import (
     Elementwise,
     Fill,
     Floor,
+    Lift,
     MaskedRows,
     Narrow,
     NotAttention,
-    RoundingDecides,
     Scale,
     ScoreMod,
     Shift,
@@ -110,8 +110,6 @@ class _Reading:
     """Bound of the absolute value of masked scores after a bounded function, which removes the terms of the mask."""
     bounded_terms: list[Term] = field(default_factory=list)
     """The terms that the bounded function removed."""
-    summed: bool = False
-    """Whether masks that may add up to -inf are left as they were when their sum was scaled down."""
     makes_nan: bool = False
     """Whether scores that may be -inf are multiplied by a tensor that may be zero."""
 
@@ -166,13 +164,14 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     if attended is None:
         terms = _terms_for_rows_without_key(site, terms)
     if not site.fused:
-        _check_rounding(terms, dtype, attended)
         refused = _why_not_a_mask(terms, attended, site.differentiable)
         inexpressible = inexpressible or refused
     masked = _kept_by_all(terms, kept)
     value_mods, output_mods, masked_rows = _placed_weight_mods(
         site, positions, masked, _rows_without_key(site, terms) if attended is None else MaskedRows.NONE
     )
+    nan_gradients = attended is None and _gradients_are_nan(site, terms)
+    lift = _lift(site, terms, nan_gradients) if attended is None else Lift.NONE
     band, isolated = _shape_of_mask(site, positions, masked if None not in kept else None, attended)
     becomes_causal = not inexpressible and site.sink is None and band is not None and band.is_causal
     return CanonicalScores(
@@ -185,6 +184,8 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
         attended=attended,
         masked_rows=masked_rows,
         fills_decide=not (site.fused or inexpressible or site.sink is not None or attended) and _only_fills_mask(terms),
+        lift=Lift.NONE if inexpressible else lift,
+        nan_gradients=nan_gradients,
         is_causal=site.is_causal or becomes_causal,
         band=band,
         isolated=isolated,
@@ -256,27 +257,11 @@ def _terms_for_rows_without_key(site: AttentionSite, terms: list[Term]) -> list[
             raise NotAttention(
                 "the exponential of a score that a finite fill masks underflows (fill with -inf, or call torch.softmax)"
             )
-    biases = [term for term in terms if isinstance(term, Bias)]
     infinite = _may_be_infinite(terms) or site.underflows
     if site.differentiable and infinite and any(isinstance(term, Fill) and term.multiplied for term in terms):
         raise NotAttention(
             "scores or exponentials are multiplied by a mask, which makes the gradient of a row without a key NaN "
             "(if no such row occurs, set options={'assume_attended_rows': True})"
-        )
-    zeroed = any(isinstance(mod, Zero) for mod in site.weight_mods)
-    nan_by_bias = _may_be_infinite(biases) or _sum_may_overflow(biases)
-    nan_by_bias = nan_by_bias or (site.underflows and any(map(may_mask, biases)))
-    if site.differentiable and zeroed and nan_by_bias:
-        raise NotAttention(
-            "weights are set to zero in rows without a key, but the gradient of such a row stays NaN where the mask "
-            "was added (if "
-            "no such row occurs, set options={'assume_attended_rows': True})"
-        )
-    if site.nan_to_zero and site.differentiable and (_may_be_infinite(biases) or any(map(may_mask, biases))):
-        raise NotAttention(
-            "NaN is replaced in rows without a key, but the gradient of such a row stays NaN where the mask was added "
-            "(if no "
-            "such row occurs, set options={'assume_attended_rows': True})"
         )
     if (
         site.sink is not None
@@ -287,15 +272,7 @@ def _terms_for_rows_without_key(site: AttentionSite, terms: list[Term]) -> list[
             "the sink may be -inf or NaN, and then the gradient of a row whose keys are all masked is not known (if no "
             "such row occurs, set options={'assume_attended_rows': True})"
         )
-    resolved = [term for term in terms if term.dtype is torch.float64 and _may_be_low(term)]
-    if site.rounds_rows and any(
-        value is ValueKind.ANY or value > ABSORBING for term in resolved for value in _large_finite_values(term)
-    ):
-        raise NotAttention(
-            "in float64 the logsumexp of a row whose keys are all masked by finite numbers may keep its digits, and "
-            "such a row cannot be ruled out (if none occurs, set options={'assume_attended_rows': True})"
-        )
-    if site.rounds_rows and site.differentiable and any(_may_be_low(term) for term in terms):
+    if site.rounds_rows and site.differentiable and any(map(_may_be_low, terms)):
         raise NotAttention(
             "rounding loses the logsumexp of a row whose keys are all masked by finite numbers, and such a row cannot "
             "be ruled out (if none occurs, set options={'assume_attended_rows': True})"
@@ -310,6 +287,47 @@ def _rows_without_key(site: AttentionSite, terms: list[Term]) -> MaskedRows:
     if not site.underflows and (floored or not infinite):
         return MaskedRows.MEAN_OF_VALUE
     return MaskedRows.ZERO_WHERE_NAN if site.nan_to_zero else MaskedRows.NAN
+
+
+def _gradients_are_nan(site: AttentionSite, terms: list[Term]) -> bool:
+    """Whether gradients are NaN in rows of minus infinity although the weights there are set to zero.
+
+    Weights that a mask of zeros multiplies stay NaN, and those of a fill never had a gradient.
+    """
+    zeroed = site.nan_to_zero or any(isinstance(mod, Zero) and not mod.multiplied for mod in site.weight_mods)
+    if not (site.differentiable and zeroed) or site.fused:
+        return False
+    biases = [term for term in terms if isinstance(term, Bias)]
+    return _may_be_infinite(biases) or _sum_may_overflow(biases) or (site.underflows and any(map(may_mask, biases)))
+
+
+def _lift(site: AttentionSite, terms: list[Term], nan_gradients: bool) -> Lift:
+    """What is done to the mask where rows may have no key, so that kernels lose neither their scores nor gradients."""
+    biases = [term for term in terms if isinstance(term, Bias)]
+    if site.fused or site.sink is not None or len(biases) < len(terms):
+        return Lift.NONE
+    if not site.differentiable:
+        # Whether a sum leaves the range of float16.
+        steps = len(biases) + sum(len(term.scales) + len(term.rescaled) + (term.factor != 1) for term in biases)
+        half = all(term.dtype is torch.float16 for term in biases)
+        return Lift.ROWS if steps > 1 and half else Lift.NONE
+    lift = Lift.OPENED if nan_gradients else Lift.NONE
+    if any(ValueKind.ANY in _values(term) and term.dtype is not torch.float16 for term in biases):
+        return lift
+    numbers = [[value for value in _values(term) if isinstance(value, float)] for term in biases]
+    low = {number for each in numbers for number in each if -math.inf < number < -ORDINARY}
+    masks = sum(any(number < -ORDINARY for number in each) for each in numbers)
+    if any(number > ORDINARY for each in numbers for number in each):
+        return lift
+    if site.underflows:
+        return Lift.ROWS if masks and all(number <= UNDERFLOW for number in low) else lift
+    if any(number > ABSORBED for number in low) and not site.in_half:
+        return lift
+    if any(number <= ABSORBED for number in low):
+        # Of all keys, that is: the key's gradient is made for rows that attend each of them alike.
+        single = masks == 1 and len(low) == 1 and not any(-math.inf in each for each in numbers)
+        return Lift.ABSORBED if single else lift
+    return Lift.ROWS if masks or any(ValueKind.ANY in _values(term) for term in biases) else lift
 
 
 def _may_be_infinite(terms: Sequence[Term]) -> bool:
@@ -345,7 +363,7 @@ def _read_mods(site: AttentionSite, positions: Positions) -> _Reading:
         elif isinstance(mod, Floor):
             _read_floor(terms, mod)
         elif isinstance(mod, Narrow):
-            _read_narrow(mod, reading)
+            _read_narrow(mod, reading, site)
         elif isinstance(mod, Shift):
             reading.shifted = True
             if mod.by_maximum and any(map(_may_mask, terms)):
@@ -443,12 +461,10 @@ def _may_mask(term: Term) -> bool:
 
 def _may_be_low(term: Term) -> bool:
     """Whether a term may lower scores by a large finite number."""
-    return may_mask(term) if isinstance(term, Bias) else -math.inf < term.value < -ORDINARY
-
-
-def _large_finite_values(term: Term) -> list[Any]:
-    """Numbers other than -inf by which a term may lower scores."""
-    return [value for value in _values(term) if not isinstance(value, float) or -math.inf < value < -ORDINARY]
+    return any(
+        value is ValueKind.ANY or (isinstance(value, float) and -math.inf < value < -ORDINARY)
+        for value in _values(term)
+    )
 
 
 def _underflown(term: Term) -> Term:
@@ -456,8 +472,13 @@ def _underflown(term: Term) -> Term:
     return replace(term, value=-math.inf) if isinstance(term, Fill) and term.value <= UNDERFLOW else term
 
 
-def _read_narrow(mod: Narrow, reading: _Reading) -> None:
-    """Reads a cast of the scores: large numbers may become infinite in the narrower dtype."""
+def _read_narrow(mod: Narrow, reading: _Reading, site: AttentionSite) -> None:
+    """Reads a cast of the scores: large numbers may become infinite in the narrower dtype.
+
+    Where the products are in half precision, such a cast is a rounding of the source that its formula does not have.
+    """
+    if site.in_half and mod.dtype.itemsize < 4:
+        return
     terms = reading.terms
     terms[:] = [
         replace(term, value=as_stored(term.value, mod.dtype)) if isinstance(term, Fill) else term for term in terms
@@ -487,44 +508,32 @@ def _read_floor(terms: list[Term], floor: Floor) -> None:
 
 
 def _scale_terms(number: float, reading: _Reading) -> None:
-    """Scales the terms by a number; masks whose sum overflowed before stay as they are if the number is below 1."""
+    """Scales the terms by a number, each by itself; as a sum where that may overflow before it is scaled down."""
     terms = reading.terms
-    if 0 < number < 1 and _added_masks_may_overflow(terms):
-        if _are_masks_of_one_number(terms):
-            # Lower numbers than in the source, but in the same order: -inf for two masks, and equal for one.
-            reading.summed = True
-            terms[:] = [term if _is_low(term) else _scaled(term, number) for term in terms]
+    if any(isinstance(term, (Bias, Fill)) and term.rescaled for term in terms) or (
+        0 < number < 1 and _added_masks_may_overflow(terms)
+    ):
+        if number > 0 and all(isinstance(term, Bias) or _fills_with_infinity(term) for term in terms):
+            terms[:] = [
+                replace(term, rescaled=(*term.rescaled, number)) for term in terms if not isinstance(term, Floor)
+            ]
             return
-        reading.overflows = Reason(_SUM_SCALED)
-    elif reading.summed and number != 1:
         reading.overflows = Reason(_SUM_SCALED)
     terms[:] = [_scaled(term, number) for term in terms]
 
 
-def _are_masks_of_one_number(terms: list[Term]) -> bool:
-    """Whether what is added is 0 or one number, the same for all masks, and beside it nothing that may be large."""
-    lowest: set[float] = set()
-    for term in terms:
-        if isinstance(term, Fill) and term.value == -math.inf:
-            continue
-        if not isinstance(term, Bias):
-            return False
-        values = _values(term)
-        if not _is_low(term):
-            if not all(isinstance(value, (float, ValueKind)) and is_ordinary(value) for value in values):
-                return False
-        elif term.scales or not all(isinstance(value, float) for value in values):
-            return False
-        else:
-            lowest |= {value for value in values if isinstance(value, float) and value != 0}
-    return len(lowest) == 1
+def _fills_with_infinity(term: Term) -> bool:
+    return isinstance(term, Fill) and term.value == -math.inf
 
 
 def _added_masks_may_overflow(terms: Sequence[Term]) -> bool:
     """Whether a mask is added to scores that another finite number masked before; a fill replaces what was there."""
     masked = False
     for term in terms:
-        low = any(isinstance(value, float) and -math.inf < value <= ABSORBING for value in _values(term))
+        low = any(
+            value is ValueKind.ANY or (isinstance(value, float) and -math.inf < value <= ABSORBING)
+            for value in _values(term)
+        )
         if masked and low and isinstance(term, Bias):
             return True
         masked |= low
@@ -541,7 +550,7 @@ def _scaled(term: Term, number: float) -> Term:
         large = any(not isinstance(value, float) or abs(value) > 1e30 for value in possible_values(term.operand.node))
         if large and abs(number) != 1:
             return term.scaled(Scale(number))
-        return Bias(term.operand, term.dtype, term.factor * number, term.scales)
+        return replace(term, factor=term.factor * number)
     if number <= 0:
         raise NotAttention("a filled mask is multiplied by a number that is not positive")
     value = as_stored(term.value * number, term.dtype)
@@ -718,7 +727,8 @@ def _only_fills_mask(terms: list[Term]) -> bool:
 
 def _sum_may_overflow(terms: Sequence[Term]) -> bool:
     """Whether the sum of two terms may be -inf, each as low as the dtype goes."""
-    return sum(_is_low(term) for term in terms if not isinstance(term, Floor)) > 1
+    added = [replace(term, rescaled=()) for term in terms if not isinstance(term, Floor)]
+    return sum(_is_low(term) for term in added) > 1
 
 
 def _why_not_a_mask(terms: list[Term], attended: str | None, differentiable: bool) -> Reason:
@@ -767,25 +777,3 @@ def _why_not_a_mask(terms: list[Term], attended: str | None, differentiable: boo
             "row occurs, set options={'assume_attended_rows': True})"
         )
     return FINE
-
-
-def _check_rounding(terms: list[Term], dtype: torch.dtype, attended: str | None) -> None:
-    """Raises:
-    RoundingDecides: a half-precision source rounds scores away that fused kernels, which add in float32, do not.
-
-    In a row that attends a key the difference vanishes in softmax. In a row that may not, only a term that rounds the
-    score away in float32 as well gives the source's value.
-    """
-    if attended is not None or dtype.itemsize >= 4:
-        return
-    for term in terms:
-        if not isinstance(term, Bias):
-            continue
-        for value in _values(term):
-            if value is ValueKind.ANY or (isinstance(value, float) and ABSORBING < value < -(2.0**8)):
-                what = "an input with unknown values" if value is ValueKind.ANY else f"{value:g}"
-                raise RoundingDecides(
-                    f"{what} is added to scores in {str(dtype).removeprefix('torch.')}, which rounds the scores away "
-                    "in a row whose keys are all masked, and such a row cannot be ruled out (if none occurs, set "
-                    "options={'assume_attended_rows': True})"
-                )

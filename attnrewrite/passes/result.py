@@ -28,7 +28,6 @@ class Rewritten:
 
     Attributes:
         sites: a row for each site, in graph order.
-        round_like_eager: whether a site was kept because the rounding of its scores decides its result.
         offered: whether any site was offered to kernels, so that the result depends on the requested kernels.
         projections_changed: whether projections were joined or fused.
         results: for each attention, rewritten or not: its row, its kind (None if kinds were not requested), and the
@@ -38,7 +37,6 @@ class Rewritten:
     """
 
     sites: list[SiteReport] = field(default_factory=list)
-    round_like_eager: bool = False
     offered: bool = False
     projections_changed: bool = False
     results: list[tuple[SiteReport, SiteKind | None, fx.Node]] = field(default_factory=list)

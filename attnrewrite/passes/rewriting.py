@@ -14,7 +14,7 @@ from attnrewrite.errors import KernelError
 from attnrewrite.ir.bounds import searching
 from attnrewrite.ir.linear_site import LinearAttention
 from attnrewrite.ir.reason import Reason
-from attnrewrite.ir.site import AttentionSite, CanonicalAttention, NotAttention, RoundingDecides
+from attnrewrite.ir.site import AttentionSite, CanonicalAttention, NotAttention
 from attnrewrite.ir.source import source_location
 from attnrewrite.kernels import Kernel
 from attnrewrite.options.compile_options import Policy
@@ -28,7 +28,7 @@ from attnrewrite.passes.splice import WrittenByRegion, current_operand, latest, 
 from attnrewrite.passes.steps import Steps
 from attnrewrite.patterns import Finding, GraphView, NearMiss
 from attnrewrite.report.rows import SiteReport
-from attnrewrite.selection.choose import choose, warn_unserved
+from attnrewrite.selection.choose import choose
 from attnrewrite.selection.decorated_parts import policy_at
 from attnrewrite.selection.requests import request_for
 from attnrewrite.torch_private import is_erased
@@ -119,23 +119,13 @@ class Rewriting:
         return site, row_of_attention(name, site)
 
     def canonicalized(self, site: AttentionSite, row: SiteReport) -> CanonicalAttention | None:
-        """The site in canonical form; None if it has none, and then the row says why.
-
-        Raises:
-            KernelError: with ``strict``, kernels were requested for a site that is kept because rounding decides.
-        """
+        """The site in canonical form; None if it has none, and then the row says why."""
         policy = policy_at(self._policy, site.anchor)
         try:
             with searching() as ended:
                 attention = canonicalized(site, policy)
         except NotAttention as reason:
             row.reason = ended.added_to(str(reason))
-            # The slices of a merged site are reported separately.
-            if isinstance(reason, RoundingDecides) and not site.parts:
-                self._result.round_like_eager = self._result.offered = True
-                request = request_for(policy, row.location, site.anchor)
-                if request is not None:
-                    warn_unserved(request, row, row.reason)
             return None
         describe_canonical(attention, row, ended)
         return attention

@@ -145,7 +145,7 @@ def compiled_alone(alone: Standalone, inputs: Sequence[Tensor], policy: Policy) 
     # does not expect one to be compiled later, during the compilation of another forward pass.
     whole = backward_compiled_at_once()
     with tracing(TracingContext(mode)), whole:
-        compiled = inner.compile(alone.module, fakes, keep_attention=True, round_like_eager=False)
+        compiled = inner.compile(alone.module, fakes, keep_attention=True)
 
     def call(*values: Tensor) -> Tensor:
         result: Any = compiled(*values)

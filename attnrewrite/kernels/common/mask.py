@@ -9,12 +9,13 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.masks import may_mask
-from attnrewrite.analysis.values import ABSORBING, FAR_BELOW, UNDERFLOW, ValueKind, possible_values
+from attnrewrite.analysis.values import ABSORBED, ABSORBING, FAR_BELOW, UNDERFLOW, ValueKind, possible_values
 from attnrewrite.ir.axes import Dim, Operand, size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import same, tensor
-from attnrewrite.ir.site import Bias, CanonicalAttention, Fill, Floor, MaskedRows, Zero
+from attnrewrite.ir.site import Bias, CanonicalAttention, Fill, Floor, Lift, MaskedRows, Zero
 from attnrewrite.kernels.common.layout import KernelLayout, lay_out, modified, padded
+from attnrewrite.kernels.common.row_gradients import ABSORBED_ROWS, NAN_ROWS
 
 __all__ = ["Mask"]
 
@@ -31,10 +32,13 @@ class Mask:
         self._terms = site.scores.terms
         self.node: fx.Node | None = None
         self.opened_rows: fx.Node | None = None
+        self.absorbed_rows: fx.Node | None = None
         self._after_fill: fx.Node | None = None
+        self._written: fx.Node | None = None
         if self._terms:
             self._write(site.scores.fills_decide)
-        self._without_sink = self.node
+        if self._written is None:
+            self._written = self.node
         if site.sink is not None:
             self._append_sink(site.sink)
 
@@ -45,7 +49,11 @@ class Mask:
             condition = self._condition(first.condition)
             self.node = condition if first.invert else call(aten.logical_not.default, condition)
         else:
-            self.node = self._within_range(self._replayed())
+            self.node = self._replayed()
+            if self._site.scores.lift is not Lift.NONE:
+                self._written = self.node
+                self.node = self._lifted(self.node)
+            self.node = self._cast(self._within_range(self.node))
         if fills_decide:
             self._open_filled_rows()
         # The CPU's kernel takes a mask whose keys broadcast, the CUDA kernels do not.
@@ -95,7 +103,12 @@ class Mask:
         if self._site.scores.rounded_to is not None:
             # Rounded once, at the end, as the source rounds its masked scores.
             wide = max((wide, *(term.dtype for term in self._terms)), key=lambda dtype: dtype.itemsize)
+        elif self._site.scores.lift is not Lift.NONE and wide.itemsize < 4:
+            # Sums of masks leave the range of float16 before they are lifted.
+            wide = torch.float32
+        rescaled: tuple[float, ...] = ()
         for term in self._terms:
+            total, rescaled = self._rescaled(total, rescaled, () if isinstance(term, Floor) else term.rescaled)
             if isinstance(term, Bias):
                 bias = self._cast(self._laid_out(term.operand), wide)
                 for scale in term.scales:
@@ -118,12 +131,25 @@ class Mask:
                 total = call(aten.where.ScalarOther, condition, total, value)
             else:
                 total = call(aten.where.ScalarSelf, condition, value, total)
+        total, _ = self._rescaled(total, rescaled, ())
         assert total is not None
         if self._after_fill is not None:
             self._after_fill = self._cast(self._after_fill)
         if self._site.scores.rounded_to is not None:
             total = self._cast(total, self._site.scores.rounded_to)
-        return self._cast(total)
+        return total
+
+    def _rescaled(
+        self, total: fx.Node | None, before: tuple[float, ...], after: tuple[float, ...]
+    ) -> tuple[fx.Node | None, tuple[float, ...]]:
+        """The sum so far, multiplied by those of its numbers that are not the next term's as well; and the others."""
+        call = self._builder.call
+        done = before[: len(before) - len(after)]
+        for number in done:
+            total = call(aten.mul.Scalar, total, number)
+            if self._after_fill is not None:
+                self._after_fill = call(aten.mul.Scalar, self._after_fill, number)
+        return total, after
 
     def _filled(self, condition: fx.Node, value: float, invert: bool, dtype: torch.dtype) -> fx.Node:
         call = self._builder.call
@@ -152,8 +178,57 @@ class Mask:
             return max(term.value, ABSORBING)
         return ABSORBING
 
+    def _lifted(self, mask: fx.Node) -> fx.Node:
+        """What :class:`Lift` says."""
+        call = self._builder.call
+        lift = self._site.scores.lift
+        highest = call(aten.detach.default, call(aten.amax.default, mask, [-1], True))
+        infinite = call(aten.eq.Scalar, highest, -math.inf)
+        lifted = mask if lift is Lift.OPENED else call(aten.sub.Tensor, mask, highest)
+        lifted = call(aten.where.ScalarSelf, infinite, 0.0, lifted)
+        if lift is Lift.ABSORBED:
+            self.absorbed_rows = call(aten.le.Scalar, highest, ABSORBED)
+        if self._dtype is torch.float16:
+            lifted = call(aten.clamp.default, lifted, torch.finfo(torch.float16).min)
+        return lifted
+
+    def query_of_kernel(self, query: fx.Node) -> fx.Node:
+        """The query, (batch, heads, length, head_dim), zero in rows whose scores are not to count."""
+        call = self._builder.call
+        if self.opened_rows is not None:
+            return call(aten.where.ScalarSelf, self.opened_rows, 0.0, query)
+        if self.absorbed_rows is None:
+            return query
+        # Zero, but with the gradient of the query: the number that absorbed the scores was added to them.
+        own = call(aten.where.ScalarOther, self.absorbed_rows, call(aten.detach.default, query), 0.0)
+        return call(aten.sub.Tensor, query, own)
+
+    def with_gradients(self, output: fx.Node, query: fx.Node, key: fx.Node, value: fx.Node) -> fx.Node:
+        """The output, with the gradients that the kernel's backward pass does not give in rows without a key.
+
+        Args:
+            output: the kernel's, (batch, heads, length, features).
+            query, key, value: the operands; the query before :meth:`query_of_kernel`.
+        """
+        scores, call = self._site.scores, self._builder.call
+        if self.absorbed_rows is not None and not scores.masked_rows.is_zero_unless_nan:
+            assert scores.scale is not None
+            output = call(ABSORBED_ROWS, output, query, key, value, self.absorbed_rows, scores.scale)
+        if scores.nan_gradients:
+            assert self._written is not None
+            lost = self._rows_without_key(self._infinite)
+            output = call(NAN_ROWS, output, query, key, self._written, lost)
+        return output
+
+    @property
+    def _infinite(self) -> float:
+        """Rows whose scores are all lowered to this or further are NaN."""
+        return UNDERFLOW if self._site.underflows else -math.inf
+
     def _within_range(self, mask: fx.Node) -> fx.Node:
         """CUDA kernels multiply by log2(e): what overflows there would turn a mean of the values into 0."""
+        if self._site.scores.lift > Lift.OPENED:
+            return mask
         if self._site.device.type == "cpu" or self._site.fused or not self._site.scores.masked_rows.may_occur:
             return mask
         if not any(_may_be_below_absorbing(term) for term in self._terms):
@@ -199,12 +274,18 @@ class Mask:
             output = call(aten.mul.Tensor, output, self._keys_where_rounded(site.compute_dtype))
         if rows is MaskedRows.ZERO_WHERE_NAN:
             # Rows that minus infinity masks are zero with every kernel, unless they were opened.
+            if site.scores.lift is not Lift.NONE:
+                return call(aten.where.ScalarSelf, self._rows_without_key(self._infinite), 0.0, output)
             infinite = any(isinstance(term, Fill) and term.value == -math.inf for term in self._terms)
             if self.opened_rows is None or not infinite:
                 return output
             return call(aten.where.ScalarSelf, self.opened_rows, 0.0, output)
         if rows.is_zero_unless_nan:
-            lost = self._rows_without_key() if self.opened_rows is None else self.opened_rows
+            lost = self._rows_zeroed() if self.opened_rows is None else self.opened_rows
+            if rows.may_be_nan and site.scores.lift is not Lift.NONE:
+                # Those of minus infinity become NaN below, and that has to reach the kernel's gradients.
+                becomes_nan = self._rows_without_key(self._infinite)
+                lost = call(aten.logical_and.default, lost, call(aten.logical_not.default, becomes_nan))
             output = call(aten.where.ScalarSelf, lost, 0.0, output)
         if not rows.may_be_nan:
             return output
@@ -221,47 +302,78 @@ class Mask:
         if layout.grouped:
             groups = size_of(site.group_axes)
             total = call(aten.repeat_interleave.self_int, total, groups, 1)
-        poisoned = self.opened_rows
-        for mod in site.scores.output_mods:
-            if isinstance(mod, Zero) and not mod.multiplied:
-                # The output is replaced there, and 0 times NaN would reach the value's gradient.
-                zeroed = self._condition(mod.condition)
-                keeps = zeroed if mod.invert else call(aten.logical_not.default, zeroed)
-                poisoned = call(aten.logical_and.default, poisoned, keeps)
-        poison = call(aten.where.Scalar, poisoned, math.nan, 0.0)
+        poison = call(aten.where.Scalar, self._but_zeroed(self.opened_rows), math.nan, 0.0)
         poison = call(aten.to.dtype, poison, site.compute_dtype)
         return call(aten.add.Tensor, output, call(aten.mul.Tensor, total, poison))
+
+    def _but_zeroed(self, rows: fx.Node) -> fx.Node:
+        """The rows but for those that the output is replaced in: 0 times NaN would reach the value's gradient."""
+        call = self._builder.call
+        for mod in self._site.scores.output_mods:
+            if isinstance(mod, Zero) and not mod.multiplied:
+                zeroed = self._condition(mod.condition)
+                keeps = zeroed if mod.invert else call(aten.logical_not.default, zeroed)
+                rows = call(aten.logical_and.default, rows, keeps)
+        return rows
 
     def _nan_where_no_key(self, dtype: torch.dtype) -> fx.Node:
         """A factor for the output: 1, and NaN in rows whose scores are all minus infinity, as softmax gives there."""
         call = self._builder.call
-        lost = self._rows_without_key(UNDERFLOW if self._site.underflows else -math.inf)
+        lost = self._rows_without_key(self._infinite)
+        if self._site.scores.nan_gradients:
+            lost = self._but_zeroed(lost)
         factor = call(aten.where.Scalar, lost, math.nan, 1.0)
         return factor if tensor(factor).dtype is dtype else call(aten.to.dtype, factor, dtype)
 
     def _keys_where_rounded(self, dtype: torch.dtype) -> fx.Node:
-        """A factor: the number of keys in rows that finite numbers mask, whose weights are 1 each in the source."""
-        call = self._builder.call
+        """A factor: what the weights add up to in rows that finite numbers mask.
+
+        The source's logsumexp of n scores m is m + log(n), rounded, and each weight exp(m - logsumexp): 1 / n, or 1
+        where m has swallowed the logarithm.
+        """
+        call, wide = self._builder.call, self._site.softmax_dtype
+        kind = {"dtype": wide, "device": self._site.device}
         if self.opened_rows is not None:
-            finite = any(isinstance(term, Fill) and term.value != -math.inf for term in self._terms)
-            rounded = self.opened_rows if finite else call(aten.zeros_like.default, self.opened_rows)
-            keys = call(aten.full.default, [], _key_length(self._site), dtype=torch.float32, device=self._site.device)
+            numbers = [term.value for term in self._terms if isinstance(term, Fill) and term.value != -math.inf]
+            rounded = self.opened_rows if numbers else call(aten.zeros_like.default, self.opened_rows)
+            keys = call(aten.full.default, [], _key_length(self._site), **kind)
+            highest = call(aten.full.default, [], max(numbers, default=0.0), **kind)
         else:
-            assert self.node is not None
+            node = self._written
+            assert node is not None
             infinite = self._rows_without_key(-math.inf)
             rounded = call(aten.logical_and.default, self._rows_without_key(), call(aten.logical_not.default, infinite))
             # Those that the row's highest number masks; lower ones have the weight 0.
-            highest = call(aten.mul.Scalar, call(aten.amax.default, self.node, [-1], True), 1 + 2.0**-16)
-            highest = call(aten.clamp.default, highest, torch.finfo(tensor(self.node).dtype).min)
-            keys = call(aten.sum.dim_IntList, call(aten.ge.Tensor, self.node, highest), [-1], True)
-            keys = call(aten.to.dtype, keys, torch.float32)
-        factor = call(aten.where.ScalarOther, rounded, keys, 1.0)
-        return factor if tensor(factor).dtype is dtype else call(aten.to.dtype, factor, dtype)
+            highest = call(aten.amax.default, node, [-1], True)
+            least = call(aten.mul.Scalar, highest, 1 + 2.0**-16)
+            least = call(aten.clamp.default, least, torch.finfo(tensor(node).dtype).min)
+            keys = call(aten.sum.dim_IntList, call(aten.ge.Tensor, node, least), [-1], True)
+            keys, highest = self._cast(keys, wide), self._cast(highest, wide)
+        logsumexp = call(aten.add.Tensor, highest, call(aten.log.default, keys))
+        weight = call(aten.exp.default, call(aten.sub.Tensor, highest, logsumexp))
+        factor = call(aten.where.ScalarOther, rounded, call(aten.mul.Tensor, keys, weight), 1.0)
+        return self._cast(factor, dtype)
+
+    def _rows_zeroed(self) -> fx.Node:
+        """Rows without a key, whose weights the source sets to zero."""
+        if all(term.dtype.itemsize >= 4 for term in self._terms):
+            return self._rows_without_key()
+        # Float16 masks with numbers that other scores may add up to.
+        call = self._builder.call
+        lost: fx.Node | None = None
+        for mod in self._site.weight_mods:
+            if isinstance(mod, Zero) and set(mod.condition.axes) & set(self._site.key_axes):
+                zeroed = self._condition(mod.condition)
+                zeroed = call(aten.logical_not.default, zeroed) if mod.invert else zeroed
+                rows = call(aten.all.dim, zeroed, -1, True)
+                lost = rows if lost is None else call(aten.logical_or.default, lost, rows)
+        return self._rows_without_key() if lost is None else lost
 
     def _rows_without_key(self, masked: float = FAR_BELOW) -> fx.Node:
         """Rows whose scores are all lowered to ``masked`` or further."""
         call = self._builder.call
-        node = self._without_sink if self._site.sink_is_shifted else self.node
+        with_sink = self._site.sink is not None and not self._site.sink_is_shifted
+        node = self.node if with_sink else self._written
         assert node is not None
         if tensor(node).dtype is torch.bool:
             return call(aten.logical_not.default, call(aten.any.dim, node, -1, True))
