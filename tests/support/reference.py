@@ -1,0 +1,114 @@
+"""The reference: the formula that the source computes in its own dtype, evaluated in float64.
+
+It is not what the source would compute if it were given float64. ``torch.finfo(scores.dtype).min`` is -65504 where the
+scores are float16, and what is decided by the dtype is decided as in the call that is judged. So the source runs on
+tensors that say that they have its dtype, and carry a float64 tensor beside it through every operator, with the
+gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_map
+
+__all__ = ["Reference", "wide"]
+
+
+class _Twofold(Tensor):
+    """Looks like ``own``; ``wide`` is the same in float64, or equal to it if it is no floating number."""
+
+    own: Tensor
+    wide: Tensor
+
+    @staticmethod
+    def __new__(cls, own: Tensor, wide: Tensor) -> _Twofold:
+        result: _Twofold = Tensor._make_wrapper_subclass(
+            cls, own.shape, own.stride(), own.storage_offset(), dtype=own.dtype, device=own.device
+        )
+        result.own, result.wide = own, wide
+        return result
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: OpOverload, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _both(func, args, kwargs or {})
+
+
+class Reference(TorchDispatchMode):
+    """Runs everything within twice; :meth:`given` makes an input of it, and :func:`wide` reads a result."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _both(func, args, kwargs or {})
+
+    @staticmethod
+    def given(value: Any) -> Any:
+        """Tensors of a tree as inputs, gradients asked for where the original asks for them."""
+
+        def twofold(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            own = value.detach().clone()
+            return _Twofold(own, _widened(own)).requires_grad_(value.requires_grad)
+
+        return tree_map(twofold, value)
+
+
+def wide(value: Tensor) -> Tensor:
+    """A result in float64, detached."""
+    value = value.detach()
+    return value.wide if isinstance(value, _Twofold) else _widened(value)
+
+
+def _both(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    own_args, own_kwargs = tree_map(_own, (tuple(args), kwargs))
+    own = func(*own_args, **own_kwargs)
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        wide = tree_map(_widened, own)  # Another draw in float64 would say nothing.
+    else:
+        wide_args, wide_kwargs = tree_map(_wide, (tuple(args), kwargs))
+        wide = tree_map(_double, func(*wide_args, **wide_kwargs))
+    return return_and_correct_aliasing(func, args, kwargs, _paired(own, wide))  # type: ignore[no-untyped-call]
+
+
+def _paired(own: Any, wide: Any) -> Any:
+    if isinstance(own, Tensor):
+        return _Twofold(own, wide)
+    if isinstance(own, (list, tuple)):
+        return type(own)(_paired(o, w) for o, w in zip(own, wide, strict=True))
+    return own
+
+
+def _own(value: Any) -> Any:
+    return value.own if isinstance(value, _Twofold) else value
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value.is_floating_point else value
+    return value.wide if isinstance(value, _Twofold) else _widened(value)
+
+
+def _double(value: Any) -> Any:
+    """What integers give is float32 in float64 as well."""
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _widened(value: Any) -> Any:
+    """A copy, since what is written to it in place is written to the original, too."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(torch.float64, copy=True) if value.is_floating_point() else value.clone()
