@@ -13,15 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from attnrewrite.backend import collect_reports
+from attnrewrite.numerics.judge import HALF, disagreements
 from attnrewrite.report.rows import SiteReport
-from tests.spellings.forms import HALF, Spelling
+from tests.spellings.forms import Spelling
 from tests.support.helpers import outputs, rewritten
+from tests.support.reference import Reference, wide
 
 __all__ = ["NotASpelling", "Outcome", "judge", "prepared"]
 
 Verdict = Literal["found", "kept", "wrong", "crashed", "taken"]
 
 _FILE = "<spelling>"
+_BESIDE = 2**-2
+"""A gradient this small beside the others of the attention is a difference of larger ones, and has their rounding."""
+
 _Results = dict[str, list[Tensor]]
 
 
@@ -40,8 +45,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Tolerance:
-    """Relative to the largest number of a tensor. Where eager itself is off by more than ``doubtful``, rounding decides
-    its result (a row whose keys are all masked by a finite number), and what eager gives is what is asked for."""
+    """In float32 and float64, relative to the largest number of a tensor.
+
+    Where eager itself is off by more than ``doubtful``, rounding decides its result (a row whose keys are all masked by
+    a finite number), and what eager gives is what is asked for.
+    """
 
     value: float
     gradient: float
@@ -50,8 +58,6 @@ class _Tolerance:
 
 
 def _tolerance(spelling: Spelling) -> _Tolerance:
-    if spelling.dtype in HALF:
-        return _Tolerance(2**-7, 2**-5, 0.1, 0.1)
     if "* -1e4" in spelling.text or "dtype=s.dtype), -1e4)" in spelling.text:
         # Added to a whole row it leaves what rounding leaves of the scores (docs/exactness.md).
         return _Tolerance(2e-3, 1e-2, 1e-4, 1e-2)
@@ -93,12 +99,10 @@ def judge(spelling: Spelling) -> Outcome:
     sites = [site for graph in graphs for site in graph.sites]
     reasons = [_general(site.reason) for site in sites if site.status == "kept"]
     reasons += [f"not captured: {graph.reason}" for graph in graphs if not graph.captured]
-    tolerance = _tolerance(spelling)
     for new, own, truth in zip(news, owns, truths, strict=True):
-        for what, limit in (("value", tolerance.value), ("gradient", tolerance.gradient)):
-            difference = _difference(new[what], own[what], truth[what], limit, tolerance)
-            if difference:
-                return Outcome(spelling, "wrong", tuple(reasons), f"{what}: {difference}")
+        difference = _wrong(spelling, new, own, truth)
+        if difference:
+            return Outcome(spelling, "wrong", tuple(reasons), difference)
     named = sum(_slices(site) for site in sites)
     found = not reasons and named >= spelling.sites
     if not found:
@@ -106,16 +110,37 @@ def judge(spelling: Spelling) -> Outcome:
     return Outcome(spelling, "taken" if spelling.stays else "found")
 
 
+def _wrong(spelling: Spelling, new: _Results, own: _Results, truth: _Results) -> str:
+    """What is wrong with the values or the gradients, in words; empty if nothing is."""
+    tolerance = _tolerance(spelling)
+    for what, limit in (("value", tolerance.value), ("gradient", tolerance.gradient)):
+        if spelling.dtype in HALF:
+            difference = disagreements(new[what], own[what], truth[what], spelling.dtype, beside=_BESIDE)
+        else:
+            difference = _difference(new[what], own[what], truth[what], limit, tolerance)
+        if difference:
+            return f"{what}: {difference}"
+    return ""
+
+
 def _eager(spelling: Spelling) -> tuple[Callable[..., Any], list[Sequence[Tensor]], list[_Results], list[_Results]]:
-    """(the function, two draws of inputs, what it gives in float64, what it gives in its own dtype)"""
+    """(the function, two draws of inputs, the reference of each, what eager gives in the spelling's dtype)"""
     module = _module(spelling.text)
     attend, inputs = module["attend"], module["inputs"]
     calls = [inputs(0, 0), inputs(1, 3 if spelling.lengths else 0)]
-    truths, owns = (
-        [_run(attend, prepared(call, dtype, spelling.gradients), spelling.gradients) for call in calls]
-        for dtype in (torch.float64, spelling.dtype)
-    )
+    gradients = spelling.gradients
+    truths = [_truth(attend, call, spelling) for call in calls]
+    owns = [_run(attend, prepared(call, spelling.dtype, gradients), gradients) for call in calls]
     return attend, calls, truths, owns
+
+
+def _truth(attend: Callable[..., Any], call: Sequence[Tensor], spelling: Spelling) -> _Results:
+    if spelling.dtype not in HALF:
+        return _run(attend, prepared(call, torch.float64, spelling.gradients), spelling.gradients)
+    with Reference():
+        inputs = Reference.given(prepared(call, spelling.dtype, spelling.gradients))
+        results = _run(attend, inputs, spelling.gradients)
+    return {what: [wide(value) for value in values] for what, values in results.items()}
 
 
 def _module(text: str) -> dict[str, Any]:

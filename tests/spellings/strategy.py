@@ -35,10 +35,12 @@ class _Drawn:
 
 
 @st.composite
-def spellings(draw: st.DrawFn) -> Spelling:
+def spellings(draw: st.DrawFn, dtype: torch.dtype | None = None) -> Spelling:
+    """Attentions in ``dtype``, by default float32 for the most part."""
     pick = _Drawn(draw(st.binary(min_size=_CHOICES, max_size=_CHOICES)))
-    dtype = pick.one(*[torch.float32] * 8, torch.float64, torch.bfloat16)
-    gradients = pick.chance(33) and dtype is not torch.bfloat16
+    drawn = pick.one(*[torch.float32] * 8, torch.float64, None)
+    dtype = dtype or drawn or pick.one(torch.bfloat16, torch.float16)
+    gradients = pick.chance(33)
     draft = Draft(pick, dtype, gradients, dynamic=pick.chance(4))
     draft.empty = pick.chance(30)
     _sizes(draft)
