@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from rich.console import Console
 from tests.coverage.apart import apart
 from tests.coverage.machine import describe
 from tests.coverage.measure import CASES, measure, warm_up
-from tests.coverage.table import line, markdown
+from tests.coverage.precision import DTYPES
+from tests.coverage.table import line, markdown, total
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,21 +29,26 @@ ROOT = Path(__file__).parents[2]
 @click.option(
     "--from-json", type=click.Path(path_type=Path, exists=True), help="Measure nothing, read the raw results."
 )
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
 @click.option("--gradients/--no-gradients", default=True, show_default=True)
+@click.option("--inductor/--no-inductor", default=True, show_default=True, help="What Inductor's own pass fuses.")
 @click.option("--timeout", default=400, show_default=True, help="Seconds for one model.")
 def main(
     only: tuple[str, ...],
     json_file: Path | None,
     write: Path | None,
     from_json: Path | None,
+    dtype: str,
     gradients: bool,
+    inductor: bool,
     timeout: int,
 ) -> None:
     """Measures models with attention: rewritten, errors, and what Inductor's own pass fuses.
 
-    With --only and a --json file that exists, the rows of the named models are replaced in it.
+    With --only and a --json file that exists, the rows of the named models are replaced in it. A file holds one dtype.
+    The last line says how many sites are rewritten and how many models are wrong.
     """
-    results = json.loads(from_json.read_text()) if from_json else empty()
+    results = json.loads(from_json.read_text()) if from_json else empty(dtype)
     if not from_json:
         old = json.loads(json_file.read_text())["rows"] if only and json_file and json_file.exists() else []
         console = Console(soft_wrap=True, highlight=False)
@@ -48,7 +56,8 @@ def main(
         torch.set_num_threads(1)  # A fork waits forever for threads of OpenMP that only its parent has.
         warm_up()
         for name in only or CASES:
-            row = {**measured(name, gradients, timeout), "commit": results["commit"]}
+            work = partial(measure, CASES[name], dtype=DTYPES[dtype], gradients=gradients, inductor=inductor)
+            row = {**measured(name, dtype, work, timeout), "commit": results["commit"]}
             console.print(line(row), markup=False)
             results["rows"] = merged(old, [*results["rows"], row])
             results["seconds"] = round(time.perf_counter() - start)
@@ -56,17 +65,18 @@ def main(
                 json_file.write_text(json.dumps(results, indent=1) + "\n")
     if write:
         write.write_text(markdown(results))
+    click.echo(total(results))
 
 
-def empty() -> dict[str, Any]:
+def empty(dtype: str) -> dict[str, Any]:
     packages = {case.package for case in CASES.values()}
-    return {**describe(ROOT, "tests.coverage", packages), "seconds": 0, "rows": []}
+    return {**describe(ROOT, "tests.coverage", packages), "dtype": dtype, "seconds": 0, "rows": []}
 
 
-def measured(name: str, gradients: bool, timeout: int) -> dict[str, Any]:
+def measured(name: str, dtype: str, work: Callable[[], dict[str, Any]], timeout: int) -> dict[str, Any]:
     case = CASES[name]
-    lost = {"name": name, "package": case.package, "form": case.form, "sites": case.sites}
-    return {**lost, **apart(lambda: measure(case, gradients=gradients), timeout)}
+    lost = {"name": name, "package": case.package, "form": case.form, "sites": case.sites, "dtype": dtype}
+    return {**lost, **apart(work, timeout)}
 
 
 def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -16,9 +16,11 @@ from torch._dynamo.utils import counters
 from torch._inductor.compile_fx import compile_fx
 
 from attnrewrite.backend import collect_reports
+from attnrewrite.numerics.judge import HALF, disagreements
 from attnrewrite.report.rows import GraphReport
 from tests.coverage import entries_packages, entries_transformers
 from tests.coverage.case import Case
+from tests.coverage.precision import DoesNotRun, Measured, measured_in
 from tests.support.helpers import outputs, rewritten
 
 __all__ = [
@@ -39,26 +41,46 @@ CASES: dict[str, Case] = {case.name: case for case in (*entries_transformers.CAS
 
 VALUE_LIMIT = 1e-5
 GRADIENT_LIMIT = 1e-4
+BESIDE = 2**-4
+"""A gradient this small beside the model's largest is a difference of larger ones, and has their rounding."""
 
 Row = dict[str, Any]
 
 
-def measure(case: Case, *, gradients: bool = True) -> Row:
-    """The row of one model; a step that fails is named under ``failures`` and the next ones are still taken."""
-    row: Row = {"name": case.name, "package": case.package, "form": case.form, "sites": case.sites, "failures": {}}
+def measure(case: Case, *, dtype: torch.dtype = torch.float32, gradients: bool = True, inductor: bool = True) -> Row:
+    """The row of one model; a step that fails is named under ``failures`` and the next ones are still taken.
+
+    ``wrong`` has what the judge says of the values and the gradients, and ``does_not_run`` what eager raises in half
+    precision.
+    """
+    row: Row = {
+        "name": case.name,
+        "package": case.package,
+        "form": case.form,
+        "sites": case.sites,
+        "dtype": str(dtype).removeprefix("torch."),
+        "failures": {},
+        "wrong": {},
+    }
     try:
         row["version"] = metadata.version(case.package)
     except metadata.PackageNotFoundError:
         row["failures"]["build"] = f"{case.package} is not installed"
         return row
-    steps: list[tuple[str, Callable[[Case, Row], None]]] = [("rewrite", _values), ("inductor", _inductor)]
+    steps: list[tuple[str, Callable[[Measured, Row], None]]] = [("rewrite", _values)]
+    if inductor:
+        steps.append(("inductor", _inductor))
     if gradients:
         steps.append(("gradients", _gradients))
     for name, step in steps:
         torch._dynamo.reset()
         start = time.perf_counter()
         try:
-            step(case, row)
+            step(measured_in(dtype, built(case), case.inputs()), row)
+        except DoesNotRun as error:
+            row["does_not_run"] = {**row.get("does_not_run", {}), name: str(error)}
+            if name == "rewrite":
+                return row
         except Exception as error:  # noqa: BLE001 - Any failure of a model is a result.
             row["failures"][name] = f"{type(error).__name__}: {str(error).strip()[:2000]}"
         row.setdefault("seconds", {})[name] = round(time.perf_counter() - start, 1)
@@ -104,23 +126,38 @@ def _calibrate(model: nn.Module, inputs: dict[str, Any]) -> None:
         norm.eval()
 
 
-def _values(case: Case, row: Row) -> None:
-    model = built(case)
-    inputs = case.inputs()
+def _values(measured: Measured, row: Row) -> None:
+    model, inputs = measured.model, measured.inputs
     with torch.no_grad():
-        expected = outputs(model(**inputs))
+        own = measured.own(_outputs)
+        truth = measured.truth(_outputs)
         before = Counter(counters["graph_break"])
         with collect_reports() as graphs:
-            actual = outputs(rewritten(model, "aot_eager")(**inputs))
+            new = measured.new(rewritten(model, "aot_eager"), _outputs)
         row["graphs"] = len(graphs)
         row["graph_breaks"] = [" ".join(text.split())[:200] for text in Counter(counters["graph_break"]) - before]
         row.update(counts(graphs))
-        row["error"] = relative_error(actual, expected)
-        row["eager_has_nan"] = any(bool(value.isnan().any()) for value in expected)
+        row["eager_has_nan"] = any(bool(value.isnan().any()) for value in own)
+        _judge("values", row, disagreements(new, own, truth, measured.dtype))
+        if measured.dtype in HALF:
+            row["error"], row["error_of_eager"] = relative_error(new, truth), relative_error(own, truth)
+            return
+        row["error"] = relative_error(new, own)
         if row["error"] > VALUE_LIMIT:
             torch._dynamo.reset()
             control = torch.compile(model, backend="aot_eager")
-            row["error_of_aot_eager"] = relative_error(outputs(control(**inputs)), expected)
+            row["error_of_aot_eager"] = relative_error(outputs(control(**inputs)), own)
+
+
+def _outputs(
+    call: Callable[..., Any], parameters: dict[str, torch.Tensor], inputs: dict[str, Any]
+) -> list[torch.Tensor]:
+    return outputs(call(**inputs))
+
+
+def _judge(what: str, row: Row, wrong: str) -> None:
+    if wrong:
+        row["wrong"][what] = wrong
 
 
 def counts(graphs: list[GraphReport]) -> Row:
@@ -157,8 +194,8 @@ def relative_error(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> 
     return worst
 
 
-def _inductor(case: Case, row: Row) -> None:
-    row["inductor"] = fused_by_inductor(built(case), case.inputs())
+def _inductor(measured: Measured, row: Row) -> None:
+    row["inductor"] = fused_by_inductor(measured.model, measured.inputs)
 
 
 def fused_by_inductor(model: Callable[..., Any], inputs: dict[str, Any]) -> int:
@@ -183,16 +220,30 @@ def fused_by_inductor(model: Callable[..., Any], inputs: dict[str, Any]) -> int:
     return count
 
 
-def _gradients(case: Case, row: Row) -> None:
-    model = built(case)
-    inputs = case.inputs()
-    expected = parameter_gradients(model, model, inputs)
-    row["with_gradients"] = counts(compare_gradients(model, inputs, expected, row))
+def _gradients(measured: Measured, row: Row) -> None:
+    own, truth = measured.own(_gradients_of), measured.truth(_gradients_of)
+    if measured.dtype in HALF:
+        with collect_reports() as graphs:
+            new = measured.new(rewritten(measured.model, "aot_eager"), _gradients_of)
+        row["gradient_error"], _ = gradient_error(new, truth)
+        row["gradient_error_of_eager"], _ = gradient_error(own, truth)
+    else:
+        new, graphs = compared_gradients(measured.model, measured.inputs, own, row)
+    row["with_gradients"] = counts(graphs)
+    n, o, t = (list(gradients.values()) for gradients in (new, own, truth))
+    _judge("gradients", row, disagreements(n, o, t, measured.dtype, beside=BESIDE, names=list(own)))
 
 
 def compare_gradients(
     model: nn.Module, inputs: dict[str, Any], expected: dict[str, torch.Tensor], row: Row
 ) -> list[GraphReport]:
+    """As :func:`compared_gradients`, without the gradients."""
+    return compared_gradients(model, inputs, expected, row)[1]
+
+
+def compared_gradients(
+    model: nn.Module, inputs: dict[str, Any], expected: dict[str, torch.Tensor], row: Row
+) -> tuple[dict[str, torch.Tensor], list[GraphReport]]:
     """Writes the errors of the rewritten model's gradients into ``row``; where they are too large, those without it."""
     with collect_reports() as graphs:
         actual = parameter_gradients(model, rewritten(model, "aot_eager"), inputs)
@@ -201,7 +252,7 @@ def compare_gradients(
         torch._dynamo.reset()
         control = parameter_gradients(model, torch.compile(model, backend="aot_eager"), inputs)
         row["gradient_error_of_aot_eager"], row["wrong_gradients_of_aot_eager"] = gradient_error(control, expected)
-    return graphs
+    return actual, graphs
 
 
 def gradient_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, list[str]]:
@@ -222,6 +273,12 @@ def gradient_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Te
 
 def parameter_gradients(model: nn.Module, call: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
     model.zero_grad()
+    return _gradients_of(call, dict(model.named_parameters()), inputs)
+
+
+def _gradients_of(
+    call: Callable[..., Any], parameters: dict[str, torch.Tensor], inputs: dict[str, Any]
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     total = torch.zeros(())
     for output in outputs(call(**inputs)):
@@ -232,7 +289,7 @@ def parameter_gradients(model: nn.Module, call: Callable[..., Any], inputs: dict
     # A parameter that the output does not depend on has no gradient in eager, and one of zeros when compiled.
     return {
         name: torch.zeros_like(value) if value.grad is None else value.grad.clone()
-        for name, value in model.named_parameters()
+        for name, value in parameters.items()
         if value.requires_grad
     }
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from tests.coverage.measure import GRADIENT_LIMIT, VALUE_LIMIT
 
-__all__ = ["escaped", "line", "markdown", "number", "reasons", "table"]
+__all__ = ["escaped", "line", "markdown", "number", "reasons", "table", "total"]
 
 Row = dict[str, Any]
+_Lines = dict[str, Callable[[list[Row]], str]]
 
 
 def reasons(row: Row) -> list[str]:
@@ -25,6 +26,8 @@ def reasons(row: Row) -> list[str]:
         texts.append(f"{missing} x not found{breaks}")
     texts += [f"with gradients: {text}" for text in _only_with_gradients(row)]
     texts += [f"{step} failed: {' '.join(reason.split())}" for step, reason in row["failures"].items()]
+    texts += [f"{step}: {' '.join(reason.split())}" for step, reason in row.get("does_not_run", {}).items()]
+    texts += [f"wrong {what}: {text}" for what, text in row.get("wrong", {}).items()]
     return texts
 
 
@@ -40,9 +43,34 @@ def _only_with_gradients(row: Row) -> list[str]:
 def line(row: Row) -> str:
     parts = [f"{row['name']:28}", f"{row.get('rewritten', '-')}/{row['sites']}"]
     parts.append(f"inductor {row.get('inductor', '-')}")
-    parts.append(f"error {number(row.get('error'))}")
-    parts.append(f"gradients {number(row.get('gradient_error'))}")
+    parts.append(f"error {_error(row, 'error')}")
+    parts.append(f"gradients {_error(row, 'gradient_error')}")
     return "  ".join(parts) + "".join(f"\n    {text[:600]}" for text in reasons(row))
+
+
+def total(results: Row) -> str:
+    """One line: the sites of the models that run, how many of them are rewritten, and which models are wrong."""
+    rows = results["rows"]
+    ran = [row for row in rows if "rewritten" in row]
+    trained = [row for row in rows if "with_gradients" in row]
+    wrong = [row["name"] for row in rows if row.get("wrong")]
+    unable = [row["name"] for row in rows if "rewrite" in row.get("does_not_run", {})]
+    absent = sum("build" in row["failures"] for row in rows)
+    with_gradients = sum(row["with_gradients"]["rewritten"] for row in trained)
+    return (
+        f"{_dtype(results)}: {_sum(ran, 'rewritten')} of {_sum(ran, 'sites')} sites of {len(ran)} models rewritten, "
+        f"with gradients {with_gradients} of {_sum(trained, 'sites')}; wrong: {_names(wrong)}; eager does not run: "
+        f"{_names(unable)}; {len(rows) - len(ran) - len(unable) - absent} failed, {absent} not installed"
+    )
+
+
+def _names(names: list[str]) -> str:
+    return f"{len(names)} ({', '.join(names)})" if names else "0"
+
+
+def _dtype(results: Row) -> str:
+    """Files from before there was a choice have float32."""
+    return str(results.get("dtype", "float32"))
 
 
 def markdown(results: Row) -> str:
@@ -53,17 +81,22 @@ def markdown(results: Row) -> str:
     packages = ", ".join(
         f"{name} {versions[name]}" for name in sorted({row["package"] for row in rows} & set(versions))
     )
+    dtype = _dtype(results)
+    single = dtype == "float32"
+    file = "coverage_cpu.json" if single else f"coverage_{dtype}_cpu.json"
+    page = "coverage.md" if single else f"coverage_{dtype}.md"
+    option = "" if single else f"--dtype {dtype} "
     parts = [
-        "# Coverage",
+        "# Coverage" if single else f"# Coverage in {dtype}",
         "Real model classes in small configurations with random weights, with the attention code that they have when "
         "no fused kernel is asked for: what is rewritten in inference, and whether it is right. The tables are written "
         "by",
-        "```\npython -m tests.coverage --json docs/benchmarks/coverage_cpu.json --write docs/coverage.md\n```",
+        f"```\npython -m tests.coverage {option}--json docs/benchmarks/{file} --write docs/{page}\n```",
         f"with torch {versions['torch']} on {results['device']}; the raw data, with the source line of every site "
-        "that was left, are in [benchmarks/coverage_cpu.json](benchmarks/coverage_cpu.json). "
+        f"that was left, are in [benchmarks/{file}](benchmarks/{file}). "
         "`tests/coverage/requirements.txt` installs the packages.",
-        _totals({"transformers": own, "other packages": others, "all": rows}),
-        _LEGEND,
+        _totals({"transformers": own, "other packages": others, "all": rows}, single=single),
+        _LEGEND.format(errors=_SINGLE if single else _HALF),
         "## transformers",
         _models(own, with_package=False),
         "## Other packages",
@@ -80,15 +113,26 @@ _LEGEND = """\
 - **sites**: the attentions that the model has, counted by hand from its configuration.
 - **rewritten**: how many of them are rewritten in inference, without gradients. What is kept where gradients are taken
   is listed under [What was not rewritten](#what-was-not-rewritten), after "with gradients".
-- **error**: the largest difference of any output from eager, relative to the largest number of that output, in float32
-  with the inner backend `aot_eager`.
-- **gradients**: the largest error of the gradient of any parameter, relative to the largest number of that gradient
-  plus a hundredth of the largest in the model.
+{errors}
 - **Inductor**: how many attentions Inductor's own pass fuses in the same model in inference
   (`counters["inductor"]["fuse_attention"]`)."""
 
+_SINGLE = """\
+- **error**: the largest difference of any output from eager, relative to the largest number of that output, in float32
+  with the inner backend `aot_eager`.
+- **gradients**: the largest error of the gradient of any parameter, relative to the largest number of that gradient
+  plus a hundredth of the largest in the model."""
 
-def _totals(groups: dict[str, list[Row]]) -> str:
+_HALF = """\
+- **error**: the largest difference of any output from the reference (the same weights and inputs in float64), relative
+  to the largest number of that output, with the inner backend `aot_eager`; in parentheses eager's own.
+- **gradients**: the same for the gradient of any parameter, relative to the largest number of that gradient plus a
+  hundredth of the largest in the model.
+- A model is **wrong** where a row of an output or a gradient lies further from the reference than eager's own, beyond
+  what two roundings differ by (`attnrewrite/numerics/judge.py`)."""
+
+
+def _totals(groups: dict[str, list[Row]], *, single: bool) -> str:
     def share(rows: list[Row], key: str) -> str:
         sites = sum(row["sites"] for row in rows)
         count = _sum(rows, key)
@@ -97,16 +141,24 @@ def _totals(groups: dict[str, list[Row]]) -> str:
     def wrong(rows: list[Row], key: str, limit: float) -> str:
         return str(sum(key in row and row[key] > limit for row in rows))
 
-    lines: dict[str, Callable[[list[Row]], str]] = {
+    limits: _Lines = {
+        f"models with an error above {VALUE_LIMIT:g}": lambda rows: wrong(rows, "error", VALUE_LIMIT),
+        f"models with gradients off by more than {GRADIENT_LIMIT:g}": lambda rows: wrong(
+            rows, "gradient_error", GRADIENT_LIMIT
+        ),
+    }
+    judged: _Lines = {
+        "models with wrong results": lambda rows: str(sum("values" in row["wrong"] for row in rows)),
+        "models with wrong gradients": lambda rows: str(sum("gradients" in row["wrong"] for row in rows)),
+        "models that eager does not run": lambda rows: str(sum("does_not_run" in row for row in rows)),
+    }
+    lines: _Lines = {
         "models": lambda rows: str(len(rows)),
         "sites": lambda rows: str(sum(row["sites"] for row in rows)),
         "rewritten": lambda rows: share(rows, "rewritten"),
         "fused by Inductor's own pass": lambda rows: share(rows, "inductor"),
         "models rewritten in full": lambda rows: str(sum(row.get("rewritten") == row["sites"] for row in rows)),
-        f"models with an error above {VALUE_LIMIT:g}": lambda rows: wrong(rows, "error", VALUE_LIMIT),
-        f"models with gradients off by more than {GRADIENT_LIMIT:g}": lambda rows: wrong(
-            rows, "gradient_error", GRADIENT_LIMIT
-        ),
+        **(limits if single else judged),
         "models with a step that failed": lambda rows: str(sum(bool(row["failures"]) for row in rows)),
     }
     cells = [[title, *(count(rows) for rows in groups.values())] for title, count in lines.items()]
@@ -122,10 +174,16 @@ def _models(rows: list[Row], *, with_package: bool) -> str:
     for row in rows:
         package = [row["package"]] if with_package else []
         counts = [str(row[key]) if key in row else "-" for key in ("sites", "rewritten", "inductor")]
-        errors = [number(row.get("error")), number(row.get("gradient_error"))]
+        errors = [_error(row, "error"), _error(row, "gradient_error")]
         cells.append([row["name"], *package, row["form"], *counts[:2], *errors, counts[2]])
     header = ["model", *(["package"] if with_package else []), "attention", "sites", "rewritten", "error", "gradients"]
     return table([*header, "Inductor"], cells)
+
+
+def _error(row: Row, key: str) -> str:
+    """With eager's own where that is not nought."""
+    own = row.get(f"{key}_of_eager")
+    return number(row.get(key)) + (f" ({number(own)})" if own is not None else "")
 
 
 def _left(rows: list[Row]) -> str:
