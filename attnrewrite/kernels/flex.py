@@ -23,7 +23,7 @@ from attnrewrite.analysis.values import ABSORBING, constant_value
 from attnrewrite.ir.axes import Dim, Operand
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import is_tensor, same, tensor
-from attnrewrite.ir.site import Bias, CanonicalAttention, Elementwise, Fill, Floor, Narrow, Scale, Shift
+from attnrewrite.ir.site import Bias, CanonicalAttention, Elementwise, Fill, Floor, Lift, Narrow, Scale, Shift
 from attnrewrite.kernels.common.base import Kernel
 from attnrewrite.kernels.common.keep_mask import KeepMask
 from attnrewrite.kernels.common.layout import KernelLayout, lay_out, padded
@@ -110,8 +110,7 @@ class Flex(Kernel):
             return Verdict.no("a factor of the scores is a symbolic number, which a score_mod does not take")
         if site.sink is not None and not all(isinstance(axis.size, int) for axis in site.key_axes):
             return Verdict.no("a sink beside a function of the scores needs a number of keys that is not symbolic")
-        floored = any(isinstance(mod, Floor) for mod in site.mods) and scores.masked_rows.may_occur
-        if site.differentiable and (floored or not scores.masked_rows.is_mean_of_value):
+        if site.differentiable and scores.masked_rows.may_occur and not _by_lifted_mask(site):
             return Verdict.no(
                 "a row may have no key, and the gradient of such a row is not known here (if none occurs, say so: "
                 "options={'assume_attended_rows': True})"
@@ -120,7 +119,11 @@ class Flex(Kernel):
 
     def emit(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
         asked = _by_blocks(site)
-        return self._emit_steps(site, builder) if asked is None else self._emit_blocks(site, builder, asked)
+        if asked is not None:
+            return self._emit_blocks(site, builder, asked)
+        if site.differentiable and site.scores.masked_rows.may_occur:
+            return self._emit_lifted_mask(site, builder)
+        return self._emit_steps(site, builder)
 
     def _emit_blocks(self, site: CanonicalAttention, builder: Builder, asked: Asked) -> fx.Node:
         """The mask as a block mask, the scale as a number."""
@@ -146,6 +149,19 @@ class Flex(Kernel):
         if mask is not None and asked.restores_rows:
             output = mask.with_source_rows(output, value, layout)
         return layout.as_result(builder, site, output)
+
+    def _emit_lifted_mask(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
+        """The mask as one tensor that is added, whose rows without a key the backward pass does not lose."""
+        scores = site.scores
+        assert scores.scale is not None
+        layout = KernelLayout.of(site)
+        query, key, value = layout.operands(builder, site, finish=_contiguous)
+        mask = Mask(builder, site, layout.score_dims, in_float32=True)
+        score_mod, buffers = _added_mask(builder, mask, scores.softcap)
+        call = _FlexCall((query, key, value), score_mod, whole_block(builder, site.device), scores.scale, buffers)
+        output = self._in_graph(builder, site, call)
+        output = mask.with_nan_gradients(output, query, key)
+        return layout.as_result(builder, site, mask.with_source_rows(output, value, layout))
 
     def _emit_steps(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
         """The source's steps, one by one, as the function of the scores."""
@@ -271,6 +287,13 @@ def _by_blocks(site: CanonicalAttention) -> Asked | None:
     return asked
 
 
+def _by_lifted_mask(site: CanonicalAttention) -> bool:
+    """Whether the site is a mask that is added to scores, or to capped scores, and can be lifted."""
+    scores = site.scores
+    expressible = not scores.inexpressible or scores.softcap is not None
+    return expressible and scores.lift > Lift.OPENED and scores.scale is not None
+
+
 def _read_by_position(site: CanonicalAttention) -> list[Operand]:
     """What the functions of the scores may read."""
     operands: list[Operand] = [site.sink] if isinstance(site.sink, Operand) else []
@@ -305,14 +328,47 @@ def _blocks_that_fit(site: CanonicalAttention) -> dict[str, Any]:
 def _softcap(height: float | None) -> fx.GraphModule:
     """``score_mod`` of a soft cap, or of nothing."""
     graph = fx.Graph()
-    score: Any = graph.placeholder("score")
-    for name in ("batch", "head", "query", "key"):
+    score = graph.placeholder("score")
+    for name in _POSITIONS:
         graph.placeholder(name)
-    if height is not None:
-        score = graph.call_function(aten.tanh.default, (graph.call_function(aten.div.Tensor, (score, height)),))
-        score = graph.call_function(aten.mul.Tensor, (score, height))
-    graph.output(score)
+    graph.output(_capped(graph, score, height))
     return fx.GraphModule(torch.nn.Module(), graph)
+
+
+_POSITIONS = ("batch", "head", "query", "key")
+
+
+def _capped(graph: fx.Graph, score: fx.Node, height: float | None) -> fx.Node:
+    if height is None:
+        return score
+    score = graph.call_function(aten.tanh.default, (graph.call_function(aten.div.Tensor, (score, height)),))
+    return graph.call_function(aten.mul.Tensor, (score, height))
+
+
+def _added_mask(builder: Builder, mask: Mask, softcap: float | None) -> tuple[fx.GraphModule, tuple[fx.Node, ...]]:
+    """``score_mod`` of a soft cap and a lifted mask, and its buffers."""
+    graph = fx.Graph()
+    score = graph.placeholder("score")
+    positions = [graph.placeholder(name) for name in _POSITIONS]
+    buffers: list[fx.Node] = []
+
+    def read(node: fx.Node) -> fx.Node:
+        own = [place for place, size in enumerate(tensor(node).shape) if not same(size, 1)]
+        node = builder.call(aten.reshape.default, node, [tensor(node).shape[place] for place in own])
+        buffers.append(node)
+        buffer = graph.placeholder(f"buffer{len(buffers)}")
+        return graph.call_function(aten.index.Tensor, (buffer, [positions[place] for place in own])) if own else buffer
+
+    assert mask.node is not None
+    added = read(mask.node)
+    score = _capped(graph, score, softcap)
+    if mask.absorbed_rows is not None:
+        # Nothing is left of a score there, but its gradient passes the addition.
+        nothing = graph.call_function(aten.sub.Tensor, (score, graph.call_function(aten.detach.default, (score,))))
+        score = graph.call_function(aten.where.self, (read(mask.absorbed_rows), nothing, score))
+    graph.output(graph.call_function(aten.add.Tensor, (score, added)))
+    placeholders_first(graph)
+    return fx.GraphModule(torch.nn.Module(), graph), tuple(buffers)
 
 
 def _output_like(query: fx.Node, value: fx.Node) -> torch.Tensor:

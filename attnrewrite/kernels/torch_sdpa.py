@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.values import ORDINARY, ValueKind, possible_values
+from attnrewrite.analysis.values import FAR_BELOW, ORDINARY, ValueKind, as_stored, possible_values
 from attnrewrite.ir.axes import Operand
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import same, tensor
@@ -104,7 +104,7 @@ class TorchSDPA(Kernel):
                 f"the sink is in {site.sink.dtype}, and the kernels on this device round it to {site.compute_dtype}"
             )
         for term in site.scores.terms:
-            if isinstance(term, Bias) and term.dtype.itemsize > site.compute_dtype.itemsize:
+            if isinstance(term, Bias) and _is_rounded(term, site):
                 return Verdict.no(
                     f"the bias is added in {term.dtype}, and the kernels on this device round it to "
                     f"{site.compute_dtype}"
@@ -152,6 +152,18 @@ class TorchSDPA(Kernel):
 
     def _call(self, builder: Builder, args: tuple[Any, ...], kwargs: dict[str, Any], fake: torch.Tensor) -> fx.Node:
         return builder.insert(aten.scaled_dot_product_attention.default, args, kwargs, fake)
+
+
+def _is_rounded(term: Bias, site: CanonicalAttention) -> bool:
+    """Whether the dtype of the query holds less of what is added than softmax sees of it."""
+    if term.dtype.itemsize <= site.compute_dtype.itemsize:
+        return False
+    values = [term.of(value) if isinstance(value, float) else None for value in possible_values(term.operand.node)]
+    if site.scores.attended is None and site.scores.lift < Lift.ROWS:
+        return True
+    return not all(
+        value is not None and (value <= FAR_BELOW or as_stored(value, site.compute_dtype) == value) for value in values
+    )
 
 
 class TorchMath(TorchSDPA):

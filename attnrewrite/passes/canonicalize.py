@@ -184,7 +184,7 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
         attended=attended,
         masked_rows=masked_rows,
         fills_decide=not (site.fused or inexpressible or site.sink is not None or attended) and _only_fills_mask(terms),
-        lift=Lift.NONE if inexpressible else lift,
+        lift=Lift.NONE if refused or (inexpressible and not reading.softcap) else lift,
         nan_gradients=nan_gradients,
         is_causal=site.is_causal or becomes_causal,
         band=band,
@@ -307,10 +307,7 @@ def _lift(site: AttentionSite, terms: list[Term], nan_gradients: bool) -> Lift:
     if site.fused or site.sink is not None or len(biases) < len(terms):
         return Lift.NONE
     if not site.differentiable:
-        # Whether a sum leaves the range of float16.
-        steps = len(biases) + sum(len(term.scales) + len(term.rescaled) + (term.factor != 1) for term in biases)
-        half = all(term.dtype is torch.float16 for term in biases)
-        return Lift.ROWS if steps > 1 and half else Lift.NONE
+        return _lift_of_forward(site, biases)
     lift = Lift.OPENED if nan_gradients else Lift.NONE
     if any(ValueKind.ANY in _values(term) and term.dtype is not torch.float16 for term in biases):
         return lift
@@ -328,6 +325,18 @@ def _lift(site: AttentionSite, terms: list[Term], nan_gradients: bool) -> Lift:
         single = masks == 1 and len(low) == 1 and not any(-math.inf in each for each in numbers)
         return Lift.ABSORBED if single else lift
     return Lift.ROWS if masks or any(ValueKind.ANY in _values(term) for term in biases) else lift
+
+
+def _lift_of_forward(site: AttentionSite, biases: list[Bias]) -> Lift:
+    """What is done to the mask where there is no backward pass: kernels take numbers of the dtype of the query only."""
+    if any(term.dtype.itemsize > site.compute_dtype.itemsize for term in biases) and site.in_half:
+        values = [value for term in biases for value in _values(term)]
+        known = all(isinstance(value, float) and (value <= 0 or is_ordinary(value)) for value in values)
+        return Lift.ABSORBED if known and any(map(may_mask, biases)) else Lift.NONE
+    # Whether a sum leaves the range of float16.
+    steps = len(biases) + sum(len(term.scales) + len(term.rescaled) + (term.factor != 1) for term in biases)
+    half = all(term.dtype is torch.float16 for term in biases)
+    return Lift.ROWS if steps > 1 and half else Lift.NONE
 
 
 def _may_be_infinite(terms: Sequence[Term]) -> bool:

@@ -147,22 +147,6 @@ def test_strict_is_an_error() -> None:
     assert relative_error(function(inputs()), in_float64(inputs())) < 1e-12
 
 
-def test_an_attention_that_no_kernel_is_asked_about(caplog: pytest.LogCaptureFixture) -> None:
-    """Rounding decides what its masked rows give: that is said to whoever asked for a kernel, too."""
-
-    def function(x: Tensor, bias: Tensor) -> Tensor:
-        return (x @ x.mT + bias).softmax(-1) @ x
-
-    operands = inputs().bfloat16(), torch.zeros(8, 8, dtype=torch.bfloat16)
-    with caplog.at_level(logging.WARNING, "attnrewrite"), torch.no_grad():
-        (row,) = rows(function, *operands, kernels="_native_math")
-    assert row.status == "kept" and "rounds the scores away" in row.reason
-    (message,) = [record.message for record in caplog.records if "was requested by" in record.message]
-    assert row.reason in message and message.endswith("it is left unchanged")
-    with torch.no_grad(), pytest.raises(attnrewrite.KernelError, match="rounds the scores away"):
-        compiled(function, kernels="_native_math", strict=True)(*operands)
-
-
 @pytest.mark.parametrize("where", ["option", "rule", "context", "model", *VARIABLES])
 def test_unknown_names(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = compiled()

@@ -25,11 +25,14 @@ aten = torch.ops.aten
 class Mask:
     """The site's terms as one tensor (batch or 1, heads or 1, query length or 1, key length), boolean or additive."""
 
-    def __init__(self, builder: Builder, site: CanonicalAttention, dims: tuple[Dim, ...]) -> None:
+    def __init__(
+        self, builder: Builder, site: CanonicalAttention, dims: tuple[Dim, ...], *, in_float32: bool = False
+    ) -> None:
         self._builder = builder
         self._site = site
         self._dims = dims
         self._terms = site.scores.terms
+        self._in_float32 = in_float32
         self.node: fx.Node | None = None
         self.opened_rows: fx.Node | None = None
         self.absorbed_rows: fx.Node | None = None
@@ -90,6 +93,8 @@ class Mask:
     def _dtype(self) -> torch.dtype:
         """The CPU's kernel takes float32 masks with half-precision operands; elsewhere the dtypes must agree."""
         compute = self._site.compute_dtype
+        if self._in_float32:
+            return torch.float32
         if self._site.device.type != "cpu" or compute.itemsize > 4:
             return compute
         only_biases = all(isinstance(term, Bias) for term in self._terms)
@@ -214,11 +219,15 @@ class Mask:
         if self.absorbed_rows is not None and not scores.masked_rows.is_zero_unless_nan:
             assert scores.scale is not None
             output = call(ABSORBED_ROWS, output, query, key, value, self.absorbed_rows, scores.scale)
-        if scores.nan_gradients:
-            assert self._written is not None
-            lost = self._rows_without_key(self._infinite)
-            output = call(NAN_ROWS, output, query, key, self._written, lost)
-        return output
+        return self.with_nan_gradients(output, query, key)
+
+    def with_nan_gradients(self, output: fx.Node, query: fx.Node, key: fx.Node) -> fx.Node:
+        """The output, with the gradients of rows that the source makes NaN before it sets their weights to zero."""
+        if not self._site.scores.nan_gradients:
+            return output
+        assert self._written is not None
+        lost = self._rows_without_key(self._infinite)
+        return self._builder.call(NAN_ROWS, output, query, key, self._written, lost)
 
     @property
     def _infinite(self) -> float:
