@@ -77,6 +77,7 @@ class Diagnosis:
     kernels: tuple[KernelCheck, ...]
     sdpa_backends: tuple[Check, ...]
     packages: tuple[Check, ...]
+    known_wrong: tuple[Check, ...] = ()
     packages_note: str = PACKAGES_NOTE
 
     @property
@@ -110,6 +111,7 @@ def diagnose() -> Diagnosis:
         kernels=tuple(_kernels()),
         sdpa_backends=tuple(_sdpa_backends()),
         packages=tuple(_package(name, module) for name, module in _KERNEL_PACKAGES.items()),
+        known_wrong=tuple(_known_wrong()),
     )
 
 
@@ -123,6 +125,8 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> Non
         ("Backends of PyTorch's scaled_dot_product_attention", diagnosis.sdpa_backends, ""),
         ("Kernels of other packages", tuple(_by_package(diagnosis.kernels)), diagnosis.packages_note),
     ]
+    if diagnosis.known_wrong:
+        sections.append(("Known to be wrong in these versions, and how it is kept out", diagnosis.known_wrong, ""))
     (console or Console()).print(Group(*(_section(title, checks, note) for title, checks, note in sections)))
 
 
@@ -214,6 +218,17 @@ def _kernels() -> Iterator[KernelCheck]:
         if vendor is not None and vendor.package.distribution != "torch":
             name, how = vendor.package.distribution, vendor.package.how_to_get
         yield KernelCheck(kernel.name, found.available, found.detail, name, how)
+
+
+def _known_wrong() -> Iterator[Check]:
+    """The defects of the kernels that can run here. Each is kept out, so that none is in the way."""
+    from attnrewrite.kernels import kernel_named
+    from attnrewrite.kernels.known_wrong import KNOWN_WRONG
+
+    for entry in KNOWN_WRONG:
+        if torch.cuda.is_available() and kernel_named(entry.kernel).availability().available and entry.is_here():
+            seen = f"seen with {entry.seen}" if entry.seen else "reported"
+            yield Check(entry.kernel, True, f"{entry.what}: {entry.kept_out} ({seen}; {entry.source})")
 
 
 def _sdpa_backends() -> Iterator[Check]:

@@ -287,6 +287,13 @@ def test_a_broken_package_is_reported_in_the_loaders_words(tmp_path: Path, monke
     assert "1.0.6 is installed but does not load" in check.detail and "libsage_is_not_here.so" in check.detail
 
 
+@pytest.mark.gpu
+def test_doctor_says_what_is_known_to_be_wrong() -> None:
+    checks = diagnose().known_wrong
+    assert {"native", "_native_cudnn"} <= {check.name for check in checks}
+    assert all(check.ok and "https://" in check.detail for check in checks)
+
+
 def test_diagnosis_text_is_plain() -> None:
     text = str(diagnose())
     assert "\x1b" not in text and "Inner compiler" in text

@@ -46,12 +46,12 @@ _BUILT_IN: tuple[Kernel, ...] = (
     SingleKey(),
     IsolatedBlock(),
     TorchSDPA(),
+    CudnnAttention(),
     FlashAttention(),
     EfficientAttention(),
     TorchMath(),
     Flex(),
     FlexFlash(),
-    CudnnAttention(),
     *LIBRARY_KERNELS,
 )
 _KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _BUILT_IN}

@@ -21,6 +21,7 @@ from attnrewrite.ir.axes import size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import hint, same, tensor
 from attnrewrite.ir.site import CanonicalAttention
+from attnrewrite.kernels import cudnn_training as cudnn_training
 from attnrewrite.kernels.common.layout import KernelLayout, padded_to
 from attnrewrite.kernels.common.library_kernel import RUN_ON
 from attnrewrite.kernels.common.limits import Asked, Capability
@@ -110,19 +111,32 @@ class _Backend(TorchSDPA):
         query, key, value = (padded_to(builder, node, -1, PADDED_TO) for node in (query, key, value))
         if mask is not None:
             mask = self._bias(builder, mask, query, key)
-        target, arguments = self.operator(mask, dropout, causal)
-        result = builder.call(target, query, key, value, *arguments, scale=kwargs["scale"])
-        output = builder.insert(operator.getitem, (result, 0), {}, result.meta["val"][0])
+        output = self._output(builder, (query, key, value), mask, (dropout, causal, kwargs["scale"]))
         if same(tensor(output).shape[-1], width):
             return output
         return builder.call(aten.slice.Tensor, output, -1, 0, width)
+
+    def _output(
+        self,
+        builder: Builder,
+        operands: tuple[fx.Node, fx.Node, fx.Node],
+        mask: fx.Node | None,
+        numbers: tuple[float, bool, float | None],
+    ) -> fx.Node:
+        query, key, _ = operands
+        dropout, causal, scale = numbers
+        if mask is not None:
+            mask = builder.call(aten.expand.default, mask, [*tensor(query).shape[:3], tensor(key).shape[-2]])
+        target, arguments = self.operator(mask, dropout, causal)
+        result = builder.call(target, *operands, *arguments, scale=scale)
+        return builder.insert(operator.getitem, (result, 0), {}, result.meta["val"][0])
 
     def operator(self, mask: fx.Node | None, dropout: float, causal: bool) -> tuple[Callable[..., Any], list[Any]]:
         """The operator, and its arguments behind query, key and value."""
         raise NotImplementedError
 
     def _bias(self, builder: Builder, mask: fx.Node, query: fx.Node, key: fx.Node) -> fx.Node:
-        """The mask as numbers, of the full size, its rows aligned as PyTorch's selector aligns them."""
+        """The mask as numbers, its rows of full length, and aligned as PyTorch's selector aligns them."""
         if tensor(mask).dtype is torch.bool:
             mask = builder.call(aten.where.Scalar, mask, 0.0, -math.inf)
             mask = builder.call(aten.to.dtype, mask, tensor(query).dtype)
@@ -132,7 +146,7 @@ class _Backend(TorchSDPA):
             mask = builder.call(aten.slice.Tensor, aligned, -1, 0, keys)
         elif not same(tensor(mask).stride()[-1], 1):
             mask = builder.call(aten.clone.default, mask, memory_format=torch.contiguous_format)
-        return builder.call(aten.expand.default, mask, [*tensor(query).shape[:3], keys])
+        return builder.call(aten.expand.default, mask, [*tensor(mask).shape[:-1], keys])
 
 
 class FlashAttention(_Backend):
@@ -168,25 +182,34 @@ class EfficientAttention(_Backend):
 
 
 class CudnnAttention(_Backend):
-    """cuDNN's fused attention, without its backward pass."""
+    """cuDNN's fused attention. It trains through operators of our own (:mod:`attnrewrite.kernels.cudnn_training`)."""
 
     name = "_native_cudnn"
-    automatic = False
     limits = CUDNN
-
-    def verdict(self, site: CanonicalAttention, capability: Capability | None) -> Verdict:
-        if site.differentiable:
-            # See `_cudnn_may_serve` of torch_sdpa.py.
-            return Verdict.no(
-                "its backward pass gives wrong gradients where gradients come in two layouts in one process"
-            )
-        return super().verdict(site, capability)
 
     def check(self, parameters: Any, debug: bool) -> bool:
         return bool(torch.backends.cuda.can_use_cudnn_attention(parameters, debug))
 
+    def emit(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
+        return _TrainedCudnn().emit(site, builder) if site.differentiable else super().emit(site, builder)
+
     def operator(self, mask: fx.Node | None, dropout: float, causal: bool) -> tuple[Callable[..., Any], list[Any]]:
         return aten._scaled_dot_product_cudnn_attention.default, [mask, True, dropout, causal]
+
+
+class _TrainedCudnn(_Backend):
+    """What :class:`CudnnAttention` emits where a backward pass may follow."""
+
+    name = "_native_cudnn"
+
+    def _output(
+        self,
+        builder: Builder,
+        operands: tuple[fx.Node, fx.Node, fx.Node],
+        mask: fx.Node | None,
+        numbers: tuple[float, bool, float | None],
+    ) -> fx.Node:
+        return builder.call(torch.ops.attnrewrite.cudnn_attention.default, *operands, mask, *numbers)
 
 
 def _warnings_of(check: Callable[[], bool]) -> list[str]:

@@ -12,8 +12,9 @@ import dataclasses
 
 import torch
 
-from attnrewrite.ir.axes import size_of
+from attnrewrite.ir.axes import Operand, size_of
 from attnrewrite.ir.site import CanonicalAttention
+from attnrewrite.kernels.common.keep_mask import mask_kind
 from attnrewrite.kernels.common.limits import HALF, Asked, Capability, HeadSizes, LimitRule, Limits
 from attnrewrite.kernels.common.verdict import Refusal
 
@@ -61,6 +62,20 @@ def _no_bfloat16_before_ampere(site: CanonicalAttention, asked: Asked, capabilit
         return None
     own = ".".join(map(str, capability))
     return f"takes no bfloat16 before compute capability 8.0, and this GPU has {own}"
+
+
+def _no_cudnn_training_before_hopper(site: CanonicalAttention, asked: Asked, capability: Capability | None) -> Refusal:
+    if not site.differentiable or capability is None or capability >= (9, 0):
+        return None
+    return "its backward pass was not run before compute capability 9.0 (run it under torch.no_grad())"
+
+
+def _no_gradient_of_a_mask(site: CanonicalAttention, asked: Asked, capability: Capability | None) -> Refusal:
+    if not site.differentiable:
+        return None
+    if isinstance(site.sink, Operand):
+        return "gives no gradient for a sink"
+    return "gives no gradient for an additive mask" if mask_kind(site) == "additive" else None
 
 
 NATIVE = Limits(
@@ -200,7 +215,18 @@ CUDNN = Limits(
     alignments=("first",),
     dropout=True,
     grouped=True,
+    backward=True,
     rules=(
+        LimitRule(
+            "training from compute capability 9.0 on",
+            _no_cudnn_training_before_hopper,
+            "its backward pass was not run on older GPUs, on which PyTorch does not prefer it",
+        ),
+        LimitRule(
+            "no training with an additive mask or a learned sink",
+            _no_gradient_of_a_mask,
+            f"{_CUDA_BACKWARD} _scaled_dot_product_cudnn_attention_backward_cuda: three gradients",
+        ),
         LimitRule(
             "head sizes over 128, one key, and dropout: as far as the version of cuDNN goes",
             None,
@@ -219,8 +245,9 @@ CUDNN = Limits(
         "window": f"{_CUDA} _scaled_dot_product_cudnn_attention_cuda: there is no argument for it; it is a mask",
         "dropout": f"{_CUDA} _scaled_dot_product_cudnn_attention_cuda: dropout_p",
         "grouped": f"{_CHECKS} can_use_cudnn_attention",
-        "backward": f"{_TORCH}/aten/src/ATen/native/cudnn/MHA.cpp MHAParams: plans do not tell gradients of two "
-        "layouts apart, and wrong ones were measured on an H100",
+        "mask_gradient": f"{_CUDA_BACKWARD} _scaled_dot_product_cudnn_attention_backward_cuda: three gradients",
+        "backward": f"{_CUDA_BACKWARD} _scaled_dot_product_cudnn_attention_backward_cuda, called so that it is right: "
+        "attnrewrite/kernels/known_wrong.py",
     },
 )
 

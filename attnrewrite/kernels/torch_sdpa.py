@@ -22,6 +22,7 @@ from attnrewrite.kernels.common.layout import KernelLayout, padded, with_unit_st
 from attnrewrite.kernels.common.limits import Capability, Limits, capability_of
 from attnrewrite.kernels.common.mask import Mask
 from attnrewrite.kernels.common.verdict import Availability, Verdict
+from attnrewrite.kernels.known_wrong import known_to_be_wrong
 from attnrewrite.kernels.torch_limits import MATH, NATIVE
 
 __all__ = ["TESTED_ON", "TorchMath", "TorchSDPA"]
@@ -68,11 +69,9 @@ class TorchSDPA(Kernel):
                 "the call does not have four dimensions, so PyTorch serves it with its MATH back end, which gives rows "
                 "whose keys are all masked something else than the fused kernels do"
             )
-        if self.selects and _cudnn_may_serve(site, capability):
-            return Verdict.no(
-                "PyTorch may select cuDNN, whose backward pass gives wrong gradients where gradients come in two "
-                "layouts in one process (torch.backends.cuda.enable_cudnn_sdp(False) rules it out)"
-            )
+        wrong = known_to_be_wrong(self.name, site, capability)
+        if wrong:
+            return Verdict.no(wrong)
         if _backward_loses_rows(site):
             return Verdict.no(
                 "a bias may lower or raise a whole row of scores by a large amount, and the backward passes of fused "
@@ -195,20 +194,6 @@ class TorchMath(TorchSDPA):
             aten._scaled_dot_product_attention_math.default, (query, key, value, mask, dropout, causal), kwargs, both
         )
         return builder.insert(operator.getitem, (result, 0), {}, fake)
-
-
-def _cudnn_may_serve(site: CanonicalAttention, capability: Capability | None) -> bool:
-    """Training in half precision on GPUs where PyTorch prefers cuDNN.
-
-    Its plans are kept by shape and by the layouts of query, key and value, and not by that of the output's gradient
-    (``MHAParams`` in https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/cudnn/MHA.cpp): after a call
-    with the one layout, a call with the other was off by 100% and more (torch 2.11, cuDNN 9.19, H100). A fused call
-    that is in the source has this already.
-    """
-    if not site.differentiable or site.fused or site.device.type != "cuda" or site.compute_dtype.itemsize > 2:
-        return False
-    enabled = bool(torch.backends.cuda.cudnn_sdp_enabled())  # type: ignore[no-untyped-call]
-    return enabled and (capability is None or capability[0] >= 9)
 
 
 def _backward_loses_rows(site: CanonicalAttention) -> bool:

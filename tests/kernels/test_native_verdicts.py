@@ -21,7 +21,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnrewrite.ir.site import CanonicalAttention
-from attnrewrite.kernels import Verdict, kernel_named
+from attnrewrite.kernels import Verdict, kernel_named, registered_kernels
 from attnrewrite.kernels.common.layout import KernelLayout
 from attnrewrite.kernels.common.limits import Asked, Limits, capability_of
 from attnrewrite.kernels.torch_backends import CudnnAttention, EfficientAttention, FlashAttention
@@ -189,8 +189,8 @@ CONSTRAINTS = {
     ),
     "cuDNN in the source": Constraint(
         "native",
+        TRAIN._replace(function=masked_call, more="keep", capability=HOPPER),
         TRAIN._replace(function=call, capability=HOPPER),
-        TRAIN._replace(capability=HOPPER),
         "PyTorch may select cuDNN",
     ),
     "a bias that moves rows": Constraint(
@@ -311,7 +311,40 @@ CONSTRAINTS = {
         "depends on the back end that PyTorch's selector picks",
     ),
     "cuDNN's own gradients": Constraint(
-        "_native_cudnn", Case(), TRAIN, "its backward pass gives wrong gradients where gradients come in two layouts"
+        "_native_cudnn",
+        TRAIN._replace(capability=HOPPER),
+        TRAIN,
+        "its backward pass was not run before compute capability 9.0",
+    ),
+    "gradients of a mask": Constraint(
+        "_native_cudnn",
+        TRAIN._replace(function=filled, more="keep", capability=HOPPER, attended=True),
+        TRAIN._replace(function=biased, more="learned", capability=HOPPER, attended=True),
+        "gives no gradient for an additive mask",
+    ),
+    "gradients of a sink": Constraint(
+        "_native_cudnn",
+        Case(sunk, more="sink", capability=HOPPER),
+        TRAIN._replace(function=sunk, more="sink", capability=HOPPER),
+        "gives no gradient for a sink",
+    ),
+    "half a tile of keys and dropout": Constraint(
+        "_native_cudnn",
+        TRAIN._replace(function=dropped, capability=HOPPER),
+        TRAIN._replace(function=dropped, capability=HOPPER, sizes=Sizes(keys=192)),
+        "with dropout they cannot be padded",
+    ),
+    "any number of keys and dropout": Constraint(
+        "_native_cudnn",
+        TRAIN._replace(capability=HOPPER, dynamic=(2,)),
+        TRAIN._replace(function=dropped, capability=HOPPER, dynamic=(2,)),
+        "with dropout they cannot be padded",
+    ),
+    "one query and cuDNN 9.26": Constraint(
+        "_native_cudnn",
+        TRAIN._replace(capability=HOPPER, dynamic=(2,)),
+        TRAIN._replace(capability=HOPPER, sizes=Sizes(queries=1)),
+        "NaN where there is one query",
     ),
     # FlexAttention.
     "flex: dtype": Constraint(
@@ -405,11 +438,15 @@ def test_native_trains_in_half_precision_where_cudnn_is_switched_off(request: py
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_training_in_half_precision_on_hopper_does_not_go_to_native(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("function", [plain, call])
+def test_training_in_half_precision_on_hopper_goes_to_cudnn_of_our_own(
+    dtype: torch.dtype, function: Callable[..., Tensor]
+) -> None:
     """The automatic choice asks in this order; the first that is willing has a right backward pass."""
-    site = TRAIN._replace(dtype=dtype).site()
-    willing = [name for name in NATIVE if asked(name, site, HOPPER).willing]
-    assert willing == ["_native_flash", "_native_efficient", "_native_math", "flex"]
+    site = TRAIN._replace(function=function, dtype=dtype).site()
+    asked_in_order = [kernel.name for kernel in registered_kernels() if kernel.name in NATIVE]
+    willing = [name for name in asked_in_order if asked(name, site, HOPPER).willing]
+    assert willing == ["_native_cudnn", "_native_flash", "_native_efficient", "_native_math", "flex"]
 
 
 WITH_MASKS = {
@@ -484,7 +521,9 @@ ASKED_OF_ALL = {
 @pytest.mark.parametrize("field", ASKED_OF_ALL)
 def test_what_the_table_says_is_what_they_take(name: str, field: str) -> None:
     limits = limits_of(name)
-    assert asked(name, ASKED_OF_ALL[field].site(), AMPERE).willing == getattr(limits, field)
+    # cuDNN trains from Hopper on, where PyTorch's choice does not.
+    capability = HOPPER if name == "_native_cudnn" else AMPERE
+    assert asked(name, ASKED_OF_ALL[field].site(), capability).willing == getattr(limits, field)
 
 
 # On a GPU, where PyTorch's own checks are asked.
@@ -555,7 +594,7 @@ def test_training_in_half_precision_here(dtype: torch.dtype) -> None:
     inputs = case.inputs("cuda")
     (row,) = rows(plain, *inputs)
     if torch.cuda.get_device_capability()[0] >= 9:
-        assert row.kernel == "_native_flash"
+        assert row.kernel == "_native_cudnn"
     truth = gradients(plain, [part.double() for part in inputs])
     own, eager = (gradients(function, inputs) for function in (rewritten(plain, "aot_eager"), plain))
     assert relative_error(own, truth) <= 3 * relative_error(eager, truth) + torch.finfo(dtype).eps
