@@ -97,7 +97,9 @@ def _automatic(
         milliseconds, source = tuned(gm, site, willing, policy), "measured here"
     else:
         assert table is not None
-        milliseconds, source = _estimates(table, willing, workload, policy.cuda_graphs), f"measured on {table.device}"
+        # Within a training step the host is ahead of the device, whose time alone counts.
+        on_device = policy.cuda_graphs or site.differentiable
+        milliseconds, source = _estimates(table, willing, workload, on_device), f"measured on {table.device}"
     if policy.autotune:
         failed = [kernel.name for kernel in willing if kernel.name not in milliseconds]
         verdicts.update({name: KernelVerdict(name, False, "failed while it was timed") for name in failed})
@@ -111,8 +113,8 @@ def _automatic(
     return next(kernel for kernel in willing if milliseconds.get(kernel.name, math.inf) <= fastest)
 
 
-def _estimates(table: CostTable, kernels: list[Kernel], workload: Workload, cuda_graphs: bool) -> dict[str, float]:
-    found = {kernel.name: table.milliseconds(kernel.name, workload, cuda_graphs) for kernel in kernels}
+def _estimates(table: CostTable, kernels: list[Kernel], workload: Workload, on_device: bool) -> dict[str, float]:
+    found = {kernel.name: table.milliseconds(kernel.name, workload, on_device) for kernel in kernels}
     return {name: time for name, time in found.items() if time is not None}
 
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnrewrite.kernels import kernel_named
+from attnrewrite.kernels import kernel_named, register_kernel
+from attnrewrite.kernels.registry import unregister_kernel
+from attnrewrite.kernels.torch_sdpa import TorchSDPA
 from attnrewrite.selection import choose
 from attnrewrite.selection.cost_table import (
     CostTable,
@@ -194,6 +196,29 @@ def test_cuda_graphs_are_asked_for_their_own_times(measured: Any) -> None:
     with torch.no_grad():
         (row,) = rows(attend, *operands(), inner="inductor", **{"triton.cudagraphs": True})
     assert row.kernel == "native"
+
+
+class _Named(TorchSDPA):
+    name = "named"
+
+
+def test_in_training_the_devices_time_counts(measured: Any, request: pytest.FixtureRequest) -> None:
+    """The host is ahead of the device."""
+    register_kernel(_Named())
+    request.addfinalizer(lambda: unregister_kernel("named"))
+    for backward, chosen in ((False, "named"), (True, "native")):
+        workload = dataclasses.replace(PLAIN, backward=backward)
+        times = {
+            "named": {"call_ms": 0.3, "graph_ms": 0.2},
+            "native": {"call_ms": 0.5, "graph_ms": 0.1},
+        }
+        sites = [{"workload": dataclasses.asdict(workload), "kernels": times}]
+        measured(CostTable.from_json(json.dumps({"device": "a CPU", "sites": sites})))
+        inputs = [part.requires_grad_(backward) for part in operands()]
+        with torch.set_grad_enabled(backward):
+            (row,) = rows(attend, *inputs, inner="inductor")
+        torch._dynamo.reset()
+        assert row.kernel == chosen
 
 
 def test_names_are_stronger_than_times(measured: Any) -> None:
