@@ -172,6 +172,7 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     )
     nan_gradients = attended is None and _gradients_are_nan(site, terms)
     lift = _lift(site, terms, nan_gradients) if attended is None else Lift.NONE
+    nan_gradients = nan_gradients or (lift is not Lift.NONE and _mask_gradient_is_nan(site, terms))
     band, isolated = _shape_of_mask(site, positions, masked if None not in kept else None, attended)
     becomes_causal = not inexpressible and site.sink is None and band is not None and band.is_causal
     return CanonicalScores(
@@ -299,6 +300,21 @@ def _gradients_are_nan(site: AttentionSite, terms: list[Term]) -> bool:
         return False
     biases = [term for term in terms if isinstance(term, Bias)]
     return _may_be_infinite(biases) or _sum_may_overflow(biases) or (site.underflows and any(map(may_mask, biases)))
+
+
+def _mask_gradient_is_nan(site: AttentionSite, terms: list[Term]) -> bool:
+    """Whether what is added may have a gradient, and softmax be NaN: a lifted mask has none in such a row."""
+    biases = [term for term in terms if isinstance(term, Bias)]
+    infinite = any(value in (ValueKind.ANY, -math.inf) for term in biases for value in _values(term))
+    infinite = infinite or _sum_may_overflow(biases) or site.underflows
+    return site.differentiable and infinite and any(map(_may_have_gradient, biases))
+
+
+def _may_have_gradient(term: Bias) -> bool:
+    node = term.operand.node
+    if node.op == "placeholder":
+        return bool(getattr(node.meta.get("example_value"), "requires_grad", True))
+    return not all(isinstance(value, float) for value in possible_values(node))
 
 
 def _lift(site: AttentionSite, terms: list[Term], nan_gradients: bool) -> Lift:
