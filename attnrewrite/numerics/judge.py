@@ -62,26 +62,31 @@ def disagreements(
     dtype: torch.dtype,
     *,
     beside: float = 0.0,
+    whole: bool = False,
     names: Sequence[str] = (),
 ) -> str:
     """What is wrong with the first wrong tensor of several that belong together, in words; empty if nothing is.
 
     Args:
-        new, own, truth, dtype: as for :func:`disagreement`, for each of the tensors.
-        beside: what is small beside the largest number of all tensors is measured by this part of it. For gradients,
-            some of which are nothing but rounding.
+        new, own, truth, dtype, whole: as for :func:`disagreement`, for each of the tensors.
+        beside: what is small beside the other tensors is measured by this part of their size, which is the median of
+            their largest numbers. For gradients, of which some are differences of large numbers, or nothing but
+            rounding, while others are sums of many.
         names: what to call each tensor; its number by default.
     """
-    largest = max((_largest(value.double()) for value in truth if value.numel()), default=0.0)
+    sizes = sorted(_largest(value.double()) for value in truth if value.numel())
+    floor = beside * sizes[len(sizes) // 2] if sizes else 0.0
     for index, (n, o, t) in enumerate(zip(new, own, truth, strict=True)):
-        wrong = disagreement(n, o, t, dtype, floor=beside * largest)
+        wrong = disagreement(n, o, t, dtype, floor=floor, whole=whole)
         if wrong:
             name = names[index] if names else f"number {index + 1} of {len(new)}" if len(new) > 1 else ""
             return f"{name}: {wrong}" if name else wrong
     return ""
 
 
-def disagreement(new: Tensor, own: Tensor, truth: Tensor, dtype: torch.dtype, *, floor: float = 0.0) -> str:
+def disagreement(
+    new: Tensor, own: Tensor, truth: Tensor, dtype: torch.dtype, *, floor: float = 0.0, whole: bool = False
+) -> str:
     """What is wrong with a rewritten result, in words; empty if nothing is.
 
     NaN and infinities are held to both: where eager and the reference agree on one, it must be there; where only one of
@@ -94,6 +99,7 @@ def disagreement(new: Tensor, own: Tensor, truth: Tensor, dtype: torch.dtype, *,
         truth: the source's formula in float64 on the same inputs, of the same shape.
         dtype: the dtype that the source computes in, which may be lower than that of its results.
         floor: the least number that roundings are relative to, in the unit of the results.
+        whole: each tensor is one row, as is right where its rows are sums over the same things: gradients of weights.
     """
     if new.shape != own.shape or new.dtype != own.dtype:
         return f"{new.dtype} {tuple(new.shape)} in place of {own.dtype} {tuple(own.shape)}"
@@ -104,22 +110,21 @@ def disagreement(new: Tensor, own: Tensor, truth: Tensor, dtype: torch.dtype, *,
     if not own.is_floating_point() or not truth.is_floating_point():
         other = (new != own) & (new != truth)
         return f"{int(other.sum())} of {new.numel()} are neither eager's nor the reference's" if other.any() else ""
-    rows = _rows(new, own, truth, floor)
+    rows = _rows(_matrix(new, whole), _matrix(own, whole), _matrix(truth, whole), floor)
     if dtype in HALF:
         return _misplaced(rows.new, (rows.own, rows.truth)) or _beyond_own_error(rows, dtype)
     return _misplaced(rows.new, (rows.own,)) or _beyond_summation(rows, dtype)
 
 
 def _rows(new: Tensor, own: Tensor, truth: Tensor, floor: float) -> _Rows:
-    new, own, truth = (_matrix(value) for value in (new, own, truth))
     own_largest = _finite(truth).abs().amax(-1, keepdim=True)
     scale = (_SMALL * own_largest).clamp(max=_largest(truth)).clamp(min=floor)
     return _Rows(new, own, truth, scale)
 
 
-def _matrix(value: Tensor) -> Tensor:
+def _matrix(value: Tensor, whole: bool) -> Tensor:
     sizes = [size for size in value.shape if size > 1] or [1]
-    return value.detach().double().reshape(-1, sizes[-1])
+    return value.detach().double().reshape(1 if whole else -1, value.numel() if whole else sizes[-1])
 
 
 def _finite(value: Tensor) -> Tensor:

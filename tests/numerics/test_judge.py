@@ -71,6 +71,18 @@ def test_a_row_that_eager_gets_right_by_luck_is_held_to_the_error_of_most_rows(d
 
 
 @pytest.mark.parametrize("dtype", HALF)
+def test_a_whole_tensor_has_one_error(dtype: torch.dtype) -> None:
+    own = TRUTH.clone()
+    own[0] += 0.5
+    new = TRUTH.clone()
+    new[2] += 0.5
+    assert not right(new, own, TRUTH, dtype)
+    assert disagreement(new, own, TRUTH, dtype, whole=True) == ""
+    new[2] += 4
+    assert disagreement(new, own, TRUTH, dtype, whole=True)
+
+
+@pytest.mark.parametrize("dtype", HALF)
 def test_a_row_small_beside_the_largest_number_is_measured_by_itself(dtype: torch.dtype) -> None:
     """A fill that is returned beside scores, of which a rounding would be larger than they are."""
     truth = torch.cat([TRUTH, rows([-6e4, -6e4, -6e4])])
@@ -228,13 +240,16 @@ def test_integers_are_eagers_or_the_references() -> None:
 
 
 def test_a_tensor_of_several_is_named_and_measured_beside_them() -> None:
-    large, noise = rows([1.0, 2.0]), rows([0.0, 0.0])
+    """The query's gradient is a difference, and a bias has the sum of all."""
+    key, bias, query = rows([1.0, 2.0]), rows([500.0]), rows([0.0, 0.0])
     unit = UNIT[torch.float16]
-    new, own, truth = [large, noise + unit], [large, noise], [large, noise]
+    own = truth = [key, bias, query]
+    new = [key, bias, query + unit]
     assert disagreements(new, own, truth, torch.float16, beside=0.25) == ""
-    assert disagreements(new, own, truth, torch.float16).startswith("number 2 of 2: ")
-    named = disagreements([large, noise + 9 * unit], own, truth, torch.float16, beside=0.25, names=["value", "key"])
-    assert named.startswith("key: ")
+    assert disagreements(new, own, truth, torch.float16).startswith("number 3 of 3: ")
+    new = [key, bias, query + 9 * unit]
+    names = ["key", "bias", "query"]
+    assert disagreements(new, own, truth, torch.float16, beside=0.25, names=names).startswith("query: ")
 
 
 def test_a_missing_tensor_is_an_error() -> None:

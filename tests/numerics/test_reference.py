@@ -14,7 +14,9 @@ HALF = torch.float16
 
 def evaluated(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     with Reference():
-        return wide(function(*Reference.given(inputs)))
+        result = wide(function(*Reference.given(inputs)))
+    assert type(result) is Tensor
+    return result
 
 
 def test_numbers_that_the_dtype_decides_are_those_of_the_call() -> None:

@@ -24,9 +24,6 @@ __all__ = ["NotASpelling", "Outcome", "judge", "prepared"]
 Verdict = Literal["found", "kept", "wrong", "crashed", "taken"]
 
 _FILE = "<spelling>"
-_BESIDE = 2**-2
-"""A gradient this small beside the others of the attention is a difference of larger ones, and has their rounding."""
-
 _Results = dict[str, list[Tensor]]
 
 
@@ -115,7 +112,9 @@ def _wrong(spelling: Spelling, new: _Results, own: _Results, truth: _Results) ->
     tolerance = _tolerance(spelling)
     for what, limit in (("value", tolerance.value), ("gradient", tolerance.gradient)):
         if spelling.dtype in HALF:
-            difference = disagreements(new[what], own[what], truth[what], spelling.dtype, beside=_BESIDE)
+            difference = disagreements(
+                new[what], own[what], truth[what], spelling.dtype, beside=float(what == "gradient")
+            )
         else:
             difference = _difference(new[what], own[what], truth[what], limit, tolerance)
         if difference:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
 from torch.utils._pytree import tree_map
 
 __all__ = ["Reference", "wide"]
@@ -64,13 +64,15 @@ class Reference(TorchDispatchMode):
             own = value.detach().clone()
             return _Twofold(own, _widened(own)).requires_grad_(value.requires_grad)
 
-        return tree_map(twofold, value)
+        with _disable_current_modes():
+            return tree_map(twofold, value)
 
 
 def wide(value: Tensor) -> Tensor:
     """A result in float64, detached."""
-    value = value.detach()
-    return value.wide if isinstance(value, _Twofold) else _widened(value)
+    with _disable_current_modes():
+        value = value.detach()
+        return value.wide if isinstance(value, _Twofold) else _widened(value)
 
 
 def _both(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
