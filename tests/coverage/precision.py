@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
-from attnrewrite.numerics.judge import HALF
+from attnrewrite.numerics.judge import HALF, disagreements
 from tests.support.helpers import cast
 from tests.support.reference import Reference, wide
 
-__all__ = ["DTYPES", "DoesNotRun", "Measured", "measured_in"]
+__all__ = ["DTYPES", "DoesNotRun", "Measured", "judged", "measured_in"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+REDRAWS = 6
+"""How often eager is asked again, with other roundings, before a model is called wrong."""
 
 T = TypeVar("T", list[Tensor], dict[str, Tensor])
 Run = Callable[[Callable[..., Any], dict[str, Tensor], dict[str, Any]], T]
@@ -75,3 +79,65 @@ class Measured:
 def measured_in(dtype: torch.dtype, model: nn.Module, inputs: dict[str, Any]) -> Measured:
     """``model`` is converted in place."""
     return Measured(model.to(dtype), cast(inputs, dtype), dtype)
+
+
+def judged(measured: Measured, run: Run[T], new: T, own: T, truth: T, **how: Any) -> tuple[str, str]:
+    """What is wrong with ``new``, in words; empty if nothing is.
+
+    Models decide things by their numbers: a ReLU is open or not, a token goes to this expert or to that. A rounding
+    turns some of these, in eager others than here, so that the error of one run of eager says little of how far eager
+    may be off. Before ``new`` is called wrong, eager is run with weights that differ by a rounding, each run held to
+    its own reference.
+
+    Args:
+        how: as for :func:`disagreements`.
+
+    Returns:
+        What is wrong; and what seemed to be, and is no further off than other runs of eager.
+    """
+    news, owns, truths = _listed(new), _listed(own), _listed(truth)
+    wrong = disagreements(news, owns, truths, measured.dtype, **how)
+    if wrong and measured.dtype in HALF:
+        redrawn = _furthest(measured, run, owns, truths)
+        if not disagreements(news, redrawn, truths, measured.dtype, **how):
+            return "", wrong
+    return wrong, ""
+
+
+def _listed(results: list[Tensor] | dict[str, Tensor]) -> list[Tensor]:
+    return list(results.values()) if isinstance(results, dict) else results
+
+
+def _furthest(measured: Measured, run: Run[T], owns: Sequence[Tensor], truths: Sequence[Tensor]) -> list[Tensor]:
+    """Eager's results as far off as the furthest of several runs, number by number."""
+    errors = [_error(own, truth) for own, truth in zip(owns, truths, strict=True)]
+    for seed in range(REDRAWS):
+        other = Measured(_nudged(measured.model, seed), measured.inputs, measured.dtype)
+        pairs = zip(_listed(other.own(run)), _listed(other.truth(run)), strict=True)
+        errors = [_larger(error, _error(own, truth)) for error, (own, truth) in zip(errors, pairs, strict=True)]
+    return [
+        torch.where(own.isfinite() & truth.isfinite(), truth + error, own).to(own.dtype) if error.numel() else own
+        for own, truth, error in zip(owns, truths, errors, strict=True)
+    ]
+
+
+def _error(own: Tensor, truth: Tensor) -> Tensor:
+    """Empty for what is no floating number."""
+    return (own - truth).abs().nan_to_num(posinf=0.0) if own.is_floating_point() else torch.empty(0)
+
+
+def _larger(error: Tensor, other: Tensor) -> Tensor:
+    """The number of boxes or tokens may be another one."""
+    return torch.maximum(error, other) if error.shape == other.shape else error
+
+
+def _nudged(model: nn.Module, seed: int) -> nn.Module:
+    """A copy whose weights differ by a rounding here and there."""
+    generator = torch.Generator().manual_seed(seed)
+    nudged = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in nudged.parameters():
+            if parameter.is_floating_point():
+                steps = torch.randint(-1, 2, parameter.shape, generator=generator)
+                parameter.mul_(1 + steps * torch.finfo(parameter.dtype).eps)
+    return nudged
