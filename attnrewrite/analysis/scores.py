@@ -402,9 +402,9 @@ def is_narrower(dtype: torch.dtype, source: torch.dtype) -> bool:
 
 
 def _refuse_lossy_cast(node: fx.Node) -> None:
-    """Refuses casts of the scores that may change more than rounding: to integers, to float8, to float16's range."""
+    """Refuses casts of the scores that may change more than rounding: to integers, to float8."""
     source, dtype = tensor(node.args[0]).dtype, tensor(node).dtype
-    if source is not dtype and (dtype not in FLOATING or source not in FLOATING or dtype is torch.float16):
+    if source is not dtype and (dtype not in FLOATING or source not in FLOATING):
         raise NotAttention(
             f"{node_in_words(node)} casts the scores from {dtype_name(source)} to {dtype_name(dtype)}, which may "
             "change more than their rounding"

@@ -384,7 +384,9 @@ def _read_mods(site: AttentionSite, positions: Positions) -> _Reading:
             else:
                 terms.append(mod)
         elif isinstance(mod, Fill):
-            terms.append(mod)
+            # No product of half precision is lower than the lowest number of its dtype.
+            lowest = site.in_half and mod.value <= torch.finfo(site.compute_dtype).min
+            terms.append(replace(mod, dtype=site.compute_dtype) if lowest else mod)
         elif isinstance(mod, Floor):
             _read_floor(terms, mod)
         elif isinstance(mod, Narrow):
@@ -504,6 +506,11 @@ def _read_narrow(mod: Narrow, reading: _Reading, site: AttentionSite) -> None:
     """
     if site.in_half and mod.dtype.itemsize < 4:
         return
+    if mod.dtype is torch.float16:
+        raise NotAttention(
+            "the scores are cast to float16, whose range may change more than their rounding (the products are not in "
+            "half precision)"
+        )
     terms = reading.terms
     terms[:] = [
         replace(term, value=as_stored(term.value, mod.dtype)) if isinstance(term, Fill) else term for term in terms
