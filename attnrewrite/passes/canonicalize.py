@@ -349,10 +349,17 @@ def _lift_of_forward(site: AttentionSite, biases: list[Bias]) -> Lift:
         values = [value for term in biases for value in _values(term)]
         known = all(isinstance(value, float) and (value <= 0 or is_ordinary(value)) for value in values)
         return Lift.ABSORBED if known and any(map(may_mask, biases)) else Lift.NONE
-    # Whether a sum leaves the range of float16.
     steps = len(biases) + sum(len(term.scales) + len(term.rescaled) + (term.factor != 1) for term in biases)
+    if steps < 2 or not site.in_half:
+        return Lift.NONE
+    # A sum leaves the range of float16, and in bfloat16 its digits get lost.
+    low = any(
+        value is ValueKind.ANY or (isinstance(value, float) and value <= ABSORBED)
+        for term in biases
+        for value in _values(term)
+    )
     half = all(term.dtype is torch.float16 for term in biases)
-    return Lift.ROWS if steps > 1 and half else Lift.NONE
+    return Lift.ROWS if half or not low else Lift.NONE
 
 
 def _may_be_infinite(terms: Sequence[Term]) -> bool:

@@ -97,8 +97,14 @@ class Mask:
             return torch.float32
         if self._site.device.type != "cpu" or compute.itemsize > 4:
             return compute
-        only_biases = all(isinstance(term, Bias) for term in self._terms)
-        return compute if only_biases and all(_dtype_of(term) is compute for term in self._terms) else torch.float32
+        # Half precision would round a sum, and a fill.
+        return compute if not self._terms or self._is_added_as_it_is(compute) else torch.float32
+
+    def _is_added_as_it_is(self, dtype: torch.dtype) -> bool:
+        (term, *more) = self._terms
+        if more or not isinstance(term, Bias) or term.operand.dtype is not dtype:
+            return False
+        return term.factor == 1 and not term.scales and not term.rescaled
 
     def _replayed(self) -> fx.Node:
         """What the source does to the scores, done to zeros."""
@@ -392,10 +398,6 @@ class Mask:
 
 def _key_length(site: CanonicalAttention) -> int | torch.SymInt:
     return size_of(site.key_axes)
-
-
-def _dtype_of(term: Bias | Fill | Floor) -> torch.dtype | None:
-    return term.operand.dtype if isinstance(term, Bias) else None
 
 
 def _may_be_below_absorbing(term: Bias | Fill | Floor) -> bool:
