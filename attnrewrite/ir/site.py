@@ -240,6 +240,8 @@ class Lift(enum.IntEnum):
     """The highest number of each row is subtracted as well: in rows that finite numbers mask the scores decide."""
     ABSORBED = 3
     """As ROWS; and where that number is so low that it absorbs the scores, the query is zero."""
+    SUBSET = 4
+    """As ABSORBED, where such a row may attend some of the keys only, which counts for gradients."""
 
 
 @dataclass(frozen=True)

@@ -131,8 +131,8 @@ class TorchSDPA(Kernel):
             # One more key of zeros, whose score is the sink's and whose value adds nothing.
             key, value = (padded(builder, part, -2, 0.0) for part in (key, value))
         batch, heads, length, _ = tensor(query).shape
-        own_query = query
-        query = mask.query_of_kernel(query)
+        own = query, key
+        query, key = mask.operands_of_kernel(query, key)
         if mask.node is not None and not same(tensor(mask.node).stride()[-1], 0):
             # A permuted bias (T5's) is read slowly, or sends the call to PyTorch's MATH; layers share the copy. Not so
             # one that is expanded over the keys.
@@ -145,7 +145,7 @@ class TorchSDPA(Kernel):
             fake,
         )
         if not site.fused and mask.node is not None:
-            output = mask.with_gradients(output, own_query, key, value)
+            output = mask.with_gradients(output, *own, value)
             output = mask.with_source_rows(output, value, layout)
         return layout.as_result(builder, site, output)
 

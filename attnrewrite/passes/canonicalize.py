@@ -326,7 +326,7 @@ def _lift(site: AttentionSite, terms: list[Term], nan_gradients: bool) -> Lift:
         return _lift_of_forward(site, biases)
     lift = Lift.OPENED if nan_gradients else Lift.NONE
     if any(ValueKind.ANY in _values(term) and term.dtype is not torch.float16 for term in biases):
-        return lift
+        return Lift.SUBSET if site.in_half else lift
     numbers = [[value for value in _values(term) if isinstance(value, float)] for term in biases]
     low = {number for each in numbers for number in each if -math.inf < number < -ORDINARY}
     masks = sum(any(number < -ORDINARY for number in each) for each in numbers)
@@ -339,7 +339,7 @@ def _lift(site: AttentionSite, terms: list[Term], nan_gradients: bool) -> Lift:
     if any(number <= ABSORBED for number in low):
         # Of all keys, that is: the key's gradient is made for rows that attend each of them alike.
         single = masks == 1 and len(low) == 1 and not any(-math.inf in each for each in numbers)
-        return Lift.ABSORBED if single else lift
+        return Lift.ABSORBED if single else Lift.SUBSET
     return Lift.ROWS if masks or any(ValueKind.ANY in _values(term) for term in biases) else lift
 
 

@@ -197,11 +197,25 @@ class Mask:
         infinite = call(aten.eq.Scalar, highest, -math.inf)
         lifted = mask if lift is Lift.OPENED else call(aten.sub.Tensor, mask, highest)
         lifted = call(aten.where.ScalarSelf, infinite, 0.0, lifted)
-        if lift is Lift.ABSORBED:
+        if lift >= Lift.ABSORBED:
             self.absorbed_rows = call(aten.le.Scalar, highest, ABSORBED)
         if self._dtype is torch.float16:
             lifted = call(aten.clamp.default, lifted, torch.finfo(torch.float16).min)
         return lifted
+
+    def operands_of_kernel(self, query: fx.Node, key: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Query and key, (batch, heads, length, head_dim), so that no score counts that the source absorbed.
+
+        Where the gradients need it the features are doubled: behind the query stands what was taken from it, behind the
+        key its own difference from itself. That adds nothing to a score, and gives the key the gradient of the query.
+        """
+        own = self.query_of_kernel(query)
+        if self.absorbed_rows is None or self._site.scores.lift is not Lift.SUBSET or not self._site.differentiable:
+            return own, key
+        call = self._builder.call
+        taken = call(aten.where.ScalarOther, self.absorbed_rows, call(aten.detach.default, query), 0.0)
+        nothing = call(aten.sub.Tensor, key, call(aten.detach.default, key))
+        return call(aten.cat.default, [own, taken], -1), call(aten.cat.default, [key, nothing], -1)
 
     def query_of_kernel(self, query: fx.Node) -> fx.Node:
         """The query, (batch, heads, length, head_dim), zero in rows whose scores are not to count."""
@@ -222,7 +236,8 @@ class Mask:
             query, key, value: the operands; the query before :meth:`query_of_kernel`.
         """
         scores, call = self._site.scores, self._builder.call
-        if self.absorbed_rows is not None and not scores.masked_rows.is_zero_unless_nan:
+        absorbed = self.absorbed_rows is not None and scores.lift is Lift.ABSORBED
+        if absorbed and not scores.masked_rows.is_zero_unless_nan:
             assert scores.scale is not None
             output = call(ABSORBED_ROWS, output, query, key, value, self.absorbed_rows, scores.scale)
         return self.with_nan_gradients(output, query, key)
