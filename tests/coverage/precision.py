@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ __all__ = ["DTYPES", "DoesNotRun", "Measured", "judged", "measured_in"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-REDRAWS = 6
+REDRAWS = 24
 """How often eager is asked again, with other roundings, before a model is called wrong."""
 
 T = TypeVar("T", list[Tensor], dict[str, Tensor])
@@ -98,9 +98,9 @@ def judged(measured: Measured, run: Run[T], new: T, own: T, truth: T, **how: Any
     news, owns, truths = _listed(new), _listed(own), _listed(truth)
     wrong = disagreements(news, owns, truths, measured.dtype, **how)
     if wrong and measured.dtype in HALF:
-        redrawn = _furthest(measured, run, owns, truths)
-        if not disagreements(news, redrawn, truths, measured.dtype, **how):
-            return "", wrong
+        for furthest in _furthest(measured, run, owns, truths):
+            if not disagreements(news, furthest, truths, measured.dtype, **how):
+                return "", wrong
     return wrong, ""
 
 
@@ -108,17 +108,19 @@ def _listed(results: list[Tensor] | dict[str, Tensor]) -> list[Tensor]:
     return list(results.values()) if isinstance(results, dict) else results
 
 
-def _furthest(measured: Measured, run: Run[T], owns: Sequence[Tensor], truths: Sequence[Tensor]) -> list[Tensor]:
-    """Eager's results as far off as the furthest of several runs, number by number."""
+def _furthest(
+    measured: Measured, run: Run[T], owns: Sequence[Tensor], truths: Sequence[Tensor]
+) -> Iterator[list[Tensor]]:
+    """Eager's results as far off as the furthest of its runs, number by number, after each run."""
     errors = [_error(own, truth) for own, truth in zip(owns, truths, strict=True)]
     for seed in range(REDRAWS):
         other = Measured(_nudged(measured.model, seed), measured.inputs, measured.dtype)
         pairs = zip(_listed(other.own(run)), _listed(other.truth(run)), strict=True)
         errors = [_larger(error, _error(own, truth)) for error, (own, truth) in zip(errors, pairs, strict=True)]
-    return [
-        torch.where(own.isfinite() & truth.isfinite(), truth + error, own).to(own.dtype) if error.numel() else own
-        for own, truth, error in zip(owns, truths, errors, strict=True)
-    ]
+        yield [
+            torch.where(own.isfinite() & truth.isfinite(), truth + error, own).to(own.dtype) if error.numel() else own
+            for own, truth, error in zip(owns, truths, errors, strict=True)
+        ]
 
 
 def _error(own: Tensor, truth: Tensor) -> Tensor:
