@@ -285,8 +285,6 @@ class Draft:
             self.refuse("a fill beside another mask, in training")
         if self.gradients and empty and biases and "nan_to_num" in self.forms:
             self.refuse("NaN is replaced where a mask was added, in training")
-        if self.half and empty and {"any", "-1e9", "-1e4"} & set(biases):
-            self.refuse("a finite mask is added in half precision")
         if "weights zeroed" in self.forms and empty and len(fills) + len(masking) > 1:
             # A row that all of them mask together keeps the weights that this one does not mask.
             self.refuse("the weights are zeroed by one of several masks")
