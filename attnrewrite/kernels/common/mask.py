@@ -55,7 +55,8 @@ class Mask:
             self.node = self._replayed()
             if self._site.scores.lift is not Lift.NONE:
                 self._written = self.node
-                self.node = self._lifted(self.node)
+                several = bool(more) and self._site.scores.lift > Lift.OPENED and self._site.in_half
+                self.node = self._lifted(self._replayed(each_lifted=True) if several else self.node)
             self.node = self._cast(self._within_range(self.node))
         if fills_decide:
             self._open_filled_rows()
@@ -106,8 +107,12 @@ class Mask:
             return False
         return term.factor == 1 and not term.scales and not term.rescaled
 
-    def _replayed(self) -> fx.Node:
-        """What the source does to the scores, done to zeros."""
+    def _replayed(self, each_lifted: bool = False) -> fx.Node:
+        """What the source does to the scores, done to zeros.
+
+        Args:
+            each_lifted: less the highest number of each mask in the row, so that it absorbs nothing of the others.
+        """
         call = self._builder.call
         total: fx.Node | None = None
         wide = self._dtype
@@ -126,6 +131,10 @@ class Mask:
                     bias = self._cast(modified(self._builder, bias, scale, self._dims), wide)
                 if term.factor != 1:
                     bias = call(aten.mul.Scalar, bias, term.factor)
+                if each_lifted:
+                    highest = call(aten.detach.default, call(aten.amax.default, bias, [-1], True))
+                    finite = call(aten.clamp.default, highest, torch.finfo(wide).min)
+                    bias = call(aten.sub.Tensor, bias, finite)
                 total = bias if total is None else call(aten.add.Tensor, total, bias)
                 self._after_fill = bias if self._after_fill is None else call(aten.add.Tensor, self._after_fill, bias)
                 continue
@@ -193,12 +202,17 @@ class Mask:
         """What :class:`Lift` says."""
         call = self._builder.call
         lift = self._site.scores.lift
-        highest = call(aten.detach.default, call(aten.amax.default, mask, [-1], True))
-        infinite = call(aten.eq.Scalar, highest, -math.inf)
-        lifted = mask if lift is Lift.OPENED else call(aten.sub.Tensor, mask, highest)
-        lifted = call(aten.where.ScalarSelf, infinite, 0.0, lifted)
+        assert self._written is not None
+        written = call(aten.detach.default, call(aten.amax.default, self._written, [-1], True))
+        infinite = call(aten.eq.Scalar, written, -math.inf)
+        lifted = mask if lift is Lift.OPENED else call(aten.sub.Tensor, self._written, written)
         if lift >= Lift.ABSORBED:
-            self.absorbed_rows = call(aten.le.Scalar, highest, ABSORBED)
+            self.absorbed_rows = call(aten.le.Scalar, written, ABSORBED)
+        if mask is not self._written:
+            # Each mask lifted by itself leaves the others their digits; not where the formula itself absorbs them.
+            own = call(aten.sub.Tensor, mask, call(aten.detach.default, call(aten.amax.default, mask, [-1], True)))
+            lifted = own if self.absorbed_rows is None else call(aten.where.self, self.absorbed_rows, lifted, own)
+        lifted = call(aten.where.ScalarSelf, infinite, 0.0, lifted)
         if self._dtype is torch.float16:
             lifted = call(aten.clamp.default, lifted, torch.finfo(torch.float16).min)
         return lifted
