@@ -5,6 +5,9 @@ replaced the site run on the same values, and the two results are compared. The 
 so an error is attributed to the site that makes it and not to later ones. Other differences between the two graphs run
 as well and are compared at the graph's outputs. Calls that are the same in both graphs run once.
 
+A half-precision result that is not the source's is held to the source's formula in float64, and is right if it lies no
+further from that than the source's own does.
+
 Inputs are not written to, random numbers come from a copy of the generators' state, and nothing is recorded for a
 backward pass: gradients are not compared.
 """

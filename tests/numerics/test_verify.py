@@ -369,3 +369,27 @@ def test_a_wrong_value_is_one_line(
     with pytest.raises(attnrewrite.OptionError) as error:
         rewritten(three, **options)(*operands())
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_held_to_its_formula(dtype: torch.dtype) -> None:
+    """Eager rounds the scores of a row without a key away, and the rewritten graph does not."""
+
+    def masked(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        scores = q @ k.mT * 0.25 + torch.where(keep, 0.0, -1e4).to(dtype)
+        return scores.float().softmax(-1).to(dtype) @ v
+
+    inputs = [part.to(dtype) for part in operands()]
+    keep = torch.rand(2, 4, 1, 8) > 0.5
+    keep[0] = False
+    result, graph = run(masked, *inputs, keep)
+    assert relative_error(result, masked(*inputs, keep)) > 0.1
+    assert [note for note in graph.notes if "verified: 1 site agrees" in note], graph.notes
+
+
+@pytest.mark.usefixtures("wrong")
+def test_half_precision_that_is_further_from_its_formula_than_eager() -> None:
+    inputs = [part.bfloat16() for part in operands()]
+    result, graph = run(three, *inputs)
+    assert relative_error(result, three(*inputs)) <= 1e-2
+    assert not [note for note in graph.notes if "verified: all" in note]
