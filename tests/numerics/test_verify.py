@@ -379,11 +379,11 @@ def test_half_precision_is_held_to_its_formula(dtype: torch.dtype) -> None:
         scores = q @ k.mT * 0.25 + torch.where(keep, 0.0, -1e4).to(dtype)
         return scores.float().softmax(-1).to(dtype) @ v
 
-    inputs = [part.to(dtype) for part in operands()]
+    q, k, v = (part.to(dtype) for part in operands())
     keep = torch.rand(2, 4, 1, 8) > 0.5
     keep[0] = False
-    result, graph = run(masked, *inputs, keep)
-    assert relative_error(result, masked(*inputs, keep)) > 0.1
+    result, graph = run(masked, q, k, v, keep)
+    assert relative_error(result, masked(q, k, v, keep)) > 0.1
     assert [note for note in graph.notes if "verified: 1 site agrees" in note], graph.notes
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.values import ABSORBING, ValueKind, is_far_below, is_ordinary, possible_values
-from attnrewrite.ir.site import Bias, CanonicalAttention, Fill, Floor, MaskedRows
+from attnrewrite.ir.site import Bias, CanonicalAttention, Fill, Floor, Lift, MaskedRows
 from attnrewrite.kernels.common.layout import KernelLayout
 from attnrewrite.kernels.common.mask import Mask
 from attnrewrite.kernels.common.verdict import Refusal
@@ -110,6 +110,10 @@ class KeepMask(Mask):
         node: the tensor, with every key kept in rows that lost theirs.
         opened_rows: those rows, (..., 1); None if there are none.
     """
+
+    def _lift_of(self, site: CanonicalAttention) -> Lift:
+        """Nothing is added."""
+        return Lift.NONE
 
     def _write(self, fills_decide: bool) -> None:
         call = self._builder.call

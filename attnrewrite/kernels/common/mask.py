@@ -33,6 +33,7 @@ class Mask:
         self._dims = dims
         self._terms = site.scores.terms
         self._in_float32 = in_float32
+        self._lift = self._lift_of(site)
         self.node: fx.Node | None = None
         self.opened_rows: fx.Node | None = None
         self.absorbed_rows: fx.Node | None = None
@@ -45,6 +46,9 @@ class Mask:
         if site.sink is not None:
             self._append_sink(site.sink)
 
+    def _lift_of(self, site: CanonicalAttention) -> Lift:
+        return site.scores.lift
+
     def _write(self, fills_decide: bool) -> None:
         call = self._builder.call
         (first, *more) = self._terms
@@ -53,9 +57,9 @@ class Mask:
             self.node = condition if first.invert else call(aten.logical_not.default, condition)
         else:
             self.node = self._replayed()
-            if self._site.scores.lift is not Lift.NONE:
+            if self._lift is not Lift.NONE:
                 self._written = self.node
-                several = bool(more) and self._site.scores.lift > Lift.OPENED and self._site.in_half
+                several = bool(more) and self._lift > Lift.OPENED and self._site.in_half
                 self.node = self._lifted(self._replayed(each_lifted=True) if several else self.node)
             self.node = self._cast(self._within_range(self.node))
         if fills_decide:
@@ -119,7 +123,7 @@ class Mask:
         if self._site.scores.rounded_to is not None:
             # Rounded once, at the end, as the source rounds its masked scores.
             wide = max((wide, *(term.dtype for term in self._terms)), key=lambda dtype: dtype.itemsize)
-        elif self._site.scores.lift is not Lift.NONE and wide.itemsize < 4:
+        elif self._lift is not Lift.NONE and wide.itemsize < 4:
             # Sums of masks leave the range of float16 before they are lifted.
             wide = torch.float32
         rescaled: tuple[float, ...] = ()
@@ -201,7 +205,7 @@ class Mask:
     def _lifted(self, mask: fx.Node) -> fx.Node:
         """What :class:`Lift` says."""
         call = self._builder.call
-        lift = self._site.scores.lift
+        lift = self._lift
         assert self._written is not None
         written = call(aten.detach.default, call(aten.amax.default, self._written, [-1], True))
         infinite = call(aten.eq.Scalar, written, -math.inf)
@@ -224,7 +228,7 @@ class Mask:
         key its own difference from itself. That adds nothing to a score, and gives the key the gradient of the query.
         """
         own = self.query_of_kernel(query)
-        if self.absorbed_rows is None or self._site.scores.lift is not Lift.SUBSET or not self._site.differentiable:
+        if self.absorbed_rows is None or self._lift is not Lift.SUBSET or not self._site.differentiable:
             return own, key
         call = self._builder.call
         taken = call(aten.where.ScalarOther, self.absorbed_rows, call(aten.detach.default, query), 0.0)
@@ -250,7 +254,7 @@ class Mask:
             query, key, value: the operands; the query before :meth:`query_of_kernel`.
         """
         scores, call = self._site.scores, self._builder.call
-        absorbed = self.absorbed_rows is not None and scores.lift is Lift.ABSORBED
+        absorbed = self.absorbed_rows is not None and self._lift is Lift.ABSORBED
         if absorbed and not scores.masked_rows.is_zero_unless_nan:
             assert scores.scale is not None
             output = call(ABSORBED_ROWS, output, query, key, value, self.absorbed_rows, scores.scale)
@@ -271,7 +275,7 @@ class Mask:
 
     def _within_range(self, mask: fx.Node) -> fx.Node:
         """CUDA kernels multiply by log2(e): what overflows there would turn a mean of the values into 0."""
-        if self._site.scores.lift > Lift.OPENED:
+        if self._lift > Lift.OPENED:
             return mask
         if self._site.device.type == "cpu" or self._site.fused or not self._site.scores.masked_rows.may_occur:
             return mask
@@ -318,7 +322,7 @@ class Mask:
             output = call(aten.mul.Tensor, output, self._keys_where_rounded(site.compute_dtype))
         if rows is MaskedRows.ZERO_WHERE_NAN:
             # Rows that minus infinity masks are zero with every kernel, unless they were opened.
-            if site.scores.lift is not Lift.NONE:
+            if self._lift is not Lift.NONE:
                 return call(aten.where.ScalarSelf, self._rows_without_key(self._infinite), 0.0, output)
             infinite = any(isinstance(term, Fill) and term.value == -math.inf for term in self._terms)
             if self.opened_rows is None or not infinite:
@@ -326,7 +330,7 @@ class Mask:
             return call(aten.where.ScalarSelf, self.opened_rows, 0.0, output)
         if rows.is_zero_unless_nan:
             lost = self._rows_zeroed() if self.opened_rows is None else self.opened_rows
-            if rows.may_be_nan and site.scores.lift is not Lift.NONE:
+            if rows.may_be_nan and self._lift is not Lift.NONE:
                 # Those of minus infinity become NaN below, and that has to reach the kernel's gradients.
                 becomes_nan = self._rows_without_key(self._infinite)
                 lost = call(aten.logical_and.default, lost, call(aten.logical_not.default, becomes_nan))
