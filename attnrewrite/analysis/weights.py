@@ -482,7 +482,9 @@ def split_sink(softmax: Softmax, key_dim: Dim) -> tuple[Softmax, Dim, bool] | No
         own = list(resolve(layout))
         own[softmax.dim] = ()
         sink = Operand(column, tuple(own))
-    return replace(softmax, scores=scores, sink=sink, nodes=(*chain, node, *softmax.nodes)), keys, first
+    nodes = (*chain, node, *softmax.nodes)
+    # A maximum that is subtracted afterward has the sink among its numbers.
+    return replace(softmax, scores=scores, sink=sink, nodes=nodes, sink_is_shifted=False), keys, first
 
 
 def _sink_column(node: fx.Node, dim: int) -> tuple[fx.Node, fx.Node | float, bool] | None:

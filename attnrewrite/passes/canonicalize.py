@@ -273,6 +273,8 @@ def _terms_for_rows_without_key(site: AttentionSite, terms: list[Term]) -> list[
             "the sink may be -inf or NaN, and then the gradient of a row whose keys are all masked is not known (if no "
             "such row occurs, set options={'assume_attended_rows': True})"
         )
+    if site.rounds_rows and any(isinstance(value, float) and value > ORDINARY for t in terms for value in _values(t)):
+        raise NotAttention("a large number is added to scores, which the logsumexp of a row is rounded to")
     if site.rounds_rows and site.differentiable and any(map(_may_be_low, terms)):
         raise NotAttention(
             "rounding loses the logsumexp of a row whose keys are all masked by finite numbers, and such a row cannot "
@@ -353,13 +355,13 @@ def _lift_of_forward(site: AttentionSite, biases: list[Bias]) -> Lift:
     if steps < 2 or not site.in_half:
         return Lift.NONE
     # A sum leaves the range of float16, and in bfloat16 its digits get lost.
-    low = any(
-        value is ValueKind.ANY or (isinstance(value, float) and value <= ABSORBED)
+    absorbing = any(
+        value is ValueKind.ANY or (isinstance(value, float) and abs(value) >= -ABSORBED)
         for term in biases
         for value in _values(term)
     )
     half = all(term.dtype is torch.float16 for term in biases)
-    return Lift.ROWS if half or not low else Lift.NONE
+    return Lift.ROWS if half or not absorbing else Lift.NONE
 
 
 def _may_be_infinite(terms: Sequence[Term]) -> bool:
@@ -367,7 +369,12 @@ def _may_be_infinite(terms: Sequence[Term]) -> bool:
 
 
 def _kept_by_all(terms: list[Term], kept: Sequence[Formula | None]) -> Formula | None:
-    """Condition under which every term leaves the score unmasked; None if it is unknown for a term that may mask."""
+    """Condition under which every term leaves the score unmasked; None if it is unknown for a term that may mask.
+
+    It is unknown, too, where a large positive number may outweigh a mask.
+    """
+    if any(isinstance(value, float) and value > ORDINARY for term in terms for value in _values(term)):
+        return None
     for term, formula in zip(terms, kept, strict=True):
         if formula is None and (not isinstance(term, Bias) or may_mask(term)):
             return None
@@ -526,7 +533,12 @@ def _read_narrow(mod: Narrow, reading: _Reading, site: AttentionSite) -> None:
     if reading.inexpressible and terms:
         reading.overflows = rounded
     if any(isinstance(term, Floor) or (isinstance(term, Bias) and may_mask(term)) for term in terms):
-        if mod.dtype.itemsize < 4 or any(_overflows(term, mod.dtype) for term in terms):
+        resolved = any(
+            value is ValueKind.ANY or (isinstance(value, float) and ABSORBED < value < -ORDINARY)
+            for term in terms
+            for value in _values(term)
+        )
+        if mod.dtype.itemsize < 4 or resolved or any(_overflows(term, mod.dtype) for term in terms):
             reading.overflows = rounded
         else:
             # No score is large enough to matter here: the mask, rounded as a whole, is infinite where the scores are.

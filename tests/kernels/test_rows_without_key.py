@@ -254,6 +254,24 @@ def test_a_mask_that_is_handed_over(dtype: torch.dtype, training: bool) -> None:
             assert status(given, inputs, mask, training).kernel == "native"  # type: ignore[arg-type]
 
 
+def test_the_gradient_of_an_absorbed_row_stays_in_range() -> None:
+    """The key's is a sum over all rows; that of the loss may be scaled up."""
+
+    def absorbed(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        mask = torch.where(keep, 0.0, torch.finfo(torch.float32).min)
+        return ((q @ k.mT).float() * 0.125 + mask).softmax(-1).to(v.dtype) @ v
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, length, 64, generator=generator) for length in (512, 64, 64))
+    q, k, v = (part.half().requires_grad_() for part in (q + 1, k, v))
+    scaled = (torch.randn(1, 2, 512, 64, generator=generator).half() + 1) * 100
+    keep = torch.zeros(1, 1, 1, 64, dtype=torch.bool)
+    own = torch.autograd.grad(absorbed(q, k, v, keep), (q, k, v), scaled)
+    new = torch.autograd.grad(rewritten(absorbed)(q, k, v, keep), (q, k, v), scaled)
+    for one, other in zip(new, own, strict=True):
+        assert (one - other).abs().max() <= 4e-3 * other.abs().max()
+
+
 def test_queries_that_share_their_keys() -> None:
     """The key's gradient is a sum over the queries of its group."""
 

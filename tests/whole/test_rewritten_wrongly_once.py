@@ -277,6 +277,34 @@ def billion_in_float64_beside_a_bias(q: Tensor, k: Tensor, v: Tensor, masked: Te
 
 
 @_case(Q.double(), K.double(), V.double(), MASKED)
+def billion_in_float64_that_is_rounded(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
+    s = q @ k.mT / 3 + torch.zeros(masked.shape, dtype=q.dtype).masked_fill(masked, -1e9)
+    return torch.softmax(s, -1, dtype=torch.float32).to(q.dtype) @ v
+
+
+@_case(Q, K, V, MASKED, _normal(HEADS))
+def sink_beneath_the_maximum(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, sink: Tensor) -> Tensor:
+    s = (q @ k.mT / 3).masked_fill(masked, -math.inf)
+    s = torch.cat([s, sink.view(1, -1, 1, 1).expand(*s.shape[:-1], 1)], -1)
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    return (e / e.sum(-1, keepdim=True))[..., :-1] @ v
+
+
+@_case(Q, K, V, MASKED, OTHER)
+def number_that_outweighs_a_mask(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, other: Tensor) -> Tensor:
+    s = q @ k.mT / 3 + torch.where(masked, -1e9, 0.0) + torch.where(other, 1e38, 0.0)
+    return s.softmax(-1).masked_fill(masked, 0.0) @ v
+
+
+@_case(Q, K, V, MASKED, OTHER)
+def two_masks_that_overflow_before_they_are_scaled(
+    q: Tensor, k: Tensor, v: Tensor, masked: Tensor, other: Tensor
+) -> Tensor:
+    first, second = (torch.zeros(each.shape).masked_fill(each, LOWEST) for each in (masked, other | masked))
+    return ((q @ k.mT + first + second) * 0.3).softmax(-1) @ v
+
+
+@_case(Q.double(), K.double(), V.double(), MASKED)
 def billion_in_float64_and_logsumexp(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
     s = q @ k.mT / 3 + masked.double() * -1e9
     return torch.exp(s - s.logsumexp(-1, keepdim=True)) @ v

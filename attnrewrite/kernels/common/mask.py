@@ -210,8 +210,11 @@ class Mask:
         written = call(aten.detach.default, call(aten.amax.default, self._written, [-1], True))
         infinite = call(aten.eq.Scalar, written, -math.inf)
         lifted = mask if lift is Lift.OPENED else call(aten.sub.Tensor, self._written, written)
-        if lift >= Lift.ABSORBED:
+        if lift is Lift.ABSORBED:
             self.absorbed_rows = call(aten.le.Scalar, written, ABSORBED)
+        elif lift is Lift.SUBSET:
+            # By a large positive number, too.
+            self.absorbed_rows = call(aten.ge.Scalar, call(aten.abs.default, written), -ABSORBED)
         if mask is not self._written:
             # Each mask lifted by itself leaves the others their digits; not where the formula itself absorbs them.
             own = call(aten.sub.Tensor, mask, call(aten.detach.default, call(aten.amax.default, mask, [-1], True)))

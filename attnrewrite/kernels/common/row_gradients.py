@@ -40,13 +40,15 @@ def _save_absorbed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _absorbed_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     query, value, rows = ctx.saved_tensors
-    lost = torch.where(rows, query, 0.0)
+    # Half of the factor on either side: the sum over rows and its product with the value stay in float16's range.
+    factor = (ctx.scale / value.shape[-2]) ** 0.5
+    lost = torch.where(rows, query, 0.0) * factor
     # The sum over rows of query and gradient: (batch, key heads, head_dim of the value, head_dim).
     products = gradient.mT.to(lost.dtype) @ lost
     if products.shape[1] != ctx.key_heads:
         products = _summed_groups(products, ctx.key_heads)
     centered = value - value.mean(-2, keepdim=True)
-    return gradient, None, centered @ products * (ctx.scale / value.shape[-2]), None, None, None
+    return gradient, None, centered @ products * factor, None, None, None
 
 
 def _summed_groups(by_query_head: Tensor, key_heads: int) -> Tensor:
