@@ -63,12 +63,13 @@ def disagreements(
     *,
     beside: float = 0.0,
     whole: bool = False,
+    roundings: float = _ROUNDINGS,
     names: Sequence[str] = (),
 ) -> str:
     """What is wrong with the first wrong tensor of several that belong together, in words; empty if nothing is.
 
     Args:
-        new, own, truth, dtype, whole: as for :func:`disagreement`, for each of the tensors.
+        new, own, truth, dtype, whole, roundings: as for :func:`disagreement`, for each of the tensors.
         beside: what is small beside the other tensors is measured by this part of their size, which is the median of
             their largest numbers. For gradients, of which some are differences of large numbers, or nothing but
             rounding, while others are sums of many.
@@ -77,7 +78,7 @@ def disagreements(
     sizes = sorted(_largest(value.double()) for value in truth if value.numel())
     floor = beside * sizes[len(sizes) // 2] if sizes else 0.0
     for index, (n, o, t) in enumerate(zip(new, own, truth, strict=True)):
-        wrong = disagreement(n, o, t, dtype, floor=floor, whole=whole)
+        wrong = disagreement(n, o, t, dtype, floor=floor, whole=whole, roundings=roundings)
         if wrong:
             name = names[index] if names else f"number {index + 1} of {len(new)}" if len(new) > 1 else ""
             return f"{name}: {wrong}" if name else wrong
@@ -85,7 +86,14 @@ def disagreements(
 
 
 def disagreement(
-    new: Tensor, own: Tensor, truth: Tensor, dtype: torch.dtype, *, floor: float = 0.0, whole: bool = False
+    new: Tensor,
+    own: Tensor,
+    truth: Tensor,
+    dtype: torch.dtype,
+    *,
+    floor: float = 0.0,
+    whole: bool = False,
+    roundings: float = _ROUNDINGS,
 ) -> str:
     """What is wrong with a rewritten result, in words; empty if nothing is.
 
@@ -100,6 +108,8 @@ def disagreement(
         dtype: the dtype that the source computes in, which may be lower than that of its results.
         floor: the least number that roundings are relative to, in the unit of the results.
         whole: each tensor is one row, as is right where its rows are sums over the same things: gradients of weights.
+        roundings: how many roundings beyond eager's error are allowed. GPU kernels that split float32 into parts of
+            TF32, or add up in any order, need more than the default of 4.
     """
     if new.shape != own.shape or new.dtype != own.dtype:
         return f"{new.dtype} {tuple(new.shape)} in place of {own.dtype} {tuple(own.shape)}"
@@ -112,8 +122,8 @@ def disagreement(
         return f"{int(other.sum())} of {new.numel()} are neither eager's nor the reference's" if other.any() else ""
     rows = _rows(_matrix(new, whole), _matrix(own, whole), _matrix(truth, whole), floor)
     if dtype in HALF:
-        return _misplaced(rows.new, (rows.own, rows.truth)) or _beyond_own_error(rows, dtype)
-    return _misplaced(rows.new, (rows.own,)) or _beyond_summation(rows, dtype)
+        return _misplaced(rows.new, (rows.own, rows.truth)) or _beyond_own_error(rows, dtype, roundings)
+    return _misplaced(rows.new, (rows.own,)) or _beyond_summation(rows, dtype, roundings)
 
 
 def _rows(new: Tensor, own: Tensor, truth: Tensor, floor: float) -> _Rows:
@@ -147,25 +157,25 @@ def _misplaced(new: Tensor, allowed: tuple[Tensor, ...]) -> str:
     return f"{kinds[0]} in place of {' or '.join(dict.fromkeys(kinds[1:]))}: {places} are out of place"
 
 
-def _beyond_own_error(rows: _Rows, dtype: torch.dtype) -> str:
+def _beyond_own_error(rows: _Rows, dtype: torch.dtype, allowed_roundings: float) -> str:
     unit = torch.finfo(dtype).eps / 2
     # Below the smallest normal number the distance of neighbors stays the same.
-    least = _ROUNDINGS * 2 * unit * torch.finfo(dtype).smallest_normal
+    least = allowed_roundings * 2 * unit * torch.finfo(dtype).smallest_normal
     measure = torch.where(rows.truth.isfinite(), rows.truth, rows.own)
     error = _finite(rows.new - measure).abs().amax(-1, keepdim=True)
     own = _finite(rows.own - measure).abs().amax(-1, keepdim=True)
     # A row that eager happens to get right is no measure for one that is rounded otherwise.
     typical = own.median()
     blind = (rows.truth.isfinite() & ~rows.own.isfinite()).any(-1, keepdim=True)
-    roundings = torch.where(blind, _BLIND, _ROUNDINGS)
+    roundings = torch.where(blind, max(_BLIND, allowed_roundings), allowed_roundings)
     allowed = _FACTOR * torch.maximum(own, typical) + roundings * unit * rows.scale + least
     return _worst(error, allowed, own, rows.scale, "the reference")
 
 
-def _beyond_summation(rows: _Rows, dtype: torch.dtype) -> str:
+def _beyond_summation(rows: _Rows, dtype: torch.dtype, allowed_roundings: float) -> str:
     error = _finite(rows.new - rows.own).abs().amax(-1, keepdim=True)
     own = _finite(rows.own - rows.truth).abs().amax(-1, keepdim=True)
-    summation = _SUMMATION.get(dtype, max(_SUMMATION.values())) * rows.scale
+    summation = _SUMMATION.get(dtype, max(_SUMMATION.values())) * rows.scale * (allowed_roundings / _ROUNDINGS)
     # What is absorbed by a large number depends on the order of summation, too.
     allowed = summation + torch.minimum(_FACTOR * own, _ABSORBED * rows.scale)
     return _worst(error, allowed, own, rows.scale, "eager")

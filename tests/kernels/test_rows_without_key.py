@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnrewrite.numerics.judge import disagreements
 from attnrewrite.report.rows import SiteReport
-from tests.support.helpers import rewritten, rows
+from tests.support.helpers import relative_error, rewritten, rows
 from tests.support.reference import Reference, wide
 
 Attend = Callable[..., Tensor]
@@ -183,14 +183,17 @@ def truth_of(attend: Attend, inputs: list[Tensor], m: Masks, training: bool) -> 
         return [wide(value) for value in results(attend, given, m, training)]
 
 
-def wrong(attend: Attend, inputs: list[Tensor], m: Masks, training: bool, **options: Any) -> str:
+def wrong(
+    attend: Attend, inputs: list[Tensor], m: Masks, training: bool, roundings: float = 4.0, **options: Any
+) -> str:
     """What is wrong with the rewritten function, in words; empty if nothing is."""
     leaves = [value.clone().requires_grad_(training) for value in inputs]
     torch._dynamo.reset()
     new = results(rewritten(attend, **options), leaves, m, training)
     own = results(attend, leaves, m, training)
     truth = truth_of(attend, leaves, m, training)
-    return disagreements(new, own, truth, inputs[0].dtype, beside=float(training), names=NAMES[: len(new)])
+    names, beside = NAMES[: len(new)], float(training)
+    return disagreements(new, own, truth, inputs[0].dtype, beside=beside, roundings=roundings, names=names)
 
 
 def status(attend: Attend, inputs: list[Tensor], m: Masks, training: bool) -> SiteReport:
@@ -254,6 +257,18 @@ def test_a_mask_that_is_handed_over(dtype: torch.dtype, training: bool) -> None:
             assert status(given, inputs, mask, training).kernel == "native"  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("shape", [(3, 1, 1, 1), (3, 1, 6, 1), (1, 1, 1, 1)], ids=str)
+def test_weights_zeroed_by_a_mask_without_keys(shape: tuple[int, ...]) -> None:
+    def zeroed(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        scores = q @ k.mT * 0.25 + torch.where(keep, 0.0, torch.finfo(q.dtype).min).to(q.dtype)
+        return scores.softmax(-1).masked_fill(~keep, 0.0) @ v
+
+    q, k, v, _ = operands(torch.float16, "cpu", (6, 9), (4, 4))
+    keep = torch.zeros(shape, dtype=torch.bool)
+    keep[..., : shape[2] // 2, :] = True
+    assert relative_error(rewritten(zeroed)(q, k, v, keep), zeroed(q, k, v, keep)) <= 4e-3
+
+
 def test_the_gradient_of_an_absorbed_row_stays_in_range() -> None:
     """The key's is a sum over all rows; that of the loss may be scaled up."""
 
@@ -313,4 +328,4 @@ def test_on_a_gpu(kernel: str, attend: Attend, dtype: torch.dtype, training: boo
         if number == -1e4 and dtype is torch.float32:
             continue  # Which digits of a score are left depends on the order of summation.
         m = masks(number, "cuda", lengths)
-        assert wrong(attend, inputs, m, training, kernels=kernel, inner=inner) == "", number
+        assert wrong(attend, inputs, m, training, 16.0, kernels=kernel, inner=inner) == "", number

@@ -412,8 +412,9 @@ class Mask:
         # Float16 masks with numbers that other scores may add up to.
         call = self._builder.call
         lost: fx.Node | None = None
+        placed = (*self._site.scores.value_mods, *self._site.scores.output_mods)
         for mod in self._site.weight_mods:
-            if isinstance(mod, Zero) and set(mod.condition.axes) & set(self._site.key_axes):
+            if isinstance(mod, Zero) and mod not in placed:
                 zeroed = self._condition(mod.condition)
                 zeroed = call(aten.logical_not.default, zeroed) if mod.invert else zeroed
                 rows = call(aten.all.dim, zeroed, -1, True)
