@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map
+
+from attnrewrite.torch_private import tree_map_only
 
 __all__ = ["formula_between", "in_float64"]
 
@@ -39,20 +40,20 @@ def in_float64(
 
     def read(node: fx.Node) -> Any:
         if node not in wide:
-            wide[node] = tree_map(_widened, values[node])
+            wide[node] = tree_map_only(Tensor, _widened, values[node])
         return wide[node]
 
     for node in nodes:
         if node.op == "call_function":
-            args, kwargs = tree_map(_dtype_widened, (node.args, node.kwargs))
+            args, kwargs = tree_map_only(torch.dtype, _dtype_widened, (node.args, node.kwargs))
             args, kwargs = fx.node.map_arg((args, kwargs), read)
-            wide[node] = tree_map(_widened, call(node, args, kwargs))
+            wide[node] = tree_map_only(Tensor, _widened, call(node, args, kwargs))
     return read(nodes[-1])
 
 
-def _widened(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+def _widened(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value
 
 
-def _dtype_widened(value: Any) -> Any:
-    return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+def _dtype_widened(value: torch.dtype) -> torch.dtype:
+    return torch.float64 if value.is_floating_point else value
