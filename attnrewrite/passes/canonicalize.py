@@ -256,7 +256,8 @@ def _terms_for_rows_without_key(site: AttentionSite, terms: list[Term]) -> list[
         terms = [_underflown(term) for term in terms]
         if any(isinstance(term, Fill) and -math.inf < term.value < -ORDINARY for term in terms):
             raise NotAttention(
-                "the exponential of a score that a finite fill masks underflows (fill with -inf, or call torch.softmax)"
+                "the exponential of a score that a finite fill masks underflows, and a row without a key cannot be "
+                "ruled out (fill with -inf, call torch.softmax, or set options={'assume_attended_rows': True})"
             )
     infinite = _may_be_infinite(terms) or site.underflows
     if site.differentiable and infinite and any(isinstance(term, Fill) and term.multiplied for term in terms):
