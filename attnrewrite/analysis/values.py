@@ -50,7 +50,7 @@ multiplication by log2(e) that fused kernels apply before exponentiation."""
 
 
 ABSORBED = -(2.0**60)
-"""A number at or below this absorbs scores of any size that occurs: in float32 up to 2**35, in float64 up to 64."""
+"""A number at or below this absorbs scores: of a size up to 2**35 in float32, and of up to 64 in float64."""
 
 
 class ValueKind(enum.Enum):

@@ -442,6 +442,11 @@ class CanonicalAttention(AttentionSite):
 
     scores: CanonicalScores = field(kw_only=True)
 
+    @property
+    def doubles_features(self) -> bool:
+        """Whether kernels are given query and key with twice the features, for gradients of rows without a key."""
+        return self.differentiable and self.scores.lift is Lift.SUBSET
+
     @staticmethod
     def of(site: AttentionSite, scores: CanonicalScores) -> CanonicalAttention:
         return CanonicalAttention(

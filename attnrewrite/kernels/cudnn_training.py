@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["attention_backward", "laid_out_like", "plan_of_our_own", "with_masked_keys"]
+__all__ = ["CUDNN_ATTENTION", "attention_backward", "laid_out_like", "plan_of_our_own", "with_masked_keys"]
 
 aten = torch.ops.aten
 
@@ -168,3 +168,5 @@ def _define() -> torch.library.Library:
 
 # At import, so that a compiled graph that was stored can be loaded; an operator lives for as long as its library.
 _library = _define()
+
+CUDNN_ATTENTION = torch.ops.attnrewrite.cudnn_attention.default

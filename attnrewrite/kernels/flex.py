@@ -291,7 +291,11 @@ def _by_lifted_mask(site: CanonicalAttention) -> bool:
     """Whether the site is a mask that is added to scores, or to capped scores, and can be lifted."""
     scores = site.scores
     expressible = not scores.inexpressible or scores.softcap is not None
-    return expressible and scores.lift > Lift.OPENED and scores.scale is not None
+    if not expressible or scores.lift <= Lift.OPENED or scores.scale is None:
+        return False
+    # The terms are added up to one tensor, which may be larger than each of them.
+    axes = {axis for term in scores.terms if isinstance(term, Bias) for axis in term.operand.resolved().axes}
+    return bool(math.prod(axis.size for axis in (axes | set(site.key_axes))) < 2**31)
 
 
 def _read_by_position(site: CanonicalAttention) -> list[Operand]:

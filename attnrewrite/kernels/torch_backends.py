@@ -12,6 +12,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,11 +22,11 @@ from attnrewrite.ir.axes import size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import hint, same, tensor
 from attnrewrite.ir.site import CanonicalAttention
-from attnrewrite.kernels import cudnn_training as cudnn_training
 from attnrewrite.kernels.common.layout import KernelLayout, padded_to
 from attnrewrite.kernels.common.library_kernel import RUN_ON
 from attnrewrite.kernels.common.limits import Asked, Capability
 from attnrewrite.kernels.common.verdict import Availability, Refusal, Verdict
+from attnrewrite.kernels.cudnn_training import CUDNN_ATTENTION
 from attnrewrite.kernels.torch_limits import CUDNN, EFFICIENT, FLASH, PADDED_TO
 from attnrewrite.kernels.torch_sdpa import TorchSDPA
 from attnrewrite.torch_private import FakeTensorMode, TorchDispatchMode
@@ -33,6 +34,17 @@ from attnrewrite.torch_private import FakeTensorMode, TorchDispatchMode
 __all__ = ["CudnnAttention", "EfficientAttention", "FlashAttention"]
 
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class _FusedCall:
+    """What an operator is called with: the operands and the mask as the kernel takes them, and numbers."""
+
+    operands: tuple[fx.Node, fx.Node, fx.Node]
+    mask: fx.Node | None
+    dropout: float
+    is_causal: bool
+    scale: float | None
 
 
 class _Backend(TorchSDPA):
@@ -87,12 +99,17 @@ class _Backend(TorchSDPA):
         with FakeTensorMode():
             query, key, value = (
                 torch.empty(
-                    [hint(size_of(dim)) for dim in dims[:-1]] + [_rounded_up(hint(size_of(dims[-1])), PADDED_TO)],
+                    [hint(size_of(dim)) for dim in dims[:-1]]
+                    + [_rounded_up(times * hint(size_of(dims[-1])), PADDED_TO)],
                     dtype=site.compute_dtype,
                     device=site.device,
                     requires_grad=site.differentiable,
                 )
-                for dims in (layout.query_dims, layout.key_dims, layout.value_dims)
+                for dims, times in (
+                    (layout.query_dims, 1 + site.doubles_features),
+                    (layout.key_dims, 1 + site.doubles_features),
+                    (layout.value_dims, 1),
+                )
             )
             mask = None
             if site.scores.terms or site.sink is not None:
@@ -111,24 +128,18 @@ class _Backend(TorchSDPA):
         query, key, value = (padded_to(builder, node, -1, PADDED_TO) for node in (query, key, value))
         if mask is not None:
             mask = self._bias(builder, mask, query, key)
-        output = self._output(builder, (query, key, value), mask, (dropout, causal, kwargs["scale"]))
+        output = self._output(builder, _FusedCall((query, key, value), mask, dropout, causal, kwargs["scale"]))
         if same(tensor(output).shape[-1], width):
             return output
         return builder.call(aten.slice.Tensor, output, -1, 0, width)
 
-    def _output(
-        self,
-        builder: Builder,
-        operands: tuple[fx.Node, fx.Node, fx.Node],
-        mask: fx.Node | None,
-        numbers: tuple[float, bool, float | None],
-    ) -> fx.Node:
-        query, key, _ = operands
-        dropout, causal, scale = numbers
+    def _output(self, builder: Builder, asked: _FusedCall) -> fx.Node:
+        query, key, _ = asked.operands
+        mask = asked.mask
         if mask is not None:
             mask = builder.call(aten.expand.default, mask, [*tensor(query).shape[:3], tensor(key).shape[-2]])
-        target, arguments = self.operator(mask, dropout, causal)
-        result = builder.call(target, *operands, *arguments, scale=scale)
+        target, arguments = self.operator(mask, asked.dropout, asked.is_causal)
+        result = builder.call(target, *asked.operands, *arguments, scale=asked.scale)
         return builder.insert(operator.getitem, (result, 0), {}, result.meta["val"][0])
 
     def operator(self, mask: fx.Node | None, dropout: float, causal: bool) -> tuple[Callable[..., Any], list[Any]]:
@@ -202,14 +213,9 @@ class _TrainedCudnn(_Backend):
 
     name = "_native_cudnn"
 
-    def _output(
-        self,
-        builder: Builder,
-        operands: tuple[fx.Node, fx.Node, fx.Node],
-        mask: fx.Node | None,
-        numbers: tuple[float, bool, float | None],
-    ) -> fx.Node:
-        return builder.call(torch.ops.attnrewrite.cudnn_attention.default, *operands, mask, *numbers)
+    def _output(self, builder: Builder, asked: _FusedCall) -> fx.Node:
+        numbers = asked.dropout, asked.is_causal, asked.scale
+        return builder.call(CUDNN_ATTENTION, *asked.operands, asked.mask, *numbers)
 
 
 def _warnings_of(check: Callable[[], bool]) -> list[str]:

@@ -75,6 +75,8 @@ def _no_gradient_of_a_mask(site: CanonicalAttention, asked: Asked, capability: C
         return None
     if isinstance(site.sink, Operand):
         return "gives no gradient for a sink"
+    if site.doubles_features:
+        return "was not run with the doubled features that gradients of rows without a key ask for here"
     return "gives no gradient for an additive mask" if mask_kind(site) == "additive" else None
 
 

@@ -305,9 +305,10 @@ class Replay:
 
         try:
             truth = in_float64(site.formula, self._values, call)
-        except (RuntimeError, TypeError, KeyError):
+        except (RuntimeError, TypeError, KeyError) as error:
             # An operator that knows no float64, say: the source's result stays the measure.
-            log.debug("verification: %s has no formula in float64", site.what, exc_info=True)
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            log.warning("verification: %s is held to the source's rounding, not in float64: %s", site.what, reason)
             return False
         own = self._values[site.result]
         return not disagreement(self._values[site.replacement], own, truth, getattr(torch, site.row.dtype))

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols, statically_known_true
@@ -265,11 +265,8 @@ def _terms_for_rows_without_key(site: AttentionSite, terms: list[Term]) -> list[
             "scores or exponentials are multiplied by a mask, which makes the gradient of a row without a key NaN "
             "(if no such row occurs, set options={'assume_attended_rows': True})"
         )
-    if (
-        site.sink is not None
-        and site.differentiable
-        and any(isinstance(term, Fill) and _may_mask(term) for term in terms)
-    ):
+    masked = any(isinstance(term, Fill) and _may_mask(term) for term in terms) or _gradients_are_nan(site, terms)
+    if site.sink is not None and site.differentiable and masked:
         raise NotAttention(
             "the sink may be -inf or NaN, and then the gradient of a row whose keys are all masked is not known (if no "
             "such row occurs, set options={'assume_attended_rows': True})"
@@ -299,18 +296,20 @@ def _gradients_are_nan(site: AttentionSite, terms: list[Term]) -> bool:
     Weights that a mask of zeros multiplies stay NaN, and those of a fill never had a gradient.
     """
     zeroed = site.nan_to_zero or any(isinstance(mod, Zero) and not mod.multiplied for mod in site.weight_mods)
-    if not (site.differentiable and zeroed) or site.fused:
-        return False
-    biases = [term for term in terms if isinstance(term, Bias)]
-    return _may_be_infinite(biases) or _sum_may_overflow(biases) or (site.underflows and any(map(may_mask, biases)))
+    return site.differentiable and zeroed and not site.fused and _biases_give_nan(site, terms)
 
 
 def _mask_gradient_is_nan(site: AttentionSite, terms: list[Term]) -> bool:
     """Whether what is added may have a gradient, and softmax be NaN: a lifted mask has none in such a row."""
     biases = [term for term in terms if isinstance(term, Bias)]
+    return site.differentiable and _biases_give_nan(site, terms) and any(map(_may_have_gradient, biases))
+
+
+def _biases_give_nan(site: AttentionSite, terms: list[Term]) -> bool:
+    """Whether what is added may be minus infinity in a whole row; a parameter is not expected to be."""
+    biases = [term for term in terms if isinstance(term, Bias)]
     infinite = any(value in (ValueKind.ANY, -math.inf) for term in biases for value in _values(term))
-    infinite = infinite or _sum_may_overflow(biases) or site.underflows
-    return site.differentiable and infinite and any(map(_may_have_gradient, biases))
+    return infinite or _sum_may_overflow(biases) or (site.underflows and any(map(may_mask, biases)))
 
 
 def _may_have_gradient(term: Bias) -> bool:
@@ -337,7 +336,9 @@ def _lift(site: AttentionSite, terms: list[Term], nan_gradients: bool) -> Lift:
         return lift
     if site.underflows:
         return Lift.ROWS if masks and all(number <= UNDERFLOW for number in low) else lift
-    if any(number > ABSORBED for number in low) and not site.in_half:
+    # Float64 resolves more beside a number.
+    absorbed = ABSORBING if site.softmax_dtype is torch.float64 else ABSORBED
+    if any(number > absorbed for number in low) and not site.in_half:
         return lift
     if any(number <= ABSORBED for number in low):
         # Of all keys, that is: the key's gradient is made for rows that attend each of them alike.
@@ -399,9 +400,7 @@ def _read_mods(site: AttentionSite, positions: Positions) -> _Reading:
             else:
                 terms.append(mod)
         elif isinstance(mod, Fill):
-            # No product of half precision is lower than the lowest number of its dtype.
-            lowest = site.in_half and mod.value <= torch.finfo(site.compute_dtype).min
-            terms.append(replace(mod, dtype=site.compute_dtype) if lowest else mod)
+            terms.append(mod)
         elif isinstance(mod, Floor):
             _read_floor(terms, mod)
         elif isinstance(mod, Narrow):
@@ -429,6 +428,8 @@ def _read_mods(site: AttentionSite, positions: Positions) -> _Reading:
                 raise NotAttention("scores that may be -inf are multiplied by zeros, which gives NaN")
             else:
                 terms.append(_Multiplied(mod.factor, 0.0, site.softmax_dtype, True, after_shift=reading.shifted))
+    if site.in_half:
+        terms[:] = [_of_half_scores(term, site.compute_dtype) for term in terms]
     if not math.isfinite(reading.scale):
         raise NotAttention(f"the scale is {reading.scale}")
     if reading.scale < 0:
@@ -442,6 +443,12 @@ def _read_mods(site: AttentionSite, positions: Positions) -> _Reading:
         reading.take_function("the scores are multiplied by a mask, and softmax still counts the masked zeros")
         terms[:] = [term for term in terms if not isinstance(term, _Multiplied)]
     return reading
+
+
+def _of_half_scores(term: Term, dtype: torch.dtype) -> Term:
+    """A fill that no score is lower than counts as one of the products' dtype, whose lowest number that is."""
+    lowest = isinstance(term, Fill) and FAR_BELOW < term.value <= torch.finfo(dtype).min
+    return replace(term, dtype=dtype) if lowest else term
 
 
 _EXPONENT = 80.0
@@ -562,19 +569,21 @@ def _read_floor(terms: list[Term], floor: Floor) -> None:
 def _scale_terms(number: float, reading: _Reading) -> None:
     """Scales the terms by a number, each by itself; as a sum where that may overflow before it is scaled down."""
     terms = reading.terms
-    if any(isinstance(term, (Bias, Fill)) and term.rescaled for term in terms) or (
-        0 < number < 1 and _added_masks_may_overflow(terms)
-    ):
-        if number > 0 and all(isinstance(term, Bias) or _fills_with_infinity(term) for term in terms):
-            terms[:] = [
-                replace(term, rescaled=(*term.rescaled, number)) for term in terms if not isinstance(term, Floor)
-            ]
+    if _is_rescaled(terms) or (0 < number < 1 and _added_masks_may_overflow(terms)):
+        sums = [term for term in terms if isinstance(term, Bias) or _fills_with_infinity(term)]
+        if number > 0 and len(sums) == len(terms):
+            terms[:] = [replace(term, rescaled=(*term.rescaled, number)) for term in sums]
             return
         reading.overflows = Reason(_SUM_SCALED)
     terms[:] = [_scaled(term, number) for term in terms]
 
 
-def _fills_with_infinity(term: Term) -> bool:
+def _is_rescaled(terms: Sequence[Term]) -> bool:
+    """Whether the sum of the terms was formed, and may have overflowed, before it was scaled."""
+    return any(not isinstance(term, Floor) and term.rescaled for term in terms)
+
+
+def _fills_with_infinity(term: Term) -> TypeGuard[Fill]:
     return isinstance(term, Fill) and term.value == -math.inf
 
 
@@ -627,7 +636,7 @@ def _place_factor(mod: Scale, site: AttentionSite, reading: _Reading) -> bool:
         if any(isinstance(term, Fill) and math.isfinite(term.value) for term in terms):
             reading.overflows = Reason("a tensor scales masked scores")
         return True
-    if _added_masks_may_overflow(terms):
+    if _is_rescaled(terms) or _added_masks_may_overflow(terms):
         reading.overflows = Reason(_SUM_SCALED)
     terms[:] = [term.scaled(mod) for term in terms if isinstance(term, Bias)]
     (reading.query_factors if axes <= set(site.query.axes) else reading.key_factors).append(mod)

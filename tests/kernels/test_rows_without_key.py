@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from attnrewrite.numerics.judge import disagreements
 from attnrewrite.report.rows import SiteReport
@@ -285,6 +286,43 @@ def test_the_gradient_of_an_absorbed_row_stays_in_range() -> None:
     new = torch.autograd.grad(rewritten(absorbed)(q, k, v, keep), (q, k, v), scaled)
     for one, other in zip(new, own, strict=True):
         assert (one - other).abs().max() <= 4e-3 * other.abs().max()
+
+
+@pytest.mark.parametrize("attend", [added, added_twice, zeroed_rows, added_twice_then_scaled], ids=lambda f: f.__name__)
+def test_symbolic_lengths(attend: Attend) -> None:
+    """The same graphs for two lengths, trained through AOTAutograd."""
+    for dtype in (torch.float32, torch.bfloat16):
+        number = torch.finfo(dtype).min
+
+        def of_tensors(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, by_key: Tensor, by_pair: Tensor) -> Tensor:
+            return attend(q, k, v, bias, Masks(by_key, by_pair, by_pair, number))  # noqa: B023
+
+        torch._dynamo.reset()
+        graphs = CompileCounterWithBackend("aot_eager")
+        compiled = rewritten(of_tensors, graphs, dynamic=True)
+        counts = []
+        for lengths in ((6, 9), (11, 7)):
+            m = masks(number, "cpu", lengths)
+            leaves = [value.requires_grad_() for value in operands(dtype, "cpu", lengths, (4, 4))]
+            own = results(attend, leaves, m, True)
+            new = results(lambda *inputs: compiled(*inputs[:4], m.by_key, m.by_pair), leaves, m, True)  # noqa: B023
+            truth = truth_of(attend, leaves, m, True)
+            assert disagreements(new, own, truth, dtype, beside=1.0, names=NAMES) == ""
+            counts.append(graphs.frame_count)
+        assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize("number", [-65504.0, torch.finfo(torch.float32).min])
+def test_scores_of_half_precision_that_are_filled_in_float32(number: float, scale: float) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, m: Masks) -> Tensor:
+        scores = (q @ k.mT * 0.35).float().masked_fill(~m.by_pair, m.number) * scale
+        return scores.softmax(-1).to(q.dtype) @ v
+
+    lengths = (6, 9)
+    inputs = operands(torch.float16, "cpu", lengths, (4, 4))
+    for training in (False, True):
+        assert wrong(attend, inputs, masks(number, "cpu", lengths), training) == ""
 
 
 def test_queries_that_share_their_keys() -> None:

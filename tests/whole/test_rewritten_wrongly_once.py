@@ -304,6 +304,21 @@ def two_masks_that_overflow_before_they_are_scaled(
     return ((q @ k.mT + first + second) * 0.3).softmax(-1) @ v
 
 
+@_case(Q, K, V, MASKED, OTHER, _normal(HEADS, 1, 1).abs())
+def two_masks_that_overflow_before_a_tensor_scales_them(
+    q: Tensor, k: Tensor, v: Tensor, masked: Tensor, other: Tensor, factor: Tensor
+) -> Tensor:
+    first, second = (torch.zeros(each.shape).masked_fill(each, LOWEST) for each in (masked, other | masked))
+    return ((q @ k.mT + first + second) * 0.1 * factor).softmax(-1) @ v
+
+
+@_case(Q, K, V, MASKED, _normal(HEADS))
+def zeroed_rows_beside_a_sink(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, sink: Tensor) -> Tensor:
+    s = q @ k.mT / 3 + torch.zeros(masked.shape).masked_fill(masked, -math.inf)
+    s = torch.cat([s, sink.view(1, -1, 1, 1).expand(*s.shape[:-1], 1)], -1)
+    return s.softmax(-1)[..., :-1].masked_fill(masked.all(-1, keepdim=True), 0.0) @ v
+
+
 @_case(Q.double(), K.double(), V.double(), MASKED)
 def billion_in_float64_and_logsumexp(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
     s = q @ k.mT / 3 + masked.double() * -1e9

@@ -119,6 +119,7 @@ class Mask:
         """
         call = self._builder.call
         total: fx.Node | None = None
+        self._after_fill = None
         wide = self._dtype
         if self._site.scores.rounded_to is not None:
             # Rounded once, at the end, as the source rounds its masked scores.
@@ -231,7 +232,7 @@ class Mask:
         key its own difference from itself. That adds nothing to a score, and gives the key the gradient of the query.
         """
         own = self.query_of_kernel(query)
-        if self.absorbed_rows is None or self._lift is not Lift.SUBSET or not self._site.differentiable:
+        if self.absorbed_rows is None or not self._site.doubles_features:
             return own, key
         call = self._builder.call
         taken = call(aten.where.ScalarOther, self.absorbed_rows, call(aten.detach.default, query), 0.0)
