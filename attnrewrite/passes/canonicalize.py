@@ -296,7 +296,10 @@ def _gradients_are_nan(site: AttentionSite, terms: list[Term]) -> bool:
     Weights that a mask of zeros multiplies stay NaN, and those of a fill never had a gradient.
     """
     zeroed = site.nan_to_zero or any(isinstance(mod, Zero) and not mod.multiplied for mod in site.weight_mods)
-    return site.differentiable and zeroed and not site.fused and _biases_give_nan(site, terms)
+    if not (site.differentiable and zeroed) or site.fused:
+        return False
+    # Who replaces NaN expects it: also from a mask that is stored as a parameter.
+    return _biases_give_nan(site, terms) or _may_be_infinite([term for term in terms if isinstance(term, Bias)])
 
 
 def _mask_gradient_is_nan(site: AttentionSite, terms: list[Term]) -> bool:

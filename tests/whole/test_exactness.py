@@ -128,20 +128,35 @@ def test_rows_of_minus_infinity_in_a_mask_that_is_given() -> None:
     check_empty_rows(given, torch.float32, torch.zeros(kept.shape).masked_fill(~kept, -math.inf))
 
 
-@pytest.mark.parametrize("masked", [-math.inf, -1e300, -1e30, -3.4028235e38])
+def rounded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return (q @ k.mT + mask).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+@pytest.mark.parametrize("masked", [-math.inf, -1e30, -3.4028235e38])
 def test_float64_scores_that_are_rounded_to_float32(masked: float) -> None:
     """Eager gives NaN where float32 has no number for the mask, and the mean of the values where it has."""
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        return (q @ k.mT + mask).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+    def attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+        return rounded(q, k, v, torch.zeros_like(kept, dtype=q.dtype).masked_fill(~kept, masked))
 
+    kept = some_rows_without_a_key()
+    inputs = heads(dtype=torch.float64)
+    (row,) = rows(attention, *inputs, kept)
+    assert row.status == "rewritten"
+    lost = attention(*inputs, kept)[1, :, 5]
+    assert lost.isnan().all() if math.isinf(masked) else relative_error(lost, inputs[2].mean(-2)[1]) < 1e-5
+    assert relative_error(rewritten(attention)(*inputs, kept), attention(*inputs, kept)) < 1e-5
+
+
+@pytest.mark.parametrize("masked", [-math.inf, -1e300, -1e30, -1e9])
+def test_float64_scores_under_a_mask_that_is_given_are_rounded_to_float32(masked: float) -> None:
+    """The given mask may hold -1e9, beside which float32 keeps no score, and float64 all of them."""
     mask = torch.zeros(2, 1, 16, 16, dtype=torch.float64).masked_fill(~some_rows_without_a_key(), masked)
     inputs = heads(dtype=torch.float64)
-    (row,) = rows(attention, *inputs, mask)
-    assert row.status == "rewritten"
-    lost = attention(*inputs, mask)[1, :, 5]
-    assert lost.isnan().all() if masked < -1e39 else relative_error(lost, inputs[2].mean(-2)[1]) < 1e-5
-    assert relative_error(rewritten(attention)(*inputs, mask), attention(*inputs, mask)) < 1e-5
+    (row,) = rows(rounded, *inputs, mask)
+    assert row.status == "kept" and "rounded to float32" in (row.reason or "")
+    assert relative_error(rewritten(rounded)(*inputs, mask), rounded(*inputs, mask)) < 1e-5
+    assert [row.status for row in rows(rounded, *inputs, mask, assume_attended_rows=True)] == ["rewritten"]
 
 
 @pytest.mark.parametrize("learned", [False, True], ids=["given", "learned"])
@@ -153,13 +168,14 @@ def test_replaced_nan_keeps_its_gradient(learned: bool) -> None:
 
     mask = torch.zeros(2, 1, 16, 16).masked_fill(~some_rows_without_a_key(), -math.inf)
     mask = torch.nn.Parameter(mask) if learned else mask
-    inputs = [tensor.requires_grad_() for tensor in heads()]
-    (row,) = rows(attention, *inputs, mask)
-    assert row.status == "kept" and "NaN is replaced" in (row.reason or "")
-    with torch.no_grad():
-        (row,) = rows(attention, *inputs, mask)
-        assert row.status == "rewritten"
-        check_empty_rows(attention, torch.float32, mask)
+    inputs = [*(tensor.requires_grad_() for tensor in heads()), mask]
+    assert [row.status for row in rows(attention, *inputs)] == ["rewritten"]
+    asked = inputs if learned else inputs[:3]
+    found = torch.autograd.grad(rewritten(attention)(*inputs).sum(), asked)
+    expected = torch.autograd.grad(attention(*inputs).sum(), asked)
+    assert expected[0][1, :, 5].isnan().all() and not expected[2].isnan().any()
+    assert all(relative_error(*pair) <= 1e-5 for pair in zip(found, expected, strict=True))
+    check_empty_rows(attention, torch.float32, mask)
 
 
 @pytest.mark.parametrize("attention", [added, filled])
@@ -173,15 +189,15 @@ def test_rows_of_the_lowest_number(attention: Callable[..., Tensor], dtype: torc
     check_empty_rows(attention, dtype, kept, torch.finfo(dtype).min)
 
 
-def test_minus_ten_thousand_in_float16_rounds_scores_away() -> None:
-    """float16 has a step of 8 there: eager attends to the keys of a masked row alike, float32 would not."""
+def test_minus_ten_thousand_in_float16_keeps_the_scores() -> None:
+    """float16 has a step of 8 there: eager attends to the keys of a masked row alike, its formula does not."""
     kept = some_rows_without_a_key()
     q, k, v = heads(dtype=torch.float16)
     q = q * 2
     eager = added(q, k, v, kept, -1e4)
-    wide = added(q.float(), k.float(), v.float(), kept, -1e4)
-    assert relative_error(wide[1, :, 5], eager[1, :, 5]) > 0.1
-    assert relative_error(by_default(added)(q, k, v, kept, -1e4), eager) <= TOLERANCE[torch.float16]
+    formula = added(q.double(), k.double(), v.double(), kept, -1e4)
+    assert relative_error(eager[1, :, 5], formula[1, :, 5]) > 0.1
+    assert relative_error(by_default(added)(q, k, v, kept, -1e4), formula) <= TOLERANCE[torch.float16]
 
 
 def test_minus_ten_thousand_as_a_value_in_float16() -> None:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from attnrewrite import KernelError, attention_backend
-from attnrewrite.numerics.judge import disagreements
 from attnrewrite.patterns import Specimen
 from attnrewrite.patterns.registry import specimens
-from tests.support.helpers import cast, gradients, outputs, relative_error, rewritten, rows
-from tests.support.reference import Reference, wide
+from tests.support.helpers import cast, gradients, relative_error, rewritten, rows
+from tests.support.judged import disagreement_with_formula
 
 pytestmark = pytest.mark.gpu
 
@@ -34,13 +33,6 @@ def eager(specimen: Specimen, inputs: tuple[Any, ...]) -> Any:
         pytest.skip("float16 cannot hold the fill, and eager says so")
 
 
-def further_than_eager(specimen: Specimen, new: Any, own: Any, inputs: tuple[Any, ...], dtype: torch.dtype) -> str:
-    """What is wrong with the results, by the source's formula in float64; empty if nothing is."""
-    with Reference():
-        truth = [wide(value) for value in outputs(specimen.function(*Reference.given(inputs)))]
-    return disagreements(outputs(new), outputs(own), truth, dtype, roundings=16.0)
-
-
 @every_specimen
 @every_dtype
 def test_as_near_to_the_truth_as_before(specimen: Specimen, dtype: torch.dtype) -> None:
@@ -59,7 +51,8 @@ def test_rows_without_a_key(specimen: Specimen, dtype: torch.dtype) -> None:
     assert specimen.masked_rows is not None
     inputs = cast(specimen.masked_rows(specimen.inputs(0, LENGTH)), dtype, "cuda")
     expected = eager(specimen, inputs)
-    assert further_than_eager(specimen, rewritten(specimen.function)(*inputs), expected, inputs, dtype) == ""
+    new = rewritten(specimen.function)(*inputs)
+    assert disagreement_with_formula(specimen.function, new, expected, inputs, dtype, roundings=16.0) == ""
 
 
 @every_differentiable
@@ -128,7 +121,8 @@ def test_single_back_ends(specimen: Specimen, kernel: str) -> None:
         expected = eager(specimen, case)
         with torch.no_grad():
             new = rewritten(specimen.function, kernels=kernel)(*case)
-            assert further_than_eager(specimen, new, expected, case, torch.float16) == ""
+            wrong = disagreement_with_formula(specimen.function, new, expected, case, torch.float16, roundings=16.0)
+            assert wrong == ""
 
 
 @every_differentiable
