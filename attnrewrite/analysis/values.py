@@ -145,8 +145,10 @@ def _values_of_call(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> fro
         return _values_of_power(args[0], args[1], memo)
     if target is aten.div.Tensor and not node.kwargs:
         return _values_of_quotient(args[0], args[1], memo)
-    if target in _COMPUTED or is_product(node):
+    if target in _COMPUTED:
         return frozenset({ValueKind.LEARNED})
+    if target in _PROJECTIONS or is_product(node):
+        return _values_of_product(node, memo)
     if target in _ORDINARY:
         inputs = [_values(arg, memo) for arg in node.all_input_nodes if is_tensor(arg)]
         if all(value is not ValueKind.ANY and is_ordinary(value) for values in inputs for value in values):
@@ -176,6 +178,16 @@ def _values_of_quotient(dividend: Any, divisor: Any, memo: dict[fx.Node, frozens
     ordinary = all(value is not ValueKind.ANY and is_ordinary(value) for value in divisors)
     learned = all(value in (ValueKind.LEARNED, ValueKind.INTEGER) for value in dividends)
     return frozenset({ValueKind.LEARNED if ordinary and learned else ValueKind.ANY})
+
+
+def _values_of_product(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> frozenset[Value]:
+    """The values of a matrix product: ordinary scores if a factor is learned, else anything.
+
+    The last operand is looked at first: it is a projection's weight, and the other may be computed by a whole model.
+    """
+    operands = [operand for operand in node.all_input_nodes if is_tensor(operand)]
+    learned = any(ValueKind.LEARNED in _values(operand, memo) for operand in reversed(operands))
+    return frozenset({ValueKind.LEARNED if learned else ValueKind.ANY})
 
 
 def _over(value: Value, number: float) -> Value:
@@ -259,9 +271,6 @@ _ORDINARY = frozenset(
 
 _COMPUTED = frozenset(
     {
-        aten.linear.default,
-        aten.addmm.default,
-        *CONVOLUTION_OPS,
         aten.layer_norm.default,
         aten.group_norm.default,
         aten.softmax.int,
@@ -270,6 +279,8 @@ _COMPUTED = frozenset(
     }
 )
 """Operators whose result is taken for ordinary scores (LEARNED), whatever their arguments."""
+
+_PROJECTIONS = frozenset({aten.linear.default, aten.addmm.default, *CONVOLUTION_OPS})
 
 
 def constant_value(node: Any) -> float | None:

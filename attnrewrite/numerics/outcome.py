@@ -45,6 +45,7 @@ class SiteCheck:
         allowed: the largest relative difference that passes.
         inputs: the inputs of the site, each as "name dtype (shape)".
         skipped: why the site was not compared; empty if it was.
+        gradients: whether it is the site's gradients that were compared, by the rule of the judge.
     """
 
     site: SiteReport | None
@@ -53,6 +54,7 @@ class SiteCheck:
     allowed: float = 0.0
     inputs: tuple[str, ...] = ()
     skipped: str = ""
+    gradients: bool = False
 
     @property
     def failed(self) -> bool:
@@ -83,11 +85,13 @@ class Verification:
 
     def __str__(self) -> str:
         """One line for a verification that found nothing wrong."""
-        compared = [check.difference.relative for check in self.checks if check.difference is not None]
+        compared = [check.difference.relative for check in self.checks if check.difference and not check.gradients]
         skipped = [str(check) for check in self.checks if check.skipped]
-        count = len(compared)
+        count, trained = len(compared), sum(check.gradients for check in self.checks if check.difference)
         text = f"{'all ' * (count > 1 and not skipped)}{count} site{'s' * (count != 1)} agree{'s' * (count == 1)}"
-        text = f"{text} with the source (largest error {max(compared):.1e})" if compared else "no site was compared"
+        error = f"largest error {max(compared, default=0.0):.1e}"
+        also = f"{error}; gradients of {trained} compared" if trained else error
+        text = f"{text} with the source ({also})" if compared else "no site was compared"
         return "; ".join([f"verified: {text}", *skipped])
 
 

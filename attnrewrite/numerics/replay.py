@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import fx
 
 from attnrewrite.ir.ops import is_random
 from attnrewrite.numerics.formula import formula_between, in_float64
-from attnrewrite.numerics.judge import HALF, disagreement
+from attnrewrite.numerics.judge import HALF, disagreement, disagreements
 from attnrewrite.numerics.outcome import Difference, SiteCheck, Verification, allowed_difference, difference
+from attnrewrite.numerics.site_gradients import gradients, gradients_in_float64
 from attnrewrite.report.rows import SiteReport
 from attnrewrite.torch_private import enter_autocast, exit_autocast, schema_of, set_grad_enabled
 
@@ -35,7 +36,9 @@ class _ReplacedSite:
         replacement: the node that replaced it.
         created: all nodes that replaced the site.
         inputs: the nodes outside the site that these read.
-        formula: the source's nodes from the inputs to the result, if the site is in half precision.
+        formula: the source's nodes from the inputs to the result, if the site is in half precision or trains.
+        steps: the calls of the created nodes.
+        asked: the inputs whose gradients are compared.
     """
 
     row: SiteReport
@@ -44,6 +47,8 @@ class _ReplacedSite:
     created: tuple[fx.Node, ...]
     inputs: list[fx.Node] = field(default_factory=list)
     formula: list[fx.Node] = field(default_factory=list)
+    steps: list[_ReplayStep] = field(default_factory=list)
+    asked: list[fx.Node] = field(default_factory=list)
 
     @property
     def what(self) -> str:
@@ -85,18 +90,21 @@ class ReplayPlan:
         twins: dict[fx.Node, fx.Node],
         results: dict[str, fx.Node | None],
         rows: Sequence[SiteReport],
+        carrying_gradients: Set[fx.Node] = frozenset(),
     ) -> None:
         """Args:
         twins: for nodes of the rewritten graph, the source's node that was made from the same captured node.
         results: by the name of a site, the node of the source that holds its result.
         rows: the rows of the rewritten graph.
+        carrying_gradients: the source's nodes that gradients reach.
         """
         self.source = source
         self.skipped: list[SiteCheck] = []
-        self._place = {node: place for place, node in enumerate(source.graph.nodes)}
+        self.place = {node: place for place, node in enumerate(source.graph.nodes)}
         self._sites = self._matched(rewritten, results, rows)
         self._value_of: dict[fx.Node, fx.Node] = {}
         self._twins = twins
+        self._carrying_gradients = carrying_gradients
         ours = self._own_steps(rewritten)
         self.steps: list[_ReplayStep] = []
         for node in source.graph.nodes:
@@ -143,16 +151,21 @@ class ReplayPlan:
             site = site_of.get(node)
             if site is not None:
                 before.append(site.result)
+                site.steps.append(step)
                 site.inputs += [read for read in step.reads() if read not in (*site.created, *site.inputs)]
-            place = max(before, key=self._place.__getitem__, default=first)
+            place = max(before, key=self.place.__getitem__, default=first)
             position[node] = place
             steps.setdefault(place, []).append(step)
             self._value_of[node] = node
             if site is not None and node is site.replacement:
                 self._value_of[node] = site.result
         for site in self._sites:
-            if getattr(torch, site.row.dtype, None) in HALF:
+            trains = site.result in self._carrying_gradients
+            if trains or getattr(torch, site.row.dtype, None) in HALF:
                 site.formula = formula_between(site.inputs, site.result)
+            if trains:
+                read = {node for step in site.formula for node in step.all_input_nodes}
+                site.asked = [node for node in site.inputs if node in read & self._carrying_gradients]
             steps[site.result].append(_ReplayStep(site.replacement, site=site))
         return steps
 
@@ -257,7 +270,7 @@ class Replay:
         try:
             self._values[step.node] = self._evaluate(step)
         except Exception as error:
-            message = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            message = _one_line(error)
             log.debug("verification: %s", step.node.format_node(), exc_info=True)
             if not step.ours:
                 raise SourceError(message) from error
@@ -292,22 +305,55 @@ class Replay:
         allowed = max(allowed_difference(expected, site.row.dtype), site.row.tolerance)
         if not found.relative <= allowed and not found.reason and self._is_as_right_as_source(site):
             allowed = found.relative
-        self._result.checks.append(SiteCheck(site.row, site.what, found, allowed, inputs))
+        check = SiteCheck(site.row, site.what, found, allowed, inputs)
+        self._result.checks.append(check)
+        if site.asked and not check.failed:
+            self._compare_gradients(site, inputs)
+
+    def _compare_gradients(self, site: _ReplacedSite, inputs: tuple[str, ...]) -> None:
+        what = f"{site.what}: its gradients"
+
+        def skip(why: str) -> None:
+            self._result.checks.append(SiteCheck(site.row, what, skipped=f"not compared: {why}", gradients=True))
+
+        foreign = [node.name for node in site.inputs if _is_floating(node) and node not in self._plan.place]
+        if foreign:
+            skip(f"{foreign[0]}, which the rewritten graph computes anew, is computed otherwise in the source")
+            return
+        if site.row.tolerance:
+            skip("a kernel of lower precision was asked for")
+            return
+        dtype = getattr(torch, site.row.dtype)
+        source = [(node, node.args, node.kwargs) for node in site.formula if node.op == "call_function"]
+        try:
+            own = gradients(source, site.result, site.asked, self._values, _called)
+            truth = gradients_in_float64(site.formula, site.asked, self._values, _called)
+        except (RuntimeError, TypeError, KeyError) as error:
+            skip(f"the source's raise {_one_line(error)}")
+            return
+        ours = [(step.node, step.args, step.kwargs) for step in site.steps]
+        try:
+            new = gradients(ours, site.replacement, site.asked, self._values, _called)
+        except (RuntimeError, TypeError, KeyError) as error:
+            found = Difference(math.inf, math.inf, f"raise {_one_line(error)}")
+        else:
+            names = [node.name for node in site.asked]
+            wrong = disagreements(new, own, truth, _judged(dtype, own), beside=1.0, roundings=_ROUNDINGS, names=names)
+            found = (
+                Difference(math.inf, math.inf, f"differ from the source's: {wrong}") if wrong else Difference(0.0, 0.0)
+            )
+        self._result.checks.append(SiteCheck(site.row, what, found, 0.0, inputs, gradients=True))
 
     def _is_as_right_as_source(self, site: _ReplacedSite) -> bool:
         """Whether the result, which is not the source's, lies no further from the source's formula in float64."""
         if not site.formula:
             return False
 
-        def call(node: fx.Node, args: Any, kwargs: Any) -> Any:
-            target: Any = node.target
-            return target(*_with_copies_of_written(target, args), **kwargs)
-
         try:
-            truth = in_float64(site.formula, self._values, call)
+            truth = in_float64(site.formula, self._values, _called)
         except (RuntimeError, TypeError, KeyError) as error:
             # An operator that knows no float64, say: the source's result stays the measure.
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            reason = _one_line(error)
             log.warning("verification: %s is held to the source's rounding, not in float64: %s", site.what, reason)
             return False
         own = self._values[site.result]
@@ -319,8 +365,31 @@ class Replay:
         return difference(self._values[ours], expected)
 
 
+_ROUNDINGS = 16.0
+"""GPU kernels add up the parts of a gradient in any order."""
+
+
+def _judged(dtype: torch.dtype, values: Sequence[torch.Tensor]) -> torch.dtype:
+    """The dtype whose rule holds: TF32 has the digits of float16."""
+    tf32 = torch.backends.cuda.matmul.allow_tf32 and any(value.device.type == "cuda" for value in values)
+    return torch.float16 if tf32 and dtype is torch.float32 else dtype
+
+
+def _called(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    target: Any = node.target
+    return target(*_with_copies_of_written(target, args), **kwargs)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _is_floating(node: fx.Node) -> bool:
+    return _is_tensor(node) and bool(node.meta["val"].is_floating_point())
 
 
 def _same_call(node: fx.Node, args: Any, kwargs: Any, twin: fx.Node) -> bool:

@@ -8,8 +8,10 @@ as well and are compared at the graph's outputs. Calls that are the same in both
 A half-precision result that is not the source's is held to the source's formula in float64, and is right if it lies no
 further from that than the source's own does.
 
-Inputs are not written to, random numbers come from a copy of the generators' state, and nothing is recorded for a
-backward pass: gradients are not compared.
+Where a backward pass may follow, the gradients of each site's inputs are compared as well, for one random gradient of
+its result.
+
+Inputs are not written to, and random numbers come from a copy of the generators' state.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch import fx
 
 from attnrewrite.numerics.outcome import Verification
 from attnrewrite.numerics.replay import Replay, ReplayPlan, SourceError, read_outside, without_traces
+from attnrewrite.numerics.site_gradients import carrying_gradients
 from attnrewrite.report.rows import GraphReport, SiteReport
 from attnrewrite.torch_private import FakeTensor
 
@@ -67,7 +70,7 @@ class Original:
         twins = {node: common[node.name] for node in other.graph.nodes if node.name in common}
         results = {row.name: self._result(row) for row in sites}
         verification = Verification()
-        plan = ReplayPlan(self.gm, other, twins, results, sites)
+        plan = ReplayPlan(self.gm, other, twins, results, sites, carrying_gradients(self.gm, inputs))
         with without_traces(_devices(self.gm, other)) as autocast:
             run = Replay(plan, autocast, verification)
             try:

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import attnrewrite
 from attnrewrite.backend import collect_reports
+from attnrewrite.ir.builder import Builder
+from attnrewrite.ir.site import CanonicalAttention
+from attnrewrite.kernels.torch_sdpa import TorchSDPA
 from attnrewrite.numerics.outcome import TOLERANCES, difference
 from attnrewrite.patterns import Finding, GraphView, Specimen, attention_site, register_pattern, unregister_pattern
 from attnrewrite.report.rows import GraphReport
@@ -202,6 +205,69 @@ def test_gradients_are_the_sources_where_a_rewrite_is_wrong() -> None:
     inputs = operands()
     for mine, plain in zip(gradients(rewritten(three, verify=True), inputs), gradients(three, inputs), strict=True):
         assert relative_error(mine, plain) <= 1e-6
+
+
+@torch.library.custom_op("attnrewrite_test::with_half_the_gradient", mutates_args=())
+def with_half_the_gradient(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+@with_half_the_gradient.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+with_half_the_gradient.register_autograd(lambda ctx, gradient: gradient / 2)
+
+
+class HalfTheGradient(TorchSDPA):
+    """Right values, wrong gradients."""
+
+    name = "half_the_gradient"
+    automatic = False
+
+    def emit(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
+        operator = torch.ops.attnrewrite_test.with_half_the_gradient.default
+        return builder.call(operator, super().emit(site, builder))
+
+
+@pytest.fixture
+def half_the_gradient() -> Iterator[None]:
+    attnrewrite.register_kernel(HalfTheGradient())
+    yield
+    attnrewrite.unregister_kernel("half_the_gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.usefixtures("half_the_gradient")
+def test_wrong_gradients_are_found_in_training(dtype: torch.dtype) -> None:
+    inputs = [value.to(dtype).requires_grad_() for value in operands()]
+    settings: dict[str, Any] = {"kernels": "half_the_gradient", "verify": True}
+    compiled = rewritten(three, **settings)
+    with collect_reports() as graphs:
+        found = gradients(compiled, inputs)
+    assert [row.status for row in graphs[0].sites] == ["kept"] * 3
+    assert "its gradients differ from the source's: " in (graphs[0].sites[0].reason or "")
+    assert all(torch.equal(mine, plain) for mine, plain in zip(found, gradients(three, inputs), strict=True))
+    torch._dynamo.reset()
+    with torch.no_grad(), collect_reports() as graphs:
+        rewritten(three, **settings)(*inputs)
+    assert len(graphs[0].rewritten) == 3, "no gradient is wanted"
+
+
+def learned_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return (q @ k.mT / 4 + bias).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gradients_that_agree(dtype: torch.dtype) -> None:
+    """A row without a key has the gradient NaN in both."""
+    bias = torch.randn(4, 8, 8)
+    bias[:, 3] = -math.inf
+    inputs = [value.to(dtype).requires_grad_() for value in (*operands(), bias)]
+    _, graph = run(learned_bias, *inputs)
+    (note,) = [note for note in graph.notes if "verified" in note]
+    assert "1 site agrees" in note and "gradients of 1 compared" in note
 
 
 class Dropping(nn.Module):
