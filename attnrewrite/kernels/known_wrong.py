@@ -109,6 +109,15 @@ _SEEN = "torch 2.11, cuDNN 9.19, H100 and H200"
 KNOWN_WRONG: tuple[KnownWrong, ...] = (
     KnownWrong(
         kernel="native",
+        what="on a CPU, without a mask, rows whose query is NaN or infinite are 0 in place of NaN where there are fewer "
+        "keys than the kernel takes at once (16 of float32): the maximum of what is left over skips NaN",
+        source="https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/cpu/FlashAttentionKernel.cpp "
+        "_mul_reduce_max_fusion_kernel",
+        seen="torch 2.13, x86 CPU",
+        avoided="NaN of the query is added to the row, unless there are known to be enough keys",
+    ),
+    KnownWrong(
+        kernel="native",
         what=f"where PyTorch selects cuDNN, {_TWO_LAYOUTS}",
         source=_PLANS,
         seen=_SEEN,

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.analysis.values import FAR_BELOW, ORDINARY, ValueKind, as_stored, possible_values
-from attnrewrite.ir.axes import Operand
+from attnrewrite.ir.axes import Operand, size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import same, tensor
 from attnrewrite.ir.site import Bias, CanonicalAttention, Fill, Lift
@@ -144,6 +145,10 @@ class TorchSDPA(Kernel):
             {"scale": scores.scale, "enable_gqa": layout.grouped},
             fake,
         )
+        if mask.node is None and not self.keeps_scores and _loses_nan(site):
+            # Zero, or NaN in rows whose query is not finite: so are their scores, and softmax gives NaN.
+            nothing = builder.call(aten.sum.dim_IntList, builder.call(aten.mul.Scalar, own[0], 0.0), [-1], True)
+            output = builder.call(aten.add.Tensor, output, nothing)
         if not site.fused and mask.node is not None:
             output = mask.with_gradients(output, *own, value)
             output = mask.with_source_rows(output, value, layout)
@@ -151,6 +156,16 @@ class TorchSDPA(Kernel):
 
     def _call(self, builder: Builder, args: tuple[Any, ...], kwargs: dict[str, Any], fake: torch.Tensor) -> fx.Node:
         return builder.insert(aten.scaled_dot_product_attention.default, args, kwargs, fake)
+
+
+_VECTOR = 16
+"""The most float32 numbers that the CPU's kernel takes at once."""
+
+
+def _loses_nan(site: CanonicalAttention) -> bool:
+    """Whether PyTorch's CPU kernel may give 0 where the query is NaN (``known_wrong``); a call in the source has this."""
+    few = not statically_known_true(size_of(site.key_axes) >= _VECTOR)
+    return site.device.type == "cpu" and not site.fused and few
 
 
 def _is_rounded(term: Bias, site: CanonicalAttention) -> bool:

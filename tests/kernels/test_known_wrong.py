@@ -272,3 +272,28 @@ def test_both_directions_drop_the_same_weights(inner: str) -> None:
         assert float((gradient.double() * inputs[2].detach().double()).sum()) == pytest.approx(expected, rel=1e-2)
         products.append(expected)
     assert len(set(products)) == 4
+
+
+# The CPU's kernel.
+
+
+def unmasked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT / 4).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_query_that_is_not_finite_gives_nan_with_few_keys(dtype: torch.dtype, dynamic: bool, bad: float) -> None:
+    """A model that has diverged must look as if it had."""
+    compiled = rewritten(unmasked, "aot_eager", dynamic=dynamic)
+    for keys in (7, 16):
+        torch._dynamo.reset()
+        q, k, v = torch.randn(1, 4, 5, 8), torch.randn(1, 4, keys, 8), torch.randn(1, 4, keys, 8)
+        q[:, 1, 2] = bad
+        inputs = [part.to(dtype) for part in (q, k, v)]
+        found, expected = compiled(*inputs), unmasked(*inputs)
+        assert expected[:, 1, 2].isnan().all() and int(expected.isnan().sum()) == 8
+        assert torch.equal(found.isnan(), expected.isnan()), keys
+        of_found, of_expected = gradients(compiled, inputs), gradients(unmasked, inputs)
+        assert torch.equal(of_found[2].isnan(), of_expected[2].isnan()), keys
