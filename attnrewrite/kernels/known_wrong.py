@@ -109,8 +109,8 @@ _SEEN = "torch 2.11, cuDNN 9.19, H100 and H200"
 KNOWN_WRONG: tuple[KnownWrong, ...] = (
     KnownWrong(
         kernel="native",
-        what="on a CPU, without a mask, rows whose query is NaN or infinite are 0 in place of NaN where there are fewer "
-        "keys than the kernel takes at once (16 of float32): the maximum of what is left over skips NaN",
+        what="on a CPU, without a mask, rows whose query is NaN or infinite are 0 in place of NaN where there are "
+        "fewer keys than the kernel takes at once (16 of float32): the maximum of what is left over skips NaN",
         source="https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/cpu/FlashAttentionKernel.cpp "
         "_mul_reduce_max_fusion_kernel",
         seen="torch 2.13, x86 CPU",

@@ -163,7 +163,7 @@ _VECTOR = 16
 
 
 def _loses_nan(site: CanonicalAttention) -> bool:
-    """Whether PyTorch's CPU kernel may give 0 where the query is NaN (``known_wrong``); a call in the source has this."""
+    """Whether PyTorch's CPU kernel may give 0 where the query is NaN (``known_wrong``), unlike the source."""
     few = not statically_known_true(size_of(site.key_axes) >= _VECTOR)
     return site.device.type == "cpu" and not site.fused and few
 
