@@ -232,6 +232,11 @@ class _Compilation:
             return _Outcome(self._gm, self._gm, keep_attention=True)
         report.sites = rewritten.sites
         report.unmatched_rules = unmatched_rules(self._policy, [site.location for site in report.sites])
+        if rewritten.regions_inlined and rewritten.changed:
+            report.notes.append(
+                "regions of nested_compile_region are compiled once for each call, since Inductor may give wrong "
+                "gradients for them"
+            )
         if admission is not None:
             admission.add_verdicts(report.sites)
             report.notes += admission.notes

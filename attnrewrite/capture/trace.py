@@ -61,8 +61,10 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     prepared = prepared_graph(gm, regions, opaque)
     exported, signature = _traced(prepared, inputs, context, regions, opaque)
     ir = restore_calling_convention(gm, prepared, exported, signature, opaque)
-    normalize(ir)
-    ir.recompile()
+    for part in ir.modules():
+        if isinstance(part, fx.GraphModule):
+            normalize(part)
+            part.recompile()
     return Captured(ir)
 
 

@@ -20,13 +20,16 @@ __all__ = ["GraphView"]
 class GraphView:
     """A graph as patterns read it: its methods never change the graph, and see nodes that passes insert later."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, *, has_gradients: bool = False) -> None:
+        """Args:
+        has_gradients: a backward pass may follow although no input of this graph says so, as in a region of another.
+        """
         self.gm = gm
         self.graph = gm.graph
         self._regions = regions(gm.graph)
         self.leads_to_product: dict[fx.Node, bool] = {}
         inputs = [node for node in gm.graph.nodes if node.op in ("placeholder", "get_attr") and is_tensor(node)]
-        self._has_gradients = any(
+        self.has_gradients = has_gradients or any(
             value.requires_grad
             for node in inputs
             for value in (tensor(node), node.meta.get("example_value", tensor(node)))
@@ -56,11 +59,16 @@ class GraphView:
     def in_autocast(self, node: fx.Node) -> bool:
         return self._region(node)[1] != 0 or _ambient_autocast(node)
 
+    @property
+    def trains(self) -> bool:
+        """Whether a backward pass may follow, as far as the inputs and the mode outside of the graph say."""
+        return self.has_gradients and torch.is_grad_enabled()
+
     def differentiable(self, node: fx.Node) -> bool:
         """Whether a backward pass may go through ``node``."""
         mode = self.grad_region(node)
         enabled = mode == 1 or (mode == 0 and torch.is_grad_enabled())
-        return enabled and self._has_gradients
+        return enabled and self.has_gradients
 
     def origin(self, operand: Operand, consumer: fx.Node, narrow_to: torch.dtype | None = None) -> Operand:
         """The operand behind its views, copies and repetitions.

@@ -12,6 +12,7 @@ from attnrewrite.passes.find import find
 from attnrewrite.passes.fuse_projections import fuse_projections
 from attnrewrite.passes.join_projections import join_projections
 from attnrewrite.passes.merge_slices import merge_slices
+from attnrewrite.passes.regions import inline_repeated, regions_of
 from attnrewrite.passes.result import Rewritten
 from attnrewrite.passes.rewriting import AdjustRequest, Rewriting, as_requested, current_site
 from attnrewrite.passes.steps import Steps
@@ -29,6 +30,7 @@ def rewrite(
     steps: Steps | None = None,
     with_kinds: bool = False,
     with_batch: bool = False,
+    has_gradients: bool = False,
 ) -> Rewritten:
     """Replaces, in place, each attention of the graph that a kernel serves.
 
@@ -37,8 +39,14 @@ def rewrite(
         steps: times, logs and dumps the steps; default: no dump.
         with_kinds: whether to classify attentions as spatial, temporal or cross.
         with_batch: whether to find the tensors whose dimension 0 begins with the batch.
+        has_gradients: a backward pass may follow although no input of the graph says so.
     """
-    run = Rewriting(gm, policy, adjust_request, Steps() if steps is None else steps)
+    steps = Steps() if steps is None else steps
+    inlined = False
+    if policy.inner_backend == "inductor" and GraphView(gm, has_gradients=has_gradients).trains:
+        with steps.step("inline", gm):
+            inlined = inline_repeated(gm)
+    run = Rewriting(gm, policy, adjust_request, steps, has_gradients=has_gradients)
     with run.step("find"):
         findings = find(run.view)
     with run.step("merge_slices"):
@@ -76,7 +84,11 @@ def rewrite(
     if policy.fuse_projections or (policy.fuse_projections is None and policy.freezes):
         with run.step("fuse_projections"):
             joined |= fuse_projections(gm, run.served, run.replaced, constants=policy.fuse_projections is None)
-    return run.finish(projections_changed=joined)
+    for region in regions_of(gm):
+        with run.step("region", region.name):
+            found = rewrite(region.gm, policy, steps=steps.within(), has_gradients=run.view.has_gradients)
+            run.add_region(region, found)
+    return run.finish(projections_changed=joined, regions_inlined=inlined)
 
 
 def find_sites(view: GraphView) -> list[Finding]:

@@ -30,6 +30,8 @@ class Rewritten:
         sites: a row for each site, in graph order.
         offered: whether any site was offered to kernels, so that the result depends on the requested kernels.
         projections_changed: whether projections were joined or fused.
+        regions_changed: whether a graph within the graph was rewritten.
+        regions_inlined: whether regions were put in the place of their calls.
         results: for each attention, rewritten or not: its row, its kind (None if kinds were not requested), and the
         node
             that now holds its result.
@@ -39,9 +41,13 @@ class Rewritten:
     sites: list[SiteReport] = field(default_factory=list)
     offered: bool = False
     projections_changed: bool = False
+    regions_changed: bool = False
+    regions_inlined: bool = False
     results: list[tuple[SiteReport, SiteKind | None, fx.Node]] = field(default_factory=list)
     begins_with_batch: frozenset[fx.Node] = frozenset()
 
     @property
     def changed(self) -> bool:
-        return self.projections_changed or any(site.status == "rewritten" for site in self.sites)
+        return (
+            self.projections_changed or self.regions_changed or any(site.status == "rewritten" for site in self.sites)
+        )

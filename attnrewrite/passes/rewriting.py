@@ -23,6 +23,7 @@ from attnrewrite.passes.canonicalize import canonicalized
 from attnrewrite.passes.describe import describe_canonical, row_of_attention, row_of_linear, row_of_near_miss
 from attnrewrite.passes.insert_checks import insert_check
 from attnrewrite.passes.reassociate import reassociate
+from attnrewrite.passes.regions import Region, named_within
 from attnrewrite.passes.result import ReportedSite, Rewritten
 from attnrewrite.passes.splice import WrittenByRegion, current_operand, latest, redirected, remove_unused, splice
 from attnrewrite.passes.steps import Steps
@@ -62,8 +63,16 @@ class Rewriting:
         served: attentions that were rewritten or, without a softmax, recognized.
     """
 
-    def __init__(self, gm: fx.GraphModule, policy: Policy, adjust_request: AdjustRequest, steps: Steps) -> None:
-        self.view = GraphView(gm)
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        policy: Policy,
+        adjust_request: AdjustRequest,
+        steps: Steps,
+        *,
+        has_gradients: bool = False,
+    ) -> None:
+        self.view = GraphView(gm, has_gradients=has_gradients)
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.served: list[ReportedSite] = []
         self._gm = gm
@@ -183,10 +192,18 @@ class Rewriting:
         slices = [(f"{row.name}_{number}", replace(part, unmerged=unmerged)) for number, part in enumerate(site.parts)]
         self._pending.extendleft(reversed(slices))
 
-    def finish(self, projections_changed: bool) -> Rewritten:
+    def add_region(self, region: Region, found: Rewritten) -> None:
+        """Adds the sites of a region, and puts it into the graph if it was rewritten."""
+        self._result.sites += [named_within(region.name, row) for row in found.sites]
+        self._result.offered |= found.offered
+        self._result.regions_changed |= found.changed
+        region.put_back(self._gm, renamed=found.changed)
+
+    def finish(self, projections_changed: bool, regions_inlined: bool) -> Rewritten:
         """The result of the run. A changed graph is checked and recompiled to Python."""
         result = self._result
         result.projections_changed = projections_changed
+        result.regions_inlined = regions_inlined
         for site, row in self._attentions:
             node = latest(site.result, self.replaced)
             if not is_erased(node):

@@ -40,6 +40,10 @@ class Steps:
         self._dump = dump
         self._checks_graph = raises_defects()
 
+    def within(self) -> Steps:
+        """Steps of a graph within this one: their time is part of the step that runs them."""
+        return Steps(self._graph)
+
     @contextlib.contextmanager
     def step(self, name: str, gm: fx.GraphModule | None = None, site: str = "") -> Iterator[None]:
         """Runs one step.
