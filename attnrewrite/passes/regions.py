@@ -137,7 +137,7 @@ def _copied(source: fx.GraphModule) -> fx.GraphModule:
 
 def _tell_what_is_known(region: fx.GraphModule, calls: list[tuple[Any, ...]]) -> None:
     for index, placeholder in enumerate(region.graph.find_nodes(op="placeholder")):
-        given = [operands[index] if operands else None for operands in calls]
+        given: list[Any] = [operands[index] if operands else None for operands in calls]
         if not all(isinstance(node, fx.Node) and node.op == "placeholder" for node in given):
             continue
         for key in _KNOWN:
