@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from attnrewrite.ir.axes import Operand
-from attnrewrite.ir.nodes import is_tensor, regions, tensor
+from attnrewrite.ir.nodes import AutocastState, is_tensor, regions, tensor
 from attnrewrite.ir.ops import is_cast
 from attnrewrite.ir.source import source_location
 from attnrewrite.ir.views import peel
@@ -32,8 +32,8 @@ class GraphView:
             for value in (tensor(node), node.meta.get("example_value", tensor(node)))
         )
 
-    def _region(self, node: fx.Node) -> tuple[int, int]:
-        """The grad-mode and autocast regions of ``node``, as :func:`~attnrewrite.ir.nodes.regions` numbers them.
+    def _region(self, node: fx.Node) -> tuple[int, AutocastState]:
+        """The grad mode and autocast at ``node``, as :func:`~attnrewrite.ir.nodes.regions` has them.
 
         A node that was inserted later switches nothing, so it lies in the region of the node before it.
         """
@@ -47,14 +47,16 @@ class GraphView:
         return tuple(sorted(set(nodes)))
 
     def same_region(self, a: fx.Node, b: fx.Node) -> bool:
-        """Whether both nodes run under the same grad mode and in the same autocast region."""
+        """Whether both nodes run under the same grad mode and autocast."""
         return self._region(a) == self._region(b)
 
     def grad_region(self, node: fx.Node) -> int:
         return self._region(node)[0]
 
     def in_autocast(self, node: fx.Node) -> bool:
-        return self._region(node)[1] != 0 or _ambient_autocast(node)
+        """Whether autocast is on at ``node``, for tensors of its device."""
+        kinds = {kind for kind, _ in self._region(node)[1]}
+        return tensor(node).device.type in kinds if is_tensor(node) else bool(kinds)
 
     def differentiable(self, node: fx.Node) -> bool:
         """Whether a backward pass may go through ``node``."""
@@ -106,8 +108,3 @@ def _widens(cast: fx.Node, dtype: torch.dtype | None) -> bool:
         and source is not tensor(cast).dtype
         and torch.promote_types(source, tensor(cast).dtype) is tensor(cast).dtype
     )
-
-
-def _ambient_autocast(node: fx.Node) -> bool:
-    kind = tensor(node).device.type if is_tensor(node) else ""
-    return bool(kind) and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

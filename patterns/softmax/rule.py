@@ -110,7 +110,7 @@ class SoftmaxAttention:
         result = softmax.late or product.node
         interior = view.ordered([*scores.nodes, *softmax.nodes, *walk.nodes, product.node, *softmax.late_views, result])
         result_layout = _result_layout(softmax, product)
-        _require_one_region(scores, product, interior, view)
+        _require_one_grad_mode(product, interior, view)
         key_axes = axes_of((key_dim,))
         query, key = _query_and_key(scores.product, key_axes)
         value = product.rhs if product.lhs.node is walk.weights else product.lhs
@@ -172,12 +172,10 @@ def _result_layout(softmax: Softmax, product: Product) -> Layout:
     return layout
 
 
-def _require_one_region(scores: ScoreWalk, product: Product, interior: Sequence[fx.Node], view: GraphView) -> None:
+def _require_one_grad_mode(product: Product, interior: Sequence[fx.Node], view: GraphView) -> None:
     for node in interior:
         if view.grad_region(node) != view.grad_region(product.node):
             raise NotAttention("grad mode is switched between the scores and the product with the value")
-    if not view.same_region(scores.product.node, product.node):
-        raise NotAttention("autocast is switched between the product of query and key and the product with the value")
 
 
 def _require_attention(
@@ -207,11 +205,14 @@ def _scales_of(product: Product) -> list[Scale]:
 def _compute_dtype(
     softmax: Softmax, scores: ScoreWalk, product: Product, operands: tuple[Operand, Operand], view: GraphView
 ) -> torch.dtype:
-    """The lowest dtype in which the products may be computed; ``operands`` are query and key."""
+    """The lowest dtype in which the products may be computed; ``operands`` are query and key.
+
+    Autocast may be on for one product and off for the other. Where it is on, the product is in the dtype of its result.
+    """
     if torch.float64 in (tensor(softmax.node).dtype, tensor(softmax.scores).dtype):
         return torch.float64
     dtype, of_scores = tensor(product.node).dtype, tensor(scores.product.node).dtype
-    dtypes = [of_scores] if view.in_autocast(product.node) else [operand.dtype for operand in operands]
+    dtypes = [of_scores] if view.in_autocast(scores.product.node) else [operand.dtype for operand in operands]
     if any(isinstance(mod, Scale) and not isinstance(mod.factor, (int, float)) for mod in scores.mods):
         # It is multiplied into query or key, and rounded there.
         dtypes.append(of_scores)

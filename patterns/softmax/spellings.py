@@ -63,6 +63,14 @@ def scale_on_both(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bts,bcs->bct", weight, v)
 
 
+@_spelling.add(normal(8, "L", 8), normal(8, "S", 8), normal(8, "S", 8))
+def scores_outside_of_autocast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """ControlNet and much other code around Stable Diffusion: in float32, whatever the caller does."""
+    with torch.autocast("cuda", enabled=False):
+        scores = torch.einsum("bid,bjd->bij", q.float(), k.float()) * q.shape[-1] ** -0.5
+    return torch.einsum("bij,bjd->bid", scores.softmax(-1).to(v.dtype), v)
+
+
 @_spelling.add(normal(8, "L", 16), normal(8, "S", 16), normal(8, "S", 16))
 def bmm_over_batch_and_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """fairseq: (batch * heads, length, features)."""
