@@ -46,6 +46,20 @@ def less_the_maximum_of_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores - scores.max()).softmax(-1) @ v
 
 
+@_spelling.add(normal(2, 16, "L"))
+def less_than_the_maximum(x: Tensor) -> Tensor:
+    """Attention between channels of DANet: the least similar ones weigh most."""
+    scores = x @ x.mT / 4
+    scores = scores.max(-1, keepdim=True)[0].expand_as(scores) - scores
+    return scores.softmax(-1) @ x
+
+
+@_spelling.add(_Q, _K, _V)
+def less_its_mean(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * 8**-0.5
+    return (scores - scores.mean(dim=-1, keepdim=True)).softmax(-1) @ v
+
+
 @_spelling.add(_Q, _K, _V)
 def exponentials_over_their_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = torch.exp(q @ k.mT * 8**-0.5)
