@@ -64,13 +64,20 @@ class GraphView:
         enabled = mode == 1 or (mode == 0 and torch.is_grad_enabled())
         return enabled and self._has_gradients
 
-    def origin(self, operand: Operand, consumer: fx.Node, narrow_to: torch.dtype | None = None) -> Operand:
+    def origin(
+        self,
+        operand: Operand,
+        consumer: fx.Node,
+        narrow_to: torch.dtype | None = None,
+        behind_widening: bool = False,
+    ) -> Operand:
         """The operand behind its views, copies and repetitions.
 
         Args:
             operand: the operand, with its layout in ``consumer``.
             consumer: the node that reads it; the walk does not leave its grad-mode region.
             narrow_to: if given, the walk goes behind casts from this dtype to wider ones as well.
+            behind_widening: the walk goes behind casts from any dtype to wider ones.
         """
         region = self.grad_region(consumer)
 
@@ -80,7 +87,9 @@ class GraphView:
         while True:
             operand = peel(operand, may_enter)[-1]
             node = operand.node
-            if not (is_cast(node) and may_enter(node) and _widens(node, narrow_to)):
+            if not (is_cast(node) and may_enter(node)):
+                return operand
+            if not _widens(node, tensor(node.args[0]).dtype if behind_widening else narrow_to):
                 return operand
             operand = Operand(node.all_input_nodes[0], operand.layout)
 

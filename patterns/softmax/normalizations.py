@@ -198,3 +198,22 @@ def head_mask(q: Tensor, k: Tensor, v: Tensor, heads: Tensor) -> Tensor:
 @_spelling.add(_Q, _K, _V, keep(2, 1, "L", 1), keep(2, 1, 1, "S"))
 def multiplied_by_padding(q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     return ((q @ k.mT * 8**-0.5).softmax(-1) * queries * keys) @ v
+
+
+@_spelling.add(normal(2, "L", 8), normal(2, "S", 8), normal(2, "S", 8), keep(2, "L"))
+def multiplied_by_a_repeated_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Transformer-TTS, and other ports of Kyubyong Park's transformer: padded queries give zero."""
+    weights = (q @ k.mT * 8**-0.5).softmax(-1)
+    return (weights * mask.unsqueeze(-1).repeat(1, 1, k.shape[1]).to(weights.dtype)) @ v
+
+
+@_spelling.add(_Q, _K, _V, learned(4))
+def multiplied_by_an_expanded_gate(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    weights = (q @ k.mT * 8**-0.5).softmax(-1)
+    return (gate.sigmoid().view(1, -1, 1, 1).expand(*weights.shape) * weights) @ v
+
+
+@_spelling.add(_Q, _K, _V, learned(2, 1, "L", 1))
+def divided_by_a_tiled_size(q: Tensor, k: Tensor, v: Tensor, size: Tensor) -> Tensor:
+    weights = (q @ k.mT * 8**-0.5).softmax(-1)
+    return (weights / (1 + size**2).tile(1, 4, 1, k.shape[2])) @ v

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -32,7 +32,7 @@ from attnrewrite.ir.model_state import is_learned
 from attnrewrite.ir.nodes import tensor
 from attnrewrite.ir.ops import CONVOLUTION_OPS, NORM_OPS
 from attnrewrite.ir.products import Product, is_product
-from attnrewrite.ir.site import AttentionSite, Narrow, NotAttention, Scale
+from attnrewrite.ir.site import AttentionSite, Narrow, NotAttention, Scale, WeightMod, Zero
 from attnrewrite.ir.views import peel, push
 from attnrewrite.patterns.base import Specimen
 from attnrewrite.patterns.softmax.specimens import SPECIMENS
@@ -145,7 +145,7 @@ class SoftmaxAttention:
             dropout=walk.dropout,
             sink=_behind_views(softmax.sink),
             sink_is_shifted=softmax.sink_is_shifted and softmax.sink is not None,
-            weight_mods=(*walk.mods, *_scales_of(product)),
+            weight_mods=tuple(_without_copies(mod, product, view) for mod in (*walk.mods, *_scales_of(product))),
             nan_to_zero=softmax.nan_to_zero or walk.nan_to_zero,
             underflows=softmax.underflows,
             rounds_rows=softmax.rounds_rows,
@@ -200,6 +200,17 @@ def _scales_of(product: Product) -> list[Scale]:
     factor = product.factor
     scales = [] if isinstance(factor, (int, float)) and factor == 1 else [Scale(factor)]
     return scales if product.scale is None else [*scales, Scale(product.scale)]
+
+
+def _without_copies(mod: WeightMod, product: Product, view: GraphView) -> WeightMod:
+    """``mod`` by what its operand was repeated from, if it was: what is the same for all keys moves to the output."""
+    operand = mod.condition if isinstance(mod, Zero) else mod.factor
+    if not isinstance(operand, Operand):
+        return mod
+    source = view.origin(operand, product.node, behind_widening=True).resolved()
+    if len(source.axes) >= len(operand.resolved().axes):
+        return mod
+    return replace(mod, condition=source) if isinstance(mod, Zero) else replace(mod, factor=source)
 
 
 def _compute_dtype(
