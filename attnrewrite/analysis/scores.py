@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.values import ABSORBING, ORDINARY, as_stored, constant_value, is_far_below, possible_values
+from attnrewrite.analysis.values import (
+    ABSORBING,
+    ORDINARY,
+    as_stored,
+    constant_value,
+    is_far_below,
+    number_of,
+    possible_values,
+)
 from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, broadcast, resolve
 from attnrewrite.ir.nodes import dtype_name, is_tensor, same_shape, scalar, tensor
 from attnrewrite.ir.ops import ADD_OPS, DIV_OPS, MASKED_FILL_OPS, MUL_OPS, SUB_OPS, WHERE_OPS, is_cast
@@ -500,7 +508,7 @@ def _aligned(other: Any, node: fx.Node, layout: Layout) -> Operand:
 
 
 def _fill_value(value: Any, node: fx.Node) -> float:
-    constant = constant_value(value)
+    constant = number_of(value)
     if constant is None:
         raise NotAttention(f"the value that {node_in_words(node)} fills in is not a constant; pass a Python number")
     return constant

@@ -514,6 +514,32 @@ def cached_keys(q: Tensor, past_k: Tensor, k: Tensor, past_v: Tensor, v: Tensor)
     return (q @ k.mT * 8**-0.5).softmax(-1) @ v
 
 
+class _Filled(nn.Module):
+    """The mask and what it fills in, both buffers."""
+
+    bias: Tensor
+    masked_bias: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bias", torch.ones(1, 1, 64, 64, dtype=torch.uint8).tril())
+        self.register_buffer("masked_bias", torch.tensor(-1e9))
+
+    def forward(self, scores: Tensor) -> Tensor:
+        length = scores.shape[-1]
+        return torch.where(self.bias[:, :, :length, :length].bool(), scores, self.masked_bias)
+
+
+_filled = _Filled()
+
+
+@_spelling.add(_Q, _Q, _Q)
+def filled_from_a_buffer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """GPT-2, GPT-J and GPT-Neo of transformers up to 4.20, Decision Transformer."""
+    scores: Tensor = _filled(q @ k.transpose(-1, -2) / 8**0.5)
+    return scores.softmax(-1) @ v
+
+
 # Operators by their other names.
 
 
