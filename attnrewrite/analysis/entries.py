@@ -305,7 +305,7 @@ class Entries:
     def _stored_entry(self, node: fx.Node, index: list[Any]) -> Entry | None:
         """The entry of a tensor that holds one number, a range, or a triangle (GPT-2's causal buffer); else None."""
         stored = node.meta.get("stored")
-        pattern = stored.pattern if isinstance(stored, StoredPattern) and index else None
+        pattern = stored.pattern if isinstance(stored, StoredPattern) else None
         dtype = tensor(node).dtype
         if isinstance(pattern, Triangle):
             kept = at_least(index[-2] - index[-1] + pattern.diagonal, self._highest)

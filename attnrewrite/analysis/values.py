@@ -191,8 +191,7 @@ def _over(value: Value, number: float) -> Value:
 def _kind_of_input(node: fx.Node) -> ValueKind:
     """The kind of an input: parameters, and buffers of small numbers, are learned; other tensors may hold anything."""
     stored = node.meta.get("stored")
-    # A single number may well change from step to step, such as a temperature; it is read only by `number_of`.
-    if isinstance(stored, StoredPattern) and tensor(node).dim() and stored.holds_only_up_to(ORDINARY):
+    if isinstance(stored, StoredPattern) and stored.holds_only_up_to(ORDINARY):
         return ValueKind.LEARNED
     example = node.meta.get("example_value", tensor(node))
     return ValueKind.LEARNED if isinstance(example, torch.nn.Parameter) and example.requires_grad else ValueKind.ANY
@@ -329,7 +328,7 @@ def _computed_number(node: fx.Node, memo: dict[fx.Node, float | None]) -> float 
     args: Any = node.args
     stored = node.meta.get("stored")
     if isinstance(stored, StoredPattern):
-        return stored.pattern if isinstance(stored.pattern, float) else None
+        return stored.number
     if node.op != "call_function" or node.kwargs.keys() - {"dtype", "device", "memory_format"}:
         return None
     if node.target in MOVE_OPS or node.target in CAST_OPS:
