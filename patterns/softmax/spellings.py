@@ -540,6 +540,22 @@ def filled_from_a_buffer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ v
 
 
+@_spelling.add(_Q, _Q, _Q, learned(4, 11, 11), dynamic=False)
+def bias_of_a_part(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """MViT: relative positions of the patches, and none of the class token."""
+    scores = q @ k.mT * 8**-0.5
+    scores[:, :, 1:, 1:] += bias
+    return scores.softmax(-1) @ v
+
+
+@_spelling.add(_Q, _K, _V)
+def assigned_to_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The last key is for the first two queries alone."""
+    scores = q @ k.mT * 8**-0.5
+    scores[:, :, 2:, -1] = -math.inf
+    return scores.softmax(-1) @ v
+
+
 # Operators by their other names.
 
 
