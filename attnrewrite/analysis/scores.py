@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from attnrewrite.analysis.values import (
     possible_values,
 )
 from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, broadcast, resolve
+from attnrewrite.ir.bounds import AROUND_SOFTMAX
 from attnrewrite.ir.nodes import dtype_name, is_tensor, same_shape, scalar, tensor
 from attnrewrite.ir.ops import ADD_OPS, DIV_OPS, MASKED_FILL_OPS, MUL_OPS, SUB_OPS, WHERE_OPS, is_cast
 from attnrewrite.ir.products import Product, is_product, product_from_result
@@ -39,6 +40,7 @@ __all__ = [
     "read_scores",
     "row_maximum",
     "sources_of_scores",
+    "steps_to_product",
 ]
 
 aten = torch.ops.aten
@@ -143,8 +145,8 @@ def _walk(node: fx.Node, layout: Layout, context: _WalkContext, plain: bool) -> 
     sources = [arg for arg in dict.fromkeys(sources_of_scores(node)) if leads_to_product(arg, context.memo)]
     if not sources:
         raise NotAttention(
-            f"{node_in_words(node)} lies between softmax and the product of query and key, and is not an operation "
-            "on scores that can be rewritten"
+            f"{node_in_words(_stopping(node))} lies between softmax and the product of query and key, and is not an "
+            "operation on scores that can be rewritten"
         )
     walks: list[ScoreWalk] = []
     reasons: list[NotAttention] = []
@@ -161,6 +163,34 @@ def _walk(node: fx.Node, layout: Layout, context: _WalkContext, plain: bool) -> 
     if not walks:
         raise reasons[0]
     return max(walks, key=lambda walk: len({*walk.product.lhs.axes} & {*walk.product.rhs.axes}))
+
+
+def _stopping(node: fx.Node) -> fx.Node:
+    """The node at which the walk back from ``node`` to a product ends, since it is no operation on scores.
+
+    Of the arguments that may be the scores, the walk follows that to which a product is nearest: others are masks.
+    """
+    while True:
+        sources = [arg for arg in sources_of_scores(node) if is_tensor(arg)]
+        distances = {source: steps_to_product(source, lambda each: each.all_input_nodes) for source in sources}
+        nearest = min(distances, key=lambda arg: distances[arg], default=None)
+        if nearest is None or math.isinf(distances[nearest]):
+            return node
+        node = nearest
+
+
+def steps_to_product(node: fx.Node, neighbors: Callable[[fx.Node], Iterable[fx.Node]]) -> float:
+    """The number of steps from ``node`` to the nearest matrix product; infinity if none is near."""
+    steps = {node: 0}
+    for each in (pending := [node]):
+        if is_product(each):
+            return steps[each]
+        for other in neighbors(each):
+            # The bound is not reported: it decides which step a reason names, and not what is found.
+            if other not in steps and len(steps) < AROUND_SOFTMAX.most:
+                steps[other] = steps[each] + 1
+                pending.append(other)
+    return math.inf
 
 
 def _keeps_constants(mod: ScoreMod, context: _WalkContext) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.scores import BOUNDED, FLOATING, node_in_words, row_maximum
+from attnrewrite.analysis.scores import BOUNDED, FLOATING, node_in_words, row_maximum, steps_to_product
 from attnrewrite.analysis.values import constant_value, possible_values
 from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, broadcast, fresh_layout, resolve, size_of
 from attnrewrite.ir.nodes import Size, dtype_name, is_tensor, same, same_shape, tensor
@@ -566,7 +566,7 @@ def follow_weights(softmax: Softmax, layout: Layout, sink_dim: tuple[Dim, Dim, b
 def _follow(
     node: fx.Node, walk: WeightWalk, softmax: Softmax, layout: Layout, sink_dim: tuple[Dim, Dim, bool] | None
 ) -> list[WeightWalk]:
-    """The walks from ``node`` on, after ``walk``; raises the first reason if none reaches a product."""
+    """The walks from ``node`` on, after ``walk``; if none reaches a product, raises the reason at the nearest one."""
     users = [user for user in node.users if user.op != "output" and user not in softmax.nodes]
     tests = [user for user in users if user.target is aten.isnan.default]
     users = [user for user in users if user not in tests]
@@ -576,7 +576,7 @@ def _follow(
             "(output_attentions=False, need_weights=False)"
         )
     walks: list[WeightWalk] = []
-    reasons: list[NotAttention] = []
+    reasons: dict[fx.Node, NotAttention] = {}
     for user in users:
         try:
             product = _product_with_value(user, node, layout)
@@ -593,9 +593,9 @@ def _follow(
             else:
                 walks += _follow(user, further, softmax, _step(user, node, layout, further), sink_dim)
         except NotAttention as reason:
-            reasons.append(reason)
+            reasons[user] = reason
     if not walks:
-        raise reasons[0]
+        raise reasons[min(reasons, key=lambda user: steps_to_product(user, lambda each: each.users))]
     return walks
 
 
