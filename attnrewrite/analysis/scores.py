@@ -34,6 +34,7 @@ __all__ = [
     "BOUNDED",
     "FLOATING",
     "ScoreWalk",
+    "assigned_mask",
     "is_narrower",
     "leads_to_product",
     "node_in_words",
@@ -339,17 +340,31 @@ def _clamp_or_function(node: fx.Node, source: fx.Node) -> ScoreMod:
 
 def _index_put(node: fx.Node, layout: Layout) -> Fill:
     """The modification by ``scores[mask] = value``."""
-    args: Any = node.args
-    masks = args[1]
-    accumulate = args[3] if len(args) > 3 else node.kwargs.get("accumulate", False)
-    if len(masks) != 1 or not is_tensor(masks[0]) or tensor(masks[0]).dtype is not torch.bool or accumulate:
-        raise NotAttention(f"{node_in_words(node)} assigns to the scores by an index that is not one boolean mask")
-    (mask,) = masks
-    rank = tensor(mask).dim()
-    if not same_shape(tensor(mask).shape, tensor(node).shape[:rank]):
-        raise NotAttention(f"{node_in_words(node)} assigns to the scores by a mask of another shape than theirs")
     dtype = tensor(node).dtype
-    return Fill(Operand(mask, layout[:rank]), as_stored(_fill_value(args[2], node), dtype), dtype)
+    return Fill(assigned_mask(node, layout), as_stored(_fill_value(node.args[2], node), dtype), dtype)
+
+
+def assigned_mask(node: fx.Node, layout: Layout) -> Operand:
+    """The mask of ``x[mask] = number`` or ``x[:, mask] = number``, where ``x`` has the layout ``layout``.
+
+    Raises:
+        NotAttention: the assignment is another.
+    """
+    args: Any = node.args
+    indices = [*args[1]]
+    places = [place for place, index in enumerate(indices) if index is not None]
+    accumulate = args[3] if len(args) > 3 else node.kwargs.get("accumulate", False)
+    mask: Any = indices[places[0]] if len(places) == 1 else None
+    if not is_tensor(mask) or tensor(mask).dtype is not torch.bool or accumulate:
+        raise NotAttention(
+            f"{node_in_words(node)} assigns to the scores or weights by an index that is not one boolean mask"
+        )
+    first, last = places[0], places[0] + tensor(mask).dim()
+    if not same_shape(tensor(mask).shape, tensor(node).shape[first:last]):
+        raise NotAttention(
+            f"{node_in_words(node)} assigns to the scores or weights by a mask of another shape than theirs"
+        )
+    return Operand(mask, layout[first:last])
 
 
 def _shift_by_own_row(node: fx.Node, source: fx.Node, layout: Layout | None, context: _WalkContext) -> _Step | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.scores import BOUNDED, FLOATING, node_in_words, row_maximum, steps_to_product
+from attnrewrite.analysis.scores import BOUNDED, FLOATING, assigned_mask, node_in_words, row_maximum, steps_to_product
 from attnrewrite.analysis.values import constant_value, possible_values
 from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, broadcast, fresh_layout, resolve, size_of
 from attnrewrite.ir.nodes import Size, dtype_name, is_tensor, same, same_shape, tensor
@@ -613,7 +613,11 @@ def _product_with_value(user: fx.Node, node: fx.Node, layout: Layout) -> Product
 
 
 _PASSING = (
-    {aten.dropout.default, aten.slice.Tensor, aten.nan_to_num.default} | MASKED_FILL_OPS | WHERE_OPS | MUL_OPS | DIV_OPS
+    {aten.dropout.default, aten.slice.Tensor, aten.nan_to_num.default, aten.index_put.default}
+    | MASKED_FILL_OPS
+    | WHERE_OPS
+    | MUL_OPS
+    | DIV_OPS
 )
 
 
@@ -667,6 +671,10 @@ def _step(user: fx.Node, node: fx.Node, layout: Layout, walk: WeightWalk) -> Lay
         return layout
     if target in MASKED_FILL_OPS:
         walk.mods.append(Zero(_aligned(args[1], user, layout)))
+        _require_zero(args[2], user)
+        return layout
+    if target is aten.index_put.default and args[0] is node:
+        walk.mods.append(Zero(assigned_mask(user, layout)))
         _require_zero(args[2], user)
         return layout
     if target in WHERE_OPS:

@@ -217,3 +217,13 @@ def multiplied_by_an_expanded_gate(q: Tensor, k: Tensor, v: Tensor, gate: Tensor
 def divided_by_a_tiled_size(q: Tensor, k: Tensor, v: Tensor, size: Tensor) -> Tensor:
     weights = (q @ k.mT * 8**-0.5).softmax(-1)
     return (weights / (1 + size**2).tile(1, 4, 1, k.shape[2])) @ v
+
+
+@_spelling.add(_Q, _K, _V, keep(2, 4, "L", "S"))
+def assigned_before_and_after(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Masked by assignment, and zero in a row without a key."""
+    scores = q @ k.mT * 8**-0.5
+    scores[~mask] = -math.inf
+    weights = scores.softmax(-1).clone()
+    weights[~mask] = 0
+    return weights @ v
