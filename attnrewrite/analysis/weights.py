@@ -612,13 +612,8 @@ def _product_with_value(user: fx.Node, node: fx.Node, layout: Layout) -> Product
     return product
 
 
-_PASSING = (
-    {aten.dropout.default, aten.slice.Tensor, aten.nan_to_num.default, aten.index_put.default}
-    | MASKED_FILL_OPS
-    | WHERE_OPS
-    | MUL_OPS
-    | DIV_OPS
-)
+_FILLS = MASKED_FILL_OPS | {aten.index_put.default}
+_PASSING = {aten.dropout.default, aten.slice.Tensor, aten.nan_to_num.default} | _FILLS | WHERE_OPS | MUL_OPS | DIV_OPS
 
 
 def _sums_keys(factor: fx.Node, weights: fx.Node) -> bool:
@@ -669,12 +664,9 @@ def _step(user: fx.Node, node: fx.Node, layout: Layout, walk: WeightWalk) -> Lay
             raise NotAttention(f"{node_in_words(user)} replaces NaN that scaling the weights may have made")
         walk.nan_to_zero = True
         return layout
-    if target in MASKED_FILL_OPS:
-        walk.mods.append(Zero(_aligned(args[1], user, layout)))
-        _require_zero(args[2], user)
-        return layout
-    if target is aten.index_put.default and args[0] is node:
-        walk.mods.append(Zero(assigned_mask(user, layout)))
+    if target in _FILLS and args[0] is node:
+        assigns = target is aten.index_put.default
+        walk.mods.append(Zero(assigned_mask(user, layout) if assigns else _aligned(args[1], user, layout)))
         _require_zero(args[2], user)
         return layout
     if target in WHERE_OPS:
