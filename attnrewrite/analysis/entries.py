@@ -17,7 +17,6 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.formulas import Formula, Known, at_least, conjunction, disjunction, negation, symbols
-from attnrewrite.analysis.slices import span_of
 from attnrewrite.analysis.values import as_stored, constant_value
 from attnrewrite.ir.bounds import ENTRY_NUMBERS, LONGEST_SEQUENCE
 from attnrewrite.ir.nodes import is_tensor, same, tensor
@@ -31,6 +30,7 @@ from attnrewrite.ir.ops import (
     TRIANGLE_OPS,
     WHERE_OPS,
 )
+from attnrewrite.ir.spans import span_of
 from attnrewrite.ir.stored import StoredPattern, Triangle
 
 __all__ = ["Cases", "Entries", "Unknown", "expression_of"]
@@ -156,7 +156,27 @@ class Entries:
             return self._gathered(node, index)
         if target in SCATTER_OPS:
             return self._scattered(node, index)
-        return None
+        return self._padded(node, index) if target is aten.constant_pad_nd.default else None
+
+    def _padded(self, node: fx.Node, index: list[Any]) -> Entry | None:
+        """The entry after padding: the argument's inside, and the number that is given outside."""
+        args: Any = node.args
+        source, pads = args[:2]
+        number = args[2] if len(args) > 2 else 0.0
+        own = list(index)
+        within: list[Formula] = []
+        for place, before in enumerate(pads[::2]):
+            dim = len(index) - 1 - place
+            first = _integer(before)
+            if first is None or not isinstance(number, (bool, int, float)):
+                return None
+            own[dim] = index[dim] - first
+            size = expression_of(tensor(source).shape[dim])
+            within += [at_least(own[dim], self._highest), at_least(size - 1 - own[dim], self._highest)]
+        dtype = tensor(node).dtype
+        outside = bool(number) if dtype is torch.bool else _number(float(number))
+        # Outside ``own`` is no valid index, but there the condition does not hold.
+        return self._where(conjunction(within), self.at(source, own), outside, dtype)
 
     def _scattered(self, node: fx.Node, index: list[Any]) -> Entry | None:
         """The entry after an assignment to a slice, row or diagonal: the new value inside, the old one outside."""

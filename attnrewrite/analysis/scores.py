@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from attnrewrite.analysis.values import ABSORBING, ORDINARY, as_stored, constant_value, is_far_below, possible_values
+from attnrewrite.analysis.values import (
+    ABSORBING,
+    ORDINARY,
+    as_stored,
+    constant_value,
+    is_far_below,
+    number_of,
+    possible_values,
+)
 from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, broadcast, resolve
+from attnrewrite.ir.bounds import AROUND_SOFTMAX
 from attnrewrite.ir.nodes import dtype_name, is_tensor, same_shape, scalar, tensor
 from attnrewrite.ir.ops import ADD_OPS, DIV_OPS, MASKED_FILL_OPS, MUL_OPS, SUB_OPS, WHERE_OPS, is_cast
 from attnrewrite.ir.products import Product, is_product, product_from_result
@@ -25,12 +34,14 @@ __all__ = [
     "BOUNDED",
     "FLOATING",
     "ScoreWalk",
+    "assigned_mask",
     "is_narrower",
     "leads_to_product",
     "node_in_words",
     "read_scores",
     "row_maximum",
     "sources_of_scores",
+    "steps_to_product",
 ]
 
 aten = torch.ops.aten
@@ -135,8 +146,8 @@ def _walk(node: fx.Node, layout: Layout, context: _WalkContext, plain: bool) -> 
     sources = [arg for arg in dict.fromkeys(sources_of_scores(node)) if leads_to_product(arg, context.memo)]
     if not sources:
         raise NotAttention(
-            f"{node_in_words(node)} lies between softmax and the product of query and key, and is not an operation "
-            "on scores that can be rewritten"
+            f"{node_in_words(_stopping(node))} lies between softmax and the product of query and key, and is not an "
+            "operation on scores that can be rewritten"
         )
     walks: list[ScoreWalk] = []
     reasons: list[NotAttention] = []
@@ -153,6 +164,34 @@ def _walk(node: fx.Node, layout: Layout, context: _WalkContext, plain: bool) -> 
     if not walks:
         raise reasons[0]
     return max(walks, key=lambda walk: len({*walk.product.lhs.axes} & {*walk.product.rhs.axes}))
+
+
+def _stopping(node: fx.Node) -> fx.Node:
+    """The node at which the walk back from ``node`` to a product ends, since it is no operation on scores.
+
+    Of the arguments that may be the scores, the walk follows that to which a product is nearest: others are masks.
+    """
+    while True:
+        sources = [arg for arg in sources_of_scores(node) if is_tensor(arg)]
+        distances = {source: steps_to_product(source, lambda each: each.all_input_nodes) for source in sources}
+        nearest = min(distances, key=lambda arg: distances[arg], default=None)
+        if nearest is None or math.isinf(distances[nearest]):
+            return node
+        node = nearest
+
+
+def steps_to_product(node: fx.Node, neighbors: Callable[[fx.Node], Iterable[fx.Node]]) -> float:
+    """The number of steps from ``node`` to the nearest matrix product; infinity if none is near."""
+    steps = {node: 0}
+    for each in (pending := [node]):
+        if is_product(each):
+            return steps[each]
+        for other in neighbors(each):
+            # The bound is not reported: it decides which step a reason names, and not what is found.
+            if other not in steps and len(steps) < AROUND_SOFTMAX.most:
+                steps[other] = steps[each] + 1
+                pending.append(other)
+    return math.inf
 
 
 def _keeps_constants(mod: ScoreMod, context: _WalkContext) -> bool:
@@ -245,10 +284,11 @@ def _read_step(node: fx.Node, source: fx.Node, layout: Layout, context: _WalkCon
         return [*_shift(other, node, context, plain), Scale(-alpha)], ()
     if target in ADD_OPS or target in SUB_OPS:
         sign = alpha if target in ADD_OPS else -alpha
-        if first and target in SUB_OPS and alpha == 1 and plain and not context.sink:
-            maximum = row_maximum(other, source, broadcast(layout, tensor(node).shape, tensor(source).shape), context)
-            if maximum is not None:
-                return [Shift(by_maximum=True)], maximum
+        if alpha == 1 and plain and not context.sink:
+            own = broadcast(layout, tensor(node).shape, tensor(source).shape)
+            found = _shift_by_own_row(node, source, own, context)
+            if found is not None:
+                return found
         if not is_tensor(other):
             steps = _shift(other, node, context, plain)
         else:
@@ -300,17 +340,69 @@ def _clamp_or_function(node: fx.Node, source: fx.Node) -> ScoreMod:
 
 def _index_put(node: fx.Node, layout: Layout) -> Fill:
     """The modification by ``scores[mask] = value``."""
-    args: Any = node.args
-    masks = args[1]
-    accumulate = args[3] if len(args) > 3 else node.kwargs.get("accumulate", False)
-    if len(masks) != 1 or not is_tensor(masks[0]) or tensor(masks[0]).dtype is not torch.bool or accumulate:
-        raise NotAttention(f"{node_in_words(node)} assigns to the scores by an index that is not one boolean mask")
-    (mask,) = masks
-    rank = tensor(mask).dim()
-    if not same_shape(tensor(mask).shape, tensor(node).shape[:rank]):
-        raise NotAttention(f"{node_in_words(node)} assigns to the scores by a mask of another shape than theirs")
     dtype = tensor(node).dtype
-    return Fill(Operand(mask, layout[:rank]), as_stored(_fill_value(args[2], node), dtype), dtype)
+    return Fill(assigned_mask(node, layout), as_stored(_fill_value(node.args[2], node), dtype), dtype)
+
+
+def assigned_mask(node: fx.Node, layout: Layout) -> Operand:
+    """The mask of ``x[mask] = number`` or ``x[:, mask] = number``, where ``x`` has the layout ``layout``.
+
+    Raises:
+        NotAttention: the assignment is another.
+    """
+    args: Any = node.args
+    indices = [*args[1]]
+    places = [place for place, index in enumerate(indices) if index is not None]
+    accumulate = args[3] if len(args) > 3 else node.kwargs.get("accumulate", False)
+    mask: Any = indices[places[0]] if len(places) == 1 else None
+    if not is_tensor(mask) or tensor(mask).dtype is not torch.bool or accumulate:
+        raise NotAttention(
+            f"{node_in_words(node)} assigns to the scores or weights by an index that is not one boolean mask"
+        )
+    first, last = places[0], places[0] + tensor(mask).dim()
+    if not same_shape(tensor(mask).shape, tensor(node).shape[first:last]):
+        raise NotAttention(
+            f"{node_in_words(node)} assigns to the scores or weights by a mask of another shape than theirs"
+        )
+    return Operand(mask, layout[first:last])
+
+
+def _shift_by_own_row(node: fx.Node, source: fx.Node, layout: Layout | None, context: _WalkContext) -> _Step | None:
+    """The step by ``node`` if it is the sum or difference of the scores and a number made from each row of them.
+
+    Softmax cancels such a number, and the gradients through it add up to zero. Where the row is not finite it may not
+    be: max - scores is infinite beside a score of minus infinity, where scores - max has a weight of zero.
+    """
+    args: Any = node.args
+    first = args[0] is source
+    subtracts = node.target in SUB_OPS
+    negated = subtracts and not first
+    other = args[1] if first else args[0]
+    if first and subtracts:
+        maximum = row_maximum(other, source, layout, context)
+        if maximum is not None:
+            return [Shift(by_maximum=True)], maximum
+    for reductions, sign in _REDUCTIONS:
+        nodes = _reduction_of_row(
+            other, source, layout, set(context.key_axes), reductions, _passes_finite_numbers, own_row=True
+        )
+        if nodes is None or any(
+            is_narrower(tensor(each).dtype, tensor(source).dtype) for each in nodes if is_tensor(each)
+        ):
+            continue
+        if sign is not None and negated is (sign < 0):
+            # As scores - max, or as min - scores, which is the same of the negated scores.
+            subtracted = (subtracts and first) is not _is_negated(nodes)
+            scaled = any(each.target in MUL_OPS or each.target in DIV_OPS for each in nodes)
+            if scaled or subtracted is negated:
+                return None
+            return [Shift(by_maximum=True), *[Scale(-1.0)] * negated], nodes
+        return [*[Scale(-1.0)] * negated, Shift(needs_finite=True)], nodes
+    return None
+
+
+def _is_negated(nodes: Sequence[fx.Node]) -> bool:
+    return sum(node.target is aten.neg.default for node in nodes) % 2 == 1
 
 
 def row_maximum(
@@ -329,13 +421,35 @@ def row_maximum(
         own_row: only the exact maximum of each row counts, not one over several rows or a clamped one.
     """
     keys = set(context.key_axes if isinstance(context, _WalkContext) else context)
+
+    def passes(step: fx.Node) -> bool:
+        return is_cast(step) or (not own_row and step.target in BOUNDED)
+
+    return _reduction_of_row(node, scores, layout, keys, _MAXIMA, passes, own_row)
+
+
+def _reduction_of_row(
+    node: Any,
+    scores: fx.Node,
+    layout: Layout | None,
+    keys: set[Axis],
+    reductions: frozenset[Any],
+    passes: Callable[[fx.Node], bool],
+    own_row: bool,
+) -> tuple[fx.Node, ...] | None:
+    """The nodes that compute ``node`` from ``scores`` by one of ``reductions`` as the same for all keys of a row.
+
+    None if it is anything else. ``passes`` says which steps may follow the reduction, besides views and detaching; with
+    ``own_row`` each row has a number of its own.
+    """
     if layout is None or not is_tensor(node):
         return None
     chain: list[fx.Node] = []
     current = node
-    while current.target not in _MAXIMA:
-        passes = is_cast(current) or is_layout_op(current) or current.target in _AFTER_MAXIMUM
-        if current.op != "call_function" or not (passes or (not own_row and current.target in BOUNDED)):
+    while current.target not in reductions:
+        if current.op != "call_function" or not (
+            is_layout_op(current) or current.target in _AFTER_REDUCTION or passes(current)
+        ):
             return None
         if any(isinstance(arg, fx.Node) for arg in current.args[1:]):
             return None
@@ -345,7 +459,7 @@ def row_maximum(
             return None
     chain.append(current)
     reduction = current
-    own = _maximum_layout(reduction, layout)
+    own = _layout_of_reduction(reduction, layout)
     if own is None:
         return None
     for step in reversed(chain[:-1]):
@@ -367,25 +481,42 @@ def row_maximum(
         return None
     if own_row and set(axes_of(layout)) - set(axes_of(own)) != keys:
         return None
-    # Each dimension must be aligned with the same one of the scores, or broadcast.
+    # Each dimension must be aligned with the same one of the scores, or broadcast. Axes that `expand` made are new.
+    rows = set(axes_of(layout))
     expected = layout[len(layout) - len(own) :]
-    if len(own) > len(layout) or any(dim and dim != other for dim, other in zip(own, expected, strict=True)):
+    if len(own) > len(layout) or any(
+        rows.intersection(dim) and dim != other for dim, other in zip(own, expected, strict=True)
+    ):
         return None
     return tuple(reversed(chain))
 
 
-_AFTER_MAXIMUM = (aten.detach.default, operator.getitem)
+def _passes_finite_numbers(step: fx.Node) -> bool:
+    """Whether a step behind the reduction of a row keeps finite numbers finite and infinite ones infinite."""
+    if step.target in MUL_OPS or step.target in DIV_OPS:
+        factor = step.args[1]
+        return isinstance(factor, (int, float)) and 2**-20 <= factor <= 2**20 and not step.kwargs
+    return step.target is aten.neg.default or (is_cast(step) and tensor(step).dtype in FLOATING)
+
+
+_AFTER_REDUCTION = (aten.detach.default, operator.getitem)
 BOUNDED = (aten.clamp.default, aten.clamp_min.default, aten.nan_to_num.default, aten.relu.default)
-_MAXIMA = (aten.amax.default, aten.max.dim, aten.max.default)
+_MAXIMA = frozenset({aten.amax.default, aten.max.dim, aten.max.default})
+_REDUCTIONS: tuple[tuple[frozenset[Any], int | None], ...] = (
+    (frozenset({aten.amax.default, aten.max.dim, aten.logsumexp.default}), 1),
+    (frozenset({aten.amin.default, aten.min.dim}), -1),
+    (frozenset({aten.mean.dim, aten.sum.dim_IntList}), None),
+)
+"""Reductions of a row, each with the sign of the scores for which a finite result does not say that all are finite."""
 
 
-def _maximum_layout(reduction: fx.Node, layout: Layout) -> Layout | None:
-    """The layout of a maximum of scores with ``layout``."""
+def _layout_of_reduction(reduction: fx.Node, layout: Layout) -> Layout | None:
+    """The layout of a reduction of scores with ``layout``."""
     args: Any = reduction.args
     if reduction.target is aten.max.default:
         return ()
     dims = args[1] if len(args) > 1 else ()
-    dims = [dims] if isinstance(dims, int) else list(dims)
+    dims = [dims] if isinstance(dims, int) else list(dims or ())
     reduced = {dim % len(layout) for dim in dims} or set(range(len(layout)))
     keep = bool(args[2]) if len(args) > 2 else bool(reduction.kwargs.get("keepdim"))
     result: list[Dim] = []
@@ -422,7 +553,7 @@ def _aligned(other: Any, node: fx.Node, layout: Layout) -> Operand:
 
 
 def _fill_value(value: Any, node: fx.Node) -> float:
-    constant = constant_value(value)
+    constant = number_of(value)
     if constant is None:
         raise NotAttention(f"the value that {node_in_words(node)} fills in is not a constant; pass a Python number")
     return constant

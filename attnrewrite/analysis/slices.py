@@ -7,7 +7,6 @@ symbolic; only what is known for every input is used.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,31 +16,16 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.ir.nodes import Size, is_tensor, same, tensor
-from attnrewrite.ir.ops import CAT_OPS, SPLIT_OPS
+from attnrewrite.ir.ops import CAT_OPS
 from attnrewrite.ir.reason import FINE, Reason
+from attnrewrite.ir.spans import Span, Taken, dim_of, same_span, span_of, taken_from
 
-__all__ = ["Assembly", "Box", "Piece", "Span", "Taken", "assemblies", "grid", "same_span", "taken_from"]
+__all__ = ["Assembly", "Box", "Piece", "assemblies", "grid"]
 
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class Span:
-    """The index range ``start : start + size``."""
-
-    start: Size
-    size: Size
-
-    @property
-    def stop(self) -> Size:
-        return self.start + self.size
-
-
 Box = tuple[Span, ...]
-
-
-def same_span(a: Span, b: Span) -> bool:
-    return same(a.start, b.start) and same(a.size, b.size)
 
 
 def _within(a: Span, b: Span) -> bool:
@@ -54,86 +38,6 @@ def _disjoint(a: Span, b: Span) -> bool:
 
 def _at_most(a: Size, b: Size) -> bool:
     return statically_known_true(a <= b)
-
-
-@dataclass(frozen=True)
-class Taken:
-    """The part ``span`` of ``source`` along ``dim``; ``selected`` if the dimension was removed, as by ``x[0]``."""
-
-    source: fx.Node
-    dim: int
-    span: Span
-    selected: bool = False
-
-
-def taken_from(node: fx.Node) -> Taken | None:
-    """The part that ``node`` takes by a slice, a selection or a split; None for any other node."""
-    args: Any = node.args
-    target: Any = node.target
-    if node.op != "call_function" or not args or not is_tensor(node):
-        return None
-    if target is operator.getitem:
-        return _from_split(args[0], args[1])
-    if target not in (aten.slice.Tensor, aten.select.int) or not is_tensor(args[0]):
-        return None
-    span = span_of(node, tensor(node))
-    dim = _dim(node, tensor(args[0]).dim())
-    return None if span is None else Taken(args[0], dim, span, target is aten.select.int)
-
-
-def _from_split(split: Any, index: int) -> Taken | None:
-    if not isinstance(split, fx.Node) or split.target not in SPLIT_OPS or not is_tensor(split.args[0]):
-        return None
-    source: Any = split.args[0]
-    given = _argument(split, 1 if split.target is aten.unbind.int else 2, "dim", 0)
-    if not isinstance(given, int):
-        return None
-    dim = given % tensor(source).dim()
-    if split.target is aten.unbind.int:
-        return Taken(source, dim, Span(index, 1), True)
-    sizes = [part.shape[dim] for part in split.meta["val"]]
-    return Taken(source, dim, Span(sum(sizes[:index]), sizes[index]))
-
-
-def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    value: Any = node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-    return value.meta.get("val") if isinstance(value, fx.Node) else value
-
-
-def _dim(node: fx.Node, rank: int, position: int = 1) -> int:
-    return int(_argument(node, position, "dim", 0)) % rank
-
-
-def span_of(node: fx.Node, part: torch.Tensor, position: int = 1) -> Span | None:
-    """The span of a slice, a selection, or their scatters; None if it is not known or has a step.
-
-    Args:
-        node: the call.
-        part: the fake tensor that is taken, or written.
-        position: the position of the argument ``dim``.
-    """
-    whole = tensor(node.args[0])
-    dim = _dim(node, whole.dim(), position)
-    if node.target in (aten.select.int, aten.select_scatter.default):
-        start = _from_start(_argument(node, position + 1, "index", 0), whole.shape[dim])
-        return None if start is None else Span(start, 1)
-    if _argument(node, position + 3, "step", 1) != 1:
-        return None
-    start = _from_start(_argument(node, position + 1, "start", 0), whole.shape[dim])
-    return None if start is None else Span(start, part.shape[dim])
-
-
-def _from_start(index: Any, size: Size) -> Size | None:
-    """The start of a slice as a nonnegative index; None if its sign is not known."""
-    if index is None:
-        return 0
-    if not isinstance(index, (int, torch.SymInt)):
-        return None
-    if statically_known_true(index >= 0):
-        return min(index, size) if isinstance(index, int) and isinstance(size, int) else index
-    if statically_known_true(index < 0) and statically_known_true(index + size >= 0):
-        return index + size
-    return None
 
 
 # How a tensor is assembled.
@@ -218,7 +122,7 @@ def assemblies(graph: fx.Graph) -> dict[fx.Node, Assembly]:
 def _concatenated(node: fx.Node, parts: Sequence[tuple[fx.Node, Assembly]]) -> Assembly:
     """The assembly of a concatenation or stack, of the pieces of its parts."""
     stacked = node.target is aten.stack.default
-    dim = _dim(node, tensor(node).dim())
+    dim = dim_of(node, tensor(node).dim())
     pieces: list[Piece] = []
     nodes = {node}
     start: Size = 0
@@ -258,7 +162,7 @@ def _scattered(node: fx.Node, into: Assembly, source: Assembly) -> Assembly:
     span = span_of(node, tensor(args[1]), position=2)
     if span is None:
         return _unassembled(node)
-    dim = _dim(node, tensor(node).dim(), position=2)
+    dim = dim_of(node, tensor(node).dim(), position=2)
     taken = Taken(args[0], dim, span, selected)
     before = _restricted(into, taken)
     if before is None:

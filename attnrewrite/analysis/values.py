@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import enum
 import itertools
+import math
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +42,7 @@ __all__ = [
     "constant_value",
     "is_far_below",
     "is_ordinary",
+    "number_of",
     "possible_values",
 ]
 
@@ -309,6 +313,60 @@ def constant_value(node: Any) -> float | None:
     else:
         return None
     return as_stored(value, tensor(node).dtype) if isinstance(value, (bool, int, float)) else None
+
+
+def number_of(node: Any) -> float | None:
+    """As :func:`constant_value`, also behind arithmetic, and where the number stands in a buffer; else None.
+
+    The buffer counts as read, and is checked at each call. So this is to be asked only where the number decides.
+    """
+    return _number_of(node, {})
+
+
+def _number_of(node: Any, memo: dict[fx.Node, float | None]) -> float | None:
+    constant = constant_value(node)
+    if constant is not None or not is_tensor(node):
+        return constant
+    if node not in memo:
+        memo[node] = None
+        value = _computed_number(node, memo)
+        known = value is not None and not math.isnan(value)
+        memo[node] = as_stored(value, tensor(node).dtype) if value is not None and known else None
+    return memo[node]
+
+
+def _computed_number(node: fx.Node, memo: dict[fx.Node, float | None]) -> float | None:
+    args: Any = node.args
+    stored = node.meta.get("stored")
+    if isinstance(stored, StoredPattern):
+        return stored.number
+    if node.op != "call_function" or node.kwargs.keys() - {"dtype", "device", "memory_format"}:
+        return None
+    if node.target in MOVE_OPS or node.target in CAST_OPS:
+        return _number_of(args[0], memo)
+    function = _NUMBERS.get(node.target)
+    numbers = [_number_of(arg, memo) for arg in args] if function is not None else [None]
+    if function is None or any(number is None for number in numbers):
+        return None
+    try:
+        return float(function(*numbers))
+    except (ZeroDivisionError, OverflowError):
+        return None
+
+
+_NUMBERS: dict[Any, Callable[..., float]] = {
+    aten.add.Tensor: operator.add,
+    aten.add.Scalar: operator.add,
+    aten.sub.Tensor: operator.sub,
+    aten.sub.Scalar: operator.sub,
+    aten.rsub.Scalar: lambda a, b: b - a,
+    aten.mul.Tensor: operator.mul,
+    aten.mul.Scalar: operator.mul,
+    aten.div.Tensor: operator.truediv,
+    aten.div.Scalar: operator.truediv,
+    aten.neg.default: operator.neg,
+    aten.abs.default: abs,
+}
 
 
 def as_stored(value: float, dtype: torch.dtype) -> float:

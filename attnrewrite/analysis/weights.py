@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.scores import BOUNDED, FLOATING, node_in_words, row_maximum
+from attnrewrite.analysis.scores import BOUNDED, FLOATING, assigned_mask, node_in_words, row_maximum, steps_to_product
 from attnrewrite.analysis.values import constant_value, possible_values
 from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, broadcast, fresh_layout, resolve, size_of
 from attnrewrite.ir.nodes import Size, dtype_name, is_tensor, same, same_shape, tensor
@@ -566,7 +566,7 @@ def follow_weights(softmax: Softmax, layout: Layout, sink_dim: tuple[Dim, Dim, b
 def _follow(
     node: fx.Node, walk: WeightWalk, softmax: Softmax, layout: Layout, sink_dim: tuple[Dim, Dim, bool] | None
 ) -> list[WeightWalk]:
-    """The walks from ``node`` on, after ``walk``; raises the first reason if none reaches a product."""
+    """The walks from ``node`` on, after ``walk``; if none reaches a product, raises the reason at the nearest one."""
     users = [user for user in node.users if user.op != "output" and user not in softmax.nodes]
     tests = [user for user in users if user.target is aten.isnan.default]
     users = [user for user in users if user not in tests]
@@ -576,7 +576,7 @@ def _follow(
             "(output_attentions=False, need_weights=False)"
         )
     walks: list[WeightWalk] = []
-    reasons: list[NotAttention] = []
+    reasons: dict[fx.Node, NotAttention] = {}
     for user in users:
         try:
             product = _product_with_value(user, node, layout)
@@ -593,9 +593,9 @@ def _follow(
             else:
                 walks += _follow(user, further, softmax, _step(user, node, layout, further), sink_dim)
         except NotAttention as reason:
-            reasons.append(reason)
+            reasons[user] = reason
     if not walks:
-        raise reasons[0]
+        raise reasons[min(reasons, key=lambda user: steps_to_product(user, lambda each: each.users))]
     return walks
 
 
@@ -612,9 +612,8 @@ def _product_with_value(user: fx.Node, node: fx.Node, layout: Layout) -> Product
     return product
 
 
-_PASSING = (
-    {aten.dropout.default, aten.slice.Tensor, aten.nan_to_num.default} | MASKED_FILL_OPS | WHERE_OPS | MUL_OPS | DIV_OPS
-)
+_FILLS = MASKED_FILL_OPS | {aten.index_put.default}
+_PASSING = {aten.dropout.default, aten.slice.Tensor, aten.nan_to_num.default} | _FILLS | WHERE_OPS | MUL_OPS | DIV_OPS
 
 
 def _sums_keys(factor: fx.Node, weights: fx.Node) -> bool:
@@ -665,8 +664,9 @@ def _step(user: fx.Node, node: fx.Node, layout: Layout, walk: WeightWalk) -> Lay
             raise NotAttention(f"{node_in_words(user)} replaces NaN that scaling the weights may have made")
         walk.nan_to_zero = True
         return layout
-    if target in MASKED_FILL_OPS:
-        walk.mods.append(Zero(_aligned(args[1], user, layout)))
+    if target in _FILLS and args[0] is node:
+        assigns = target is aten.index_put.default
+        walk.mods.append(Zero(assigned_mask(user, layout) if assigns else _aligned(args[1], user, layout)))
         _require_zero(args[2], user)
         return layout
     if target in WHERE_OPS:

@@ -77,7 +77,6 @@ def _readable(value: Any) -> bool:
         and not value.is_inference()
         and value.device.type != "meta"
         and value.layout is torch.strided
-        and value.dim() > 0
         and value.numel() > 0
     )
 

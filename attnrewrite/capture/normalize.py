@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnrewrite.capture.parts import applied_to_all
 from attnrewrite.ir.bounds import STEPS_OF_SCORES
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import is_tensor, same_shape, tensor
-from attnrewrite.ir.ops import CAST_OPS, is_elementwise, is_view
-from attnrewrite.torch_private import OpOverload, schema_of
+from attnrewrite.ir.ops import CAST_OPS, SCATTER_OPS, has_effect, is_elementwise, is_random, is_view
+from attnrewrite.torch_private import OpOverload, is_erased, schema_of
 
 __all__ = ["ALIASES", "normalize"]
 
@@ -100,7 +101,7 @@ ALIASES = _aliases()
 def normalize(ir: fx.GraphModule) -> None:
     """Brings each operator of ``ir`` to its one spelling, in place."""
     for node in list(ir.graph.nodes):
-        if node.op != "call_function":
+        if node.op != "call_function" or is_erased(node):
             continue
         rule = _RULES.get(node.target)
         if rule is None:
@@ -109,6 +110,10 @@ def normalize(ir: fx.GraphModule) -> None:
             node.target = rule
         else:
             rule(ir, node)
+    for node in reversed(ir.graph.nodes):
+        # Functional tracing leaves views of what was updated in place that nothing reads.
+        if is_view(node) and not node.users:
+            ir.graph.erase_node(node)
 
 
 def _replace(node: fx.Node, by: fx.Node) -> None:
@@ -234,7 +239,27 @@ def _reaches(start: fx.Node, neighbors: Callable[[fx.Node], Iterable[fx.Node]], 
 
 
 def _is_step(node: fx.Node) -> bool:
-    return is_view(node) or node.target in CAST_OPS or is_elementwise(node)
+    return is_view(node) or node.target in CAST_OPS or node.target in SCATTER_OPS or is_elementwise(node)
+
+
+def _step_on_a_part(ir: fx.GraphModule, node: fx.Node) -> None:
+    """Writes a step on a part of the scores as one on all of them, and removes what only the assignment used."""
+    if not _is_step_of_scores(node):
+        return
+    by = applied_to_all(ir, node)
+    if by is not None:
+        node.replace_all_uses_with(by)
+        _remove_unused(node)
+
+
+def _remove_unused(node: fx.Node) -> None:
+    """Removes the node, and those before it that nothing reads any more."""
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if not (is_erased(node) or node.users or node.op != "call_function" or has_effect(node) or is_random(node)):
+            pending += node.all_input_nodes
+            node.graph.erase_node(node)
 
 
 # Arguments that are read only for their shape, dtype or device: replaced, so that they are not kept alive for that.
@@ -320,4 +345,6 @@ _RULES: dict[Any, Any] = {
     aten.reshape_as.default: _shape_of_other(aten.reshape.default),
     aten.expand_as.default: _shape_of_other(aten.expand.default),
     aten.copy.default: _conversions,
+    aten.slice_scatter.default: _step_on_a_part,
+    aten.select_scatter.default: _step_on_a_part,
 }

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from attnrewrite.ir.axes import Operand
-from attnrewrite.ir.nodes import is_tensor, regions, tensor
+from attnrewrite.ir.nodes import AutocastState, is_tensor, regions, tensor
 from attnrewrite.ir.ops import is_cast
 from attnrewrite.ir.source import source_location
 from attnrewrite.ir.views import peel
@@ -35,8 +35,8 @@ class GraphView:
             for value in (tensor(node), node.meta.get("example_value", tensor(node)))
         )
 
-    def _region(self, node: fx.Node) -> tuple[int, int]:
-        """The grad-mode and autocast regions of ``node``, as :func:`~attnrewrite.ir.nodes.regions` numbers them.
+    def _region(self, node: fx.Node) -> tuple[int, AutocastState]:
+        """The grad mode and autocast at ``node``, as :func:`~attnrewrite.ir.nodes.regions` has them.
 
         A node that was inserted later switches nothing, so it lies in the region of the node before it.
         """
@@ -50,14 +50,16 @@ class GraphView:
         return tuple(sorted(set(nodes)))
 
     def same_region(self, a: fx.Node, b: fx.Node) -> bool:
-        """Whether both nodes run under the same grad mode and in the same autocast region."""
+        """Whether both nodes run under the same grad mode and autocast."""
         return self._region(a) == self._region(b)
 
     def grad_region(self, node: fx.Node) -> int:
         return self._region(node)[0]
 
     def in_autocast(self, node: fx.Node) -> bool:
-        return self._region(node)[1] != 0 or _ambient_autocast(node)
+        """Whether autocast is on at ``node``, for tensors of its device."""
+        kinds = {kind for kind, _ in self._region(node)[1]}
+        return tensor(node).device.type in kinds if is_tensor(node) else bool(kinds)
 
     @property
     def trains(self) -> bool:
@@ -70,13 +72,20 @@ class GraphView:
         enabled = mode == 1 or (mode == 0 and torch.is_grad_enabled())
         return enabled and self.has_gradients
 
-    def origin(self, operand: Operand, consumer: fx.Node, narrow_to: torch.dtype | None = None) -> Operand:
+    def origin(
+        self,
+        operand: Operand,
+        consumer: fx.Node,
+        narrow_to: torch.dtype | None = None,
+        behind_widening: bool = False,
+    ) -> Operand:
         """The operand behind its views, copies and repetitions.
 
         Args:
             operand: the operand, with its layout in ``consumer``.
             consumer: the node that reads it; the walk does not leave its grad-mode region.
             narrow_to: if given, the walk goes behind casts from this dtype to wider ones as well.
+            behind_widening: the walk goes behind casts from any dtype to wider ones.
         """
         region = self.grad_region(consumer)
 
@@ -86,7 +95,9 @@ class GraphView:
         while True:
             operand = peel(operand, may_enter)[-1]
             node = operand.node
-            if not (is_cast(node) and may_enter(node) and _widens(node, narrow_to)):
+            if not (is_cast(node) and may_enter(node)):
+                return operand
+            if not _widens(node, tensor(node.args[0]).dtype if behind_widening else narrow_to):
                 return operand
             operand = Operand(node.all_input_nodes[0], operand.layout)
 
@@ -114,8 +125,3 @@ def _widens(cast: fx.Node, dtype: torch.dtype | None) -> bool:
         and source is not tensor(cast).dtype
         and torch.promote_types(source, tensor(cast).dtype) is tensor(cast).dtype
     )
-
-
-def _ambient_autocast(node: fx.Node) -> bool:
-    kind = tensor(node).device.type if is_tensor(node) else ""
-    return bool(kind) and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

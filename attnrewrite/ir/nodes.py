@@ -83,25 +83,46 @@ def product(sizes: Sequence[Size]) -> Size:
     return result
 
 
-def regions(graph: fx.Graph) -> dict[fx.Node, tuple[int, int]]:
-    """For each node its grad mode (0: as outside, 1: enabled, 2: disabled) and the number of its autocast region.
+AutocastState = tuple[tuple[str, torch.dtype], ...]
+"""The types of devices, among those of a graph, for which autocast is on, each with the dtype that it casts to."""
 
-    In pre-dispatch graphs nodes switch these modes. A rewrite must not move work from one region into another.
+
+def regions(graph: fx.Graph) -> dict[fx.Node, tuple[int, AutocastState]]:
+    """For each node its grad mode (0: as outside, 1: enabled, 2: disabled) and what autocast does there.
+
+    In pre-dispatch graphs nodes switch these modes. A rewrite must not move work to where they are different. A switch
+    that changes nothing for the devices of the graph, such as one of CUDA's autocast on the CPU, makes no difference.
     """
+    kinds = sorted({tensor(node).device.type for node in graph.nodes if is_tensor(node)})
     grad = 0
-    autocast = [0]
-    opened = 0
+    autocast = [_autocast_outside(kinds)]
     result = {}
     for node in graph.nodes:
         if node.target is set_grad_enabled:
             grad = 1 if node.args[0] else 2
         elif node.target is enter_autocast:
-            opened += 1
-            autocast.append(opened)
+            autocast.append(_switched(autocast[-1], *node.args))
         elif node.target is exit_autocast:
             autocast.pop()
-        result[node] = (grad, autocast[-1])
+        state = autocast[-1]
+        result[node] = (grad, tuple((kind, dtype) for kind, (enabled, dtype) in state.items() if enabled))
     return result
+
+
+_Switches = dict[str, tuple[bool, torch.dtype]]
+"""For each type of device whether autocast is on, and the dtype that it casts to, or would."""
+
+
+def _autocast_outside(kinds: Sequence[str]) -> _Switches:
+    known = [kind for kind in kinds if torch.amp.is_autocast_available(kind)]
+    return {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in known}
+
+
+def _switched(state: _Switches, kind: Any, dtype: Any = None, enabled: Any = True, *_: Any) -> _Switches:
+    """What autocast does behind a switch with these arguments, those of ``torch.autocast``."""
+    if kind not in state:
+        return state
+    return {**state, kind: (enabled is not False, dtype if isinstance(dtype, torch.dtype) else state[kind][1])}
 
 
 def checkpoint_of(node: fx.Node) -> tuple[str, ...]:

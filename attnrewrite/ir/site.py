@@ -116,11 +116,15 @@ class Floor:
 class Shift:
     """Adds one number to all scores of a row, which softmax cancels.
 
-    ``by_maximum``: the number is minus the maximum of the row, which brings low scores back to ordinary size before
-    further steps.
+    Attributes:
+        by_maximum: the number is minus the maximum of the row, which brings low scores back to ordinary size before
+            further steps.
+        needs_finite: the number is computed from the row in such a way that the row becomes NaN in the source if any
+            of its scores is not finite.
     """
 
     by_maximum: bool = False
+    needs_finite: bool = False
 
 
 @dataclass(frozen=True)

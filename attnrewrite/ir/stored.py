@@ -24,7 +24,11 @@ class Triangle:
 
 @dataclass
 class StoredPattern:
-    """A stored tensor; ``was_read`` if the rewriting relies on its contents, so that a guard must watch it."""
+    """A stored tensor; ``was_read`` if the rewriting relies on its contents, so that a guard must watch it.
+
+    A tensor without dimensions may well change from step to step, such as a temperature or a counter, so that only
+    :attr:`number` reads it.
+    """
 
     tensor: torch.Tensor
     was_read: bool = False
@@ -32,7 +36,13 @@ class StoredPattern:
     @property
     def pattern(self) -> float | range | Triangle | None:
         """The number, range or triangle that the tensor holds, or None; any other answer than None counts as read."""
-        return self._pattern if BUFFER_ENTRIES.allows(self.tensor.numel()) else None
+        return self._pattern if self.tensor.dim() and BUFFER_ENTRIES.allows(self.tensor.numel()) else None
+
+    @property
+    def number(self) -> float | None:
+        """The one number that the tensor holds, or None; any other answer than None counts as read."""
+        found = self.pattern if self.tensor.dim() else self._pattern
+        return found if isinstance(found, float) else None
 
     @functools.cached_property
     def _pattern(self) -> float | range | Triangle | None:
@@ -42,7 +52,7 @@ class StoredPattern:
 
     def holds_only_up_to(self, size: float) -> bool:
         """Whether no absolute value is above ``size``; True counts as read."""
-        if BUFFER_ENTRIES.allows(self.tensor.numel()) and self._largest <= size:
+        if self.tensor.dim() and BUFFER_ENTRIES.allows(self.tensor.numel()) and self._largest <= size:
             self.was_read = True
             return True
         return False

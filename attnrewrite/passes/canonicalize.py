@@ -409,9 +409,7 @@ def _read_mods(site: AttentionSite, positions: Positions) -> _Reading:
         elif isinstance(mod, Narrow):
             _read_narrow(mod, reading, site)
         elif isinstance(mod, Shift):
-            reading.shifted = True
-            if mod.by_maximum and any(map(_may_mask, terms)):
-                reading.lifted = "to zero" if any(map(_may_be_low, terms)) else "to NaN"
+            _read_shift(mod, reading, site)
         elif isinstance(mod.factor, (int, float)):
             if mod.divide and mod.factor == 0:
                 raise NotAttention("the scores are divided by zero")
@@ -446,6 +444,34 @@ def _read_mods(site: AttentionSite, positions: Positions) -> _Reading:
         reading.take_function("the scores are multiplied by a mask, and softmax still counts the masked zeros")
         terms[:] = [term for term in terms if not isinstance(term, _Multiplied)]
     return reading
+
+
+def _read_shift(mod: Shift, reading: _Reading, site: AttentionSite) -> None:
+    reading.shifted = True
+    if mod.needs_finite:
+        _require_plain_scores(site, reading)
+    if mod.by_maximum and any(map(_may_mask, reading.terms)):
+        reading.lifted = "to zero" if any(map(_may_be_low, reading.terms)) else "to NaN"
+
+
+def _require_plain_scores(site: AttentionSite, reading: _Reading) -> None:
+    """Raises:
+    NotAttention: scores may be infinite on purpose, were made finite before, or NaN is replaced in the weights.
+    """
+    factors = [scale.factor for scale in (*reading.query_factors, *reading.key_factors)]
+    tensors = [factor.node for factor in factors if isinstance(factor, Operand)]
+    reason = reading.inexpressible
+    if any(map(_may_mask, reading.terms)):
+        reason = Reason("they were masked before")
+    elif any(ValueKind.ANY in possible_values(node) for node in tensors):
+        reason = Reason("they were multiplied by a tensor before, which may be infinite")
+    elif site.nan_to_zero or any(isinstance(mod, Zero) and not mod.multiplied for mod in site.weight_mods):
+        reason = Reason("NaN is replaced in the weights")
+    if reason:
+        raise NotAttention(
+            "a number that is made from each row of scores is added to them or subtracted, or they are subtracted from "
+            f"it, which makes rows NaN that are not finite, and {reason}"
+        )
 
 
 def _of_half_scores(term: Term, dtype: torch.dtype) -> Term:

@@ -23,11 +23,11 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.projections import ROW_WISE, is_piece, is_row_wise, projections_behind
-from attnrewrite.analysis.slices import taken_from
 from attnrewrite.ir.bounds import BESIDE_ATTENTION, SHARED_PROJECTIONS, searching
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import Size, checkpoint_of, is_tensor, product, same, same_shape, tensor
 from attnrewrite.ir.ops import AS_STRIDED_OPS, is_cast, is_pointwise, same_argument, shares_memory
+from attnrewrite.ir.spans import taken_from
 from attnrewrite.ir.views import is_layout_op, permutation_of
 from attnrewrite.kernels.common.layout import in_memory_order_of
 from attnrewrite.passes.result import ReportedSite

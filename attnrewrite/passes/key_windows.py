@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.analysis.masks import Positions, attended_everywhere, band_of, kept_where
-from attnrewrite.analysis.slices import Span, same_span, taken_from
 from attnrewrite.ir.axes import Operand
 from attnrewrite.ir.nodes import Size, same, tensor
 from attnrewrite.ir.site import AttentionSite, Bias, Fill, Narrow, Reach, Shift
+from attnrewrite.ir.spans import Span, same_span, taken_from
 from attnrewrite.passes.slice_sources import NotSlices
 
 __all__ = ["key_windows", "require_band"]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.slices import Assembly, Piece, Span, assemblies, grid, taken_from
+from attnrewrite.analysis.slices import Assembly, Piece, assemblies, grid
 from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, resolve, size_of
 from attnrewrite.ir.bounds import searching
 from attnrewrite.ir.builder import Builder
@@ -28,6 +28,7 @@ from attnrewrite.ir.nodes import checkpoint_of, same, tensor
 from attnrewrite.ir.ops import FACTORY_OPS, same_argument
 from attnrewrite.ir.reason import FINE, Reason
 from attnrewrite.ir.site import AttentionSite, Bias, Elementwise, Fill, Scale, Zero
+from attnrewrite.ir.spans import Span, taken_from
 from attnrewrite.ir.views import is_layout_op, peel, push
 from attnrewrite.passes.key_windows import key_windows, require_band
 from attnrewrite.passes.slice_sources import NotSlices, Wholes

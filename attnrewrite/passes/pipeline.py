@@ -9,6 +9,7 @@ from attnrewrite.ir.site import AttentionSite, CanonicalAttention
 from attnrewrite.options.compile_options import Policy
 from attnrewrite.passes.canonicalize import canonicalized
 from attnrewrite.passes.find import find
+from attnrewrite.passes.finite_rows import with_factors_of_finite_rows
 from attnrewrite.passes.fuse_projections import fuse_projections
 from attnrewrite.passes.join_projections import join_projections
 from attnrewrite.passes.merge_slices import merge_slices
@@ -66,6 +67,7 @@ def rewrite(
         else:
             site, row = run.begin(name, finding)
             with run.step("canonicalize", name):
+                site = run.with_written(site)
                 attention = run.canonicalized(site, row)
             kernel = None
             if attention is not None:
@@ -103,4 +105,5 @@ def read_sites(gm: fx.GraphModule, policy: Policy) -> list[CanonicalAttention]:
         NotAttention: a site has no canonical form.
     """
     sites = [finding for finding in find_sites(GraphView(gm)) if isinstance(finding, AttentionSite)]
-    return [canonicalized(current_site(site, {}, policy), policy) for site in sites]
+    current = [with_factors_of_finite_rows(current_site(site, {}, policy), gm) for site in sites]
+    return [canonicalized(site, policy) for site in current]

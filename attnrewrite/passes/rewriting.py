@@ -21,6 +21,7 @@ from attnrewrite.options.compile_options import Policy
 from attnrewrite.options.request import Request
 from attnrewrite.passes.canonicalize import canonicalized
 from attnrewrite.passes.describe import describe_canonical, row_of_attention, row_of_linear, row_of_near_miss
+from attnrewrite.passes.finite_rows import with_factors_of_finite_rows
 from attnrewrite.passes.insert_checks import insert_check
 from attnrewrite.passes.reassociate import reassociate
 from attnrewrite.passes.regions import Region, named_within
@@ -126,6 +127,10 @@ class Rewriting:
         """The site with the operands that the graph has now, and its row of the report."""
         site = current_site(site, self.replaced, self._policy)
         return site, row_of_attention(name, site)
+
+    def with_written(self, site: AttentionSite) -> AttentionSite:
+        """The site with nodes that its canonical form has and the graph lacked."""
+        return with_factors_of_finite_rows(site, self._gm)
 
     def canonicalized(self, site: AttentionSite, row: SiteReport) -> CanonicalAttention | None:
         """The site in canonical form; None if it has none, and then the row says why."""

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.slices import Span, Taken, same_span, taken_from
 from attnrewrite.ir.bounds import EQUAL_STEPS
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import Size, is_tensor, same, tensor
 from attnrewrite.ir.ops import is_cast, is_pointwise, is_pure, same_argument
+from attnrewrite.ir.spans import Span, Taken, same_span, taken_from
 from attnrewrite.ir.views import permutation_of
 
 __all__ = ["NotSlices", "Whole", "Wholes"]

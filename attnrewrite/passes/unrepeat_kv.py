@@ -19,7 +19,6 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.indices import Repetition, repetition_of
-from attnrewrite.analysis.slices import Taken, taken_from
 from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, broadcast, fresh_layout, resolve, shape_of
 from attnrewrite.ir.bounds import BEHIND_KEYS, searching
 from attnrewrite.ir.builder import Builder, Written
@@ -27,6 +26,7 @@ from attnrewrite.ir.nodes import is_tensor, same_shape, tensor
 from attnrewrite.ir.ops import CAT_OPS, is_cast, is_pointwise
 from attnrewrite.ir.reason import Reason
 from attnrewrite.ir.site import AttentionSite
+from attnrewrite.ir.spans import Taken, taken_from
 from attnrewrite.ir.views import is_layout_op, peel, pull
 from attnrewrite.kernels.common.layout import lay_out
 from attnrewrite.patterns import Finding, GraphView

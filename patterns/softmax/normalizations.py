@@ -46,6 +46,20 @@ def less_the_maximum_of_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores - scores.max()).softmax(-1) @ v
 
 
+@_spelling.add(normal(2, 16, "L"))
+def less_than_the_maximum(x: Tensor) -> Tensor:
+    """Attention between channels of DANet: the least similar ones weigh most."""
+    scores = x @ x.mT / 4
+    scores = scores.max(-1, keepdim=True)[0].expand_as(scores) - scores
+    return scores.softmax(-1) @ x
+
+
+@_spelling.add(_Q, _K, _V)
+def less_its_mean(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * 8**-0.5
+    return (scores - scores.mean(dim=-1, keepdim=True)).softmax(-1) @ v
+
+
 @_spelling.add(_Q, _K, _V)
 def exponentials_over_their_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = torch.exp(q @ k.mT * 8**-0.5)
@@ -184,3 +198,32 @@ def head_mask(q: Tensor, k: Tensor, v: Tensor, heads: Tensor) -> Tensor:
 @_spelling.add(_Q, _K, _V, keep(2, 1, "L", 1), keep(2, 1, 1, "S"))
 def multiplied_by_padding(q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     return ((q @ k.mT * 8**-0.5).softmax(-1) * queries * keys) @ v
+
+
+@_spelling.add(normal(2, "L", 8), normal(2, "S", 8), normal(2, "S", 8), keep(2, "L"))
+def multiplied_by_a_repeated_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Transformer-TTS, and other ports of Kyubyong Park's transformer: padded queries give zero."""
+    weights = (q @ k.mT * 8**-0.5).softmax(-1)
+    return (weights * mask.unsqueeze(-1).repeat(1, 1, k.shape[1]).to(weights.dtype)) @ v
+
+
+@_spelling.add(_Q, _K, _V, learned(4))
+def multiplied_by_an_expanded_gate(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    weights = (q @ k.mT * 8**-0.5).softmax(-1)
+    return (gate.sigmoid().view(1, -1, 1, 1).expand(*weights.shape) * weights) @ v
+
+
+@_spelling.add(_Q, _K, _V, learned(2, 1, "L", 1))
+def divided_by_a_tiled_size(q: Tensor, k: Tensor, v: Tensor, size: Tensor) -> Tensor:
+    weights = (q @ k.mT * 8**-0.5).softmax(-1)
+    return (weights / (1 + size**2).tile(1, 4, 1, k.shape[2])) @ v
+
+
+@_spelling.add(_Q, _K, _V, keep(2, 4, "L", "S"))
+def assigned_before_and_after(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Masked by assignment, and zero in a row without a key."""
+    scores = q @ k.mT * 8**-0.5
+    scores[~mask] = -math.inf
+    weights = scores.softmax(-1).clone()
+    weights[~mask] = 0
+    return weights @ v

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -32,7 +32,7 @@ from attnrewrite.ir.model_state import is_learned
 from attnrewrite.ir.nodes import tensor
 from attnrewrite.ir.ops import CONVOLUTION_OPS, NORM_OPS
 from attnrewrite.ir.products import Product, is_product
-from attnrewrite.ir.site import AttentionSite, Narrow, NotAttention, Scale
+from attnrewrite.ir.site import AttentionSite, Narrow, NotAttention, Scale, WeightMod, Zero
 from attnrewrite.ir.views import peel, push
 from attnrewrite.patterns.base import Specimen
 from attnrewrite.patterns.softmax.specimens import SPECIMENS
@@ -110,7 +110,7 @@ class SoftmaxAttention:
         result = softmax.late or product.node
         interior = view.ordered([*scores.nodes, *softmax.nodes, *walk.nodes, product.node, *softmax.late_views, result])
         result_layout = _result_layout(softmax, product)
-        _require_one_region(scores, product, interior, view)
+        _require_one_grad_mode(product, interior, view)
         key_axes = axes_of((key_dim,))
         query, key = _query_and_key(scores.product, key_axes)
         value = product.rhs if product.lhs.node is walk.weights else product.lhs
@@ -145,7 +145,7 @@ class SoftmaxAttention:
             dropout=walk.dropout,
             sink=_behind_views(softmax.sink),
             sink_is_shifted=softmax.sink_is_shifted and softmax.sink is not None,
-            weight_mods=(*walk.mods, *_scales_of(product)),
+            weight_mods=tuple(_without_copies(mod, product, view) for mod in (*walk.mods, *_scales_of(product))),
             nan_to_zero=softmax.nan_to_zero or walk.nan_to_zero,
             underflows=softmax.underflows,
             rounds_rows=softmax.rounds_rows,
@@ -172,12 +172,10 @@ def _result_layout(softmax: Softmax, product: Product) -> Layout:
     return layout
 
 
-def _require_one_region(scores: ScoreWalk, product: Product, interior: Sequence[fx.Node], view: GraphView) -> None:
+def _require_one_grad_mode(product: Product, interior: Sequence[fx.Node], view: GraphView) -> None:
     for node in interior:
         if view.grad_region(node) != view.grad_region(product.node):
             raise NotAttention("grad mode is switched between the scores and the product with the value")
-    if not view.same_region(scores.product.node, product.node):
-        raise NotAttention("autocast is switched between the product of query and key and the product with the value")
 
 
 def _require_attention(
@@ -204,14 +202,28 @@ def _scales_of(product: Product) -> list[Scale]:
     return scales if product.scale is None else [*scales, Scale(product.scale)]
 
 
+def _without_copies(mod: WeightMod, product: Product, view: GraphView) -> WeightMod:
+    """``mod`` by what its operand was repeated from, if it was: what is the same for all keys moves to the output."""
+    operand = mod.condition if isinstance(mod, Zero) else mod.factor
+    if not isinstance(operand, Operand):
+        return mod
+    source = view.origin(operand, product.node, behind_widening=True).resolved()
+    if len(source.axes) >= len(operand.resolved().axes):
+        return mod
+    return replace(mod, condition=source) if isinstance(mod, Zero) else replace(mod, factor=source)
+
+
 def _compute_dtype(
     softmax: Softmax, scores: ScoreWalk, product: Product, operands: tuple[Operand, Operand], view: GraphView
 ) -> torch.dtype:
-    """The lowest dtype in which the products may be computed; ``operands`` are query and key."""
+    """The lowest dtype in which the products may be computed; ``operands`` are query and key.
+
+    Autocast may be on for one product and off for the other. Where it is on, the product is in the dtype of its result.
+    """
     if torch.float64 in (tensor(softmax.node).dtype, tensor(softmax.scores).dtype):
         return torch.float64
     dtype, of_scores = tensor(product.node).dtype, tensor(scores.product.node).dtype
-    dtypes = [of_scores] if view.in_autocast(product.node) else [operand.dtype for operand in operands]
+    dtypes = [of_scores] if view.in_autocast(scores.product.node) else [operand.dtype for operand in operands]
     if any(isinstance(mod, Scale) and not isinstance(mod.factor, (int, float)) for mod in scores.mods):
         # It is multiplied into query or key, and rounded there.
         dtypes.append(of_scores)

@@ -63,6 +63,14 @@ def scale_on_both(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bts,bcs->bct", weight, v)
 
 
+@_spelling.add(normal(8, "L", 8), normal(8, "S", 8), normal(8, "S", 8))
+def scores_outside_of_autocast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """ControlNet and much other code around Stable Diffusion: in float32, whatever the caller does."""
+    with torch.autocast("cuda", enabled=False):
+        scores = torch.einsum("bid,bjd->bij", q.float(), k.float()) * q.shape[-1] ** -0.5
+    return torch.einsum("bij,bjd->bid", scores.softmax(-1).to(v.dtype), v)
+
+
 @_spelling.add(normal(8, "L", 16), normal(8, "S", 16), normal(8, "S", 16))
 def bmm_over_batch_and_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """fairseq: (batch * heads, length, features)."""
@@ -504,6 +512,48 @@ def weights_of_two_values(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) ->
 def cached_keys(q: Tensor, past_k: Tensor, k: Tensor, past_v: Tensor, v: Tensor) -> Tensor:
     k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
     return (q @ k.mT * 8**-0.5).softmax(-1) @ v
+
+
+class _Filled(nn.Module):
+    """The mask and what it fills in, both buffers."""
+
+    bias: Tensor
+    masked_bias: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bias", torch.ones(1, 1, 64, 64, dtype=torch.uint8).tril())
+        self.register_buffer("masked_bias", torch.tensor(-1e9))
+
+    def forward(self, scores: Tensor) -> Tensor:
+        length = scores.shape[-1]
+        return torch.where(self.bias[:, :, :length, :length].bool(), scores, self.masked_bias)
+
+
+_filled = _Filled()
+
+
+@_spelling.add(_Q, _Q, _Q)
+def filled_from_a_buffer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """GPT-2, GPT-J and GPT-Neo of transformers up to 4.20, Decision Transformer."""
+    scores: Tensor = _filled(q @ k.transpose(-1, -2) / 8**0.5)
+    return scores.softmax(-1) @ v
+
+
+@_spelling.add(_Q, _Q, _Q, learned(4, 11, 11), dynamic=False)
+def bias_of_a_part(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """MViT: relative positions of the patches, and none of the class token."""
+    scores = q @ k.mT * 8**-0.5
+    scores[:, :, 1:, 1:] += bias
+    return scores.softmax(-1) @ v
+
+
+@_spelling.add(_Q, _K, _V)
+def assigned_to_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The last key is for the first two queries alone."""
+    scores = q @ k.mT * 8**-0.5
+    scores[:, :, 2:, -1] = -math.inf
+    return scores.softmax(-1) @ v
 
 
 # Operators by their other names.

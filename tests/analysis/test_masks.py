@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tests.support.helpers import compile_count, relative_error, rewritten, rows
 
@@ -307,6 +307,84 @@ def test_gradients_after_a_buffer_has_changed() -> None:
     (expected,) = torch.autograd.grad(model(x).sin().sum(), x)
     (actual,) = torch.autograd.grad(compiled(x).sin().sum(), x)
     assert relative_error(actual, expected) <= 1e-4
+
+
+class Filled(nn.Module):
+    """What is filled in is a buffer, too."""
+
+    value: Tensor
+
+    def __init__(self, value: float, change: Callable[[Tensor], Tensor] = lambda value: value) -> None:
+        super().__init__()
+        self.register_buffer("value", torch.tensor(value))
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        later = torch.ones(9, 9, dtype=torch.bool).triu(1)
+        return (x @ x.mT).masked_fill(later, self.change(self.value)).softmax(-1) @ x
+
+
+@pytest.mark.parametrize(
+    ("value", "change"),
+    [
+        (-math.inf, lambda value: value),
+        (-1e9, lambda value: value.to(torch.float64).to(torch.float32)),
+        (-1e9, lambda value: value * 2 + 1),
+        (3e38, lambda value: -value),
+        (1e9, lambda value: (2.0 - value) / 3),
+        (-3e38, lambda value: 2 * value),
+    ],
+)
+def test_a_number_in_a_buffer(value: float, change: Callable[[Tensor], Tensor]) -> None:
+    model, x = Filled(value, change), torch.randn(2, 3, 9, 8)
+    (row,) = rows(model, x)
+    assert (row.status, row.mask) == ("rewritten", "causal")
+    assert relative_error(rewritten(model)(x), model(x)) <= 1e-5
+
+
+def test_a_number_in_a_buffer_that_changes() -> None:
+    model, x = Filled(-math.inf), torch.randn(2, 3, 9, 8)
+    compiled = rewritten(model)
+    with torch.no_grad():
+        for value in (-math.inf, 0.5, -math.inf, math.nan):
+            model.value.fill_(value)
+            assert torch.allclose(compiled(x), model(x), atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda value: value.exp(), lambda value: value / 0 * 0, lambda value: value + value]
+)
+def test_other_numbers(change: Callable[[Tensor], Tensor]) -> None:
+    """What is not known, and a sum of 1e9, are no masks."""
+    model, x = Filled(1e9, change), torch.randn(2, 3, 9, 8)
+    result = rewritten(model)(x)
+    assert torch.allclose(result, model(x), atol=1e-5, equal_nan=True)
+
+
+def test_a_number_that_changes_from_step_to_step() -> None:
+    """A temperature is not read, so that no call finds it changed."""
+
+    class Scaled(Filled):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ x.mT / self.value + self.value).softmax(-1) @ x
+
+    model, x = Scaled(2.0), torch.randn(2, 3, 9, 8)
+    (row,) = rows(model, x)
+    assert row.status == "rewritten", row.reason
+    calls = []
+
+    def inner(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        def call(*inputs: Any) -> Any:
+            calls.append(len(inputs))
+            return gm.forward(*inputs)
+
+        return call
+
+    compiled = rewritten(model, inner)
+    for value in (2.0, 3.0, 4.0):
+        model.value.fill_(value)
+        assert relative_error(compiled(x), model(x)) <= 1e-5
+    assert len(calls) == 3
 
 
 # vmap.

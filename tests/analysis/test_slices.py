@@ -15,7 +15,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from attnrewrite.analysis.slices import Assembly, Box, Piece, Span, assemblies, grid, same_span, taken_from
+from attnrewrite.analysis.slices import Assembly, Box, Piece, assemblies, grid
+from attnrewrite.ir.spans import Span, same_span, taken_from
 from tests.support.graphs import Written
 
 aten = torch.ops.aten

@@ -15,6 +15,8 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from attnrewrite.backend import attnrewrite, collect_reports
+from attnrewrite.capture.trace import capture
+from attnrewrite.ir.nodes import regions
 from attnrewrite.report.rows import GraphReport
 from tests.support.helpers import gradients, relative_error, rewritten, rows
 
@@ -214,6 +216,61 @@ def test_autocast_switched_off_inside() -> None:
     result, _ = run(function, x)
     assert result.dtype is torch.float32
     assert relative_error(result, function(x)) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_in_an_island_of_float32(dtype: torch.dtype) -> None:
+    """The scores keep their float32, and the product with the value is as exact as in eager."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast("cpu", enabled=False):
+                scores = q.float() @ k.float().mT
+            return scores.softmax(-1) @ v
+
+    q, k, v = (3 * torch.randn(2, 8, 16, dtype=dtype) for _ in range(3))
+    result, _ = run(function, q, k, v)
+    expected = function(q, k, v)
+    assert result.dtype is expected.dtype is torch.bfloat16
+    exact = (q.double() @ k.double().mT).softmax(-1) @ v.double()
+    assert relative_error(result, exact) <= relative_error(expected, exact) + 2**-8
+
+
+def test_scores_under_autocast_alone() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            scores = q @ k.mT / 4
+        return scores.float().softmax(-1) @ v
+
+    inputs = tuple(torch.randn(2, 8, 16) for _ in range(3))
+    result, _ = run(function, *inputs)
+    expected = function(*inputs)
+    assert result.dtype is expected.dtype is torch.float32
+    exact = (inputs[0] @ inputs[1].mT / 4).softmax(-1) @ inputs[2]
+    assert relative_error(result, exact) <= relative_error(expected, exact) + 1e-6
+
+
+def test_autocast_of_another_device() -> None:
+    """A switch of autocast for a device that no tensor is on changes nothing, nor does one to what is so already."""
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast("cuda", enabled=False):
+            first = x + 1
+        with torch.autocast("cpu", enabled=False):
+            second = first * 2
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return first, second, second @ second
+
+    captured: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        captured.append(capture(gm, inputs).gm)
+        return gm.forward
+
+    torch.compile(function, backend=backend)(torch.randn(2, 2))
+    of = {node.name: autocast for node, (_, autocast) in regions(captured[0].graph).items()}
+    assert of["add"] == of["mul"] == ()
+    assert of["matmul"] == (("cpu", torch.bfloat16),)
 
 
 def test_no_grad_around_attention() -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from attnrewrite.backend import collect_reports
+from attnrewrite.capture.known_buffers import KnownBuffers
 from attnrewrite.capture.legalize import legalized
 from attnrewrite.capture.trace import capture
 from attnrewrite.ir.nodes import is_tensor, tensor
@@ -146,6 +147,7 @@ def rewritten_code(function: Callable[..., Any], inputs: Sequence[Any], policy: 
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         captured = capture(legalized(gm), example_inputs).gm
+        KnownBuffers(gm, example_inputs).attach(captured)
         rewrite(captured, policy or Policy())
         lines.extend(_lines(captured.graph))
         return gm.forward

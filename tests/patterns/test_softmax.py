@@ -1,0 +1,125 @@
+"""Softmax attention, written out: what is done to scores and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.helpers import gradients, relative_error, rewritten, rows
+
+
+def heads(queries: int = 6, keys: int = 9) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, length, 8, generator=generator) for length in (queries, keys, keys))
+    return q, k, v
+
+
+# Factors of the weights that were copied.
+
+
+@pytest.mark.parametrize(
+    ("copied", "shape"),
+    [
+        (lambda t: t.repeat(1, 4, 1, 9), (2, 1, 6, 1)),
+        (lambda t: t.tile(4, 1, 9), (2, 1, 6, 1)),
+        (lambda t: t.expand(2, 4, 6, 9), (4, 1, 1)),
+        (lambda t: t.repeat(1, 1, 6, 1), (2, 4, 1, 9)),
+        (lambda t: t.repeat_interleave(9, -1), (2, 4, 6, 1)),
+        (lambda t: t.repeat(1, 1, 1, 9).transpose(0, 1).contiguous().transpose(0, 1), (2, 4, 6, 1)),
+    ],
+)
+def test_a_copied_factor(copied: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, factor: Tensor) -> Tensor:
+        return ((q @ k.mT).softmax(-1) * copied(factor)) @ v
+
+    inputs = (*heads(), torch.randn(shape))
+    (row,) = rows(function, *inputs)
+    assert row.status == "rewritten", row.reason
+    compiled = rewritten(function, "aot_eager")
+    assert relative_error(compiled(*inputs), function(*inputs)) < 1e-5
+    assert relative_error(gradients(compiled, inputs), gradients(function, inputs)) < 1e-4
+
+
+def test_a_copied_mask_of_queries() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return ((q @ k.mT).softmax(-1) * mask.repeat(1, 4, 1, 9).float()) @ v
+
+    inputs = (*heads(), torch.rand(2, 1, 6, 1) < 0.5)
+    (row,) = rows(function, *inputs)
+    assert row.status == "rewritten", row.reason
+    assert relative_error(rewritten(function, "aot_eager")(*inputs), function(*inputs)) < 1e-5
+
+
+def test_a_factor_that_is_copied_without_gradients() -> None:
+    """Behind the copies it would get a gradient."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, factor: Tensor) -> Tensor:
+        with torch.no_grad():
+            copies = factor.repeat(1, 1, 1, 9)
+        return ((q @ k.mT).softmax(-1) * copies) @ v * factor
+
+    inputs = (*heads(), torch.randn(2, 4, 6, 1))
+    compiled = rewritten(function, "aot_eager")
+    assert relative_error(gradients(compiled, inputs), gradients(function, inputs)) < 1e-4
+
+
+def test_a_factor_that_only_looks_copied() -> None:
+    """What is repeated has keys of its own."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, factor: Tensor) -> Tensor:
+        return ((q @ k.mT).softmax(-1) * factor.repeat(1, 1, 1, 3)) @ v
+
+    (row,) = rows(function, *heads(), torch.randn(2, 4, 6, 3))
+    assert row.status == "kept" and "not known to be the mask" in row.reason
+
+
+# Assignments to what a mask selects.
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 9), (2, 4, 6), (2, 4), (4, 6, 9), (4,), (6,), (6, 9)])
+@pytest.mark.parametrize("before", [True, False])
+def test_assigned_by_a_mask(shape: tuple[int, ...], before: bool) -> None:
+    place = {4: 1, 6: 2}.get(shape[0], 0)
+    index: Any = (*[slice(None)] * place,)
+    value = -1e9 if before else 0.0
+
+    def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        scores = q @ k.mT
+        if before:
+            scores[(*index, mask)] = value
+        weights = scores.softmax(-1)
+        if not before:
+            weights = weights.clone()
+            weights[(*index, mask)] = value
+        return weights @ v
+
+    generator = torch.Generator().manual_seed(1)
+    inputs = (*heads(), torch.rand(shape, generator=generator) < 0.4)
+    (row,) = rows(function, *inputs)
+    if not before and 9 in shape:
+        assert row.status == "kept" and "not known to be the mask" in row.reason
+    else:
+        assert row.status == "rewritten", row.reason
+    compiled = rewritten(function, "aot_eager")
+    assert relative_error(compiled(*inputs), function(*inputs)) < 1e-5
+    assert relative_error(gradients(compiled, inputs), gradients(function, inputs)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("assign", "reason"),
+    [
+        (lambda w, m: w.index_put_((m,), torch.tensor(1.0)), "other than zero"),
+        (lambda w, m: w.index_put_((m,), torch.tensor(0.0), accumulate=True), "not one boolean mask"),
+        (lambda w, m: w.index_put_((torch.tensor([0]),), torch.tensor(0.0)), "not one boolean mask"),
+    ],
+)
+def test_other_assignments_to_the_weights(assign: Callable[[Tensor, Tensor], Tensor], reason: str) -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return assign((q @ k.mT).softmax(-1).clone(), mask) @ v
+
+    (row,) = rows(function, *heads(), torch.rand(2, 4, 6, 9) < 0.4)
+    assert row.status == "kept" and reason in row.reason, row.reason
