@@ -3,9 +3,9 @@
 ``x.fill_diagonal_(value)`` is traced as ``as_strided``, and updates through ``as_strided`` cannot be made functional,
 so no backend built on AOTAutograd compiles it. ``x.diagonal().fill_(value)`` writes the same entries.
 
-``torch.einsum`` returns a permuted view of the matrix that it computed. An update in place is replayed on that matrix, and
-where the dimensions do not fold back into it ("Cannot view a tensor with shape ..."), no such backend compiles it either.
-A copy of the result has no matrix behind it; nobody else can have the result, so nobody sees that it was copied.
+``torch.einsum`` returns a permuted view of the matrix that it computed. An update in place is replayed on that matrix,
+and where the dimensions do not fold back into it ("Cannot view a tensor with shape ..."), no such backend compiles it
+either. A copy of the result has no matrix behind it; nobody else can have the result, so nobody sees the copy.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from attnrewrite.capture.vmap import holds_vmap
 from attnrewrite.capture.support import is_in_place, storage_of
+from attnrewrite.capture.vmap import holds_vmap
 from attnrewrite.ir.nodes import copy_attributes, same
 
 __all__ = ["legalized"]
