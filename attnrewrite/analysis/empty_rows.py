@@ -160,7 +160,7 @@ class EmptyRows:
         """The layout of what ``node`` reduces over the keys alone; None if it reduces anything else."""
         args: Any = node.args
         rank = tensor(args[0]).dim()
-        dims = args[1] if len(args) > 1 else node.kwargs.get("dim")
+        dims: Any = args[1] if len(args) > 1 else node.kwargs.get("dim")
         dims = [dims] if isinstance(dims, int) else dims
         keep = bool(args[2]) if len(args) > 2 else bool(node.kwargs.get("keepdim"))
         if not isinstance(dims, Sequence) or len(dims) != 1 or len(layout) != (rank if keep else rank - 1):

@@ -186,8 +186,8 @@ def empty_rows_are_zero(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor
 def decomposed_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """``scaled_dot_product_attention`` after ``ExportedProgram.run_decompositions()`` and in torch.onnx."""
     scale = 8**-0.25
-    numbers = (torch.scalar_tensor(number, dtype=q.dtype, device=q.device) for number in (0.0, -math.inf))
-    mask = torch.where(mask, *numbers)
+    kept, masked = (torch.scalar_tensor(number, dtype=q.dtype, device=q.device) for number in (0.0, -math.inf))
+    mask = torch.where(mask, kept, masked)
     scores = torch.bmm((q * scale).flatten(0, 1), (k.mT * scale).flatten(0, 1))
     scores = scores.view(*q.shape[:3], k.shape[2]) + mask
     weights = torch.ops.aten._softmax(scores, -1, False)
