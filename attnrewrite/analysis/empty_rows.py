@@ -19,20 +19,16 @@ from attnrewrite.analysis.scores import is_narrower, row_maximum
 from attnrewrite.analysis.values import constant_value
 from attnrewrite.ir.axes import Dim, Layout, axes_of, resolve
 from attnrewrite.ir.nodes import is_tensor, tensor
-from attnrewrite.ir.ops import is_cast
+from attnrewrite.ir.ops import ALL_OPS, ANY_OPS, EQ_OPS, LE_OPS, NE_OPS, NOT_OPS, is_cast
 from attnrewrite.ir.views import is_layout_op, pull
 
 __all__ = ["EmptyRows"]
 
 aten = torch.ops.aten
 
-_EQUAL = (aten.eq.Scalar, aten.eq.Tensor, aten.le.Scalar, aten.le.Tensor)
-"""Not less than anything, and not NaN: at most minus infinity is minus infinity."""
+_EQUAL = EQ_OPS | LE_OPS
+"""Nothing is less than minus infinity, and NaN is not at most anything."""
 
-_UNEQUAL = (aten.ne.Scalar, aten.ne.Tensor)
-_NOT = (aten.bitwise_not.default, aten.logical_not.default)
-_ALL = (aten.all.dim, aten.all.dims)
-_ANY = (aten.any.dim, aten.any.dims)
 _REDUCTIONS = (aten.amax.default, aten.max.dim, aten.logsumexp.default)
 
 
@@ -93,11 +89,11 @@ class EmptyRows:
         if is_layout_op(node):
             before = pull(node, layout)
             found = None if before is None else self._of_rows(args[0], before, holds)
-        elif node.target in _NOT:
+        elif node.target in NOT_OPS:
             found = self._of_rows(args[0], layout, not holds) if tensor(args[0]).dtype is torch.bool else None
-        elif node.target in (*_ALL, *_ANY):
+        elif node.target in (*ALL_OPS, *ANY_OPS):
             before = self._before_reduction(node, layout)
-            if before is not None and node.target in (_ALL if holds else _ANY):
+            if before is not None and node.target in (ALL_OPS if holds else ANY_OPS):
                 found = self._of_entries(args[0], before, holds)
             if before is not None and found is None and holds:
                 found = self._of_nan(args[0], before)
@@ -117,7 +113,7 @@ class EmptyRows:
         if is_layout_op(node):
             before = pull(node, layout)
             found = None if before is None else self._of_entries(args[0], before, holds)
-        elif node.target in _NOT:
+        elif node.target in NOT_OPS:
             found = self._of_entries(args[0], layout, not holds) if tensor(args[0]).dtype is torch.bool else None
         elif operand is not None:
             found = self._of_scores(operand, layout)
@@ -174,7 +170,7 @@ def _compared(node: fx.Node, holds: bool) -> Any:
     args: Any = node.args
     if holds and node.target is aten.isneginf.default:
         return args[0]
-    if node.target not in (_EQUAL if holds else _UNEQUAL):
+    if node.target not in (_EQUAL if holds else NE_OPS):
         return None
     return args[0] if constant_value(args[1]) == -math.inf else None
 

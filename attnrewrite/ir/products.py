@@ -12,6 +12,7 @@ from torch import fx
 from attnrewrite.ir.axes import Dim, Layout, Operand, broadcast, fresh_dim
 from attnrewrite.ir.model_state import is_learned
 from attnrewrite.ir.nodes import Size, is_tensor, same, tensor
+from attnrewrite.ir.ops import MATRIX_OPS
 
 __all__ = ["Contraction", "Product", "contraction_of", "factors_of"]
 
@@ -113,7 +114,7 @@ def contraction_of(node: Any) -> Contraction | None:
     return Contraction(node, (terms.lhs, terms.rhs), (terms.left, terms.right), out)
 
 
-_CONTRACTIONS = (aten.matmul.default, aten.bmm.default, aten.mm.default, aten.einsum.default)
+_CONTRACTIONS = MATRIX_OPS | {aten.einsum.default}
 
 
 def product_from_result(node: fx.Node, layout: Layout) -> Product | None:

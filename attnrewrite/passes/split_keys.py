@@ -125,7 +125,8 @@ def joined_scores(
     if node.target is not aten.cat.default or len(args[0]) < 2 or not all(map(is_tensor, args[0])):
         return None
     rank = tensor(node).dim()
-    dim = int(args[1] if len(args) > 1 else node.kwargs.get("dim", 0)) % rank if rank else 0
+    along: Any = args[1] if len(args) > 1 else node.kwargs.get("dim", 0)
+    dim = int(along) % rank
     parts: list[fx.Node] = list(args[0])
     if len({*parts}) < len(parts) or not all(
         tensor(part).dim() == rank and leads_to_product(part, {}) for part in parts
@@ -295,5 +296,5 @@ def _concatenates(node: fx.Node, parts: Sequence[fx.Node], dim: int) -> bool:
     args: Any = node.args
     if node.target is not aten.cat.default or [*args[0]] != [*parts]:
         return False
-    given = args[1] if len(args) > 1 else node.kwargs.get("dim", 0)
+    given: Any = args[1] if len(args) > 1 else node.kwargs.get("dim", 0)
     return int(given) % tensor(node).dim() == dim

@@ -16,7 +16,7 @@ from torch import fx
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.graph_view import GraphView
 from attnrewrite.ir.nodes import Size, is_tensor, same, same_shape, scalar, tensor
-from attnrewrite.ir.ops import ADD_OPS, DIV_OPS, MUL_OPS, SUB_OPS
+from attnrewrite.ir.ops import ADD_OPS, DIV_OPS, MATRIX_OPS, MUL_OPS, SUB_OPS
 from attnrewrite.ir.products import Contraction, contraction_of
 from attnrewrite.passes.regrouping import (
     Found,
@@ -31,8 +31,6 @@ from attnrewrite.passes.regrouping import (
 __all__ = ["sum_of_attentions"]
 
 aten = torch.ops.aten
-
-_MATRIX_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
 
 
 def sum_of_attentions(
@@ -65,7 +63,7 @@ def sum_of_attentions(
             "attention weights are added up in half precision, where the sum of their attentions would be rounded more "
             "than the source's"
         )
-    is_matrix = node.target in _MATRIX_PRODUCTS and place == 0 and tensor(node).dim() == tensor(total.node).dim()
+    is_matrix = node.target in MATRIX_OPS and place == 0 and tensor(node).dim() == tensor(total.node).dim()
     broadcast = not all(same_shape(tensor(leaf).shape, tensor(total.node).shape) for leaf in total.leaves)
     if (total.has_tensors or broadcast) and not is_matrix:
         raise NotRegrouped("attention weights are broadcast, or scaled by a tensor, and added up before an einsum")

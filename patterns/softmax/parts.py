@@ -31,7 +31,8 @@ def cached_and_new_keys(q: Tensor, old_k: Tensor, new_k: Tensor, old_v: Tensor, 
     """Exports of models with a cache; OpenVINO's SDPAFusion."""
     scores = torch.cat([q @ old_k.mT, q @ new_k.mT], -1) * 8**-0.5
     causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(old_k.shape[2])
-    old, new = scores.masked_fill(~causal, -math.inf).softmax(-1).split([old_k.shape[2], new_k.shape[2]], -1)
+    weights = scores.masked_fill(~causal, -math.inf).softmax(-1)
+    old, new = torch.split(weights, [old_k.shape[2], new_k.shape[2]], -1)
     return old @ old_v + new @ new_v
 
 
@@ -56,7 +57,7 @@ def masked_by_part(
 def three_parts(q: Tensor, k: Tensor, v: Tensor, more_k: Tensor, more_v: Tensor) -> Tensor:
     """The values of two parts are those of one tensor, and the last part of the weights comes first."""
     keys = torch.cat([k, more_k], 2)
-    first, second, third = (q @ keys.mT * 8**-0.5).softmax(-1).split([5, k.shape[2] - 5, 3], -1)
+    first, second, third = torch.split((q @ keys.mT * 8**-0.5).softmax(-1), [5, k.shape[2] - 5, 3], -1)
     return third @ more_v + first @ v[:, :, :5] + second @ v[:, :, 5:]
 
 

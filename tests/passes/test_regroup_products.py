@@ -65,7 +65,7 @@ def test_each_half_alone() -> None:
     """The scores of one tensor of keys, and parts of the weights; and the other way round."""
 
     def values(q: Tensor, k: Tensor, v: Tensor, more_v: Tensor) -> Tensor:
-        first, second = (q @ k.mT).softmax(-1).split([v.shape[-2], more_v.shape[-2]], -1)
+        first, second = torch.split((q @ k.mT).softmax(-1), [v.shape[-2], more_v.shape[-2]], -1)
         return first @ v + second @ more_v
 
     def keys(q: Tensor, k: Tensor, more_k: Tensor, v: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def test_parts_of_two_softmaxes() -> None:
 
 def test_one_part_is_returned() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, more_v: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = (q @ k.mT).softmax(-1).split([7, 4], -1)
+        first, second = torch.split((q @ k.mT).softmax(-1), [7, 4], -1)
         return first @ v + second @ more_v, second
 
     inputs = operands(6, 11, 7, 4)
@@ -218,9 +218,9 @@ def test_a_number_that_is_a_symbol() -> None:
         first, second = (q @ k.mT).softmax(-1).unbind(1)
         return (first - second * factor) @ v
 
-    compiled = rewritten(attend, dynamic=True)
+    compiled, (q, k, v) = rewritten(attend, dynamic=True), halves()
     for factor in (0.25, 0.5, -2.0):
-        assert relative_error(compiled(*halves(), factor), attend(*halves(), factor)) <= 1e-5
+        assert relative_error(compiled(q, k, v, factor), attend(q, k, v, factor)) <= 1e-5
 
 
 def test_value_with_fewer_dimensions() -> None:
@@ -340,7 +340,8 @@ def test_checkpoints_are_not_mixed() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, more_v: Tensor) -> Tensor:
         weights = (q @ k.mT).softmax(-1)
         first = checkpoint(lambda w, v: w[..., :7] @ v, weights, v, use_reentrant=False)
-        return first + weights[..., 7:] @ more_v
+        result: Tensor = first + weights[..., 7:] @ more_v
+        return result
 
     inputs = [value.requires_grad_() for value in operands(6, 11, 7, 4)]
     (row,) = rows(attend, *inputs)
