@@ -17,7 +17,7 @@ from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.graph_view import GraphView
 from attnrewrite.ir.nodes import is_tensor, same_shape, tensor
 from attnrewrite.ir.reason import Reason
-from attnrewrite.passes.regrouping import Found, NotRegrouped, Weights
+from attnrewrite.passes.regrouping import Found, NotRegrouped, Weights, require_one_region
 from attnrewrite.passes.splice import latest, remove_unused, replace_node
 from attnrewrite.passes.split_keys import joined_scores, joined_values
 from attnrewrite.passes.weight_sums import sum_of_attentions
@@ -130,14 +130,17 @@ def regroup_products(view: GraphView, replaced: dict[fx.Node, fx.Node]) -> Regro
 def _new_form(
     node: fx.Node, builder: Builder, view: GraphView, weights: Weights, softmaxes: set[fx.Node]
 ) -> Found | None:
-    for form in (joined_values, joined_scores, sum_of_attentions):
-        found = form(node, builder, view, weights, softmaxes)
-        if found is not None:
-            alike = tensor(found.new).dtype is tensor(node).dtype
-            if not alike or not same_shape(tensor(found.new).shape, tensor(node).shape):
-                raise NotRegrouped("the sum of products would have another shape or dtype than the source's")
-            return found
-    return None
+    found = (
+        joined_values(node, builder, view, weights, softmaxes)
+        or joined_scores(node, builder, view, weights, softmaxes)
+        or sum_of_attentions(node, builder, weights, softmaxes)
+    )
+    if found is not None:
+        require_one_region(node, builder, view)
+        alike = tensor(found.new).dtype is tensor(node).dtype
+        if not alike or not same_shape(tensor(found.new).shape, tensor(node).shape):
+            raise NotRegrouped("the sum of products would have another shape or dtype than the source's")
+    return found
 
 
 def _replaced(

@@ -12,6 +12,7 @@ from torch import fx
 from attnrewrite.analysis.slices import Span, Taken, taken_from
 from attnrewrite.analysis.weights import every_softmax
 from attnrewrite.ir.bounds import AROUND_SOFTMAX
+from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.graph_view import GraphView
 from attnrewrite.ir.nodes import Size, checkpoint_of, is_tensor, same, same_shape, tensor
 from attnrewrite.ir.ops import COPY_OPS, MASKED_FILL_OPS, MUL_OPS, WHERE_OPS, is_cast, is_view
@@ -99,17 +100,26 @@ def _takes_everything(node: fx.Node) -> bool:
     return node.target is aten.slice.Tensor and same_shape(tensor(node).shape, tensor(node.args[0]).shape)
 
 
-def require_one_region(nodes: Sequence[fx.Node], view: GraphView) -> None:
-    """Raises:
-    NotRegrouped: what is multiplied at one place would be multiplied in another way elsewhere.
+def require_one_region(node: fx.Node, builder: Builder, view: GraphView) -> None:
+    """Requires that what leads to ``node``, up to what the new form reads, is computed as the new form is.
+
+    Raises:
+        NotRegrouped: grad mode, autocast or a checkpoint changes on the way.
     """
-    first = nodes[0]
-    alike = all(view.same_region(first, node) and checkpoint_of(first) == checkpoint_of(node) for node in nodes)
-    if not alike or any(map(view.in_autocast, nodes)):
-        raise NotRegrouped(
-            "the products with parts of the attention weights are in an autocast region, or grad mode or a checkpoint "
-            "changes between them"
-        )
+    kept = {source for each in builder.created for source in each.all_input_nodes}
+    kept |= {source for each in kept for source in each.all_input_nodes}
+    pending, seen = [node], {node}
+    for each in pending:
+        alike = view.same_region(each, node) and checkpoint_of(each) == checkpoint_of(node)
+        if not alike or view.in_autocast(each):
+            raise NotRegrouped(
+                "the products with parts of the attention weights are in an autocast region, or grad mode or a "
+                "checkpoint changes between them"
+            )
+        for source in each.all_input_nodes:
+            if source not in kept and source not in seen:
+                seen.add(source)
+                pending.append(source)
 
 
 def require_one_dtype(nodes: Sequence[fx.Node]) -> None:

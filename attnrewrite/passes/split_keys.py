@@ -30,7 +30,6 @@ from attnrewrite.passes.regrouping import (
     in_order,
     piece_of,
     require_one_dtype,
-    require_one_region,
 )
 
 __all__ = ["joined_scores", "joined_values"]
@@ -72,10 +71,9 @@ def joined_values(
     order = in_order([part.span for part in taken], tensor(source).shape[dim])
     if order is None:
         raise NotRegrouped("the parts of the attention weights are not known to cover all keys exactly once")
-    require_one_region([product.node for product in products], view)
     require_one_dtype(leaves)
     values = [products[index].operands[1 - place] for index in order]
-    joined = _joined(values, letters.index(letter), _has_single_row(first, place), builder)
+    joined = _joined(values, letters.index(letter), _has_single_row(first, place), builder, view)
     whole = source
     for cast in casts:
         whole = builder.call(cast.target, whole, *cast.args[1:], **cast.kwargs)
@@ -89,7 +87,7 @@ def _addends(node: fx.Node) -> list[fx.Node]:
     terms: list[fx.Node] = []
     args: Any = node.args
     for arg in args[:2]:
-        further = is_tensor(arg) and arg.target in ADD_OPS and len(arg.users) == 1
+        further = is_tensor(arg) and arg.target in ADD_OPS and len(arg.users) == 1 and not arg.kwargs
         terms += _addends(arg) if further else [arg]
     return [] if node.kwargs else terms
 
@@ -151,11 +149,10 @@ def joined_scores(
     alike = all(first.is_like(other) and other.operands[1 - place] is query for other in others)
     if letter in first.letters[1 - place] or not alike:
         raise NotRegrouped("the scores are concatenated from products that do not share their query")
-    require_one_region([node, *parts], view)
     require_one_dtype(parts)
     keys = [product.operands[place] for product in products]
     single = _has_single_row(first, 1 - place)
-    joined = _joined(keys, first.letters[place].index(letter), single, builder)
+    joined = _joined(keys, first.letters[place].index(letter), single, builder, view)
     pair = (query, joined) if place == 1 else (joined, query)
     new = product = builder.call(first.node.target, *first.arguments(*pair))
     for step in steps:
@@ -249,7 +246,7 @@ def _has_single_row(product: Contraction, place: int) -> bool:
     return all(same(size, 1) for letter, size in sizes if letter not in other)
 
 
-def _joined(parts: Sequence[fx.Node], dim: int, single_row: bool, builder: Builder) -> fx.Node:
+def _joined(parts: Sequence[fx.Node], dim: int, single_row: bool, builder: Builder, view: GraphView) -> fx.Node:
     """The tensor that the parts are consecutive slices of along ``dim``, or else their concatenation.
 
     Raises:
@@ -266,9 +263,10 @@ def _joined(parts: Sequence[fx.Node], dim: int, single_row: bool, builder: Build
     orders = [permutation_of(part) if part.op == "call_function" and is_view(part) else None for part in parts]
     if orders[0] is not None and all(order == orders[0] for order in orders):
         sources = [part.all_input_nodes[0] for part in parts]
-        return builder.call(aten.permute.default, _joined(sources, orders[0][dim], single_row, builder), orders[0])
+        joined = _joined(sources, orders[0][dim], single_row, builder, view)
+        return builder.call(aten.permute.default, joined, orders[0])
     for user in first.users:
-        if _concatenates(user, parts, dim) and user < builder.before:
+        if _concatenates(user, parts, dim) and user < builder.before and view.same_region(user, builder.before):
             return user
     if single_row:
         raise NotRegrouped("the keys are in several parts, and copying them takes longer than the scores of one query")

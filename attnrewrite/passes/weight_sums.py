@@ -14,7 +14,6 @@ import torch
 from torch import fx
 
 from attnrewrite.ir.builder import Builder
-from attnrewrite.ir.graph_view import GraphView
 from attnrewrite.ir.nodes import Size, is_tensor, same, same_shape, scalar, tensor
 from attnrewrite.ir.ops import ADD_OPS, DIV_OPS, MATRIX_OPS, MUL_OPS, SUB_OPS
 from attnrewrite.ir.products import Contraction, contraction_of
@@ -25,7 +24,6 @@ from attnrewrite.passes.regrouping import (
     in_order,
     piece_of,
     require_one_dtype,
-    require_one_region,
 )
 
 __all__ = ["sum_of_attentions"]
@@ -33,9 +31,7 @@ __all__ = ["sum_of_attentions"]
 aten = torch.ops.aten
 
 
-def sum_of_attentions(
-    node: fx.Node, builder: Builder, view: GraphView, weights: Weights, softmaxes: set[fx.Node]
-) -> Found | None:
+def sum_of_attentions(node: fx.Node, builder: Builder, weights: Weights, softmaxes: set[fx.Node]) -> Found | None:
     """``(w1 - c * w2) @ v`` as a sum of products; None for any other node.
 
     Args:
@@ -56,7 +52,6 @@ def sum_of_attentions(
     else:
         return None
     softmaxes.update(total.leaves.values())
-    require_one_region([*total.nodes, node], view)
     require_one_dtype([*total.leaves, *total.nodes, node])
     if tensor(node).dtype.itemsize < 4:
         raise NotRegrouped(
@@ -69,7 +64,7 @@ def sum_of_attentions(
         raise NotRegrouped("attention weights are broadcast, or scaled by a tensor, and added up before an einsum")
     taken = [piece_of(leaf) for leaf in total.leaves]
     if not any(taken):
-        products = {leaf: _product(product, place, leaf, builder) for leaf in total.leaves}
+        products = {leaf: _product(product, place, leaf, builder, broadcast) for leaf in total.leaves}
         new = total.rebuilt(total.node, products, builder)
         return Found(new, tuple(products.values()))
     if not is_matrix:
@@ -151,10 +146,11 @@ class _Sum:
         return builder.call(node.target, *args, **node.kwargs)
 
 
-def _product(product: Contraction, place: int, weights: fx.Node, builder: Builder) -> fx.Node:
+def _product(product: Contraction, place: int, weights: fx.Node, builder: Builder, broadcast: bool) -> fx.Node:
     value = product.operands[1 - place]
     pair = (weights, value) if place == 0 else (value, weights)
-    return builder.call(product.node.target, *product.arguments(*pair))
+    target = aten.matmul.default if broadcast else product.node.target
+    return builder.call(target, *product.arguments(*pair))
 
 
 def _of_whole(product: Contraction, leaves: list[fx.Node], builder: Builder) -> tuple[fx.Node, dict[fx.Node, fx.Node]]:
@@ -187,5 +183,7 @@ def _of_whole(product: Contraction, leaves: list[fx.Node], builder: Builder) -> 
     if place >= 0:
         value = builder.call(aten.unsqueeze.default, value, place)
     whole = builder.call(aten.matmul.default, weights, value)
+    # The value may have more dimensions than the weights.
+    dim += tensor(whole).dim() - tensor(weights).dim()
     slices = {leaf: builder.call(aten.select.int, whole, dim, order.index(index)) for index, leaf in enumerate(leaves)}
     return whole, slices

@@ -231,6 +231,18 @@ def test_value_with_fewer_dimensions() -> None:
     check(attend, *halves())
 
 
+def test_value_with_more_dimensions() -> None:
+    """Those of the factor, so that the slices are counted from the last dimension."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, factor: Tensor) -> Tensor:
+        first, second = (q @ k.mT).softmax(-1).unbind(0)
+        return (first - factor * second) @ v
+
+    q, k = operands(6, 7, batch=(2, 3))
+    (v,) = operands(7, batch=(2, 3))
+    check(attend, q, k, v, torch.randn(2, 1, 1, 1))
+
+
 def test_three_slices_with_heads_behind_them() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = (q @ k.mT).softmax(-1)
@@ -359,6 +371,51 @@ def test_grad_mode_is_not_mixed() -> None:
     (row,) = rows(attend, *operands(6, 11, 7, 4))
     assert row.status == "kept"
     assert "grad mode" in row.reason
+
+
+def test_what_lies_between_may_have_no_gradient() -> None:
+    """A part of the weights, of the value, or a concatenation that the graph has."""
+
+    def weights(q: Tensor, k: Tensor, v: Tensor, more_v: Tensor) -> Tensor:
+        weights = (q @ k.mT).softmax(-1)
+        with torch.no_grad():
+            first = weights[..., :7]
+        return first @ v + weights[..., 7:] @ more_v
+
+    def value(q: Tensor, k: Tensor, v: Tensor, more_v: Tensor) -> Tensor:
+        weights = (q @ k.mT).softmax(-1)
+        whole = torch.cat([v, more_v], 2)
+        with torch.no_grad():
+            first = whole[:, :, :7]
+        return weights[..., :7] @ first + weights[..., 7:] @ whole[:, :, 7:]
+
+    def concatenation(q: Tensor, k: Tensor, v: Tensor, more_v: Tensor) -> tuple[Tensor, Tensor]:
+        weights = (q @ k.mT).softmax(-1)
+        with torch.no_grad():
+            cache = torch.cat([v, more_v], 2)
+        return weights[..., :7] @ v + weights[..., 7:] @ more_v, cache * 1
+
+    for function in (weights, value, concatenation):
+        inputs = operands(6, 11, 7, 4)
+
+        def first_result(*inputs: Tensor, function: Callable[..., object] = function) -> Tensor:
+            result = function(*inputs)
+            first: Tensor = result[0] if isinstance(result, tuple) else result  # type: ignore[assignment]
+            return first
+
+        torch._dynamo.reset()
+        assert relative_error(gradients(rewritten(first_result), inputs), gradients(first_result, inputs)) <= 1e-4
+
+
+def test_a_sum_within_the_sum_that_scales() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, more_v: Tensor) -> Tensor:
+        weights = (q @ k.mT).softmax(-1)
+        whole = weights[..., :7] @ v + weights[..., 7:] @ more_v
+        other = torch.add(weights[..., :7] @ v, weights[..., 7:] @ more_v, alpha=0.5)
+        return whole + other
+
+    inputs = operands(6, 11, 7, 4)
+    assert relative_error(rewritten(attend)(*inputs), attend(*inputs)) <= 1e-5
 
 
 def test_the_form_of_the_source_is_put_back() -> None:
