@@ -190,19 +190,6 @@ def gated_weights(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     return ((q @ k.transpose(-2, -1) / 8**0.5).softmax(-1) * gate.sigmoid()) @ v
 
 
-@_lookalike(_Q, _K, _V, reason=_BETWEEN)
-def mixture_of_softmaxes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = q @ k.transpose(-2, -1) / 8**0.5
-    return (0.5 * scores.softmax(-1) + 0.5 * (2 * scores).softmax(-1)) @ v
-
-
-@_lookalike(_Q, _K, _V, reason=_BETWEEN)
-def differential_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q1, q2 = q.chunk(2, -1)
-    k1, k2 = k.chunk(2, -1)
-    return ((q1 @ k1.mT).softmax(-1) - 0.8 * (q2 @ k2.mT).softmax(-1)) @ v
-
-
 @_lookalike(_Q, _K, _V, keep(2, 1, "L", "S"), reason=_OTHER_MASK)
 def masked_after_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return ((q @ k.transpose(-2, -1) / 8**0.5).softmax(-1) * mask) @ v

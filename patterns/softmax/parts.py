@@ -93,3 +93,17 @@ def negative_part_by_einsum(q: Tensor, k: Tensor, other_q: Tensor, other_k: Tens
     first = torch.einsum("bhld,bhsd->bhls", q, k).softmax(-1)
     second = torch.einsum("bhld,bhsd->bhls", other_q, other_k).softmax(-1)
     return torch.einsum("bhls,bhsd->blhd", -(second / 2) + first, v)
+
+
+@_spelling.add(_Q, _K, _V, sites=2)
+def mixture_of_temperatures(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Two softmaxes of the same scores."""
+    scores = q @ k.transpose(-2, -1) / 8**0.5
+    return (0.5 * scores.softmax(-1) + 0.5 * (2 * scores).softmax(-1)) @ v
+
+
+@_spelling.add(_Q, _K, _V, sites=2)
+def differential_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q1, q2 = q.chunk(2, -1)
+    k1, k2 = k.chunk(2, -1)
+    return ((q1 @ k1.mT).softmax(-1) - 0.8 * (q2 @ k2.mT).softmax(-1)) @ v
