@@ -213,19 +213,6 @@ def gated_weights(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     return ((q @ k.transpose(-2, -1) / 8**0.5).softmax(-1) * gate.sigmoid()) @ v
 
 
-@_lookalike(_Q, _K, _V, reason=_BETWEEN)
-def mixture_of_softmaxes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = q @ k.transpose(-2, -1) / 8**0.5
-    return (0.5 * scores.softmax(-1) + 0.5 * (2 * scores).softmax(-1)) @ v
-
-
-@_lookalike(_Q, _K, _V, reason=_BETWEEN)
-def differential_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q1, q2 = q.chunk(2, -1)
-    k1, k2 = k.chunk(2, -1)
-    return ((q1 @ k1.mT).softmax(-1) - 0.8 * (q2 @ k2.mT).softmax(-1)) @ v
-
-
 @_lookalike(_Q, _K, _V, keep(2, 1, "L", "S"), reason=_OTHER_MASK)
 def masked_after_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return ((q @ k.transpose(-2, -1) / 8**0.5).softmax(-1) * mask) @ v
@@ -452,3 +439,30 @@ def convolution_and_pooling_of_a_graph(adjacency: Tensor, x: Tensor, weight: Ten
     features = adjacency @ F.relu(x) @ weight
     assignment = features.sigmoid()
     return features, assignment.mT @ adjacency @ assignment
+
+
+# Weights that are taken apart, added up, or set to zero, but not as attention can be.
+
+
+@_lookalike(_Q, _K, _V, reason="not known to cover all keys exactly once")
+def parts_with_a_gap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT / 8**0.5).softmax(-1)
+    return weights[..., :3] @ v[:, :, :3] + weights[..., 4:] @ v[:, :, 4:]
+
+
+@_lookalike(_Q, _K, _V, normal(2, 4, 1, "S"), reason="not known to be all equal slices")
+def difference_with_a_factor_of_each_key(q: Tensor, k: Tensor, v: Tensor, factors: Tensor) -> Tensor:
+    first, second = torch.stack([q @ k.mT, q @ k.mT * 0.5]).softmax(-1).unbind(0)
+    return (first - factors * second) @ v
+
+
+@_lookalike(_Q, _K, _V, reason=_BETWEEN)
+def positive_part_of_a_difference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT).softmax(-1) - (q @ k.mT * 0.5).softmax(-1)).relu() @ v
+
+
+@_lookalike(_Q, _K, _V, keep(2, 1, "L", "S"), reason=_READ_TWICE)
+def infinite_rows_of_either_sign_are_zero(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """A row that overflows is NaN in softmax, and zero here."""
+    scores = (q @ k.mT).masked_fill(~mask, -math.inf)
+    return scores.softmax(-1).masked_fill(scores.isinf().all(-1, keepdim=True), 0.0) @ v

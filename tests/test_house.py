@@ -30,6 +30,7 @@ PRIVATE_OF_OTHERS = {
 """Private names of other packages than torch, by the module that uses them."""
 
 OWN_TABLES = {
+    "attnrewrite.analysis.empty_rows": {"_REDUCTIONS"},  # What is minus infinity in empty rows alone.
     "attnrewrite.analysis.features": {"_NORMS", "_SUMS"},  # What keeps the sign of a feature map.
     "attnrewrite.analysis.indices": {"_ROW_BY_ROW"},  # Indices that may differ from row to row.
     "attnrewrite.analysis.scores": {"BOUNDED", "_ELEMENTWISE", "_MAXIMA", "_REDUCTIONS", "_UNARY"},  # Steps of scores.

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.scores import BOUNDED, FLOATING, assigned_mask, node_in_words, row_maximum, steps_to_product
+from attnrewrite.analysis.empty_rows import EmptyRows
+from attnrewrite.analysis.scores import (
+    BOUNDED,
+    FLOATING,
+    assigned_mask,
+    is_narrower,
+    node_in_words,
+    row_maximum,
+    steps_to_product,
+)
 from attnrewrite.analysis.values import constant_value, possible_values
 from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, broadcast, fresh_layout, resolve, size_of
 from attnrewrite.ir.nodes import Size, dtype_name, is_tensor, same, same_shape, tensor
@@ -591,7 +600,9 @@ def _follow(
             if sink_dim is not None and user.target is aten.slice.Tensor:
                 walks += _follow(user, further, softmax, _without_sink(user, layout, sink_dim), None)
             else:
-                walks += _follow(user, further, softmax, _step(user, node, layout, further), sink_dim)
+                walks += _follow(
+                    user, further, softmax, _step(user, node, layout, further, softmax, sink_dim), sink_dim
+                )
         except NotAttention as reason:
             reasons[user] = reason
     if not walks:
@@ -628,7 +639,14 @@ def _may_pass(user: fx.Node, node: fx.Node) -> bool:
     return is_cast(user) or is_layout_op(user) or user.target in _PASSING
 
 
-def _step(user: fx.Node, node: fx.Node, layout: Layout, walk: WeightWalk) -> Layout:
+def _step(
+    user: fx.Node,
+    node: fx.Node,
+    layout: Layout,
+    walk: WeightWalk,
+    softmax: Softmax,
+    sink_dim: tuple[Dim, Dim, bool] | None,
+) -> Layout:
     """The layout of the weights after ``user``, whose effect is added to ``walk``."""
     args: Any = user.args
     target: Any = user.target
@@ -660,27 +678,22 @@ def _step(user: fx.Node, node: fx.Node, layout: Layout, walk: WeightWalk) -> Lay
         nan = args[1] if len(args) > 1 else user.kwargs.get("nan")
         if nan not in (None, 0, 0.0):
             raise NotAttention(f"{node_in_words(user)} replaces NaN in the weights by a number other than zero")
-        if any(isinstance(mod, Scale) for mod in walk.mods):
-            raise NotAttention(f"{node_in_words(user)} replaces NaN that scaling the weights may have made")
-        walk.nan_to_zero = True
+        _replace_nan(user, walk)
         return layout
     if target in _FILLS and args[0] is node:
-        assigns = target is aten.index_put.default
-        walk.mods.append(Zero(assigned_mask(user, layout) if assigns else _aligned(args[1], user, layout)))
         _require_zero(args[2], user)
+        if target is aten.index_put.default:
+            walk.mods.append(Zero(assigned_mask(user, layout)))
+        elif not _replaces_nan(args[1], True, user, node, layout, walk, softmax, sink_dim):
+            walk.mods.append(Zero(_aligned(args[1], user, layout)))
         return layout
     if target in WHERE_OPS:
         kept_first = args[1] is node
-        if is_tensor(args[0]) and args[0].target is aten.isnan.default and args[0].args[0] is node and not kept_first:
-            _require_zero(args[1], user)
-            if any(isinstance(mod, Scale) for mod in walk.mods):
-                raise NotAttention(f"{node_in_words(user)} replaces NaN that scaling the weights may have made")
-            walk.nan_to_zero = True
-            return layout
         if args[0] is node or kept_first == (args[2] is node):
             raise NotAttention(f"{node_in_words(user)} has the weights as its condition or as both of its values")
         _require_zero(args[2] if kept_first else args[1], user)
-        walk.mods.append(Zero(_aligned(args[0], user, layout), invert=kept_first))
+        if not _replaces_nan(args[0], not kept_first, user, node, layout, walk, softmax, sink_dim):
+            walk.mods.append(Zero(_aligned(args[0], user, layout), invert=kept_first))
         return layout
     if target in MUL_OPS or target in DIV_OPS:
         other = args[1] if args[0] is node else args[0]
@@ -689,6 +702,43 @@ def _step(user: fx.Node, node: fx.Node, layout: Layout, walk: WeightWalk) -> Lay
         walk.mods.append(_factor(other, user, layout))
         return layout
     raise NotAttention(_unreadable(user))
+
+
+def _replaces_nan(
+    condition: Any,
+    holds: bool,
+    user: fx.Node,
+    node: fx.Node,
+    layout: Layout,
+    walk: WeightWalk,
+    softmax: Softmax,
+    sink_dim: tuple[Dim, Dim, bool] | None,
+) -> bool:
+    """Whether ``user`` sets weights to zero where they are NaN, or where no score of the row is above minus infinity.
+
+    Args:
+        condition: where it sets them; with ``holds`` false, where it leaves them as they are.
+    """
+    if holds and is_tensor(condition) and condition.target is aten.isnan.default and condition.args[0] is node:
+        _replace_nan(user, walk)
+        return True
+    # With a sink no row is empty; without a maximum, with masks on exponentials and after a cast, others are NaN, too.
+    narrowed = is_narrower(tensor(softmax.node).dtype, tensor(softmax.scores).dtype)
+    if softmax.sink is not None or sink_dim is not None or softmax.underflows or softmax.fills or narrowed:
+        return False
+    rows = EmptyRows(softmax.node, softmax.scores, softmax.layout, softmax.dim)
+    nodes = rows.nodes_of(condition, _aligned(condition, user, layout).layout, holds)
+    if nodes is None:
+        return False
+    _replace_nan(user, walk)
+    walk.nodes += nodes
+    return True
+
+
+def _replace_nan(user: fx.Node, walk: WeightWalk) -> None:
+    if any(isinstance(mod, Scale) for mod in walk.mods):
+        raise NotAttention(f"{node_in_words(user)} replaces NaN that scaling the weights may have made")
+    walk.nan_to_zero = True
 
 
 def _unreadable(user: fx.Node) -> str:

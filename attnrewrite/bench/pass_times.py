@@ -37,11 +37,14 @@ from attnrewrite.passes.steps import Steps
 
 __all__ = ["PassBenchmark", "PassTimes", "environment", "measure_pass", "print_pass_benchmark", "run_pass_benchmark"]
 
-STEPS = ("find", "merge_slices", "unrepeat_kv", "canonicalize", "choose", "splice", "join_projections")
+STEPS = (
+    *("regroup_products", "find", "merge_slices", "unrepeat_kv"),
+    *("canonicalize", "choose", "splice", "restore_products", "join_projections"),
+)
 """The steps whose sum is the time of the pass, as ``GraphReport.seconds`` names them.
 
 Files of older measurements have four: "find" included the next two, "simplify" is now "canonicalize", and "splice"
-included "join_projections".
+included "join_projections". Those before "regroup_products" lack it and "restore_products".
 """
 
 _WIDTH, _HEADS, _LENGTH, _BATCH = 32, 4, 16, 2

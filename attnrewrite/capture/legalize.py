@@ -2,17 +2,22 @@
 
 ``x.fill_diagonal_(value)`` is traced as ``as_strided``, and updates through ``as_strided`` cannot be made functional,
 so no backend built on AOTAutograd compiles it. ``x.diagonal().fill_(value)`` writes the same entries.
+
+``torch.einsum`` returns a permuted view of the matrix that it computed. An update in place is replayed on that matrix,
+and where the dimensions do not fold back into it ("Cannot view a tensor with shape ..."), no such backend compiles it
+either. A copy of the result has no matrix behind it; nobody else can have the result, so nobody sees the copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from attnrewrite.capture.support import is_in_place, storage_of
 from attnrewrite.capture.vmap import holds_vmap
 from attnrewrite.ir.nodes import copy_attributes, same
 
@@ -36,8 +41,9 @@ def _replaced(gm: fx.GraphModule) -> fx.GraphModule | None:
         for name, child in gm.named_children()
         if isinstance(child, fx.GraphModule) and (copy := _replaced(child)) is not None
     }
-    calls = [node for node in gm.graph.nodes if _fills_diagonal(node)]
-    if not calls and not children:
+    calls = {node for node in gm.graph.nodes if _fills_diagonal(node)}
+    updated = _updated_products(gm.graph)
+    if not calls and not updated and not children:
         return None
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -47,6 +53,8 @@ def _replaced(gm: fx.GraphModule) -> fx.GraphModule | None:
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copy_attributes(node, copies[node])
+        if node in updated:
+            copies[node] = _copied(graph, node, copies[node])
     copy = fx.GraphModule(gm, graph, gm.__class__.__name__)
     for name, child in children.items():
         setattr(copy, name, child)
@@ -78,6 +86,42 @@ def _fills_diagonal(node: fx.Node) -> bool:
     return wraps is False or (wraps is True and statically_known_true(value.shape[0] <= value.shape[1] + 1))
 
 
+def _updated_products(graph: fx.Graph) -> set[fx.Node]:
+    """The calls of ``einsum`` whose result, or a view of it, is updated in place.
+
+    Of a single operand the result may be a view, whose update is meant for the operand.
+    """
+    calls = [node for node in graph.nodes if node.target in _EINSUM and len(_operands_of_einsum(node)) > 1]
+    if not calls:
+        return set()
+    updated = _storages(node.args[0] for node in graph.nodes if is_in_place(node) and node.args)
+    return {node for node in calls if _storages([node]) & updated}
+
+
+_WHERE = ("stack_trace", "nn_module_stack", "source_fn_stack")
+"""Entries of ``meta`` that say which part of the source a node is."""
+
+_EINSUM = frozenset({torch.einsum, torch.functional.einsum})
+
+
+def _operands_of_einsum(node: fx.Node) -> Sequence[Any]:
+    given: Any = node.args[1:]
+    operands: Sequence[Any] = given[0] if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
+    return operands
+
+
+def _storages(nodes: Iterable[Any]) -> set[Any]:
+    """What tells apart the memory of the nodes that are tensors."""
+    examples = (node.meta.get("example_value") for node in nodes if isinstance(node, fx.Node))
+    return {storage_of(example) for example in examples if isinstance(example, torch.Tensor)}
+
+
+def _copied(graph: fx.Graph, node: fx.Node, result: fx.Node) -> fx.Node:
+    copied = graph.call_method("clone", (result,))
+    copied.meta = {key: value for key, value in node.meta.items() if key in _WHERE}
+    return copied
+
+
 def _arguments(node: fx.Node) -> tuple[Any, Any, Any]:
     given = dict(zip(("self", "fill_value", "wrap"), node.args, strict=False), **node.kwargs)
     return given.get("self"), given.get("fill_value"), given.get("wrap", False)
@@ -87,9 +131,7 @@ def _with_diagonal(graph: fx.Graph, node: fx.Node, copied: Callable[[fx.Node], f
     """Adds the nodes that fill the main diagonal of a tensor of any rank, and returns the tensor, as the call does."""
     source, number, _ = _arguments(node)
     diagonal = copied(source)
-    meta = {
-        key: value for key, value in node.meta.items() if key in ("stack_trace", "nn_module_stack", "source_fn_stack")
-    }
+    meta = {key: value for key, value in node.meta.items() if key in _WHERE}
     steps: list[fx.Node] = []
     for _ in range(source.meta["example_value"].dim() - 1):
         # Dimension 0 and the last, which is the diagonal of the step before.

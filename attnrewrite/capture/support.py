@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
 __all__ = ["CaptureError"]
@@ -30,3 +31,12 @@ def attribute_of(root: torch.nn.Module, path: str) -> Any:
 def storage_of(value: Any) -> Any:
     """A key that is equal for tensors that share memory."""
     return StorageWeakRef(value.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """Whether the node updates its argument in place, judged by its name."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+
+
+_IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "setitem", "iand", "ior", "ipow"})

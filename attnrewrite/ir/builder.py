@@ -72,7 +72,7 @@ class Builder:
         self.graph = gm.graph
         self._gm = gm
         self.created: list[fx.Node] = []
-        self._before = before
+        self.before = before
         self._meta = {
             key: value
             for key, value in like.meta.items()
@@ -99,7 +99,7 @@ class Builder:
         found = self._found(key)
         if found is not None:
             return found
-        with self.graph.inserting_before(self._before):
+        with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
         node.meta = {**self._meta, "val": value}
         self.created.append(node)
@@ -110,13 +110,13 @@ class Builder:
     def _found(self, key: Any) -> fx.Node | None:
         """An equal call that was inserted before; None if there is none, or it is no longer in the graph."""
         node = None if key is None else self._written.get(key)
-        return node if node is not None and not is_erased(node) and node < self._before else None
+        return node if node is not None and not is_erased(node) and node < self.before else None
 
     def submodule(self, name: str, module: fx.GraphModule) -> fx.Node:
         """Inserts a ``get_attr`` node for a subgraph, to be an argument of a higher-order operator."""
         number = sum(key.startswith(name) for key, _ in self._gm.named_children())
         self._gm.add_submodule(f"{name}_{number}", module)
-        with self.graph.inserting_before(self._before):
+        with self.graph.inserting_before(self.before):
             node = self.graph.get_attr(f"{name}_{number}")
         node.meta = {**self._meta, "val": module}
         self.created.append(node)

@@ -15,6 +15,8 @@ from attnrewrite.torch_private import OpOverload, is_composite, schema_of
 
 __all__ = [
     "ADD_OPS",
+    "ALL_OPS",
+    "ANY_OPS",
     "ARANGE_OPS",
     "AS_STRIDED_OPS",
     "CAST_OPS",
@@ -24,12 +26,17 @@ __all__ = [
     "COPY_OPS",
     "DIV_OPS",
     "EMPTY_OPS",
+    "EQ_OPS",
     "FACTORY_OPS",
+    "LE_OPS",
     "LOG_SOFTMAX_OPS",
     "MASKED_FILL_OPS",
+    "MATRIX_OPS",
     "MOVE_OPS",
     "MUL_OPS",
+    "NE_OPS",
     "NORM_OPS",
+    "NOT_OPS",
     "ONES_OPS",
     "PAD_OPS",
     "PIECE_OPS",
@@ -150,10 +157,17 @@ CLAMP_OPS = frozenset({aten.clamp.default, aten.clamp_min.default, aten.clamp_ma
 
 WHERE_OPS = frozenset({aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar})
 MASKED_FILL_OPS = frozenset({aten.masked_fill.Scalar, aten.masked_fill.Tensor})
+EQ_OPS = frozenset({aten.eq.Scalar, aten.eq.Tensor})
+NE_OPS = frozenset({aten.ne.Scalar, aten.ne.Tensor})
+LE_OPS = frozenset({aten.le.Scalar, aten.le.Tensor})
+NOT_OPS = frozenset({aten.bitwise_not.default, aten.logical_not.default})
+ALL_OPS = frozenset({aten.all.dim, aten.all.dims})
+ANY_OPS = frozenset({aten.any.dim, aten.any.dims})
 TRIANGLE_OPS = frozenset({aten.tril.default, aten.triu.default})
 
 SOFTMAX_OPS = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 LOG_SOFTMAX_OPS = (aten.log_softmax.int, aten._log_softmax.default)
+MATRIX_OPS = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default})
 CONVOLUTION_OPS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})
 NORM_OPS = frozenset({aten.layer_norm.default, aten.group_norm.default, aten.rms_norm.default})
 """Normalizations of a tensor's entries by their own mean or size, but not over a batch."""

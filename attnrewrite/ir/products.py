@@ -12,8 +12,9 @@ from torch import fx
 from attnrewrite.ir.axes import Dim, Layout, Operand, broadcast, fresh_dim
 from attnrewrite.ir.model_state import is_learned
 from attnrewrite.ir.nodes import Size, is_tensor, same, tensor
+from attnrewrite.ir.ops import MATRIX_OPS
 
-__all__ = ["Product", "factors_of"]
+__all__ = ["Contraction", "Product", "contraction_of", "factors_of"]
 
 aten = torch.ops.aten
 
@@ -81,6 +82,39 @@ def factors_of(node: fx.Node) -> tuple[fx.Node, ...]:
     terms = _terms(node)
     plain = terms is not None and terms.addend is None and terms.scale is None
     return (terms.lhs, terms.rhs) if terms is not None and plain else ()
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A product of two operands and nothing else, with a letter for each dimension, as an einsum has them."""
+
+    node: fx.Node
+    operands: tuple[fx.Node, fx.Node]
+    letters: tuple[tuple[str, ...], tuple[str, ...]]
+    out: tuple[str, ...]
+
+    def arguments(self, lhs: fx.Node, rhs: fx.Node) -> tuple[Any, ...]:
+        """The arguments with which the same operator multiplies other operands."""
+        args: Any = self.node.args
+        return (args[0], [lhs, rhs]) if self.node.target is aten.einsum.default else (lhs, rhs)
+
+    def is_like(self, other: Contraction) -> bool:
+        """Whether both are calls of one operator, with the same equation."""
+        return self.node.target is other.node.target and (self.letters, self.out) == (other.letters, other.out)
+
+
+def contraction_of(node: Any) -> Contraction | None:
+    """The contraction that the node is; None for a product that adds or scales as well, and for any other node."""
+    if not is_tensor(node) or node.target not in _CONTRACTIONS or node.kwargs:
+        return None
+    terms = _terms(node)
+    if terms is None or terms.scale is not None:
+        return None
+    out = tuple(letter for letter in terms.out if letter is not None)
+    return Contraction(node, (terms.lhs, terms.rhs), (terms.left, terms.right), out)
+
+
+_CONTRACTIONS = MATRIX_OPS | {aten.einsum.default}
 
 
 def product_from_result(node: fx.Node, layout: Layout) -> Product | None:

@@ -13,7 +13,8 @@ from attnrewrite.passes.finite_rows import with_factors_of_finite_rows
 from attnrewrite.passes.fuse_projections import fuse_projections
 from attnrewrite.passes.join_projections import join_projections
 from attnrewrite.passes.merge_slices import merge_slices
-from attnrewrite.passes.regions import inline_repeated, regions_of
+from attnrewrite.passes.regions import holds_repeated, inline_repeated, regions_of
+from attnrewrite.passes.regroup_products import regroup_products
 from attnrewrite.passes.result import Rewritten
 from attnrewrite.passes.rewriting import AdjustRequest, Rewriting, as_requested, current_site
 from attnrewrite.passes.steps import Steps
@@ -44,12 +45,14 @@ def rewrite(
     """
     steps = Steps() if steps is None else steps
     inlined = False
-    if policy.inner_backend == "inductor" and GraphView(gm, has_gradients=has_gradients).trains:
+    if policy.inner_backend == "inductor" and holds_repeated(gm) and GraphView(gm, has_gradients=has_gradients).trains:
         with steps.step("inline", gm):
             inlined = inline_repeated(gm)
     run = Rewriting(gm, policy, adjust_request, steps, has_gradients=has_gradients)
+    with run.step("regroup_products"):
+        run.regroup_products()
     with run.step("find"):
-        findings = find(run.view)
+        findings = run.with_reasons(find(run.view))
     with run.step("merge_slices"):
         findings = merge_slices(findings, run.view)
     with run.step("unrepeat_kv"):
@@ -81,6 +84,8 @@ def rewrite(
                 with run.step("keep", name):
                     run.keep(site, row)
 
+    with run.step("restore_products"):
+        run.restore_products()
     with run.step("join_projections"):
         joined = join_projections(gm, run.served, run.replaced)
     if policy.fuse_projections or (policy.fuse_projections is None and policy.freezes):
@@ -94,12 +99,13 @@ def rewrite(
 
 
 def find_sites(view: GraphView) -> list[Finding]:
-    """Every attention and near miss of a graph, with slices merged and keys and values unrepeated."""
+    """Every attention and near miss of a graph; products are regrouped, slices merged, keys and values unrepeated."""
+    regroup_products(view, {})
     return unrepeat_kv(merge_slices(find(view), view), view)
 
 
 def read_sites(gm: fx.GraphModule, policy: Policy) -> list[CanonicalAttention]:
-    """The attentions of the IR graph in canonical form, without rewriting them.
+    """The attentions of the IR graph in canonical form, without replacing them.
 
     Raises:
         NotAttention: a site has no canonical form.

@@ -19,7 +19,7 @@ from torch import fx
 from attnrewrite.report.rows import SiteReport
 from attnrewrite.torch_private import HigherOrderOperator
 
-__all__ = ["Region", "inline_repeated", "named_within", "regions_of"]
+__all__ = ["Region", "holds_repeated", "inline_repeated", "named_within", "regions_of"]
 
 _INVOKE = torch.ops.higher_order.invoke_subgraph
 _COND = torch.ops.higher_order.cond
@@ -85,6 +85,11 @@ def _parts(node: fx.Node) -> list[tuple[fx.Node, tuple[Any, ...]]]:
         return [(args[0], tuple(args[2:]))]
     operands = tuple(args[3]) if node.target is _COND else ()
     return [(part, operands) for part in graphs]
+
+
+def holds_repeated(gm: fx.GraphModule) -> bool:
+    """Whether a region is called that is compiled once for all its calls."""
+    return bool(gm.graph.find_nodes(op="call_function", target=_INVOKE))
 
 
 def inline_repeated(gm: fx.GraphModule) -> bool:

@@ -25,6 +25,7 @@ from attnrewrite.passes.finite_rows import with_factors_of_finite_rows
 from attnrewrite.passes.insert_checks import insert_check
 from attnrewrite.passes.reassociate import reassociate
 from attnrewrite.passes.regions import Region, named_within
+from attnrewrite.passes.regroup_products import Regrouped, regroup_products
 from attnrewrite.passes.result import ReportedSite, Rewritten
 from attnrewrite.passes.splice import WrittenByRegion, current_operand, latest, redirected, remove_unused, splice
 from attnrewrite.passes.steps import Steps
@@ -86,10 +87,23 @@ class Rewriting:
         self._written = WrittenByRegion(gm.graph)
         self._kinds: dict[fx.Node, SiteKind] = {}
         self._begins_with_batch: frozenset[fx.Node] = frozenset()
+        self._regrouped = Regrouped()
 
     def step(self, name: str, site: str = "") -> contextlib.AbstractContextManager[None]:
         """Context manager of one step; ``site`` is the name of the site if the step runs once for each site."""
         return self._steps.step(name, self._gm, site)
+
+    def regroup_products(self) -> None:
+        """Brings sums of products with attention weights into the form that patterns read."""
+        self._regrouped = regroup_products(self.view, self.replaced)
+        self.view, self._written = GraphView(self._gm), WrittenByRegion(self._gm.graph)
+
+    def with_reasons(self, findings: Sequence[Finding]) -> list[Finding]:
+        return self._regrouped.with_reasons(findings)
+
+    def restore_products(self) -> None:
+        """Puts back the source's form of such sums where no kernel computes a product."""
+        self._regrouped.undo(self._gm.graph, self.replaced)
 
     def each(self, findings: Sequence[Finding]) -> Iterator[tuple[str, Finding]]:
         """The findings with their names in the report; if a merged site is kept, its slices follow it.
@@ -126,7 +140,9 @@ class Rewriting:
     def begin(self, name: str, site: AttentionSite) -> tuple[AttentionSite, SiteReport]:
         """The site with the operands that the graph has now, and its row of the report."""
         site = current_site(site, self.replaced, self._policy)
-        return site, row_of_attention(name, site)
+        row = row_of_attention(name, site)
+        self._regrouped.name_source(row, site.result)
+        return site, row
 
     def with_written(self, site: AttentionSite) -> AttentionSite:
         """The site with nodes that its canonical form has and the graph lacked."""

@@ -189,6 +189,43 @@ def nan_replaced(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.where(weights.isnan(), 0.0, weights) @ v
 
 
+@_spelling.add(_Q, _K, _V, keep(2, 1, "L", "S"))
+def empty_rows_are_zero(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = (q @ k.mT * 8**-0.5).masked_fill(~mask, -math.inf)
+    empty = (scores == -math.inf).all(-1, keepdim=True)
+    return torch.where(empty, 0.0, scores.softmax(-1)) @ v
+
+
+@_spelling.add(_Q, _K, _V, keep(2, 1, "L", "S"))
+def decomposed_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """``scaled_dot_product_attention`` after ``ExportedProgram.run_decompositions()`` and in torch.onnx."""
+    scale = 8**-0.25
+    kept, masked = (torch.scalar_tensor(number, dtype=q.dtype, device=q.device) for number in (0.0, -math.inf))
+    mask = torch.where(mask, kept, masked)
+    scores = torch.bmm((q * scale).flatten(0, 1), (k.mT * scale).flatten(0, 1))
+    scores = scores.view(*q.shape[:3], k.shape[2]) + mask
+    weights = torch.ops.aten._softmax(scores, -1, False)
+    attended = torch.logical_not(scores == -math.inf).any(-1, True)
+    weights = torch.where(torch.logical_not(attended), torch.full_like(scores, 0), weights)
+    return torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).view(*q.shape[:3], v.shape[3])
+
+
+@_spelling.add(_Q, _K, _V, keep(2, 1, "L", "S"))
+def decomposed_further(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The same with its softmax decomposed as well."""
+    scores = (q * 8**-0.25) @ (k * 8**-0.25).mT + torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)
+    exponentials = (scores - scores.amax(-1, keepdim=True)).exp()
+    weights = exponentials / exponentials.sum(-1, keepdim=True)
+    return torch.where((scores != -math.inf).any(-1, keepdim=True), weights, torch.zeros_like(weights)) @ v
+
+
+@_spelling.add(_Q, _K, _V, additive(2, 1, "L", "S"))
+def empty_by_their_maximum(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = q @ k.mT * 8**-0.5 + mask
+    empty = scores.detach().max(-1).values.isneginf()
+    return scores.softmax(-1).masked_fill(empty.unsqueeze(-1), 0.0) @ v
+
+
 @_spelling.add(_Q, _K, _V, learned(4))
 def head_mask(q: Tensor, k: Tensor, v: Tensor, heads: Tensor) -> Tensor:
     """transformers before 5."""

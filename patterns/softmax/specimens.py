@@ -6,6 +6,7 @@ from attnrewrite.patterns import perturbed
 from attnrewrite.patterns.softmax import (
     isolated,
     normalizations,
+    parts,
     score_functions,
     shared_keys,
     single_key,
@@ -24,4 +25,5 @@ SPECIMENS = (
     *shared_keys.SPECIMENS,
     *single_key.SPECIMENS,
     *isolated.SPECIMENS,
+    *parts.SPECIMENS,
 )

@@ -124,6 +124,14 @@ def einsum_over_pixels(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhwxy,bxyc->bhwc", weights, v)
 
 
+@_spelling.add(normal(2, "L", 4, 8), normal(2, "S", 4, 8), normal(2, "S", 4, 8), padding(2, "S"))
+def masked_in_place_on_einsum(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """LoFTR: the einsum is a permuted view of a product, and the mask is written into it."""
+    scores = torch.einsum("nlhd,nshd->nlsh", q, k)
+    scores.masked_fill_(mask[:, None, :, None], -math.inf)
+    return torch.einsum("nlsh,nshd->nlhd", (scores / 8**0.5).softmax(2), v)
+
+
 @_spelling.add(normal(2, 16, "L", 3), learned(48, 16))
 def convolutional(x: Tensor, projection: Tensor) -> Tensor:
     """The autoencoder of Stable Diffusion: (batch, channels, height, width), one head."""

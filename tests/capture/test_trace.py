@@ -557,6 +557,39 @@ def test_source_location_inside_a_checkpoint() -> None:
     assert site.location.line == inspect.getsourcelines(attention)[1] + 1
 
 
+def _updated(q: Tensor, k: Tensor) -> Tensor:
+    scores = torch.einsum("nlhd,nshd->nlsh", q, k)
+    scores.masked_fill_(scores > 1, -1.0)
+    return scores
+
+
+def _updated_through_a_view(q: Tensor, k: Tensor) -> Tensor:
+    scores = torch.einsum("nlhd,nshd->nlsh", [q, k])
+    scores.transpose(1, 2)[:, 0].mul_(2)
+    scores[..., 1] = 3
+    return scores
+
+
+def _a_view_of_its_operand(q: Tensor, k: Tensor) -> Tensor:
+    """The update is one of the caller's tensor."""
+    torch.einsum("nlhd->hdnl", q).mul_(2)
+    return q + 1
+
+
+@pytest.mark.parametrize("function", [_updated, _updated_through_a_view, _a_view_of_its_operand])
+def test_an_einsum_that_is_updated_in_place(function: Callable[..., Tensor]) -> None:
+    """Without attention, too: plain AOTAutograd refuses some of these."""
+    given = [torch.randn(2, 12, 4, 8), torch.randn(2, 9, 4, 8)]
+    own = [tensor.clone() for tensor in given]
+    expected = function(*own)
+    updated = [tensor.clone() for tensor in given]
+    assert relative_error(rewritten(function)(*updated), expected) <= 1e-6
+    assert all(map(torch.equal, own, updated))
+    if function is not _a_view_of_its_operand:
+        torch._dynamo.reset()
+        assert relative_error(gradients(rewritten(function), given), gradients(function, given)) <= 1e-6
+
+
 def test_a_slice_assignment_in_training() -> None:
     """DeepSeek's rotary embedding: functionalized, it is a copy, which has no derivative of its own."""
 

@@ -93,6 +93,11 @@ def nan_replaced(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, m: Masks) -> Ten
     return (q @ k.mT * 0.35 + m.added(m.by_key, q.dtype)).softmax(-1).nan_to_num() @ v
 
 
+def empty_rows_zeroed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, m: Masks) -> Tensor:
+    scores = q @ k.mT * 0.35 + bias + m.added(m.by_pair, q.dtype)
+    return torch.where((scores == -math.inf).all(-1, keepdim=True), 0.0, scores.softmax(-1)) @ v
+
+
 def less_its_maximum(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, m: Masks) -> Tensor:
     scores = q @ k.mT * 0.35 + m.added(m.by_pair, q.dtype)
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
@@ -126,6 +131,7 @@ FORMS: tuple[Attend, ...] = (
     zeroed_rows,
     zeroed_queries,
     nan_replaced,
+    empty_rows_zeroed,
     less_its_maximum,
     no_maximum,
     less_logsumexp,

@@ -103,12 +103,14 @@ def test_the_files_of_a_graph_with_two_attentions(tmp_path: Path, monkeypatch: p
     assert sources[0].endswith(report.before_code) and sources[-1].endswith(report.after_code)
     assert list(report.seconds) == [
         "capture",
+        "regroup_products",
         "find",
         "merge_slices",
         "unrepeat_kv",
         "canonicalize",
         "choose",
         "splice",
+        "restore_products",
         "join_projections",
         "inner",
     ]

@@ -1,0 +1,156 @@
+"""Sums of products with parts of the weights, or with sums of weights, as products with the weights themselves.
+
+Keys in several parts (:mod:`attnrewrite.passes.split_keys`) and sums of attention weights
+(:mod:`attnrewrite.passes.weight_sums`) get the form in which patterns read attention, before these look at the graph.
+Where no kernel takes an attention in the end, the source's form is put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+
+from attnrewrite.ir.builder import Builder
+from attnrewrite.ir.graph_view import GraphView
+from attnrewrite.ir.nodes import is_tensor, same_shape, tensor
+from attnrewrite.ir.reason import Reason
+from attnrewrite.passes.regrouping import Found, NotRegrouped, Weights, require_one_region
+from attnrewrite.passes.splice import latest, remove_unused, replace_node
+from attnrewrite.passes.split_keys import joined_scores, joined_values
+from attnrewrite.passes.weight_sums import sum_of_attentions
+from attnrewrite.patterns import Finding, NearMiss
+from attnrewrite.report.rows import SiteReport
+from attnrewrite.torch_private import is_erased
+
+__all__ = ["Regrouped", "regroup_products"]
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A node that was removed, as it was."""
+
+    node: fx.Node
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    meta: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Change:
+    """One sum in its new form.
+
+    Attributes:
+        old, new: the node of the sum, and the one that took its place.
+        products: the products in the new form.
+        removed: the nodes of the source's form, in graph order.
+    """
+
+    old: fx.Node
+    new: fx.Node
+    products: tuple[fx.Node, ...]
+    removed: tuple[_Saved, ...]
+
+
+@dataclass
+class Regrouped:
+    """What was changed, and why sums were left as they are, by the softmaxes that take part."""
+
+    changes: list[_Change] = field(default_factory=list)
+    reasons: dict[fx.Node, Reason] = field(default_factory=dict)
+
+    def with_reasons(self, findings: Sequence[Finding]) -> list[Finding]:
+        """The findings, where a near miss says why its sum was left as it is."""
+        return [
+            replace(each, reason=str(self.reasons[each.anchor]))
+            if isinstance(each, NearMiss) and each.anchor in self.reasons
+            else each
+            for each in findings
+        ]
+
+    def name_source(self, row: SiteReport, result: fx.Node) -> None:
+        """Gives the row of a site the nodes of its source; none if no node of the source has the site's result."""
+        for change in self.changes:
+            if result in change.products:
+                names = tuple(saved.node.name for saved in change.removed)
+                row.nodes_before = (*row.nodes_before, *names) if result is change.new else ()
+
+    def undo(self, graph: fx.Graph, replaced: dict[fx.Node, fx.Node]) -> None:
+        """Puts back the source's form of sums of which no kernel computes a product."""
+        for change in reversed(self.changes):
+            at = latest(change.new, replaced)
+            if is_erased(at) or any(map(is_erased, change.products)):
+                continue
+            written: dict[fx.Node, fx.Node] = {}
+            for saved in change.removed:
+                current = {
+                    node: written.get(node) or latest(node, replaced) for node in _nodes_in((saved.args, saved.kwargs))
+                }
+                args, kwargs = fx.node.map_arg((saved.args, saved.kwargs), current.__getitem__)
+                with graph.inserting_before(at):
+                    written[saved.node] = graph.call_function(saved.target, args, kwargs)
+                written[saved.node].meta = saved.meta
+            at.replace_all_uses_with(written[change.old])
+            replaced.update(written)
+            replaced[at] = written[change.old]
+            remove_unused(graph, (at,))
+
+
+def _nodes_in(arguments: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(arguments, found.append)
+    return found
+
+
+def regroup_products(view: GraphView, replaced: dict[fx.Node, fx.Node]) -> Regrouped:
+    """Brings sums into the new form, in place; ``replaced`` is told what took the place of a node."""
+    result = Regrouped()
+    weights = Weights(view.graph)
+    for node in reversed(view.graph.nodes) if weights.nodes else ():
+        if is_erased(node) or node.op != "call_function" or not is_tensor(node):
+            continue
+        builder = Builder(view.gm, before=node, like=node)
+        softmaxes: set[fx.Node] = set()
+        try:
+            found = _new_form(node, builder, view, weights, softmaxes)
+        except NotRegrouped as reason:
+            for softmax in softmaxes:
+                result.reasons.setdefault(softmax, Reason(str(reason)))
+            for each in reversed(builder.created):
+                view.graph.erase_node(each)
+        else:
+            if found is not None:
+                result.changes.append(_replaced(node, found, builder, view, replaced))
+    return result
+
+
+def _new_form(
+    node: fx.Node, builder: Builder, view: GraphView, weights: Weights, softmaxes: set[fx.Node]
+) -> Found | None:
+    found = (
+        joined_values(node, builder, view, weights, softmaxes)
+        or joined_scores(node, builder, view, weights, softmaxes)
+        or sum_of_attentions(node, builder, weights, softmaxes)
+    )
+    if found is not None:
+        require_one_region(node, builder, view)
+        alike = tensor(found.new).dtype is tensor(node).dtype
+        if not alike or not same_shape(tensor(found.new).shape, tensor(node).shape):
+            raise NotRegrouped("the sum of products would have another shape or dtype than the source's")
+    return found
+
+
+def _replaced(
+    node: fx.Node, found: Found, builder: Builder, view: GraphView, replaced: dict[fx.Node, fx.Node]
+) -> _Change:
+    saved: list[_Saved] = []
+    for each in view.graph.nodes:
+        saved.append(_Saved(each, each.target, each.args, dict(each.kwargs), each.meta))
+        if each is node:
+            break
+    replace_node(view.graph, node, found.new, builder, replaced)
+    removed = tuple(each for each in saved if is_erased(each.node))
+    return _Change(node, replaced[node], found.products, removed)

@@ -1,0 +1,452 @@
+"""Sums of products with parts or sums of attention weights: what becomes attention, and what stays as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import attnrewrite
+from attnrewrite.backend import collect_reports
+from tests.support.helpers import gradients, relative_error, rewritten, rows
+
+Attend = Callable[..., Tensor]
+
+
+def check(function: Attend, *inputs: Tensor, sites: int = 1, dtype: torch.dtype | None = None) -> None:
+    """So many sites, all rewritten; values, strides and gradients are the source's."""
+    torch._dynamo.reset()
+    assert [(row.status, row.reason) for row in rows(function, *inputs)] == [("rewritten", "")] * sites
+    torch._dynamo.reset()
+    result, expected = rewritten(function)(*inputs), function(*inputs)
+    assert relative_error(result, expected) <= 1e-5
+    assert result.stride() == expected.stride()
+    torch._dynamo.reset()
+    assert relative_error(gradients(rewritten(function, "aot_eager"), inputs), gradients(function, inputs)) <= 1e-4
+
+
+def check_kept(function: Attend, *inputs: Tensor, reason: str) -> None:
+    """No site is rewritten, for the reason, and the result is the source's to the bit."""
+    torch._dynamo.reset()
+    found = rows(function, *inputs)
+    assert [row.status for row in found] == ["kept"] * len(found)
+    assert any(reason in row.reason for row in found), [row.reason for row in found]
+    torch._dynamo.reset()
+    torch.testing.assert_close(rewritten(function)(*inputs), function(*inputs), rtol=0, atol=0, equal_nan=True)
+
+
+def operands(*lengths: int, batch: tuple[int, ...] = (2, 3), features: int = 8) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(*batch, length, features, generator=generator) for length in lengths]
+
+
+# Keys in several parts.
+
+
+def parts(q: Tensor, k: Tensor, v: Tensor, more_k: Tensor, more_v: Tensor) -> Tensor:
+    weights = torch.cat([q @ k.mT, q @ more_k.mT], -1).softmax(-1)
+    n = k.shape[-2]
+    return weights[..., :n] @ v + weights[..., n:] @ more_v
+
+
+PARTS = (6, 7, 7, 4, 4)
+
+
+def test_parts() -> None:
+    check(parts, *operands(*PARTS))
+
+
+def test_each_half_alone() -> None:
+    """The scores of one tensor of keys, and parts of the weights; and the other way round."""
+
+    def values(q: Tensor, k: Tensor, v: Tensor, more_v: Tensor) -> Tensor:
+        first, second = torch.split((q @ k.mT).softmax(-1), [v.shape[-2], more_v.shape[-2]], -1)
+        return first @ v + second @ more_v
+
+    def keys(q: Tensor, k: Tensor, more_k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([q @ k.mT, q @ more_k.mT], -1).softmax(-1) @ v
+
+    check(values, *operands(6, 11, 7, 4))
+    check(keys, *operands(6, 7, 4, 11))
+
+
+def test_the_concatenation_that_the_graph_has_is_used() -> None:
+    """A cache is concatenated for the next step anyway."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, more_k: Tensor, more_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        key, value = torch.cat([k, more_k], 2), torch.cat([v, more_v], 2)
+        return parts(q, k, v, more_k, more_v), key, value
+
+    for queries in (1, 6):
+        inputs = operands(queries, *PARTS[1:])
+        torch._dynamo.reset()
+        (graph,) = attnrewrite.explain(attend, *inputs).graphs
+        assert [row.status for row in graph.sites] == ["rewritten"]
+        assert graph.after_code.count("aten.cat.") == 2
+        torch._dynamo.reset()
+        assert relative_error(rewritten(attend)(*inputs), attend(*inputs)) <= 1e-5
+
+
+def test_values_that_are_slices_of_one() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = (q @ k.mT).softmax(-1)
+        return weights[..., 3:] @ v[:, :, 3:] + weights[..., :3] @ v[:, :, :3]
+
+    check(attend, *operands(6, 7, 7))
+    check(attend, *operands(1, 7, 7))
+
+
+def test_dropout_before_the_split() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, more_v: Tensor) -> Tensor:
+        weights = F.dropout((q @ k.mT).softmax(-1), 0.5)
+        return weights[..., : v.shape[2]] @ v + weights[..., v.shape[2] :] @ more_v
+
+    (row,) = rows(attend, *operands(6, 11, 7, 4))
+    assert (row.reason, row.status, row.dropout) == ("", "rewritten", "0.5")
+
+
+def test_parts_of_a_single_query_are_not_copied() -> None:
+    check_kept(parts, *operands(1, *PARTS[1:]), reason="copying them takes longer than the scores of one query")
+
+
+def gap(q: Tensor, k: Tensor, v: Tensor, more_v: Tensor) -> Tensor:
+    weights = (q @ k.mT).softmax(-1)
+    return weights[..., :7] @ v + weights[..., 8:] @ more_v[:, :, 1:]
+
+
+def overlap(q: Tensor, k: Tensor, v: Tensor, more_v: Tensor) -> Tensor:
+    weights = (q @ k.mT).softmax(-1)
+    return weights[..., :7] @ v + weights[..., 6:10] @ more_v
+
+
+def the_rest_is_left_out(q: Tensor, k: Tensor, v: Tensor, more_v: Tensor) -> Tensor:
+    weights = (q @ k.mT).softmax(-1)
+    return weights[..., :7] @ v + weights[..., 7:10] @ more_v[:, :, 1:]
+
+
+def one_part_twice(q: Tensor, k: Tensor, v: Tensor, more_v: Tensor) -> Tensor:
+    weights = (q @ k.mT).softmax(-1)
+    return weights[..., :7] @ v + weights[..., :7] @ v + weights[..., 7:] @ more_v
+
+
+@pytest.mark.parametrize("function", [gap, overlap, the_rest_is_left_out, one_part_twice])
+def test_parts_that_do_not_cover_the_keys(function: Attend) -> None:
+    check_kept(function, *operands(6, 11, 7, 4), reason="not known to cover all keys exactly once")
+
+
+def test_values_of_different_batches() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, more_v: Tensor) -> Tensor:
+        weights = (q @ k.mT).softmax(-1)
+        return weights[..., :7] @ v + weights[..., 7:] @ more_v[:1]
+
+    check_kept(attend, *operands(6, 11, 7, 4), reason="differ in more than their number")
+
+
+def test_parts_of_two_softmaxes() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, more_v: Tensor) -> Tensor:
+        first, second = (q @ k.mT).softmax(-1), (q @ k.mT * 2).softmax(-1)
+        return first[..., :7] @ v + second[..., 7:] @ more_v
+
+    check_kept(attend, *operands(6, 11, 7, 4), reason="between softmax and the product with the value")
+
+
+def test_one_part_is_returned() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, more_v: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = torch.split((q @ k.mT).softmax(-1), [7, 4], -1)
+        return first @ v + second @ more_v, second
+
+    inputs = operands(6, 11, 7, 4)
+    (row,) = rows(attend, *inputs)
+    assert row.status == "kept"
+    assert "read more than once" in row.reason
+    torch._dynamo.reset()
+    assert relative_error(rewritten(attend)(*inputs), attend(*inputs)) == 0
+
+
+def test_scores_of_different_queries() -> None:
+    def attend(q: Tensor, other: Tensor, k: Tensor, more_k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([q @ k.mT, other @ more_k.mT], -1).softmax(-1) @ v
+
+    check_kept(attend, *operands(6, 6, 7, 4, 11), reason="do not share their query")
+
+
+def test_parts_with_scales_of_their_own() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, more_k: Tensor, more_v: Tensor) -> Tensor:
+        weights = torch.cat([q @ k.mT * 0.5, q @ more_k.mT * 0.25], -1).softmax(-1)
+        return weights[..., :7] @ v + weights[..., 7:] @ more_v
+
+    check_kept(attend, *operands(*PARTS), reason="computed in different ways")
+
+
+def test_a_sink_that_is_a_product() -> None:
+    """The column of a token without a value is no part of the keys."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, token: Tensor) -> Tensor:
+        scores = torch.cat([q @ k.mT, q @ token.mT], -1)
+        return scores.softmax(-1)[..., :-1] @ v
+
+    check(attend, *operands(6, 7, 7, 1))
+
+
+# Sums of weights.
+
+
+def difference(q: Tensor, k: Tensor, v: Tensor, factor: Tensor) -> Tensor:
+    first, second = (q @ k.mT).softmax(-1).unbind(1)
+    return (first - factor * second) @ v
+
+
+def halves(batch: tuple[int, ...] = (2, 2, 3)) -> list[Tensor]:
+    q, k = operands(6, 7, batch=batch)
+    (v,) = operands(7, batch=(batch[0], *batch[2:]))
+    return [q, k, v]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 1, 1), (6, 1), (2, 1, 6, 1)])
+def test_factors(shape: tuple[int, ...]) -> None:
+    """A number, or one for each head or query."""
+    check(difference, *halves(), torch.randn(shape))
+
+
+def test_a_number_that_is_a_symbol() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, factor: float) -> Tensor:
+        first, second = (q @ k.mT).softmax(-1).unbind(1)
+        return (first - second * factor) @ v
+
+    compiled, (q, k, v) = rewritten(attend, dynamic=True), halves()
+    for factor in (0.25, 0.5, -2.0):
+        assert relative_error(compiled(q, k, v, factor), attend(q, k, v, factor)) <= 1e-5
+
+
+def test_value_with_fewer_dimensions() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first, second = (q @ k.mT).softmax(-1).unbind(1)
+        return (first / 2 + second / 2) @ v[0, 0]
+
+    check(attend, *halves())
+
+
+def test_value_with_more_dimensions() -> None:
+    """Those of the factor, so that the slices are counted from the last dimension."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, factor: Tensor) -> Tensor:
+        first, second = (q @ k.mT).softmax(-1).unbind(0)
+        return (first - factor * second) @ v
+
+    q, k = operands(6, 7, batch=(2, 3))
+    (v,) = operands(7, batch=(2, 3))
+    check(attend, q, k, v, torch.randn(2, 1, 1, 1))
+
+
+def test_three_slices_with_heads_behind_them() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = (q @ k.mT).softmax(-1)
+        return (weights[:, 3:6] + 2 * weights[:, :3] - weights[:, 6:]) @ v
+
+    q, k = operands(6, 7, batch=(2, 9))
+    check(attend, q, k, *operands(7))
+
+
+def test_nan_of_one_of_them() -> None:
+    """A row without a key in one softmax is NaN in the sum, and where its weights are set to zero it is not."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        first, second = (q @ k.mT).softmax(-1), (q @ k.mT * 2).masked_fill(mask, -math.inf).softmax(-1)
+        return (first - second) @ v
+
+    def replaced(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        first, second = (q @ k.mT).softmax(-1), (q @ k.mT * 2).masked_fill(mask, -math.inf).softmax(-1)
+        return (first - second.nan_to_num()) @ v
+
+    q, k, v = operands(6, 7, 7)
+    mask = torch.zeros(6, 7, dtype=torch.bool)
+    mask[2], mask[3, 4:] = True, True
+    for function in (attend, replaced):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            assert [row.status for row in rows(function, q, k, v, mask)] == ["rewritten"] * 2
+            assert relative_error(rewritten(function)(q, k, v, mask), function(q, k, v, mask)) <= 1e-5
+
+
+def test_one_attention_among_the_terms() -> None:
+    """The other weights are no attention, and are multiplied by themselves."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+        return ((q @ k.mT).softmax(-1) * 0.25 + 0.75 * position.softmax(-1)) @ v
+
+    inputs = [*operands(6, 7, 7), torch.randn(3, 6, 7)]
+    assert [(row.status, row.reason) for row in rows(attend, *inputs)] == [("rewritten", "")]
+    torch._dynamo.reset()
+    assert relative_error(rewritten(attend)(*inputs), attend(*inputs)) <= 1e-5
+
+
+def factor_per_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    first, second = (q @ k.mT).softmax(-1).unbind(1)
+    return (first - k[:, 0, :, :, 0].unsqueeze(-2) * second) @ v
+
+
+def slices_of_the_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT).softmax(-1)[:, 0]
+    return (weights[..., :3] - weights[..., 3:6]) @ v[:, :, :3]
+
+
+def unequal_slices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT).softmax(-1)[:, 0]
+    return (weights[:, :1] - weights[:, 1:]) @ v[:, :2]
+
+
+def some_of_the_slices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT).softmax(-1).transpose(1, 2)
+    return (weights[:, 0] - weights[:, 1]) @ v[:, :1]
+
+
+def dropped_as_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    first, second = (q @ k.mT).softmax(-1).unbind(1)
+    return F.dropout(first - second, 1.0) @ v
+
+
+def something_added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    first, second = (q @ k.mT).softmax(-1).unbind(1)
+    return (first - second + 0.5) @ v
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (slices_of_the_keys, "not known to be all equal slices"),
+        (unequal_slices, "not known to be all equal slices"),
+        (some_of_the_slices, "not known to be all equal slices"),
+        (factor_per_key, "not known to be all equal slices"),
+        (dropped_as_one, "between softmax and"),
+        (something_added, "between softmax and"),
+    ],
+)
+def test_sums_that_stay(function: Attend, reason: str) -> None:
+    check_kept(function, *halves(), reason=reason)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_in_half_precision_stay(dtype: torch.dtype) -> None:
+    inputs = [value.to(dtype) for value in (*halves(), torch.tensor(0.5))]
+    check_kept(difference, *inputs, reason="added up in half precision")
+
+
+def test_parts_in_half_precision() -> None:
+    inputs = [value.to(torch.bfloat16) for value in operands(*PARTS)]
+    assert [row.status for row in rows(parts, *inputs)] == ["rewritten"]
+    torch._dynamo.reset()
+    truth = parts(*(value.double() for value in inputs))
+    own, new = (relative_error(each(*inputs), truth) for each in (parts, rewritten(parts)))
+    assert new <= 2 * own + 2**-8
+
+
+# What the changes leave behind.
+
+
+def test_checkpoints_are_not_mixed() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, more_v: Tensor) -> Tensor:
+        weights = (q @ k.mT).softmax(-1)
+        first = checkpoint(lambda w, v: w[..., :7] @ v, weights, v, use_reentrant=False)
+        result: Tensor = first + weights[..., 7:] @ more_v
+        return result
+
+    inputs = [value.requires_grad_() for value in operands(6, 11, 7, 4)]
+    (row,) = rows(attend, *inputs)
+    assert row.status == "kept"
+    assert "a checkpoint changes between them" in row.reason
+
+
+def test_grad_mode_is_not_mixed() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, more_v: Tensor) -> Tensor:
+        weights = (q @ k.mT).softmax(-1)
+        with torch.no_grad():
+            first = weights[..., :7] @ v
+        return first + weights[..., 7:] @ more_v
+
+    (row,) = rows(attend, *operands(6, 11, 7, 4))
+    assert row.status == "kept"
+    assert "grad mode" in row.reason
+
+
+def test_what_lies_between_may_have_no_gradient() -> None:
+    """A part of the weights, of the value, or a concatenation that the graph has."""
+
+    def weights(q: Tensor, k: Tensor, v: Tensor, more_v: Tensor) -> Tensor:
+        weights = (q @ k.mT).softmax(-1)
+        with torch.no_grad():
+            first = weights[..., :7]
+        return first @ v + weights[..., 7:] @ more_v
+
+    def value(q: Tensor, k: Tensor, v: Tensor, more_v: Tensor) -> Tensor:
+        weights = (q @ k.mT).softmax(-1)
+        whole = torch.cat([v, more_v], 2)
+        with torch.no_grad():
+            first = whole[:, :, :7]
+        return weights[..., :7] @ first + weights[..., 7:] @ whole[:, :, 7:]
+
+    def concatenation(q: Tensor, k: Tensor, v: Tensor, more_v: Tensor) -> tuple[Tensor, Tensor]:
+        weights = (q @ k.mT).softmax(-1)
+        with torch.no_grad():
+            cache = torch.cat([v, more_v], 2)
+        return weights[..., :7] @ v + weights[..., 7:] @ more_v, cache * 1
+
+    for function in (weights, value, concatenation):
+        inputs = operands(6, 11, 7, 4)
+
+        def first_result(*inputs: Tensor, function: Callable[..., object] = function) -> Tensor:
+            result = function(*inputs)
+            first: Tensor = result[0] if isinstance(result, tuple) else result  # type: ignore[assignment]
+            return first
+
+        torch._dynamo.reset()
+        assert relative_error(gradients(rewritten(first_result), inputs), gradients(first_result, inputs)) <= 1e-4
+
+
+def test_a_sum_within_the_sum_that_scales() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, more_v: Tensor) -> Tensor:
+        weights = (q @ k.mT).softmax(-1)
+        whole = weights[..., :7] @ v + weights[..., 7:] @ more_v
+        other = torch.add(weights[..., :7] @ v, weights[..., 7:] @ more_v, alpha=0.5)
+        return whole + other
+
+    inputs = operands(6, 11, 7, 4)
+    assert relative_error(rewritten(attend)(*inputs), attend(*inputs)) <= 1e-5
+
+
+def test_the_form_of_the_source_is_put_back() -> None:
+    """Where no kernel takes the attention, while it takes another one of the graph."""
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, more_k: Tensor, more_v: Tensor, half: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        scores = torch.cat([q @ k.mT, q @ more_k.mT], -1)
+        weights = (scores + half @ scores).softmax(-1)
+        first = weights[..., :7] @ v + weights[..., 7:] @ more_v
+        second = ((q @ k.mT).sin().softmax(-1) - (q @ k.mT).cos().softmax(-1)) @ v
+        return first, second, (q @ k.mT).softmax(-1) @ v
+
+    inputs = [*operands(*PARTS), torch.randn(6, 6)]
+    with collect_reports() as graphs:
+        results = rewritten(attend)(*inputs)
+    assert sorted(row.status for graph in graphs for row in graph.sites) == ["kept", "kept", "kept", "rewritten"]
+    first, second, third = attend(*inputs)
+    assert torch.equal(results[0], first)
+    assert torch.equal(results[1], second)
+    assert relative_error(results[2], third) <= 1e-5
+
+
+@pytest.mark.parametrize("function", [parts, difference])
+def test_verification(function: Attend) -> None:
+    """A sum of parts is compared with the source's, a sum of attentions at the outputs of the graph."""
+    inputs = operands(*PARTS) if function is parts else [*halves(), torch.tensor(0.5)]
+    with collect_reports() as graphs:
+        rewritten(function, verify=True)(*inputs)
+    (graph,) = graphs
+    assert [row.status for row in graph.sites] == ["rewritten"]
+    assert any("verif" in note for note in graph.notes)
+    assert not any("failed" in note for note in graph.notes), graph.notes
