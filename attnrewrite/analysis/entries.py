@@ -38,7 +38,7 @@ from attnrewrite.ir.ops import (
 )
 from attnrewrite.ir.stored import StoredPattern, Triangle
 
-__all__ = ["Cases", "Entries", "Unknown", "expression_of"]
+__all__ = ["Cases", "Entries", "Unknown", "expression_of", "symbols_of"]
 
 aten = torch.ops.aten
 
@@ -272,7 +272,7 @@ class Entries:
             self._highest[step] = expression_of(tensor(source).shape[dim]) - 1
         step = self._steps[node]
         added = _pieces(self.at(source, [*index[:dim], step, *index[dim + 1 :]]))
-        if added is None or any(step in expression.free_symbols | _symbols(formula) for expression, formula in added):
+        if added is None or any(step in expression.free_symbols | symbols_of(formula) for expression, formula in added):
             return None
         return _pieced([(sympy.expand(expression * (index[dim] + 1)), formula) for expression, formula in added])
 
@@ -501,7 +501,7 @@ class Entries:
                 return conjunction([at_least(difference, self._highest), at_least(-difference, self._highest)])
             return at_least(difference - int(relation == "lt"), self._highest)
         keys = (_key(a), _key(b))
-        symbols = _symbols(a) | _symbols(b)
+        symbols = symbols_of(a) | symbols_of(b)
         if relation == "eq":
             return True if exact and keys[0] == keys[1] else Known(("eq", frozenset(keys)), symbols)
         if relation == "le" and exact:
@@ -693,11 +693,14 @@ def _key(entry: Entry) -> Hashable:
     return entry.key if isinstance(entry, Unknown) else entry
 
 
-def _symbols(entry: Entry) -> frozenset[Any]:
+def symbols_of(entry: Entry) -> frozenset[Any]:
+    """The symbols (positions and sizes) that an entry depends on."""
     if isinstance(entry, Unknown):
         return entry.symbols
     if isinstance(entry, Cases):
         return frozenset().union(*(symbols(formula) for _, formula in entry.numbers))
+    if isinstance(entry, Pieces):
+        return frozenset().union(*(part.free_symbols | symbols(formula) for part, formula in entry.parts))
     return frozenset(entry.free_symbols) if isinstance(entry, sympy.Expr) else symbols(entry)
 
 

@@ -12,6 +12,7 @@ from torch import fx
 from attnrewrite.analysis.kinds import SiteKind, begins_with_batch, kinds_of
 from attnrewrite.errors import KernelError
 from attnrewrite.ir.bounds import searching
+from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.linear_site import LinearAttention
 from attnrewrite.ir.reason import Reason
 from attnrewrite.ir.site import AttentionSite, CanonicalAttention, NotAttention
@@ -22,6 +23,7 @@ from attnrewrite.options.request import Request
 from attnrewrite.passes.canonicalize import canonicalized
 from attnrewrite.passes.describe import describe_canonical, row_of_attention, row_of_linear, row_of_near_miss
 from attnrewrite.passes.insert_checks import insert_check
+from attnrewrite.passes.narrow_masks import with_narrow_masks
 from attnrewrite.passes.reassociate import reassociate
 from attnrewrite.passes.result import ReportedSite, Rewritten
 from attnrewrite.passes.splice import WrittenByRegion, current_operand, latest, redirected, remove_unused, splice
@@ -130,6 +132,12 @@ class Rewriting:
         describe_canonical(attention, row, ended)
         return attention
 
+    def with_narrow_masks(self, site: CanonicalAttention) -> CanonicalAttention:
+        """The site with masks of size one along axes on which no entry depends."""
+        written = self._written.of(site.result)
+        gm = self._gm
+        return with_narrow_masks(site, self.view, lambda: Builder(gm, site.result, site.anchor, written))
+
     def choose(self, site: CanonicalAttention, row: SiteReport) -> Kernel | None:
         """The kernel that serves the site; None if no kernel does, and then the row says why.
 
@@ -172,9 +180,9 @@ class Rewriting:
         self._attentions.append(ReportedSite(site, row))
         self.served.append(self._attentions[-1])
 
-    def keep(self, site: AttentionSite, row: SiteReport) -> None:
+    def keep(self, site: AttentionSite, row: SiteReport, written: Sequence[fx.Node]) -> None:
         """Keeps the site and removes the operands written for a kernel; the slices of a merged site are tried next."""
-        remove_unused(self._gm.graph, site.written)
+        remove_unused(self._gm.graph, written)
         if not site.parts:
             self._result.sites.append(row)
             self._attentions.append(ReportedSite(site, row))
