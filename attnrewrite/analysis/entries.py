@@ -88,7 +88,7 @@ class Entries:
     def __init__(self, highest: Mapping[Any, Any]) -> None:
         self._highest = ChainMap[Any, Any]({}, highest)  # type: ignore[arg-type]
         self._memo: dict[tuple[fx.Node, tuple[Any, ...]], Entry] = {}
-        self._steps: dict[fx.Node, Any] = {}
+        self._steps: dict[tuple[fx.Node, int], Any] = {}
 
     def at(self, node: Any, index: Sequence[Any]) -> Entry:
         """The entry of ``node``, a tensor's node or a number, at an index of expressions."""
@@ -200,12 +200,28 @@ class Entries:
         for part in parts:
             size = tensor(part).shape[dim]
             own = sympy.Integer(0) if same(size, 1) else sympy.expand(index[dim] - before)
-            entry: Entry | None = self.at(part, [*index[:dim], own, *index[dim + 1 :]])
+            entry: Entry | None = self._within(part, index, dim, own)
             if tensor(part).dtype is not dtype:
                 entry = None if isinstance(entry, Unknown) else _in_dtype(entry, dtype)
             pieces.append((expression_of(size), entry))
             before += expression_of(size)
         return self._one_of(pieces, index[dim], dtype)
+
+    def _within(self, node: fx.Node, index: list[Any], dim: int, own: Any) -> Entry:
+        """The entry at the position ``own`` along ``dim``, which counts only where that is a position of the tensor."""
+        step = self._step(node, dim)
+        entry = self.at(node, [*index[:dim], step, *index[dim + 1 :]])
+        if isinstance(entry, sympy.Expr):
+            return sympy.expand(entry.subs(step, own))
+        return entry if step not in symbols_of(entry) else self.at(node, [*index[:dim], own, *index[dim + 1 :]])
+
+    def _step(self, node: fx.Node, dim: int) -> Any:
+        """The symbol of any position of a tensor along ``dim``."""
+        if (node, dim) not in self._steps:
+            step = sympy.Dummy("step", integer=True, nonnegative=True)
+            self._steps[node, dim] = step
+            self._highest[step] = expression_of(tensor(node).shape[dim]) - 1
+        return self._steps[node, dim]
 
     def _one_of(self, pieces: Sequence[tuple[Any, Entry | None]], position: Any, dtype: torch.dtype) -> Entry | None:
         """The entry at ``position`` of parts, each given by its size and its entry there; parts that do not reach it
@@ -266,11 +282,7 @@ class Entries:
         if tensor(source).dtype.is_floating_point:
             return None
         dim %= len(index)
-        if node not in self._steps:
-            step = sympy.Dummy("step", integer=True, nonnegative=True)
-            self._steps[node] = step
-            self._highest[step] = expression_of(tensor(source).shape[dim]) - 1
-        step = self._steps[node]
+        step = self._step(source, dim)
         added = _pieces(self.at(source, [*index[:dim], step, *index[dim + 1 :]]))
         if added is None or any(step in expression.free_symbols | symbols_of(formula) for expression, formula in added):
             return None

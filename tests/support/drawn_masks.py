@@ -224,7 +224,7 @@ class Drawing:
         if way == "between":
             return self._between(self._number(deeper))
         if way == "remainder":
-            divisor = pick.choice((2, 5, 64))
+            divisor = pick.choice((2, 4, 5, 6, 64))
             target = aten.remainder.Scalar
             return self._elementwise(operator.mod, target, self._number(deeper), divisor)
         if way in ("joined", "differences", "sums", "turned", "taken"):
@@ -279,25 +279,27 @@ class Drawing:
             return self._unsqueezed(taken, 1) if dim == -2 else taken
         if way == "sums":
             of = pick.choice((number, self._elementwise(operator.ne, aten.ne.Scalar, number, pick.randint(-1, 2))))
+            if pick.random() < 0.4:
+                same = self._elementwise(operator.mul, aten.mul.Tensor, number, 0)
+                of = self._elementwise(operator.add, aten.add.Tensor, same, pick.choice((1, 2, -1)))
 
             def total(index: Sequence[Any]) -> Any:
-                terms = []
+                result: Any = z3.IntVal(0)
                 for step in range(int(length)):
                     place = list(index)
                     place[dim] = z3.IntVal(step)
                     entry = self.entry[of](place)
                     entry = z3.If(entry, 1, 0) if z3.is_bool(entry) else entry
-                    terms.append(z3.If(step <= index[dim], entry, z3.IntVal(0)))
-                return z3.Sum(terms)
+                    result += z3.If(step <= index[dim], entry, z3.IntVal(0))
+                return result
 
             return self._call(total, aten.cumsum.default, of, dim)
-        first = self._call(lambda index: own(index), aten.slice.Tensor, number, dim, 0, 1)
+        front = self._call(lambda index: own(index), aten.slice.Tensor, number, dim, 0, 1)
         less = pick.choice((0, 1, 1, 1, 2))
-        before = self._elementwise(operator.sub, aten.sub.Tensor, first, less)
+        before = self._elementwise(operator.sub, aten.sub.Tensor, front, less)
         if way == "differences":
-            start = lambda index: at(index, z3.IntVal(0)) - less  # noqa: E731
             return self._call(
-                lambda index: own(index) - z3.If(index[dim] == 0, start(index), at(index, index[dim] - 1)),
+                lambda index: own(index) - z3.If(index[dim] == 0, at(index, z3.IntVal(0)) - less, at(index, index[dim] - 1)),
                 aten.diff.default, number, 1, dim, before,
             )  # fmt: skip
         joined = self._call(
