@@ -122,6 +122,8 @@ def at_least(expression: Any, highest: Mapping[Any, Any]) -> Formula:
         expression: an integer expression of positions and sizes.
         highest: the largest value of each position; the smallest is 0.
     """
+    if isinstance(expression, (sympy.Symbol, sympy.Integer)) and expression.is_nonnegative is not None:
+        return bool(expression.is_nonnegative)
     expression = sympy.expand(expression)
     distances = expression.atoms(sympy.Abs)
     if len(distances) == 1:

@@ -175,8 +175,8 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     lift = _lift(site, terms, nan_gradients) if attended is None else Lift.NONE
     nan_gradients = nan_gradients or (lift is not Lift.NONE and _mask_gradient_is_nan(site, terms))
     band, isolated = _shape_of_mask(site, positions, masked if None not in kept else None, attended)
-    masks = [term for term in terms if isinstance(term, (Bias, Fill))]
     becomes_causal = not inexpressible and site.sink is None and band is not None and band.is_causal
+    masks = [term for term in terms if isinstance(term, (Bias, Fill)) and not becomes_causal]
     return CanonicalScores(
         scale=None if site.default_scale else reading.scale,
         query_factors=tuple(reading.query_factors),

@@ -7,7 +7,7 @@ expanded, or as far as it goes, and sliced there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +17,13 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.ir.axes import Operand
 from attnrewrite.ir.bounds import NARROWED_STEPS
-from attnrewrite.ir.builder import Builder
+from attnrewrite.ir.builder import Builder, Written
 from attnrewrite.ir.graph_view import GraphView
 from attnrewrite.ir.nodes import is_tensor, same, same_shape, tensor
 from attnrewrite.ir.ops import is_cast, is_pointwise
 from attnrewrite.ir.site import Bias, CanonicalAttention, Fill, Floor
 from attnrewrite.ir.views import permutation_of
+from attnrewrite.torch_private import is_erased
 
 __all__ = ["with_narrow_masks"]
 
@@ -31,11 +32,11 @@ aten = torch.ops.aten
 _Dims = frozenset[int]
 
 
-def with_narrow_masks(site: CanonicalAttention, view: GraphView, builder: Callable[[], Builder]) -> CanonicalAttention:
+def with_narrow_masks(site: CanonicalAttention, view: GraphView, written: Written) -> CanonicalAttention:
     """The site with masks of size one along the axes that their entries do not depend on; new nodes are ``written``.
 
     Args:
-        builder: makes a builder that inserts in front of the site's result.
+        written: nodes written for earlier sites, such as the mask that all layers share.
     """
     kept = {site.query.node, site.key.node, site.value.node}
     narrowed: dict[Operand, Operand] = {}
@@ -48,9 +49,11 @@ def with_narrow_masks(site: CanonicalAttention, view: GraphView, builder: Callab
             if dim and axes.issuperset(dim) and not same(size, 1) and statically_known_true(size >= 1)
         )
         if dims and operand.node not in kept:
-            narrowing = _Narrowing(builder(), view, site.anchor)
-            node = narrowing.of(operand.node, dims)
-            created += narrowing.builder.created
+            node = written.get((operand.node, dims))
+            if node is None or is_erased(node) or not node < site.result:
+                builder = Builder(view.gm, site.result, site.anchor, written)
+                node = written[operand.node, dims] = _Narrowing(builder, view, site.anchor).of(operand.node, dims)
+                created += builder.created
             layout = tuple(() if place in dims else dim for place, dim in enumerate(operand.layout))
             narrowed[operand] = Operand(node, layout)
     if not narrowed:
@@ -73,7 +76,7 @@ class _Narrowing:
     """Writes nodes that are the first entries of others along some dimensions, which keep the size one."""
 
     def __init__(self, builder: Builder, view: GraphView, anchor: fx.Node) -> None:
-        self.builder = builder
+        self._builder = builder
         self._view = view
         self._anchor = anchor
         self._memo: dict[tuple[fx.Node, _Dims], fx.Node] = {}
@@ -94,13 +97,13 @@ class _Narrowing:
 
     def _sliced(self, node: fx.Node, dims: _Dims) -> fx.Node:
         for dim in sorted(dims):
-            node = self.builder.call(aten.slice.Tensor, node, dim, 0, 1)
+            node = self._builder.call(aten.slice.Tensor, node, dim, 0, 1)
         return node
 
     def _carried_back(self, node: fx.Node, dims: _Dims) -> fx.Node | None:
         """The node's step applied to the first entries of its arguments; None where it does more than broadcast."""
         args: Any = node.args
-        call = self.builder.call
+        call = self._builder.call
         if node.op != "call_function" or any(isinstance(value, fx.Node) for value in node.kwargs.values()):
             return None
         shape = [1 if dim in dims else size for dim, size in enumerate(tensor(node).shape)]
@@ -154,7 +157,7 @@ class _Narrowing:
             if any(not same(a, 1) and not same(a, b) for a, b in zip(sizes, shape[offset:], strict=True)):
                 return None
             positions[place] = self.of(part, frozenset(dim - offset for dim in own if dim >= offset))
-        return self.builder.call(aten.index.Tensor, self.of(table, frozenset(others)), positions)
+        return self._builder.call(aten.index.Tensor, self.of(table, frozenset(others)), positions)
 
 
 _FILLED = (aten.full.default, aten.zeros.default, aten.ones.default)

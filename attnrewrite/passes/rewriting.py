@@ -12,7 +12,6 @@ from torch import fx
 from attnrewrite.analysis.kinds import SiteKind, begins_with_batch, kinds_of
 from attnrewrite.errors import KernelError
 from attnrewrite.ir.bounds import searching
-from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.linear_site import LinearAttention
 from attnrewrite.ir.reason import Reason
 from attnrewrite.ir.site import AttentionSite, CanonicalAttention, NotAttention
@@ -134,9 +133,7 @@ class Rewriting:
 
     def with_narrow_masks(self, site: CanonicalAttention) -> CanonicalAttention:
         """The site with masks of size one along axes on which no entry depends."""
-        written = self._written.of(site.result)
-        gm = self._gm
-        return with_narrow_masks(site, self.view, lambda: Builder(gm, site.result, site.anchor, written))
+        return with_narrow_masks(site, self.view, self._written.of(site.result))
 
     def choose(self, site: CanonicalAttention, row: SiteReport) -> Kernel | None:
         """The kernel that serves the site; None if no kernel does, and then the row says why.

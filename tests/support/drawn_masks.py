@@ -297,15 +297,17 @@ class Drawing:
         front = self._call(lambda index: own(index), aten.slice.Tensor, number, dim, 0, 1)
         less = pick.choice((0, 1, 1, 1, 2))
         before = self._elementwise(operator.sub, aten.sub.Tensor, front, less)
+
+        def earlier(index: Sequence[Any]) -> Any:
+            """The entry before, and for the first one what stands in front."""
+            return z3.If(index[dim] == 0, at(index, z3.IntVal(0)) - less, at(index, index[dim] - 1))
+
         if way == "differences":
             return self._call(
-                lambda index: own(index) - z3.If(index[dim] == 0, at(index, z3.IntVal(0)) - less, at(index, index[dim] - 1)),
+                lambda index: own(index) - earlier(index),
                 aten.diff.default, number, 1, dim, before,
             )  # fmt: skip
-        joined = self._call(
-            lambda index: z3.If(index[dim] == 0, at(index, z3.IntVal(0)) - less, at(index, index[dim] - 1)),
-            aten.cat.default, [before, number], dim,
-        )  # fmt: skip
+        joined = self._call(earlier, aten.cat.default, [before, number], dim)
         return self._call(lambda index: self.entry[joined](index), aten.slice.Tensor, joined, dim, 0, size)
 
     # Truth values.
