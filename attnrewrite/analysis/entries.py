@@ -31,6 +31,7 @@ from attnrewrite.ir.ops import (
     CAST_OPS,
     COPY_OPS,
     MASKED_FILL_OPS,
+    REMAINDER_OPS,
     RESHAPE_OPS,
     SCATTER_OPS,
     TRIANGLE_OPS,
@@ -333,7 +334,7 @@ class Entries:
                 return None
             if mode == "trunc" and at_least(expression, self._highest) is not True:
                 return None
-            results.append((rest if node.target in _REMAINDERS else quotient, formula))
+            results.append((rest if node.target in REMAINDER_OPS else quotient, formula))
         return None if mode is None else _pieced(results)
 
     def _taken(self, node: fx.Node, index: list[Any]) -> Entry | None:
@@ -760,14 +761,7 @@ def _moved_index(node: fx.Node, index: list[Any]) -> list[Any] | None:
     if target is aten.repeat.default:
         return _repeated_index(node, index)
     if target is aten.slice.Tensor:
-        dim = (args[1] if len(args) > 1 else 0) % len(index)
-        start = _integer(args[2] if len(args) > 2 and args[2] is not None else 0)
-        step = _integer(args[4] if len(args) > 4 else 1)
-        if start is not None and start.is_negative:
-            start = sympy.expand(start + expression_of(tensor(args[0]).shape[dim]))
-        if start is None or step is None or not start.is_nonnegative:
-            return None
-        return [*index[:dim], start + step * index[dim], *index[dim + 1 :]]
+        return _sliced_index(node, index)
     if target is aten.diagonal.default:
         place = _diagonal_arguments(args[1:], node.kwargs, len(index) + 1)
         if place is None:
@@ -792,6 +786,19 @@ def _moved_index(node: fx.Node, index: list[Any]) -> list[Any] | None:
         remaining = iter(kept)
         return [sympy.Integer(0) if same(size, 1) else next(remaining) for size in before]
     return None
+
+
+def _sliced_index(node: fx.Node, index: list[Any]) -> list[Any] | None:
+    """The index in the argument of ``slice``; None where it is not known where the slice begins."""
+    args: Any = node.args
+    dim = (args[1] if len(args) > 1 else 0) % len(index)
+    start = _integer(args[2] if len(args) > 2 and args[2] is not None else 0)
+    step = _integer(args[4] if len(args) > 4 else 1)
+    if start is not None and start.is_negative:
+        start = sympy.expand(start + expression_of(tensor(args[0]).shape[dim]))
+    if start is None or step is None or not start.is_nonnegative:
+        return None
+    return [*index[:dim], start + step * index[dim], *index[dim + 1 :]]
 
 
 def _repeated_index(node: fx.Node, index: list[Any]) -> list[Any] | None:
@@ -853,8 +860,6 @@ _COMPARISONS = {
 }
 _COUNTING = (torch.int32, torch.int64)
 """Dtypes of integers that are followed."""
-
-_REMAINDERS = (aten.remainder.Scalar, aten.remainder.Tensor)
 
 _Reader = Callable[[Entries, fx.Node, list[Any]], Entry | None]
 _READERS: dict[Any, _Reader] = {

@@ -37,7 +37,7 @@ from attnrewrite.passes.steps import Steps
 
 __all__ = ["PassBenchmark", "PassTimes", "environment", "measure_pass", "print_pass_benchmark", "run_pass_benchmark"]
 
-STEPS = ("find", "merge_slices", "unrepeat_kv", "canonicalize", "choose", "splice", "join_projections")
+STEPS = ("find", "merge_slices", "unrepeat_kv", "canonicalize", "narrow_masks", "choose", "splice", "join_projections")
 """The steps whose sum is the time of the pass, as ``GraphReport.seconds`` names them.
 
 Files of older measurements have four: "find" included the next two, "simplify" is now "canonicalize", and "splice"

@@ -20,7 +20,7 @@ from attnrewrite.ir.bounds import NARROWED_STEPS
 from attnrewrite.ir.builder import Builder, Written
 from attnrewrite.ir.graph_view import GraphView
 from attnrewrite.ir.nodes import is_tensor, same, same_shape, tensor
-from attnrewrite.ir.ops import is_cast, is_pointwise
+from attnrewrite.ir.ops import FILLED_OPS, is_cast, is_pointwise
 from attnrewrite.ir.site import Bias, CanonicalAttention, Fill, Floor
 from attnrewrite.ir.views import permutation_of
 from attnrewrite.torch_private import is_erased
@@ -107,7 +107,7 @@ class _Narrowing:
         if node.op != "call_function" or any(isinstance(value, fx.Node) for value in node.kwargs.values()):
             return None
         shape = [1 if dim in dims else size for dim, size in enumerate(tensor(node).shape)]
-        if node.target in _FILLED:
+        if node.target in FILLED_OPS:
             return call(node.target, shape, *args[1:], **node.kwargs)
         if node.target is aten.expand.default:
             source = self._broadcast(args[0], node, dims)
@@ -158,7 +158,3 @@ class _Narrowing:
                 return None
             positions[place] = self.of(part, frozenset(dim - offset for dim in own if dim >= offset))
         return self._builder.call(aten.index.Tensor, self.of(table, frozenset(others)), positions)
-
-
-_FILLED = (aten.full.default, aten.zeros.default, aten.ones.default)
-"""Operators that are given a shape and one number."""
