@@ -1,13 +1,17 @@
 """Symbolic entries of a tensor: the value at an index of symbols, as the graph computes it.
 
 An entry of a boolean tensor is a formula (:mod:`attnrewrite.analysis.formulas`). An entry of a numeric tensor is an
-expression of positions and sizes, one of a few numbers depending on formulas (:class:`Cases`), or :class:`Unknown`,
-which equals only itself.
+expression of positions and sizes, one of a few numbers or integer expressions depending on formulas (:class:`Cases`,
+:class:`Pieces`), or :class:`Unknown`, which equals only itself.
+
+An expression is over the integers. Each step is followed only where the dtype that it is computed in holds every value
+that the expression may have, so that nothing wraps and nothing is rounded.
 """
 
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +20,8 @@ import sympy
 import torch
 from torch import fx
 
-from attnrewrite.analysis.formulas import Formula, Known, at_least, conjunction, disjunction, negation, symbols
+from attnrewrite.analysis.formulas import AtLeast, Formula, Known, at_least, conjunction, disjunction, negation, symbols
+from attnrewrite.analysis.formulas import parts as conjuncts
 from attnrewrite.analysis.values import as_stored, constant_value
 from attnrewrite.ir.bounds import ENTRY_NUMBERS, LONGEST_SEQUENCE
 from attnrewrite.ir.nodes import is_tensor, same, tensor
@@ -25,6 +30,7 @@ from attnrewrite.ir.ops import (
     CAST_OPS,
     COPY_OPS,
     MASKED_FILL_OPS,
+    REMAINDER_OPS,
     RESHAPE_OPS,
     SCATTER_OPS,
     TRIANGLE_OPS,
@@ -33,7 +39,7 @@ from attnrewrite.ir.ops import (
 from attnrewrite.ir.spans import span_of
 from attnrewrite.ir.stored import StoredPattern, Triangle
 
-__all__ = ["Cases", "Entries", "Unknown", "expression_of"]
+__all__ = ["Cases", "Entries", "Unknown", "expression_of", "symbols_of"]
 
 aten = torch.ops.aten
 
@@ -54,6 +60,13 @@ class Cases:
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """Integer expressions, each with the formula under which it is the entry; exactly one of the formulas holds."""
+
+    parts: tuple[tuple[Any, Formula], ...]
+
+
+@dataclass(frozen=True)
 class Unknown:
     """An entry of which nothing is known but ``key``, which names it, and the symbols that it depends on."""
 
@@ -62,7 +75,7 @@ class Unknown:
 
 
 Entry = Any
-"""Formula | sympy.Expr | Cases | Unknown."""
+"""Formula | sympy.Expr | Cases | Pieces | Unknown."""
 
 
 def expression_of(size: Any) -> Any:
@@ -74,15 +87,19 @@ class Entries:
     """Reads entries of tensors; ``highest`` maps each position's symbol to its largest value."""
 
     def __init__(self, highest: Mapping[Any, Any]) -> None:
-        self._highest = highest
+        self._highest = ChainMap[Any, Any]({}, highest)  # type: ignore[arg-type]
         self._memo: dict[tuple[fx.Node, tuple[Any, ...]], Entry] = {}
+        self._steps: dict[tuple[fx.Node, int], Any] = {}
 
     def at(self, node: Any, index: Sequence[Any]) -> Entry:
         """The entry of ``node``, a tensor's node or a number, at an index of expressions."""
         if isinstance(node, bool):
             return node
         if isinstance(node, (int, float)):
-            return _number(float(node))
+            # Numbers are followed as float64.
+            return (
+                Unknown(node, frozenset()) if abs(node) > _INTEGERS and isinstance(node, int) else _number(float(node))
+            )
         if isinstance(node, fx.Node) and isinstance(node.meta.get("val"), (int, torch.SymInt)):
             return expression_of(node.meta["val"])
         if not is_tensor(node):
@@ -152,31 +169,206 @@ class Entries:
             return _combined(lambda a, b: a * b, self.at(args[0], index), sympy.Integer(-1), dtype)
         if target is aten.abs.default:
             return self._absolute(self.at(args[0], index))
-        if target is aten.index.Tensor:
-            return self._gathered(node, index)
         if target in SCATTER_OPS:
             return self._scattered(node, index)
-        return self._padded(node, index) if target is aten.constant_pad_nd.default else None
+        reader = _READERS.get(target)
+        return None if reader is None else reader(self, node, index)
+
+    # Integers.
+
+    def _joined(self, node: fx.Node, index: list[Any]) -> Entry | None:
+        """The entry of ``cat`` or ``stack``."""
+        dim = _argument(node, 1, "dim", 0)
+        given: Any = node.args[0]
+        if not isinstance(dim, int) or not all(map(is_tensor, given)):
+            return None
+        dim %= len(index)
+        if node.target is aten.stack.default:
+            rest = [*index[:dim], *index[dim + 1 :]]
+            if any(tensor(part).dtype is not tensor(node).dtype for part in given):
+                return None
+            return self._one_of(
+                [(sympy.Integer(1), self.at(part, rest)) for part in given], index[dim], tensor(node).dtype
+            )
+        # An empty tensor of one dimension counts as none.
+        parts = [part for part in given if tensor(part).dim() == len(index)]
+        return self._concatenated(parts, index, dim, tensor(node).dtype)
+
+    def _concatenated(self, parts: Sequence[Any], index: list[Any], dim: int, dtype: torch.dtype) -> Entry | None:
+        """The entry of tensors side by side along ``dim``."""
+        pieces: list[tuple[Any, Entry | None]] = []
+        before: Any = sympy.Integer(0)
+        for part in parts:
+            size = tensor(part).shape[dim]
+            own = sympy.Integer(0) if same(size, 1) else sympy.expand(index[dim] - before)
+            entry: Entry | None = self._within(part, index, dim, own)
+            if tensor(part).dtype is not dtype:
+                entry = None if isinstance(entry, Unknown) else _in_dtype(entry, dtype)
+            pieces.append((expression_of(size), entry))
+            before += expression_of(size)
+        return self._one_of(pieces, index[dim], dtype)
+
+    def _within(self, node: fx.Node, index: list[Any], dim: int, own: Any) -> Entry:
+        """The entry at the position ``own`` along ``dim``, which counts only where that is a position of the tensor."""
+        step = self._step(node, dim)
+        entry = self.at(node, [*index[:dim], step, *index[dim + 1 :]])
+        if isinstance(entry, sympy.Expr):
+            return sympy.expand(entry.subs(step, own))
+        return entry if step not in symbols_of(entry) else self.at(node, [*index[:dim], own, *index[dim + 1 :]])
+
+    def _step(self, node: fx.Node, dim: int) -> Any:
+        """The symbol of any position of a tensor along ``dim``."""
+        if (node, dim) not in self._steps:
+            step = sympy.Dummy("step", integer=True, nonnegative=True)
+            self._steps[node, dim] = step
+            self._highest[step] = expression_of(tensor(node).shape[dim]) - 1
+        return self._steps[node, dim]
+
+    def _one_of(self, pieces: Sequence[tuple[Any, Entry | None]], position: Any, dtype: torch.dtype) -> Entry | None:
+        """The entry at ``position`` of parts, each given by its size and its entry there; parts that do not reach it
+        may have any entry."""
+        if not pieces or not ENTRY_NUMBERS.allows(len(pieces)) or any(entry is None for _, entry in pieces):
+            return None
+        entry: Entry | None
+        (_, entry), *others = reversed(pieces)
+        stop = sum((size for size, _ in pieces[:-1]), sympy.Integer(0))
+        for size, earlier in others:
+            within = at_least(stop - 1 - position, self._highest)
+            entry, stop = self._where(within, earlier, entry, dtype), stop - size
+            if entry is None:
+                return None
+        return entry
 
     def _padded(self, node: fx.Node, index: list[Any]) -> Entry | None:
-        """The entry after padding: the argument's inside, and the number that is given outside."""
-        args: Any = node.args
-        source, pads = args[:2]
-        number = args[2] if len(args) > 2 else 0.0
-        own = list(index)
-        within: list[Formula] = []
+        """The entry of a tensor with a number around it."""
+        source: Any = node.args[0]
+        pads, value = _argument(node, 1, "pad", ()), _argument(node, 2, "value", 0.0)
+        if node.target is aten.pad.default:
+            mode, value = _argument(node, 2, "mode", "constant"), _argument(node, 3, "value", 0.0)
+            if mode != "constant":
+                return None
+        value = 0.0 if value is None else value
+        if not isinstance(value, (bool, int, float)) or any(_integer(pad) is None for pad in pads):
+            return None
+        dtype = tensor(node).dtype
+        outside: Entry = bool(value) if dtype is torch.bool else self.at(value, [])
+        own, inside = list(index), []
         for place, before in enumerate(pads[::2]):
             dim = len(index) - 1 - place
-            first = _integer(before)
-            if first is None or not isinstance(number, (bool, int, float)):
-                return None
-            own[dim] = index[dim] - first
-            size = expression_of(tensor(source).shape[dim])
-            within += [at_least(own[dim], self._highest), at_least(size - 1 - own[dim], self._highest)]
+            own[dim] = index[dim] - _integer(before)
+            last = expression_of(tensor(source).shape[dim]) - 1
+            inside += [at_least(own[dim], self._highest), at_least(last - own[dim], self._highest)]
+        return self._where(conjunction(inside), self.at(source, own), outside, dtype)
+
+    def _difference(self, node: fx.Node, index: list[Any]) -> Entry | None:
+        """The entry of ``diff``: of each entry and the one before it."""
         dtype = tensor(node).dtype
-        outside = bool(number) if dtype is torch.bool else _number(float(number))
-        # Outside ``own`` is no valid index, but there the condition does not hold.
-        return self._where(conjunction(within), self.at(source, own), outside, dtype)
+        source: Any = node.args[0]
+        count, dim = _argument(node, 1, "n", 1), _argument(node, 2, "dim", -1)
+        before, after = _argument(node, 3, "prepend", None), _argument(node, 4, "append", None)
+        if dtype not in _COUNTING or count != 1 or not isinstance(dim, int):
+            return None
+        dim %= len(index)
+        parts = [part for part in (before, source, after) if part is not None]
+        following = [*index[:dim], index[dim] + 1, *index[dim + 1 :]]
+        first, second = (self._concatenated(parts, place, dim, dtype) for place in (index, following))
+        return None if first is None or second is None else _combined(lambda a, b: b - a, first, second, dtype)
+
+    def _running_sum(self, node: fx.Node, index: list[Any]) -> Entry | None:
+        """The entry of ``cumsum`` over entries that are all the same."""
+        source: Any = node.args[0]
+        dim = _argument(node, 1, "dim", None)
+        if tensor(node).dtype not in _COUNTING or not isinstance(dim, int) or not index:
+            return None
+        if tensor(source).dtype.is_floating_point:
+            return None
+        dim %= len(index)
+        step = self._step(source, dim)
+        added = _pieces(self.at(source, [*index[:dim], step, *index[dim + 1 :]]))
+        if added is None or any(step in expression.free_symbols | symbols_of(formula) for expression, formula in added):
+            return None
+        return _pieced([(sympy.expand(expression * (index[dim] + 1)), formula) for expression, formula in added])
+
+    def _clamped(self, node: fx.Node, index: list[Any]) -> Entry | None:
+        """The entry of ``clamp``, ``minimum`` or ``maximum`` of integers."""
+        dtype = tensor(node).dtype
+        args: Any = node.args
+        low: Any = None
+        high: Any = None
+        if node.target is aten.clamp.default:
+            low, high = _argument(node, 1, "min", None), _argument(node, 2, "max", None)
+        elif node.target in (aten.clamp_min.default, aten.maximum.default, aten.max.other):
+            low = args[1]
+        else:
+            high = args[1]
+        if dtype not in _COUNTING:
+            return None
+        entry: Entry | None = _in_dtype(self._operand(args[0], index), dtype)
+        for bound, sign in ((low, 1), (high, -1)):
+            if bound is None or entry is None:
+                continue
+            limit = _in_dtype(self._operand(bound, index), dtype)
+            if limit is None:
+                return None
+            # The upper bound counts last, as in PyTorch.
+            beyond = self._compared("lt", entry, limit, True) if sign > 0 else self._compared("lt", limit, entry, True)
+            entry = self._where(beyond, limit, entry, dtype)
+        return entry
+
+    def _divided(self, node: fx.Node, index: list[Any]) -> Entry | None:
+        """The entry of a quotient or remainder of integers by a positive number that is known to divide a part."""
+        dtype = tensor(node).dtype
+        args: Any = node.args
+        divisor = args[1]
+        mode = node.kwargs.get("rounding_mode", "floor")
+        if dtype not in _COUNTING or not isinstance(divisor, int) or isinstance(divisor, bool) or divisor < 1:
+            return None
+        parts = _pieces(_in_dtype(self._operand(args[0], index), dtype))
+        if parts is None:
+            return None
+        results: list[tuple[Any, Formula]] = []
+        for expression, formula in parts:
+            quotient, rest = _split(expression, divisor)
+            bounds = (rest, divisor - 1 - rest)
+            if not all(at_least(bound, self._highest) is True for bound in bounds):
+                return None
+            if mode == "trunc" and at_least(expression, self._highest) is not True:
+                return None
+            results.append((rest if node.target in REMAINDER_OPS else quotient, formula))
+        return None if mode is None else _pieced(results)
+
+    def _taken(self, node: fx.Node, index: list[Any]) -> Entry | None:
+        """The entry of ``index_select``, ``gather`` or ``take_along_dim`` at computed positions."""
+        table: Any = node.args[0]
+        places = (2, 1) if node.target is aten.take_along_dim.default else (1, 2)
+        dim, positions = (
+            _argument(node, place, name, None) for place, name in zip(places, ("dim", "index"), strict=True)
+        )
+        if not index or not isinstance(dim, int) or not is_tensor(positions):
+            return None
+        if tensor(positions).dtype not in _COUNTING:
+            return None
+        dim %= len(index)
+        if node.target is aten.index_select.default:
+            return self._looked_up(table, index[:dim], [self._operand(positions, [index[dim]])], index[dim + 1 :])
+        if node.target is aten.take_along_dim.default:
+            shapes = tensor(table).shape, tensor(positions).shape
+            if any(not same(a, b) for own, (a, b) in enumerate(zip(*shapes, strict=True)) if own != dim):
+                return None
+        return self._looked_up(table, index[:dim], [self._operand(positions, index)], index[dim + 1 :])
+
+    def _looked_up(
+        self, table: fx.Node, before: Sequence[Any], entries: Sequence[Entry], after: Sequence[Any]
+    ) -> Entry | None:
+        """The entry of a table at computed positions; None if they are not known, or may be negative."""
+        if not all(isinstance(entry, sympy.Expr) and entry.is_integer for entry in entries):
+            return None
+        # A negative position counts from the end, which is not modeled.
+        if not all(at_least(entry, self._highest) is True for entry in entries):
+            return None
+        return self.at(table, [*before, *entries, *after])
+
+    # Masks.
 
     def _scattered(self, node: fx.Node, index: list[Any]) -> Entry | None:
         """The entry after an assignment to a slice, row or diagonal: the new value inside, the old one outside."""
@@ -226,7 +418,8 @@ class Entries:
 
     def _gathered(self, node: fx.Node, index: list[Any]) -> Entry | None:
         """The entry of ``table[rows, columns]`` with computed positions; None if they may be negative."""
-        table, positions = node.args[0], node.args[1]
+        table: Any = node.args[0]
+        positions = node.args[1]
         if not is_tensor(table) or not isinstance(positions, (list, tuple)):
             return None
         given = [place for place, position in enumerate(positions) if position is not None]
@@ -240,12 +433,7 @@ class Entries:
         rank = max(tensor(part).dim() for part in parts)
         own = index[given[0] : given[0] + rank]
         entries = [self._operand(part, own) for part in parts]
-        if not all(isinstance(entry, sympy.Expr) for entry in entries):
-            return None
-        # A negative position counts from the end, which is not modeled.
-        if not all(at_least(entry, self._highest) is True for entry in entries):
-            return None
-        return self.at(table, [*index[: given[0]], *entries, *index[given[0] + rank :]])
+        return self._looked_up(table, index[: given[0]], entries, index[given[0] + rank :])
 
     def _where(self, condition: Formula, first: Entry, second: Entry, dtype: torch.dtype) -> Entry | None:
         """The entry of ``where(condition, first, second)``; None if nothing is known of it."""
@@ -259,7 +447,13 @@ class Entries:
             return disjunction([conjunction([condition, chosen]), conjunction([negation(condition), other])])
         a, b = _cases(first), _cases(second)
         if a is None or b is None:
-            return None
+            pieces = _pieces(first), _pieces(second)
+            if pieces[0] is None or pieces[1] is None:
+                return None
+            return _pieced(
+                [(number, conjunction([condition, formula])) for number, formula in pieces[0]]
+                + [(number, conjunction([negation(condition), formula])) for number, formula in pieces[1]]
+            )
         return _merged(
             [(number, conjunction([condition, formula])) for number, formula in a.numbers]
             + [(number, conjunction([negation(condition), formula])) for number, formula in b.numbers],
@@ -304,6 +498,11 @@ class Entries:
             return self._compared("lt" if relation == "gt" else "le", b, a, exact)
         if _is_formula(a) and _is_formula(b) and relation == "eq":
             return disjunction([conjunction([a, b]), conjunction([negation(a), negation(b)])])
+        if isinstance(a, Pieces) or isinstance(b, Pieces):
+            ours, theirs = (entry.parts if isinstance(entry, Pieces) else ((entry, True),) for entry in (a, b))
+            return disjunction(
+                conjunction([f, g, self._compared(relation, x, y, exact)]) for x, f in ours for y, g in theirs
+            )
         first, second = _cases(a), _cases(b)
         if first is not None and second is not None:
             return disjunction(
@@ -315,7 +514,7 @@ class Entries:
                 return conjunction([at_least(difference, self._highest), at_least(-difference, self._highest)])
             return at_least(difference - int(relation == "lt"), self._highest)
         keys = (_key(a), _key(b))
-        symbols = _symbols(a) | _symbols(b)
+        symbols = symbols_of(a) | symbols_of(b)
         if relation == "eq":
             return True if exact and keys[0] == keys[1] else Known(("eq", frozenset(keys)), symbols)
         if relation == "le" and exact:
@@ -334,7 +533,7 @@ class Entries:
                 return kept if pattern.inside else negation(kept)
             return self._where(kept, inside, outside, dtype)
         if isinstance(pattern, range):
-            return index[0] + pattern.start
+            return index[-1] + pattern.start
         if pattern is None:
             return None
         return bool(pattern) if dtype is torch.bool else _number(pattern)
@@ -348,7 +547,7 @@ def _for_promotion(value: Any) -> Any:
 
 
 def _is_formula(entry: Entry) -> bool:
-    return not isinstance(entry, (sympy.Expr, Cases, Unknown)) and entry is not None
+    return not isinstance(entry, (sympy.Expr, Cases, Pieces, Unknown)) and entry is not None
 
 
 def _number(value: float) -> Entry:
@@ -368,12 +567,66 @@ def _cases(entry: Entry) -> Cases | None:
     return None
 
 
+def _pieces(entry: Entry | None) -> tuple[tuple[Any, Formula], ...] | None:
+    """The entry as integer expressions with formulas; None if it is not known to be one."""
+    if isinstance(entry, Pieces):
+        return entry.parts
+    if isinstance(entry, sympy.Expr):
+        return ((entry, True),) if entry.is_integer else None
+    cases = _cases(entry)
+    if cases is None or not all(number.is_integer() for number, _ in cases.numbers):
+        return None
+    return tuple((sympy.Integer(int(number)), formula) for number, formula in cases.numbers)
+
+
+def _pieced(parts: Sequence[tuple[Any, Formula]]) -> Entry | None:
+    """The entry with one formula for each expression; None if there are too many."""
+    merged: dict[Any, Formula] = {}
+    for expression, formula in parts:
+        if formula is not False:
+            merged[expression] = disjunction([merged.get(expression, False), formula])
+    for expression in list(merged):
+        # Where a position is 0, what is the same at 0 is the same.
+        first = {position: 0 for position in map(_first, conjuncts(merged[expression])) if position is not None}
+        for other in merged if first else ():
+            if other is not expression and sympy.expand(other.subs(first) - expression.subs(first)) == 0:
+                merged[other] = disjunction([merged[other], merged.pop(expression)])
+                break
+    if not ENTRY_NUMBERS.allows(len(merged)):
+        return None
+    if len(merged) == 1:
+        return next(iter(merged))
+    if all(expression.is_Integer and abs(expression) <= _INTEGERS for expression in merged):
+        return Cases(
+            tuple(sorted(((float(number), formula) for number, formula in merged.items()), key=lambda c: c[0]))
+        )
+    return Pieces(tuple(merged.items()))
+
+
+def _first(formula: Formula) -> Any:
+    """The position, which is not negative, that the formula says is 0; None if it says nothing like it."""
+    position = -formula.expression if isinstance(formula, AtLeast) else None
+    return position if isinstance(position, sympy.Symbol) and position.is_nonnegative else None
+
+
+def _split(expression: Any, divisor: int) -> tuple[Any, Any]:
+    """(quotient, rest) with ``expression = divisor * quotient + rest``, the rest without what the divisor divides."""
+    quotient: Any = sympy.Integer(0)
+    for term in sympy.Add.make_args(sympy.expand(expression)):
+        factor, symbol = term.as_coeff_Mul()
+        if factor.is_Integer and symbol.is_integer:
+            quotient += (factor // divisor if symbol == 1 or factor % divisor == 0 else 0) * symbol
+    return sympy.expand(quotient), sympy.expand(expression - divisor * quotient)
+
+
 def _merged(numbers: Sequence[tuple[float, Formula]], dtype: torch.dtype) -> Entry | None:
     """The entry with one formula for each number, rounded to ``dtype``; None if one is NaN or there are too many."""
     merged: dict[float, Formula] = {}
     for number, formula in numbers:
         if formula is False:
             continue
+        if not _fits(number, dtype):
+            return None
         number = as_stored(number, dtype)
         if math.isnan(number):
             return None
@@ -391,7 +644,10 @@ def _combined(function: Callable[[Any, Any], Any], a: Entry, b: Entry, dtype: to
         return sympy.expand(function(a, b))
     first, second = _cases(a), _cases(b)
     if first is None or second is None:
-        return None
+        ours, theirs = _pieces(a), _pieces(b)
+        if ours is None or theirs is None:
+            return None
+        return _pieced([(sympy.expand(function(x, y)), conjunction([f, g])) for x, f in ours for y, g in theirs])
     return _merged([(function(x, y), conjunction([f, g])) for x, f in first.numbers for y, g in second.numbers], dtype)
 
 
@@ -404,25 +660,45 @@ def _in_dtype(entry: Entry, dtype: torch.dtype) -> Entry | None:
     if isinstance(entry, (sympy.Number, Cases)) or _is_formula(entry):
         cases = _cases(entry)
         return None if cases is None else _merged(cases.numbers, dtype)
+    if isinstance(entry, Pieces):
+        held = all(_in_dtype(expression, dtype) == expression for expression, _ in entry.parts)
+        return entry if dtype in _EXACT and held else None
+    if entry is None:
+        return None
     # Each step of computing a fraction of positions rounds, so its value is not exactly known.
     if dtype not in _EXACT or not entry.is_integer:
         return None
     return entry if _largest(entry) <= _EXACT_UP_TO[dtype] else None
 
 
+def _fits(number: float, dtype: torch.dtype) -> bool:
+    """Whether a number that is computed in ``dtype`` is itself there: an integer that is too large wraps."""
+    if dtype.is_floating_point or dtype.is_complex or dtype is torch.bool:
+        return True
+    limits = torch.iinfo(dtype)
+    return abs(number) <= _INTEGERS and limits.min <= math.trunc(number) <= limits.max
+
+
+_INTEGERS = 2**53 - 1
+"""Integers up to this size are exact in float64, as which single numbers are followed."""
+
 _EXACT_UP_TO = {torch.float32: 2**24, torch.float64: 2**53, torch.int32: 2**31 - 1, torch.int64: 2**63 - 1}
 
 
 def _largest(expression: Any) -> float:
     """An upper bound of the absolute value of an expression of positions and lengths."""
+    if isinstance(expression, sympy.Abs):
+        return _largest(expression.args[0])
     total = 0.0
     for term in sympy.Add.make_args(sympy.expand(expression)):
         factor, rest = term.as_coeff_Mul()
-        powers = rest.as_powers_dict()
-        if any(not power.is_Integer or power < 0 for power in powers.values()):
-            return math.inf
-        degree = sum(int(power) for base, power in powers.items() if base != 1)
-        total += abs(float(factor)) * float(LONGEST_SEQUENCE) ** degree
+        size = abs(float(factor))
+        for base, power in rest.as_powers_dict().items():
+            if not power.is_Integer or power < 0:
+                return math.inf
+            if base != 1:
+                size *= (_largest(base) if isinstance(base, sympy.Abs) else float(LONGEST_SEQUENCE)) ** int(power)
+        total += size
     return total
 
 
@@ -430,11 +706,14 @@ def _key(entry: Entry) -> Hashable:
     return entry.key if isinstance(entry, Unknown) else entry
 
 
-def _symbols(entry: Entry) -> frozenset[Any]:
+def symbols_of(entry: Entry) -> frozenset[Any]:
+    """The symbols (positions and sizes) that an entry depends on."""
     if isinstance(entry, Unknown):
         return entry.symbols
     if isinstance(entry, Cases):
         return frozenset().union(*(symbols(formula) for _, formula in entry.numbers))
+    if isinstance(entry, Pieces):
+        return frozenset().union(*(part.free_symbols | symbols(formula) for part, formula in entry.parts))
     return frozenset(entry.free_symbols) if isinstance(entry, sympy.Expr) else symbols(entry)
 
 
@@ -445,6 +724,11 @@ def _integer(value: Any) -> Any:
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return expression_of(value)
     return None
+
+
+def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
+    """An argument of a call, given by its place or by its name."""
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
 
 def _moved_index(node: fx.Node, index: list[Any]) -> list[Any] | None:
@@ -470,13 +754,14 @@ def _moved_index(node: fx.Node, index: list[Any]) -> list[Any] | None:
         for position, dim in enumerate(args[1]):
             result[dim % len(index)] = index[position]
         return result
+    if target is aten.flip.default:
+        last = [expression_of(size) - 1 for size in tensor(node).shape]
+        turned = [dim % len(index) for dim in args[1]]
+        return [last[dim] - i if dim in turned else i for dim, i in enumerate(index)]
+    if target is aten.repeat.default:
+        return _repeated_index(node, index)
     if target is aten.slice.Tensor:
-        dim = (args[1] if len(args) > 1 else 0) % len(index)
-        start = _integer(args[2] if len(args) > 2 and args[2] is not None else 0)
-        step = _integer(args[4] if len(args) > 4 else 1)
-        if start is None or step is None or not sympy.sympify(start).is_nonnegative:
-            return None
-        return [*index[:dim], start + step * index[dim], *index[dim + 1 :]]
+        return _sliced_index(node, index)
     if target is aten.diagonal.default:
         place = _diagonal_arguments(args[1:], node.kwargs, len(index) + 1)
         if place is None:
@@ -501,6 +786,31 @@ def _moved_index(node: fx.Node, index: list[Any]) -> list[Any] | None:
         remaining = iter(kept)
         return [sympy.Integer(0) if same(size, 1) else next(remaining) for size in before]
     return None
+
+
+def _sliced_index(node: fx.Node, index: list[Any]) -> list[Any] | None:
+    """The index in the argument of ``slice``; None where it is not known where the slice begins."""
+    args: Any = node.args
+    dim = (args[1] if len(args) > 1 else 0) % len(index)
+    start = _integer(args[2] if len(args) > 2 and args[2] is not None else 0)
+    step = _integer(args[4] if len(args) > 4 else 1)
+    if start is not None and start.is_negative:
+        start = sympy.expand(start + expression_of(tensor(args[0]).shape[dim]))
+    if start is None or step is None or not start.is_nonnegative:
+        return None
+    return [*index[:dim], start + step * index[dim], *index[dim + 1 :]]
+
+
+def _repeated_index(node: fx.Node, index: list[Any]) -> list[Any] | None:
+    """The index in the argument of ``repeat``; None where a dimension of several entries is repeated."""
+    source: Any = node.args[0]
+    shape, repeated = tensor(source).shape, tensor(node).shape[len(index) - tensor(source).dim() :]
+    own: list[Any] = []
+    for size, result, position in zip(shape, repeated, index[len(index) - len(shape) :], strict=True):
+        if not same(size, 1) and not same(size, result):
+            return None
+        own.append(sympy.Integer(0) if same(size, 1) else position)
+    return own
 
 
 def _diagonal_arguments(given: Sequence[Any], named: Mapping[str, Any], rank: int) -> tuple[int, int, int] | None:
@@ -547,4 +857,33 @@ _COMPARISONS = {
     aten.eq.Scalar: "eq",
     aten.ne.Tensor: "ne",
     aten.ne.Scalar: "ne",
+}
+_COUNTING = (torch.int32, torch.int64)
+"""Dtypes of integers that are followed."""
+
+_Reader = Callable[[Entries, fx.Node, list[Any]], Entry | None]
+_READERS: dict[Any, _Reader] = {
+    aten.index.Tensor: Entries._gathered,
+    aten.cat.default: Entries._joined,
+    aten.stack.default: Entries._joined,
+    aten.constant_pad_nd.default: Entries._padded,
+    aten.pad.default: Entries._padded,
+    aten.diff.default: Entries._difference,
+    aten.cumsum.default: Entries._running_sum,
+    aten.clamp.default: Entries._clamped,
+    aten.clamp_min.default: Entries._clamped,
+    aten.clamp_max.default: Entries._clamped,
+    aten.minimum.default: Entries._clamped,
+    aten.maximum.default: Entries._clamped,
+    aten.max.other: Entries._clamped,
+    aten.min.other: Entries._clamped,
+    aten.floor_divide.default: Entries._divided,
+    aten.floor_divide.Scalar: Entries._divided,
+    aten.div.Tensor_mode: Entries._divided,
+    aten.div.Scalar_mode: Entries._divided,
+    aten.remainder.Scalar: Entries._divided,
+    aten.remainder.Tensor: Entries._divided,
+    aten.index_select.default: Entries._taken,
+    aten.gather.default: Entries._taken,
+    aten.take_along_dim.default: Entries._taken,
 }

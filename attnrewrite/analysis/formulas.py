@@ -122,6 +122,8 @@ def at_least(expression: Any, highest: Mapping[Any, Any]) -> Formula:
         expression: an integer expression of positions and sizes.
         highest: the largest value of each position; the smallest is 0.
     """
+    if isinstance(expression, (sympy.Symbol, sympy.Integer)) and expression.is_nonnegative is not None:
+        return bool(expression.is_nonnegative)
     expression = sympy.expand(expression)
     distances = expression.atoms(sympy.Abs)
     if len(distances) == 1:
@@ -136,7 +138,17 @@ def at_least(expression: Any, highest: Mapping[Any, Any]) -> Formula:
         return True
     if high is not None and high.is_negative:
         return False
-    return AtLeast(expression)
+    return AtLeast(_without_common_factor(expression))
+
+
+def _without_common_factor(expression: Any) -> Any:
+    """``2 * x - 2 * y + 1 >= 0`` says no more than ``x - y >= 0``, of integers."""
+    factors = expression.as_coefficients_dict()
+    rest = factors.pop(sympy.S.One, sympy.S.Zero)
+    common = sympy.igcd(0, *factors.values()) if all(factor.is_Integer for factor in factors.values()) else 1
+    if common < 2 or not rest.is_Integer or not all(term.is_integer for term in factors):
+        return expression
+    return sympy.Add(*(factor // common * term for term, factor in factors.items()), rest // common)
 
 
 def _extremes(expression: Any, highest: Mapping[Any, Any]) -> tuple[Any, Any]:

@@ -202,7 +202,7 @@ def _stored(node: fx.Node) -> torch.Tensor | None:
         return None
     pattern = stored.pattern
     if isinstance(pattern, range):
-        return torch.tensor(list(pattern), dtype=stored.tensor.dtype)
+        return torch.tensor(list(pattern), dtype=stored.tensor.dtype).view(stored.tensor.shape)
     if isinstance(pattern, float):
         return torch.full(stored.tensor.shape, int(pattern), dtype=stored.tensor.dtype)
     return None

@@ -12,7 +12,7 @@ from typing import Any
 
 import sympy
 
-from attnrewrite.analysis.entries import Cases, Entries, expression_of
+from attnrewrite.analysis.entries import Cases, Entries, Unknown, expression_of, symbols_of
 from attnrewrite.analysis.formulas import All, AtLeast, Formula, Known, Some, negation, parts, symbols
 from attnrewrite.analysis.values import ORDINARY, ValueKind, is_far_below, is_ordinary, possible_values
 from attnrewrite.ir.axes import Axis, Dim, Operand
@@ -26,6 +26,7 @@ __all__ = [
     "isolated_block_of",
     "kept_where",
     "may_mask",
+    "repeated_along",
     "truth",
 ]
 
@@ -100,6 +101,21 @@ def truth(entry: Any) -> Formula | None:
     if isinstance(entry, sympy.Number):
         return float(entry) != 0
     return entry if isinstance(entry, (bool, AtLeast, Known)) or hasattr(entry, "terms") else None
+
+
+def repeated_along(mod: Bias | Fill, positions: Positions) -> tuple[Operand, frozenset[Axis]] | None:
+    """The tensor of a mask, and its axes but the key's along which all entries are the same; None if there are none.
+
+    Entries of which nothing is known may have gradients, and are not looked at.
+    """
+    operand = (mod.operand if isinstance(mod, Bias) else mod.condition).resolved()
+    entry = positions.of(operand)
+    if isinstance(entry, Unknown):
+        return None
+    used = symbols_of(entry)
+    own = {axis for axis in operand.axes if axis not in positions.key_axes}
+    axes = frozenset(axis for axis in own if positions.symbol(axis) not in used)
+    return (operand, axes) if axes else None
 
 
 # In words.

@@ -38,8 +38,8 @@ from attnrewrite.passes.steps import Steps
 __all__ = ["PassBenchmark", "PassTimes", "environment", "measure_pass", "print_pass_benchmark", "run_pass_benchmark"]
 
 STEPS = (
-    *("regroup_products", "find", "merge_slices", "unrepeat_kv"),
-    *("canonicalize", "choose", "splice", "restore_products", "join_projections"),
+    *("regroup_products", "find", "merge_slices", "unrepeat_kv", "canonicalize", "narrow_masks"),
+    *("choose", "splice", "restore_products", "join_projections"),
 )
 """The steps whose sum is the time of the pass, as ``GraphReport.seconds`` names them.
 

@@ -26,6 +26,7 @@ __all__ = [
     "FEATURE_MAP",
     "INDEX_ENTRIES",
     "LONGEST_SEQUENCE",
+    "NARROWED_STEPS",
     "SHARED_PROJECTIONS",
     "STEPS_OF_SCORES",
     "TENSOR_VALUES",
@@ -174,6 +175,12 @@ ENTRY_NUMBERS = Bound(8, "at most {most} different numbers in one mask are follo
 """Different numbers in one mask, each with the formula of the positions where it stands.
 
 Beyond it, the mask's structure (causal, a band) is not seen, and fully masked rows cannot be ruled out.
+"""
+
+NARROWED_STEPS = Bound(64, "a mask was carried back through only {most} steps to where it was expanded")
+"""Steps of computing a mask that are repeated for the first of several equal rows; transformers takes about a dozen.
+
+Beyond it, the mask is computed as a whole, and sliced.
 """
 
 INDEX_ENTRIES = Bound(2**16, "an index of more than {most} entries is not evaluated")

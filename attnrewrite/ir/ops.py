@@ -28,6 +28,7 @@ __all__ = [
     "EMPTY_OPS",
     "EQ_OPS",
     "FACTORY_OPS",
+    "FILLED_OPS",
     "LE_OPS",
     "LOG_SOFTMAX_OPS",
     "MASKED_FILL_OPS",
@@ -40,6 +41,7 @@ __all__ = [
     "ONES_OPS",
     "PAD_OPS",
     "PIECE_OPS",
+    "REMAINDER_OPS",
     "RESHAPE_OPS",
     "SCATTER_OPS",
     "SOFTMAX_OPS",
@@ -153,6 +155,7 @@ ADD_OPS = frozenset({aten.add.Tensor, aten.add.Scalar})
 SUB_OPS = frozenset({aten.sub.Tensor, aten.sub.Scalar})
 MUL_OPS = frozenset({aten.mul.Tensor, aten.mul.Scalar})
 DIV_OPS = frozenset({aten.div.Tensor, aten.div.Scalar})
+REMAINDER_OPS = frozenset({aten.remainder.Scalar, aten.remainder.Tensor})
 CLAMP_OPS = frozenset({aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default})
 
 WHERE_OPS = frozenset({aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar})
@@ -174,6 +177,8 @@ NORM_OPS = frozenset({aten.layer_norm.default, aten.group_norm.default, aten.rms
 
 ZEROS_OPS = frozenset({aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default})
 ONES_OPS = frozenset({aten.ones.default, aten.ones_like.default, aten.new_ones.default})
+FILLED_OPS = frozenset({aten.full.default, aten.zeros.default, aten.ones.default})
+"""Operators that are given a shape and make a tensor of one number of it."""
 ARANGE_OPS = frozenset({aten.arange.default, aten.arange.start, aten.arange.start_step})
 EMPTY_OPS = frozenset(
     {

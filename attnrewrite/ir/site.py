@@ -276,6 +276,8 @@ class CanonicalScores:
         softcap: the height of the soft cap, if that is the only reason for ``inexpressible``: the terms apply to
             ``softcap * tanh(scale * (query @ key) / softcap)``.
         structure: the mask's structure, in words.
+        repeated_along: tensors of the terms, each with the axes, other than the key's, along which all of its entries
+            were proved to be the same.
         inexpressible: why the modifications do not have this form; empty if they do. A kernel that takes any function
             of the scores (score_mod) replays the site's ``mods`` then.
     """
@@ -298,6 +300,7 @@ class CanonicalScores:
     value_mods: tuple[WeightMod, ...] = ()
     output_mods: tuple[WeightMod, ...] = ()
     structure: tuple[str, ...] = ()
+    repeated_along: tuple[tuple[Operand, frozenset[Axis]], ...] = ()
     inexpressible: Reason = FINE
 
 

@@ -66,13 +66,16 @@ class StoredPattern:
 
 
 def _pattern_of(values: torch.Tensor) -> float | range | Triangle | None:
-    """The pattern that a tensor on the CPU holds; None if it holds none of them."""
+    """The pattern that a tensor on the CPU holds, a range along its last dimension; None if it holds none of them."""
     first = values.flatten()[0]
     if bool((values == first).all()):
         return float(first)
-    if values.dim() == 1 and not values.dtype.is_floating_point and values.dtype is not torch.bool:
-        counted = torch.equal(values, torch.arange(len(values), dtype=values.dtype) + first)
-        return range(int(first), int(first) + len(values)) if counted else None
+    counts = not (values.dtype.is_floating_point or values.dtype.is_complex or values.dtype is torch.bool)
+    if counts and values.shape[-1] == values.numel():
+        stop = int(first) + values.numel()
+        # Compared as int64, where nothing wraps.
+        counted = torch.equal(values.flatten().long(), torch.arange(int(first), stop))
+        return range(int(first), stop) if counted else None
     if values.dim() < 2 or values[(0,) * (values.dim() - 2)].numel() != values.numel():
         return None
     matrix = values[(0,) * (values.dim() - 2)]

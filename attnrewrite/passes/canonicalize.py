@@ -40,6 +40,7 @@ from attnrewrite.analysis.masks import (
     isolated_block_of,
     kept_where,
     may_mask,
+    repeated_along,
     truth,
 )
 from attnrewrite.analysis.values import (
@@ -175,6 +176,7 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     nan_gradients = nan_gradients or (lift is not Lift.NONE and _mask_gradient_is_nan(site, terms))
     band, isolated = _shape_of_mask(site, positions, masked if None not in kept else None, attended)
     becomes_causal = not inexpressible and site.sink is None and band is not None and band.is_causal
+    masks = [term for term in terms if isinstance(term, (Bias, Fill)) and not becomes_causal]
     return CanonicalScores(
         scale=None if site.default_scale else reading.scale,
         query_factors=tuple(reading.query_factors),
@@ -194,6 +196,7 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
         value_mods=value_mods,
         output_mods=output_mods,
         structure=_structure(site, terms, kept, positions),
+        repeated_along=tuple(filter(None, (repeated_along(term, positions) for term in masks))),
         inexpressible=inexpressible,
     )
 

@@ -73,6 +73,9 @@ def rewrite(
                 site = run.with_written(site)
                 attention = run.canonicalized(site, row)
             kernel = None
+            if attention is not None and attention.scores.repeated_along:
+                with run.step("narrow_masks", name):
+                    attention = run.with_narrow_masks(attention)
             if attention is not None:
                 with run.step("choose", name):
                     kernel = run.choose(attention, row)
@@ -82,7 +85,7 @@ def rewrite(
             else:
                 # The slices of a merged site come next, each on its own.
                 with run.step("keep", name):
-                    run.keep(site, row)
+                    run.keep(site, row, (site if attention is None else attention).written)
 
     with run.step("restore_products"):
         run.restore_products()

@@ -23,6 +23,7 @@ from attnrewrite.passes.canonicalize import canonicalized
 from attnrewrite.passes.describe import describe_canonical, row_of_attention, row_of_linear, row_of_near_miss
 from attnrewrite.passes.finite_rows import with_factors_of_finite_rows
 from attnrewrite.passes.insert_checks import insert_check
+from attnrewrite.passes.narrow_masks import with_narrow_masks
 from attnrewrite.passes.reassociate import reassociate
 from attnrewrite.passes.regions import Region, named_within
 from attnrewrite.passes.regroup_products import Regrouped, regroup_products
@@ -160,6 +161,10 @@ class Rewriting:
         describe_canonical(attention, row, ended)
         return attention
 
+    def with_narrow_masks(self, site: CanonicalAttention) -> CanonicalAttention:
+        """The site with masks of size one along axes on which no entry depends."""
+        return with_narrow_masks(site, self.view, self._written.of(site.result))
+
     def choose(self, site: CanonicalAttention, row: SiteReport) -> Kernel | None:
         """The kernel that serves the site; None if no kernel does, and then the row says why.
 
@@ -202,9 +207,9 @@ class Rewriting:
         self._attentions.append(ReportedSite(site, row))
         self.served.append(self._attentions[-1])
 
-    def keep(self, site: AttentionSite, row: SiteReport) -> None:
+    def keep(self, site: AttentionSite, row: SiteReport, written: Sequence[fx.Node]) -> None:
         """Keeps the site and removes the operands written for a kernel; the slices of a merged site are tried next."""
-        remove_unused(self._gm.graph, site.written)
+        remove_unused(self._gm.graph, written)
         if not site.parts:
             self._result.sites.append(row)
             self._attentions.append(ReportedSite(site, row))

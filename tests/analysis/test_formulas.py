@@ -185,6 +185,14 @@ def test_at_least_of_lengths() -> None:
     assert at_least(other, HIGHEST) == AtLeast(other)  # It may be negative.
 
 
+def test_a_common_factor_says_nothing() -> None:
+    assert at_least(6 * X - 3 * Y - 4, HIGHEST) == AtLeast(2 * X - Y - 2)
+    assert at_least(6 * X - 3 * Y + 2, HIGHEST) == AtLeast(2 * X - Y)
+    assert at_least(6 * X - 4 * Y * N + 1, HIGHEST) == AtLeast(3 * X - 2 * Y * N)
+    half = sympy.Rational(1, 2)
+    assert at_least(2 * X - 2 * half * Y + half, HIGHEST) == AtLeast(2 * X - Y + half)
+
+
 def test_a_distance_is_two_inequalities() -> None:
     within = at_least(2 - sympy.Abs(X - Y), HIGHEST)
     assert within == All(frozenset({AtLeast(2 - X + Y), AtLeast(2 + X - Y)}))

@@ -21,7 +21,8 @@ def test_ten_blocks_are_a_thousand_nodes_and_ten_sites() -> None:
     assert 950 <= times.nodes <= 1050
     assert times.sites == times.rewritten == 10
     assert set(times.steps) == set(STEPS) and all(len(measured) == 1 for measured in times.steps.values())
-    assert all(seconds > 0 for measured in times.steps.values() for seconds in measured)
+    # Its mask is handed over, and has nothing that could be narrowed.
+    assert all(seconds > 0 for step in set(STEPS) - {"narrow_masks"} for seconds in times.steps[step])
     assert 0 < times.pass_seconds <= times.whole[0]
 
 

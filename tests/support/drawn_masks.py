@@ -221,7 +221,94 @@ class Drawing:
             return self._elementwise(lambda c, x, y: z3.If(c, x, y), target, condition, a, b)
         if way == "negative":
             return self._elementwise(operator.neg, aten.neg.default, self._number(deeper))
+        if way == "between":
+            return self._between(self._number(deeper))
+        if way == "remainder":
+            divisor = pick.choice((2, 4, 5, 6, 64))
+            target = aten.remainder.Scalar
+            return self._elementwise(operator.mod, target, self._number(deeper), divisor)
+        if way in ("joined", "differences", "sums", "turned", "taken"):
+            return self._along(way, self._number(deeper))
         return self._elementwise(operator.add, aten.add.Tensor, self._arange(1), self._gap())
+
+    def _between(self, number: fx.Node) -> fx.Node:
+        """Not below or not above a bound."""
+        pick = self.pick
+        low, high = pick.choice(((0, None), (-2, 3), (None, 4), (3, 1)))
+        if pick.random() < 0.3:
+            larger = pick.random() < 0.5
+            target = aten.maximum.default if larger else aten.minimum.default
+            return self._elementwise(
+                lambda a, b: z3.If((a > b) if larger else (a < b), a, b), target, number, self._number(3)
+            )
+
+        def bounded(a: Any, *_: Any) -> Any:
+            a = a if low is None else z3.If(a < low, z3.IntVal(low), a)
+            return a if high is None else z3.If(a > high, z3.IntVal(high), a)
+
+        entry = lambda index: bounded(self._at(number, index))  # noqa: E731
+        return self._call(entry, aten.clamp.default, number, low, high)
+
+    def _along(self, way: str, number: fx.Node) -> fx.Node:
+        """What is computed of a number's neighbors along the queries or the keys."""
+        pick = self.pick
+        shape = number.meta["val"].shape
+        dims = [dim for dim in (-1, -2) if len(shape) >= -dim and not (isinstance(shape[dim], int) and shape[dim] == 1)]
+        if not dims:
+            return number
+        dim = pick.choice(dims)
+        size, length = self.size_nodes[3 + dim], (self.lengths.queries, self.lengths.keys)[2 + dim]
+        own = self.entry[number]
+        if way == "sums" and isinstance(length, torch.SymInt):
+            way = "differences"  # z3 does not add up a number of them that it does not know.
+
+        def at(index: Sequence[Any], position: Any) -> Any:
+            place = list(index)
+            place[dim] = position
+            return own(place)
+
+        if way == "turned":
+            last = self.lengths.solver(length) - 1
+            return self._call(lambda index: at(index, last - index[dim]), aten.flip.default, number, [dim])
+        if way == "taken":
+            first = pick.choice((0, 2))
+            table = self._call(lambda index: index[0] + first, aten.arange.start, first, first + TABLE)
+            positions = self._call(lambda index: index[0], aten.arange.default, size)
+            target = pick.choice((aten.index_select.default, aten.gather.default))
+            taken = self._call(lambda index: index[0] + first, target, table, 0, positions)
+            return self._unsqueezed(taken, 1) if dim == -2 else taken
+        if way == "sums":
+            of = pick.choice((number, self._elementwise(operator.ne, aten.ne.Scalar, number, pick.randint(-1, 2))))
+            if pick.random() < 0.4:
+                same = self._elementwise(operator.mul, aten.mul.Tensor, number, 0)
+                of = self._elementwise(operator.add, aten.add.Tensor, same, pick.choice((1, 2, -1)))
+
+            def total(index: Sequence[Any]) -> Any:
+                result: Any = z3.IntVal(0)
+                for step in range(int(length)):
+                    place = list(index)
+                    place[dim] = z3.IntVal(step)
+                    entry = self.entry[of](place)
+                    entry = z3.If(entry, 1, 0) if z3.is_bool(entry) else entry
+                    result += z3.If(step <= index[dim], entry, z3.IntVal(0))
+                return result
+
+            return self._call(total, aten.cumsum.default, of, dim)
+        front = self._call(lambda index: own(index), aten.slice.Tensor, number, dim, 0, 1)
+        less = pick.choice((0, 1, 1, 1, 2))
+        before = self._elementwise(operator.sub, aten.sub.Tensor, front, less)
+
+        def earlier(index: Sequence[Any]) -> Any:
+            """The entry before, and for the first one what stands in front."""
+            return z3.If(index[dim] == 0, at(index, z3.IntVal(0)) - less, at(index, index[dim] - 1))
+
+        if way == "differences":
+            return self._call(
+                lambda index: own(index) - earlier(index),
+                aten.diff.default, number, 1, dim, before,
+            )  # fmt: skip
+        joined = self._call(earlier, aten.cat.default, [before, number], dim)
+        return self._call(lambda index: self.entry[joined](index), aten.slice.Tensor, joined, dim, 0, size)
 
     # Truth values.
 
@@ -470,5 +557,6 @@ _WAYS = (
 _OPERANDS = (
     *("i", "j", "i-j") * 2,
     *("distance", "plus", "times", "input", "blocks", "table", "chosen", "negative", "from the end"),
+    *("between", "remainder", "joined", "differences", "sums", "turned", "taken"),
 )
 """What is compared."""

@@ -87,7 +87,11 @@ class Computed:
         """A number that is compared."""
         if isinstance(part, tuple):
             node, index = part
-            return self._values[node][tuple(arithmetic(position, self._at) for position in index)].item()
+            place = tuple(arithmetic(position, self._at) for position in index)
+            value = self._values[node]
+            # An entry that is not there is read only where it does not matter.
+            inside = all(0 <= position < size for position, size in zip(place, value.shape, strict=True))
+            return value[place].item() if inside else 0
         if isinstance(part, Cases):
             return next(number for number, formula in part.numbers if self.holds(formula))
         return arithmetic(part, self._at) if isinstance(part, sympy.Expr) else self.holds(part)
