@@ -515,3 +515,19 @@ def test_sizes_that_depend_on_the_data() -> None:
         (row,) = rows(attend, *inputs)
         assert row.status == "kept" and "depends on the data" in row.reason
         assert relative_error(rewritten(attend, "aot_eager")(*inputs), attend(*inputs)) == 0
+
+
+def test_logsumexp_of_scores_with_a_learned_bias() -> None:
+    """What corrects rows that a mask lowers as a whole overflows in the others, beside a highest bias above zero."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        scores = q @ k.mT / 3 + bias
+        return torch.exp(scores - torch.logsumexp(scores, dim=-1, keepdim=True)) @ v
+
+    inputs = [*(value.detach().requires_grad_() for value in (Q, K, V)), torch.nn.Parameter(_normal(QUERIES, KEYS))]
+    (row,) = rows(attend, *inputs)
+    assert row.status == "rewritten"
+    found, expected = (
+        torch.autograd.grad(each(*inputs).square().sum(), inputs) for each in (rewritten(attend), attend)
+    )
+    assert relative_error(found, expected) <= 1e-4
