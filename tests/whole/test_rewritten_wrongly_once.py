@@ -524,7 +524,7 @@ def test_logsumexp_of_scores_with_a_learned_bias() -> None:
         scores = q @ k.mT / 3 + bias
         return torch.exp(scores - torch.logsumexp(scores, dim=-1, keepdim=True)) @ v
 
-    inputs = [*(value.detach().requires_grad_() for value in (Q, K, V)), torch.nn.Parameter(_normal(QUERIES, KEYS))]
+    inputs = [*(value.detach().requires_grad_() for value in (Q, K, V)), torch.nn.Parameter(_normal(LENGTH, KEYS))]
     (row,) = rows(attend, *inputs)
     assert row.status == "rewritten"
     found, expected = (
