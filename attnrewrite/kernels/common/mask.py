@@ -395,8 +395,8 @@ class Mask:
             assert node is not None
             infinite = self._rows_without_key(-math.inf)
             rounded = call(aten.logical_and.default, self._rows_without_key(), call(aten.logical_not.default, infinite))
-            # Those that the row's highest number masks; lower ones have the weight 0. In other rows this overflows, which
-            # must not reach the gradient.
+            # Those that the row's highest number masks; lower ones have the weight 0. In other rows this overflows,
+            # which must not reach the gradient.
             node = call(aten.detach.default, node)
             highest = call(aten.amax.default, node, [-1], True)
             least = call(aten.mul.Scalar, highest, 1 + 2.0**-16)
