@@ -33,6 +33,7 @@ from attnrewrite.passes.pipeline import rewrite
 from attnrewrite.passes.result import Rewritten
 from attnrewrite.passes.rewriting import as_requested
 from attnrewrite.passes.steps import Steps
+from attnrewrite.passes.unread_weights import UnreadResults, UnreadWeights, with_standing
 from attnrewrite.patterns import PatternError
 from attnrewrite.report.dump import GraphDump
 from attnrewrite.report.graph_code import graph_source
@@ -139,12 +140,14 @@ class _Outcome:
         after: the graph for the report and the dump.
         keep_attention: whether the graph has attention that was kept on purpose.
         rewritten: the result of the passes; empty if the graph could not be captured or the passes failed.
+        unread: what stands for results that were left out, by their places.
     """
 
     gm: fx.GraphModule
     after: fx.GraphModule
     keep_attention: bool
     rewritten: Rewritten = field(default_factory=Rewritten)
+    unread: dict[int, UnreadWeights] = field(default_factory=dict)
 
 
 class _Compilation:
@@ -211,6 +214,8 @@ class _Compilation:
 
     def _rewritten(self, source: _Source) -> _Outcome:
         report = self._report
+        # In a call that reuses attention, graphs keep their results.
+        unread = UnreadResults(source.gm, self._policy.unread_weights if self._call is None else ())
         try:
             admission = self._admitted(source)
             rewritten = rewrite(
@@ -241,8 +246,10 @@ class _Compilation:
             admission.add_verdicts(report.sites)
             report.notes += admission.notes
         # If nothing was rewritten, the inner compiler gets the graph that it would get without attnrewrite.
+        standing = unread.settle()
+        report.notes += [f"{weights!r}, as the option unread_weights says" for weights in standing.values()]
         gm = source.gm if rewritten.changed else self._gm
-        return _Outcome(gm, source.gm, _holds_softmax_of_product(source.gm), rewritten)
+        return _Outcome(gm, source.gm, _holds_softmax_of_product(source.gm), rewritten, standing)
 
     def _admitted(self, source: _Source) -> Admission | None:
         """The kernels that the option ``tolerance`` admits; None without it."""
@@ -293,7 +300,8 @@ class _Compilation:
 
     def _compiled(self, outcome: _Outcome) -> CompiledFn:
         with self._steps.step("inner"):
-            return self._inner.compile(outcome.gm, self._inputs, keep_attention=outcome.keep_attention)
+            compiled = self._inner.compile(outcome.gm, self._inputs, keep_attention=outcome.keep_attention)
+        return with_standing(compiled, outcome.unread)
 
     def _compiled_with_verification(self, source: _Source, original: Original, outcome: _Outcome) -> CompiledFn:
         with self._steps.step("inner"):

@@ -16,6 +16,7 @@ __all__ = [
     "KernelError",
     "OptionError",
     "PatternError",
+    "UnreadWeightsError",
 ]
 
 
@@ -49,6 +50,10 @@ class CacheMemoryError(CacheError):
 
 class CacheTypeError(AttnRewriteError, TypeError):
     """Caching was enabled on something that is not a compiled module."""
+
+
+class UnreadWeightsError(AttnRewriteError, AttributeError):
+    """Attention weights are used of which ``options["unread_weights"]`` says that nobody reads them."""
 
 
 class PatternError(AttnRewriteError, ValueError):

@@ -18,11 +18,11 @@ from attnrewrite.ir.ops import (
     ARANGE_OPS,
     CAST_OPS,
     CAT_OPS,
-    CONVOLUTION_OPS,
     MASKED_FILL_OPS,
     MOVE_OPS,
     ONES_OPS,
     PAD_OPS,
+    PROJECTION_OPS,
     SCATTER_OPS,
     TRIANGLE_OPS,
     WHERE_OPS,
@@ -151,7 +151,7 @@ def _values_of_call(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> fro
         return _values_of_quotient(args[0], args[1], memo)
     if target in _COMPUTED:
         return frozenset({ValueKind.LEARNED})
-    if target in _PROJECTIONS or is_product(node):
+    if target in PROJECTION_OPS or is_product(node):
         return _values_of_product(node, memo)
     if target in _ORDINARY:
         inputs = [_values(arg, memo) for arg in node.all_input_nodes if is_tensor(arg)]
@@ -283,8 +283,6 @@ _COMPUTED = frozenset(
     }
 )
 """Operators whose result is taken for ordinary scores (LEARNED), whatever their arguments."""
-
-_PROJECTIONS = frozenset({aten.linear.default, aten.addmm.default, *CONVOLUTION_OPS})
 
 
 def constant_value(node: Any) -> float | None:

@@ -680,20 +680,8 @@ def _step(
             raise NotAttention(f"{node_in_words(user)} replaces NaN in the weights by a number other than zero")
         _replace_nan(user, walk)
         return layout
-    if target in _FILLS and args[0] is node:
-        _require_zero(args[2], user)
-        if target is aten.index_put.default:
-            walk.mods.append(Zero(assigned_mask(user, layout)))
-        elif not _replaces_nan(args[1], True, user, node, layout, walk, softmax, sink_dim):
-            walk.mods.append(Zero(_aligned(args[1], user, layout)))
-        return layout
-    if target in WHERE_OPS:
-        kept_first = args[1] is node
-        if args[0] is node or kept_first == (args[2] is node):
-            raise NotAttention(f"{node_in_words(user)} has the weights as its condition or as both of its values")
-        _require_zero(args[2] if kept_first else args[1], user)
-        if not _replaces_nan(args[0], not kept_first, user, node, layout, walk, softmax, sink_dim):
-            walk.mods.append(Zero(_aligned(args[0], user, layout), invert=kept_first))
+    if target in WHERE_OPS or (target in _FILLS and args[0] is node):
+        _set_to_zero(user, node, layout, walk, softmax, sink_dim)
         return layout
     if target in MUL_OPS or target in DIV_OPS:
         other = args[1] if args[0] is node else args[0]
@@ -702,6 +690,31 @@ def _step(
         walk.mods.append(_factor(other, user, layout))
         return layout
     raise NotAttention(_unreadable(user))
+
+
+def _set_to_zero(
+    user: fx.Node,
+    node: fx.Node,
+    layout: Layout,
+    walk: WeightWalk,
+    softmax: Softmax,
+    sink_dim: tuple[Dim, Dim, bool] | None,
+) -> None:
+    """Adds to ``walk`` that ``user`` sets weights to zero."""
+    args: Any = user.args
+    if user.target not in WHERE_OPS:
+        _require_zero(args[2], user)
+        if user.target is aten.index_put.default:
+            walk.mods.append(Zero(assigned_mask(user, layout)))
+        elif not _replaces_nan(args[1], True, user, node, layout, walk, softmax, sink_dim):
+            walk.mods.append(Zero(_aligned(args[1], user, layout)))
+        return
+    kept_first = args[1] is node
+    if args[0] is node or kept_first == (args[2] is node):
+        raise NotAttention(f"{node_in_words(user)} has the weights as its condition or as both of its values")
+    _require_zero(args[2] if kept_first else args[1], user)
+    if not _replaces_nan(args[0], not kept_first, user, node, layout, walk, softmax, sink_dim):
+        walk.mods.append(Zero(_aligned(args[0], user, layout), invert=kept_first))
 
 
 def _replaces_nan(

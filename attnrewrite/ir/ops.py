@@ -41,6 +41,7 @@ __all__ = [
     "ONES_OPS",
     "PAD_OPS",
     "PIECE_OPS",
+    "PROJECTION_OPS",
     "REMAINDER_OPS",
     "RESHAPE_OPS",
     "SCATTER_OPS",
@@ -172,6 +173,7 @@ SOFTMAX_OPS = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.defau
 LOG_SOFTMAX_OPS = (aten.log_softmax.int, aten._log_softmax.default)
 MATRIX_OPS = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default})
 CONVOLUTION_OPS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})
+PROJECTION_OPS = CONVOLUTION_OPS | {aten.linear.default, aten.addmm.default}
 NORM_OPS = frozenset({aten.layer_norm.default, aten.group_norm.default, aten.rms_norm.default})
 """Normalizations of a tensor's entries by their own mean or size, but not over a batch."""
 

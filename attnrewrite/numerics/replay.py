@@ -171,13 +171,14 @@ class ReplayPlan:
 
     def _own_outputs(self, rewritten: fx.GraphModule) -> list[tuple[str, fx.Node, fx.Node]]:
         """The outputs of the graph whose value is not the source's: (name in messages, our node, the source's node)."""
-        ours = _leaves(rewritten.graph.output_node().args)
-        source = _leaves(self.source.graph.output_node().args)
+        ours: Any = rewritten.graph.output_node().args[0]
+        source: Any = self.source.graph.output_node().args[0]
+        # Weights that nobody reads are left out of ours.
         pairs = zip(ours, source, strict=True)
         return [
             (f"output {index} of the graph", self._value_of[node], expected)
             for index, (node, expected) in enumerate(pairs)
-            if self._value_of[node] is not expected
+            if isinstance(node, fx.Node) and self._value_of[node] is not expected
         ]
 
 

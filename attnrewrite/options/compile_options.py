@@ -51,6 +51,8 @@ class Policy:
         capture_dynamic_output_shape_ops: whether Dynamo traces operators such as ``nonzero``, whose output's size
             depends on the data and which otherwise break the graph. ``explain`` and ``accelerate_attention`` turn it on
             while Dynamo traces; ``torch.compile`` has already traced the graph when it reads options. Default False.
+        unread_weights: globs, over the module's path or over "file:line", of attentions whose weights the model stores
+            or returns although nobody reads them. Default none.
         mode: ``torch.compile``'s mode, for Inductor only.
         inner_options: the options that are passed to the inner compiler.
     """
@@ -67,6 +69,7 @@ class Policy:
     fuse_projections: bool | None = None
     cache: PyramidAttentionBroadcastConfig | FasterCacheConfig | None = None
     capture_dynamic_output_shape_ops: bool = False
+    unread_weights: tuple[str, ...] = ()
     mode: str | None = None
     inner_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -100,6 +103,8 @@ class Policy:
             own["kernels"] = kernel_names(own["kernels"], "options['kernels']")
         if "kernel_rules" in own:
             own["kernel_rules"] = _rules(own["kernel_rules"])
+        if "unread_weights" in own:
+            own["unread_weights"] = _globs(own["unread_weights"])
         request_of_environment()  # Raises for mistakes now, instead of in the middle of a graph.
         return Policy(mode=None if mode == "default" else mode, inner_options=inner, **own)
 
@@ -152,6 +157,16 @@ def _rules(value: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
             f"{{'*.attn1': 'flex'}}; got {value!r}"
         )
     return tuple((glob, kernel_names(names, f"options['kernel_rules'][{glob!r}]")) for glob, names in value.items())
+
+
+def _globs(value: Any) -> tuple[str, ...]:
+    globs = (value,) if isinstance(value, str) else value
+    if not isinstance(globs, (list, tuple)) or not all(isinstance(glob, str) and glob for glob in globs):
+        raise OptionError(
+            "options['unread_weights'] takes a glob over module paths or file:line, or a list of them, such as "
+            f"'encoder.*.self_attn'; got {value!r}"
+        )
+    return tuple(globs)
 
 
 def tracing_settings(options: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -68,37 +68,47 @@ def rewrite(
             with run.step("reassociate", name):
                 run.reassociate(name, finding)
         else:
-            site, row = run.begin(name, finding)
-            with run.step("canonicalize", name):
-                site = run.with_written(site)
-                attention = run.canonicalized(site, row)
-            kernel = None
-            if attention is not None and attention.scores.repeated_along:
-                with run.step("narrow_masks", name):
-                    attention = run.with_narrow_masks(attention)
-            if attention is not None:
-                with run.step("choose", name):
-                    kernel = run.choose(attention, row)
-            if attention is not None and kernel is not None:
-                with run.step("splice", name):
-                    run.splice(attention, row, kernel)
-            else:
-                # The slices of a merged site come next, each on its own.
-                with run.step("keep", name):
-                    run.keep(site, row, (site if attention is None else attention).written)
+            _rewrite_attention(name, finding, run)
 
     with run.step("restore_products"):
         run.restore_products()
-    with run.step("join_projections"):
-        joined = join_projections(gm, run.served, run.replaced)
-    if policy.fuse_projections or (policy.fuse_projections is None and policy.freezes):
-        with run.step("fuse_projections"):
-            joined |= fuse_projections(gm, run.served, run.replaced, constants=policy.fuse_projections is None)
+    joined = _join_and_fuse(gm, policy, run)
     for region in regions_of(gm):
         with run.step("region", region.name):
             found = rewrite(region.gm, policy, steps=steps.within(), has_gradients=run.view.has_gradients)
             run.add_region(region, found)
     return run.finish(projections_changed=joined, regions_inlined=inlined)
+
+
+def _rewrite_attention(name: str, finding: AttentionSite, run: Rewriting) -> None:
+    site, row = run.begin(name, finding)
+    with run.step("canonicalize", name):
+        site = run.with_written(site)
+        attention = run.canonicalized(site, row)
+    kernel = None
+    if attention is not None and attention.scores.repeated_along:
+        with run.step("narrow_masks", name):
+            attention = run.with_narrow_masks(attention)
+    if attention is not None:
+        with run.step("choose", name):
+            kernel = run.choose(attention, row)
+    if attention is not None and kernel is not None:
+        with run.step("splice", name):
+            run.splice(attention, row, kernel)
+    else:
+        # The slices of a merged site come next, each on its own.
+        with run.step("keep", name):
+            run.keep(site, row, (site if attention is None else attention).written)
+
+
+def _join_and_fuse(gm: fx.GraphModule, policy: Policy, run: Rewriting) -> bool:
+    """Joins and fuses projections around the attentions; returns whether the graph changed."""
+    with run.step("join_projections"):
+        changed = join_projections(gm, run.served, run.replaced)
+    if policy.fuse_projections or (policy.fuse_projections is None and policy.freezes):
+        with run.step("fuse_projections"):
+            changed |= fuse_projections(gm, run.served, run.replaced, constants=policy.fuse_projections is None)
+    return changed
 
 
 def find_sites(view: GraphView) -> list[Finding]:

@@ -88,7 +88,7 @@ def request_for(policy: Policy, location: SourceLocation | None, call: fx.Node) 
     if call.meta.get("custom", {}).get(KERNEL_OF_CALL) == COMPATIBILITY:
         return _COMPATIBLE
     for pattern, names in policy.kernel_rules:
-        if _matches(pattern, location):
+        if matches(pattern, location):
             return Request(names, f"the rule for {pattern!r}", policy.strict)
     if _in_force.get() is not None:
         return _in_force.get()
@@ -101,11 +101,11 @@ def request_for(policy: Policy, location: SourceLocation | None, call: fx.Node) 
 def unmatched_rules(policy: Policy, locations: Iterable[SourceLocation | None]) -> tuple[str, ...]:
     """The globs of ``options["kernel_rules"]`` that match no site at these locations."""
     places = list(locations)
-    return tuple(glob for glob, _ in policy.kernel_rules if not any(_matches(glob, place) for place in places))
+    return tuple(glob for glob, _ in policy.kernel_rules if not any(matches(glob, place) for place in places))
 
 
-def _matches(pattern: str, location: SourceLocation | None) -> bool:
-    """Whether a rule's glob matches the module's path ("*.attn1") or the line ("attention.py:120")."""
+def matches(pattern: str, location: SourceLocation | None) -> bool:
+    """Whether a glob of an option matches the module's path ("*.attn1") or the line ("attention.py:120")."""
     if location is None:
         return pattern == "*"
     line = f"{location.file}:{location.line}"

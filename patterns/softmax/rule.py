@@ -33,6 +33,7 @@ from attnrewrite.ir.nodes import tensor
 from attnrewrite.ir.ops import CONVOLUTION_OPS, NORM_OPS
 from attnrewrite.ir.products import Product, is_product
 from attnrewrite.ir.site import AttentionSite, Narrow, NotAttention, Scale, WeightMod, Zero
+from attnrewrite.ir.source import source_location
 from attnrewrite.ir.views import peel, push
 from attnrewrite.patterns.base import Specimen
 from attnrewrite.patterns.softmax.specimens import SPECIMENS
@@ -258,7 +259,15 @@ def _served(readings: list[_FoundSite], view: GraphView) -> Iterator[Finding]:
         what = "the attention weights" if node in reading.weights else "the scores"
         names = ", ".join(sorted({reader_in_words(user) for user in users}))
         reason = f"{what} are read more than once ({names}), so they must exist in memory"
+        if node in reading.weights and any(map(_leads_to_output, users)):
+            module = getattr(source_location(reading.site.anchor), "module", "")
+            reason += f" (if nobody reads them, say so: options={{'unread_weights': {module or '*'!r}}})"
         yield NearMiss("softmax", reading.site.anchor, reason, (reading.site.anchor,))
+
+
+def _leads_to_output(node: fx.Node) -> bool:
+    """Whether a node is the results of the graph, or is read by these alone."""
+    return node.op == "output" or (bool(node.users) and all(map(_leads_to_output, node.users)))
 
 
 def _behind_views(sink: Operand | float | None) -> Operand | float | None:
