@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import fx
@@ -74,7 +75,8 @@ class InnerCompiler:
         if keep_attention:
             given = self._policy.inner_options.get("disabled_passes", inductor_config().disabled_passes)
             own["disabled_passes"] = ",".join(filter(None, (given, ATTENTION_PATTERNS)))
-        compiled: CompiledFn = self._inductor_wrapper(own)(gm, example_inputs)
+        with _without_values_of_inputs(gm):
+            compiled: CompiledFn = self._inductor_wrapper(own)(gm, example_inputs)
         return compiled
 
     def _inductor_wrapper(self, own: dict[str, Any]) -> Any:
@@ -123,3 +125,17 @@ def _unknown_options(unknown: list[str], own: Iterable[str], what: str, known: l
     names = ", ".join(repr(key) for key in unknown)
     tail = f"{what}: {', '.join(known)}" if known else what
     return OptionError(f"unknown option {names}{hint}; attnrewrite takes: {', '.join(own)}; {tail}")
+
+
+@contextlib.contextmanager
+def _without_values_of_inputs(gm: fx.GraphModule) -> Iterator[None]:
+    """The graph as Dynamo makes it: Inductor's C++ wrapper takes one whose inputs have values for an exported program,
+    in which sizes are no inputs (``_extract_inputs_from_exported_gm`` in
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_inductor/compile_fx.py).
+    """
+    values = {node: node.meta.pop("val") for node in gm.graph.find_nodes(op="placeholder") if "val" in node.meta}
+    try:
+        yield
+    finally:
+        for node, value in values.items():
+            node.meta["val"] = value

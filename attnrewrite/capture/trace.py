@@ -22,6 +22,7 @@ from attnrewrite.capture.opaque import OpaqueCalls
 from attnrewrite.capture.prepare import prepared_graph
 from attnrewrite.capture.support import CaptureError, first_line
 from attnrewrite.capture.vmap import holds_vmap, vmap_lowered
+from attnrewrite.ir.source import source_name
 from attnrewrite.torch_private import (
     FORWARD_MODE_CALLS,
     FakeTensor,
@@ -29,6 +30,7 @@ from attnrewrite.torch_private import (
     TracingContext,
     aot_export_module,
     detect_fake_mode,
+    is_traceable_wrapper_subclass,
     tracing,
 )
 
@@ -55,6 +57,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     gm = _without_vmap(gm)
     _refuse_function_transforms(gm)
     placeholders = gm.graph.find_nodes(op="placeholder")
+    _refuse_subclasses(placeholders, example_inputs)
     context, inputs = _tracing_inputs(placeholders, example_inputs)
     regions = AutocastRegions()
     opaque = OpaqueCalls()
@@ -116,6 +119,20 @@ def _refuse_function_transforms(gm: fx.GraphModule) -> None:
             raise CaptureError(f"the graph uses a torch.func transform ({name}), which cannot be traced functionally")
         if getattr(node.target, "__name__", "") in FORWARD_MODE_CALLS:
             raise CaptureError("the graph uses forward-mode differentiation, which cannot be traced functionally")
+
+
+def _refuse_subclasses(placeholders: Sequence[fx.Node], example_inputs: Sequence[Any]) -> None:
+    """Refuses graphs that are given a tensor made of others, which pre-dispatch tracing cannot express.
+
+    Raises:
+        CaptureError: an input is one.
+    """
+    for node, value in zip(placeholders, example_inputs, strict=True):
+        given = node.meta.get("example_value", value)
+        if is_traceable_wrapper_subclass(given):
+            kind = f"{type(given).__module__}.{type(given).__name__}"
+            name = source_name(node) or node.name
+            raise CaptureError(f"{name} is a {kind}, and graphs that are given tensor subclasses are not read")
 
 
 def _tracing_inputs(

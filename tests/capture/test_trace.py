@@ -603,3 +603,19 @@ def test_a_slice_assignment_in_training() -> None:
     assert [row.status for row in rows(attention, *inputs)] == ["rewritten"]
     actual = gradients(rewritten(attention, "aot_eager"), inputs)
     assert relative_error(actual, gradients(attention, inputs)) <= 1e-4
+
+
+def test_a_tensor_subclass_is_named() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(n, 16) for n in (3, 6, 4)], layout=torch.jagged)
+
+    def attended(x: Tensor) -> Tensor:
+        q = x.view(3, -1, 2, 8).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, q, q).transpose(1, 2)
+
+    with collect_reports() as graphs:
+        result = rewritten(attended, "aot_eager")(nested)
+    assert relative_error(result.values(), attended(nested).values()) <= 1e-5
+    assert any(
+        not graph.captured and graph.reason.startswith("L['x'] is a torch.nested") and "subclass" in graph.reason
+        for graph in graphs
+    )

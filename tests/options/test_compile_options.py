@@ -119,3 +119,15 @@ def test_assume_attended_rows_lifts_a_refusal() -> None:
     torch._dynamo.reset()
     (taken,) = rows(masked, *inputs, assume_attended_rows=True)
     assert taken.status == "rewritten" and any("asserted by the option" in line for line in taken.proof)
+
+
+def test_cpp_wrapper_with_symbolic_sizes() -> None:
+    """Inductor takes a graph whose inputs have values for an exported program, whose sizes are no inputs."""
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return (q @ k.mT / 4).softmax(-1) @ v
+
+    compiled = torch.compile(attention, backend="attnrewrite", dynamic=True, options={"cpp_wrapper": True})
+    for length in (7, 9):
+        inputs = torch.randn(3, 2, 4, length, 16)
+        assert torch.allclose(compiled(*inputs), attention(*inputs), atol=1e-5)
