@@ -397,7 +397,7 @@ def _shift_by_own_row(node: fx.Node, source: fx.Node, layout: Layout | None, con
             if scaled or subtracted is negated:
                 return None
             return [Shift(by_maximum=True), *[Scale(-1.0)] * negated], nodes
-        return [*[Scale(-1.0)] * negated, Shift(needs_finite=True)], nodes
+        return [Shift(needs_finite=True), *[Scale(-1.0)] * negated], nodes
     return None
 
 

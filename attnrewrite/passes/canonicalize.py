@@ -98,6 +98,8 @@ class _Reading:
     inexpressible: Reason = FINE
     softcap: float | None = None
     """The factor after a tanh; None unless that tanh is the only reason for ``inexpressible``."""
+    needs_finite: bool = False
+    """Whether rows whose scores are not finite became NaN, as ``max - scores`` does, unless negated again."""
     shifted: bool = False
     """Whether a number that is the same for all keys of a row was added or subtracted."""
     narrowed: Reason = FINE
@@ -413,6 +415,11 @@ def _read_mods(site: AttentionSite, positions: Positions) -> _Reading:
             _read_narrow(mod, reading, site)
         elif isinstance(mod, Shift):
             _read_shift(mod, reading, site)
+        elif reading.needs_finite and not (isinstance(mod.factor, (int, float)) and mod.factor > 0):
+            raise NotAttention(
+                "scores that were subtracted from a number made of their row are multiplied by what may be negative, "
+                "and then infinite ones no longer make the row NaN"
+            )
         elif isinstance(mod.factor, (int, float)):
             if mod.divide and mod.factor == 0:
                 raise NotAttention("the scores are divided by zero")
@@ -453,6 +460,7 @@ def _read_shift(mod: Shift, reading: _Reading, site: AttentionSite) -> None:
     reading.shifted = True
     if mod.needs_finite:
         _require_plain_scores(site, reading)
+        reading.needs_finite = True
     if mod.by_maximum and any(map(_may_mask, reading.terms)):
         reading.lifted = "to zero" if any(map(_may_be_low, reading.terms)) else "to NaN"
 
