@@ -75,6 +75,10 @@ def rewrite(
     joined = _join_and_fuse(gm, policy, run)
     for region in regions_of(gm):
         with run.step("region", region.name):
+            kept = region.why_kept(run.view.trains)
+            if kept:
+                run.keep_region(region, kept)
+                continue
             found = rewrite(region.gm, policy, steps=steps.within(), has_gradients=run.view.has_gradients)
             run.add_region(region, found)
     return run.finish(projections_changed=joined, regions_inlined=inlined)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnrewrite.ir.reason import FINE, Reason
 from attnrewrite.report.rows import SiteReport
 from attnrewrite.torch_private import HigherOrderOperator
 
@@ -43,6 +44,14 @@ class Region:
     name: str
     gm: fx.GraphModule
     calls: tuple[fx.Node, ...]
+
+    def why_kept(self, trains: bool) -> Reason:
+        """Why the region must stay as it is; empty if it need not."""
+        if trains and any(call.target is _COND for call in self.calls):
+            # Which layouts these have is the kernels' affair:
+            # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_higher_order_ops/cond.py
+            return Reason("the branches of torch.cond must lay out their gradients alike, which kernels do not promise")
+        return FINE
 
     def put_back(self, outer: fx.GraphModule, renamed: bool) -> None:
         """Makes the copy the graph that ``outer`` calls; ``renamed`` if it is another than before.

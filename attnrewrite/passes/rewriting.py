@@ -21,6 +21,7 @@ from attnrewrite.options.compile_options import Policy
 from attnrewrite.options.request import Request
 from attnrewrite.passes.canonicalize import canonicalized
 from attnrewrite.passes.describe import describe_canonical, row_of_attention, row_of_linear, row_of_near_miss
+from attnrewrite.passes.find import find
 from attnrewrite.passes.finite_rows import with_factors_of_finite_rows
 from attnrewrite.passes.insert_checks import insert_check
 from attnrewrite.passes.narrow_masks import with_narrow_masks
@@ -217,6 +218,12 @@ class Rewriting:
         unmerged = Reason(f"no kernel takes the merged attention: {row.reason}")
         slices = [(f"{row.name}_{number}", replace(part, unmerged=unmerged)) for number, part in enumerate(site.parts)]
         self._pending.extendleft(reversed(slices))
+
+    def keep_region(self, region: Region, reason: Reason) -> None:
+        """Adds the sites of a region that stays as it is."""
+        for index, finding in enumerate(find(GraphView(region.gm))):
+            kept = NearMiss(finding.pattern, finding.anchor, str(reason))
+            self._result.sites.append(row_of_near_miss(f"{region.name}.site{index}", kept))
 
     def add_region(self, region: Region, found: Rewritten) -> None:
         """Adds the sites of a region, and puts it into the graph if it was rewritten."""

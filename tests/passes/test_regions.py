@@ -89,6 +89,14 @@ def attended(x: Tensor) -> Tensor:
     return (x @ x.transpose(1, 2) / 3).softmax(-1) @ x
 
 
+def attended_or_not(x: Tensor) -> Tensor:
+    def relu(x: Tensor) -> Tensor:
+        return (x @ x.transpose(1, 2)).relu() @ x
+
+    result: Tensor = torch.cond(x.sum() > 0, attended, relu, (x,))
+    return result
+
+
 def looped(x: Tensor) -> Tensor:
     def step(count: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return count + 1, attended(x)
@@ -115,12 +123,13 @@ def mapped_over(several: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("function", "shapes", "trains"),
     [
-        (branches, [(2, 7, 16)], True),
+        (branches, [(2, 7, 16)], False),
+        (attended_or_not, [(2, 7, 16)], False),
         (looped, [(2, 7, 16)], False),
         (scanned, [(2, 7, 16), (3, 2, 7, 16)], True),
         (mapped_over, [(3, 2, 7, 16)], True),
     ],
-    ids=["cond", "while_loop", "scan", "map"],
+    ids=["cond", "another branch", "while_loop", "scan", "map"],
 )
 def test_branches_and_loops(function: Callable[..., Tensor], shapes: list[tuple[int, ...]], trains: bool) -> None:
     inputs = [torch.randn(shape).abs() for shape in shapes]
@@ -135,6 +144,16 @@ def test_branches_and_loops(function: Callable[..., Tensor], shapes: list[tuple[
         torch._dynamo.reset()
         found = gradients(rewritten(function, "aot_eager", fullgraph=True), inputs)
         assert relative_error(found, gradients(function, inputs)) <= 1e-4
+
+
+@pytest.mark.parametrize("function", [branches, attended_or_not])
+def test_branches_are_kept_in_training(function: Callable[[Tensor], Tensor]) -> None:
+    """PyTorch requires one layout of both branches' gradients."""
+    x = torch.randn(2, 7, 16).abs().requires_grad_()
+    (row,) = rows(function, x)
+    assert row.status == "kept" and "lay out their gradients alike" in (row.reason or "")
+    found = gradients(rewritten(function, "aot_eager", fullgraph=True), [x])
+    assert relative_error(found, gradients(function, [x])) <= 1e-5
 
 
 def test_with_verification_and_a_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
