@@ -73,14 +73,7 @@ def rewrite(
     with run.step("restore_products"):
         run.restore_products()
     joined = _join_and_fuse(gm, policy, run)
-    for region in regions_of(gm):
-        with run.step("region", region.name):
-            kept = region.why_kept(run.view.trains)
-            if kept:
-                run.keep_region(region, kept)
-                continue
-            found = rewrite(region.gm, policy, steps=steps.within(), has_gradients=run.view.has_gradients)
-            run.add_region(region, found)
+    _rewrite_regions(gm, policy, run, steps)
     return run.finish(projections_changed=joined, regions_inlined=inlined)
 
 
@@ -103,6 +96,17 @@ def _rewrite_attention(name: str, finding: AttentionSite, run: Rewriting) -> Non
         # The slices of a merged site come next, each on its own.
         with run.step("keep", name):
             run.keep(site, row, (site if attention is None else attention).written)
+
+
+def _rewrite_regions(gm: fx.GraphModule, policy: Policy, run: Rewriting, steps: Steps) -> None:
+    for region in regions_of(gm):
+        with run.step("region", region.name):
+            kept = region.why_kept(run.view.trains)
+            if kept:
+                run.keep_region(region, kept)
+            else:
+                found = rewrite(region.gm, policy, steps=steps.within(), has_gradients=run.view.has_gradients)
+                run.add_region(region, found)
 
 
 def _join_and_fuse(gm: fx.GraphModule, policy: Policy, run: Rewriting) -> bool:
