@@ -415,30 +415,8 @@ def _read_mods(site: AttentionSite, positions: Positions) -> _Reading:
             _read_narrow(mod, reading, site)
         elif isinstance(mod, Shift):
             _read_shift(mod, reading, site)
-        elif reading.needs_finite and not (isinstance(mod.factor, (int, float)) and mod.factor > 0):
-            raise NotAttention(
-                "scores that were subtracted from a number made of their row are multiplied by what may be negative, "
-                "and then infinite ones no longer make the row NaN"
-            )
-        elif isinstance(mod.factor, (int, float)):
-            if mod.divide and mod.factor == 0:
-                raise NotAttention("the scores are divided by zero")
-            number = 1.0 / mod.factor if mod.divide else float(mod.factor)
-            reading.scale *= number
-            reading.bounded *= abs(number)
-            if reading.softcap is not None:
-                reading.softcap *= number
-            _scale_terms(number, reading)
-        elif (reading.shifted and _zeroes_keys(mod, site)) or not _place_factor(mod, site, reading):
-            assert isinstance(mod.factor, Operand)
-            if mod.divide or not possible_values(mod.factor.node) <= {0.0, 1.0}:
-                reading.take_function("the scores are multiplied by a tensor with query and key positions")
-                if terms:
-                    reading.overflows = Reason("a tensor scales masked scores")
-            elif any(value in (ValueKind.ANY, -math.inf) for term in terms for value in _values(term)):
-                raise NotAttention("scores that may be -inf are multiplied by zeros, which gives NaN")
-            else:
-                terms.append(_Multiplied(mod.factor, 0.0, site.softmax_dtype, True, after_shift=reading.shifted))
+        else:
+            _read_scale(mod, site, reading)
     if site.in_half:
         terms[:] = [_of_half_scores(term, site.compute_dtype) for term in terms]
     if not math.isfinite(reading.scale):
@@ -454,6 +432,34 @@ def _read_mods(site: AttentionSite, positions: Positions) -> _Reading:
         reading.take_function("the scores are multiplied by a mask, and softmax still counts the masked zeros")
         terms[:] = [term for term in terms if not isinstance(term, _Multiplied)]
     return reading
+
+
+def _read_scale(mod: Scale, site: AttentionSite, reading: _Reading) -> None:
+    terms = reading.terms
+    if reading.needs_finite and not (isinstance(mod.factor, (int, float)) and mod.factor > 0):
+        raise NotAttention(
+            "scores that were subtracted from a number made of their row are multiplied by what may be negative, "
+            "and then infinite ones no longer make the row NaN"
+        )
+    if isinstance(mod.factor, (int, float)):
+        if mod.divide and mod.factor == 0:
+            raise NotAttention("the scores are divided by zero")
+        number = 1.0 / mod.factor if mod.divide else float(mod.factor)
+        reading.scale *= number
+        reading.bounded *= abs(number)
+        if reading.softcap is not None:
+            reading.softcap *= number
+        _scale_terms(number, reading)
+    elif (reading.shifted and _zeroes_keys(mod, site)) or not _place_factor(mod, site, reading):
+        assert isinstance(mod.factor, Operand)
+        if mod.divide or not possible_values(mod.factor.node) <= {0.0, 1.0}:
+            reading.take_function("the scores are multiplied by a tensor with query and key positions")
+            if terms:
+                reading.overflows = Reason("a tensor scales masked scores")
+        elif any(value in (ValueKind.ANY, -math.inf) for term in terms for value in _values(term)):
+            raise NotAttention("scores that may be -inf are multiplied by zeros, which gives NaN")
+        else:
+            terms.append(_Multiplied(mod.factor, 0.0, site.softmax_dtype, True, after_shift=reading.shifted))
 
 
 def _read_shift(mod: Shift, reading: _Reading, site: AttentionSite) -> None:
