@@ -90,6 +90,7 @@ class _Sum:
         self.nodes: list[fx.Node] = []
         self.has_tensors = False
         self._weights = weights
+        self._sums: dict[fx.Node, bool] = {}
         if not self._read(node):
             self.leaves = {}
 
@@ -123,9 +124,12 @@ class _Sum:
         return [scaled] if is_tensor(scaled) and self._is_sum(scaled) and self._is_factor(factor) else None
 
     def _is_sum(self, node: fx.Node) -> bool:
-        shape, whole = tensor(node).shape, tensor(self.node).shape
-        shaped = 2 <= len(shape) <= len(whole) and same(shape[-1], whole[-1])
-        return shaped and (self._weights.behind(node) is not None or self._terms(node) is not None)
+        if node not in self._sums:
+            shape, whole = tensor(node).shape, tensor(self.node).shape
+            shaped = 2 <= len(shape) <= len(whole) and same(shape[-1], whole[-1])
+            found = shaped and (self._weights.behind(node) is not None or self._terms(node) is not None)
+            self._sums[node] = found
+        return self._sums[node]
 
     def _is_factor(self, factor: Any) -> bool:
         """Whether a factor is the same for all keys, which are the last dimension unless it is a single number."""

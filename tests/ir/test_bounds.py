@@ -239,9 +239,13 @@ def test_within_and_beyond(case: Case) -> None:
     assert all(str(case.bound) in said(row) for row in beyond)
 
 
+NOTHING_IS_MISSED = {bounds.NARROWED_STEPS}
+"""Beyond it the same mask is computed at its full size and sliced (tests/passes/test_narrow_masks.py)."""
+
+
 def test_every_bound_is_tested() -> None:
     named = {value for value in vars(bounds).values() if isinstance(value, Bound)}
-    assert {case.bound for case in CASES} == named
+    assert {case.bound for case in CASES} == named - NOTHING_IS_MISSED
 
 
 def test_the_page_of_limits_has_every_bound() -> None:
