@@ -25,6 +25,7 @@ from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels.common.base import Kernel
 from attnrewrite.kernels.common.layout import KernelLayout, with_unit_stride
 from attnrewrite.kernels.common.verdict import Availability, Verdict
+from attnrewrite.kernels.torch_sdpa import with_nan_of_query
 
 __all__ = ["IsolatedBlock"]
 
@@ -78,7 +79,8 @@ class IsolatedBlock(Kernel):
         layout = KernelLayout.of(site)
         query, key, value = layout.operands(builder, site)
         parts = _Parts(builder, *scores.isolated, length=size_of(site.key_axes))
-        outside = self._attended(builder, parts.outside(query), key, value, scores.scale)
+        rows = parts.outside(query)
+        outside = with_nan_of_query(builder, site, self._attended(builder, rows, key, value, scores.scale), rows)
         block = parts.block(query), parts.block(key), parts.block(value)
         inside = self._isolated(builder, block, parts.outside(key), parts.outside(value), scores.scale)
         return layout.as_result(builder, site, parts.joined(inside, outside))

@@ -26,7 +26,7 @@ from attnrewrite.kernels.common.verdict import Availability, Verdict
 from attnrewrite.kernels.known_wrong import known_to_be_wrong
 from attnrewrite.kernels.torch_limits import MATH, NATIVE
 
-__all__ = ["TESTED_ON", "TorchMath", "TorchSDPA"]
+__all__ = ["TESTED_ON", "TorchMath", "TorchSDPA", "with_nan_of_query"]
 
 aten = torch.ops.aten
 
@@ -145,10 +145,8 @@ class TorchSDPA(Kernel):
             {"scale": scores.scale, "enable_gqa": layout.grouped},
             fake,
         )
-        if mask.node is None and not self.keeps_scores and _loses_nan(site):
-            # Zero, or NaN in rows whose query is not finite: so are their scores, and softmax gives NaN.
-            nothing = builder.call(aten.sum.dim_IntList, builder.call(aten.mul.Scalar, own[0], 0.0), [-1], True)
-            output = builder.call(aten.add.Tensor, output, nothing)
+        if mask.node is None and not self.keeps_scores:
+            output = with_nan_of_query(builder, site, output, own[0])
         if not site.fused and mask.node is not None:
             output = mask.with_gradients(output, *own, value)
             output = mask.with_source_rows(output, value, layout)
@@ -162,10 +160,18 @@ _VECTOR = 16
 """The most float32 numbers that the CPU's kernel takes at once."""
 
 
-def _loses_nan(site: CanonicalAttention) -> bool:
-    """Whether PyTorch's CPU kernel may give 0 where the query is NaN (``known_wrong``), unlike the source."""
+def with_nan_of_query(builder: Builder, site: CanonicalAttention, output: fx.Node, query: fx.Node) -> fx.Node:
+    """The output of an unmasked call, NaN in rows whose query is not finite where PyTorch's CPU kernel may give 0.
+
+    See ``known_wrong``. A call in the source that has no mask has this, too; one whose mask was proved to be a causal
+    one, say, does not. Where the query is not finite, neither are its scores.
+    """
     few = not statically_known_true(size_of(site.key_axes) >= _VECTOR)
-    return site.device.type == "cpu" and not site.fused and few
+    unmasked_call = site.fused and not any(isinstance(mod, (Bias, Fill)) for mod in site.mods)
+    if site.device.type != "cpu" or unmasked_call or not few:
+        return output
+    nothing = builder.call(aten.sum.dim_IntList, builder.call(aten.mul.Scalar, query, 0.0), [-1], True)
+    return builder.call(aten.add.Tensor, output, nothing)
 
 
 def _is_rounded(term: Bias, site: CanonicalAttention) -> bool:

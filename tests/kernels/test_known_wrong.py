@@ -297,3 +297,18 @@ def test_a_query_that_is_not_finite_gives_nan_with_few_keys(dtype: torch.dtype, 
         assert torch.equal(found.isnan(), expected.isnan()), keys
         of_found, of_expected = gradients(compiled, inputs), gradients(unmasked, inputs)
         assert torch.equal(of_found[2].isnan(), of_expected[2].isnan()), keys
+
+
+def test_a_masked_call_that_becomes_causal_gives_nan_with_few_keys() -> None:
+    """The source's call has a mask, and so is right; the call in its place has none."""
+
+    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    q, k, v = torch.randn(3, 1, 2, 7, 8)
+    q[:, 1, 2] = math.nan
+    assert [row.mask for row in rows(masked, q, k, v)] == ["causal"]
+    found, expected = rewritten(masked)(q, k, v), masked(q, k, v)
+    assert expected[:, 1, 2].isnan().all()
+    assert relative_error(found, expected) <= 1e-6
