@@ -216,6 +216,8 @@ class _Compilation:
         report = self._report
         # In a call that reuses attention, graphs keep their results.
         unread = UnreadResults(source.gm, self._policy.unread_weights if self._call is None else ())
+        if self._policy.unread_weights and self._call is not None:
+            report.notes.append("unread_weights has no effect in a call that reuses attention")
         try:
             admission = self._admitted(source)
             rewritten = rewrite(

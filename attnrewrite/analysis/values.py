@@ -190,7 +190,11 @@ def _values_of_product(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> 
     The last operand is looked at first: it is a projection's weight, and the other may be computed by a whole model.
     """
     operands = [operand for operand in node.all_input_nodes if is_tensor(operand)]
-    learned = any(ValueKind.LEARNED in _values(operand, memo) for operand in reversed(operands))
+    # As a weight a frozen parameter counts as well.
+    learned = any(
+        isinstance(operand.meta.get("example_value"), torch.nn.Parameter) or ValueKind.LEARNED in _values(operand, memo)
+        for operand in reversed(operands)
+    )
     return frozenset({ValueKind.LEARNED if learned else ValueKind.ANY})
 
 

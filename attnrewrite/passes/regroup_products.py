@@ -7,9 +7,9 @@ Where no kernel takes an attention in the end, the source's form is put back.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from torch import fx
 
@@ -18,6 +18,7 @@ from attnrewrite.ir.graph_view import GraphView
 from attnrewrite.ir.nodes import is_tensor, same_shape, tensor
 from attnrewrite.ir.reason import Reason
 from attnrewrite.passes.regrouping import Found, NotRegrouped, Weights, require_one_region
+from attnrewrite.passes.saved_nodes import SavedNode
 from attnrewrite.passes.splice import latest, remove_unused, replace_node
 from attnrewrite.passes.split_keys import joined_scores, joined_values
 from attnrewrite.passes.weight_sums import sum_of_attentions
@@ -26,17 +27,6 @@ from attnrewrite.report.rows import SiteReport
 from attnrewrite.torch_private import is_erased
 
 __all__ = ["Regrouped", "regroup_products"]
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """A node that was removed, as it was."""
-
-    node: fx.Node
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    meta: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,7 +42,7 @@ class _Change:
     old: fx.Node
     new: fx.Node
     products: tuple[fx.Node, ...]
-    removed: tuple[_Saved, ...]
+    removed: tuple[SavedNode, ...]
 
 
 @dataclass
@@ -86,23 +76,12 @@ class Regrouped:
                 continue
             written: dict[fx.Node, fx.Node] = {}
             for saved in change.removed:
-                current = {
-                    node: written.get(node) or latest(node, replaced) for node in _nodes_in((saved.args, saved.kwargs))
-                }
-                args, kwargs = fx.node.map_arg((saved.args, saved.kwargs), current.__getitem__)
-                with graph.inserting_before(at):
-                    written[saved.node] = graph.call_function(saved.target, args, kwargs)
-                written[saved.node].meta = saved.meta
+                current = ChainMap(written, {node: latest(node, replaced) for node in saved.reads})
+                written[saved.node] = saved.write(graph, at, current.__getitem__)
             at.replace_all_uses_with(written[change.old])
             replaced.update(written)
             replaced[at] = written[change.old]
             remove_unused(graph, (at,))
-
-
-def _nodes_in(arguments: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.node.map_arg(arguments, found.append)
-    return found
 
 
 def regroup_products(view: GraphView, replaced: dict[fx.Node, fx.Node]) -> Regrouped:
@@ -146,9 +125,9 @@ def _new_form(
 def _replaced(
     node: fx.Node, found: Found, builder: Builder, view: GraphView, replaced: dict[fx.Node, fx.Node]
 ) -> _Change:
-    saved: list[_Saved] = []
+    saved: list[SavedNode] = []
     for each in view.graph.nodes:
-        saved.append(_Saved(each, each.target, each.args, dict(each.kwargs), each.meta))
+        saved.append(SavedNode.of(each))
         if each is node:
             break
     replace_node(view.graph, node, found.new, builder, replaced)

@@ -22,6 +22,7 @@ from attnrewrite.ir.nodes import is_tensor
 from attnrewrite.ir.ops import COPY_OPS, DIV_OPS, MASKED_FILL_OPS, MUL_OPS, is_cast
 from attnrewrite.ir.source import SourceLocation, source_location
 from attnrewrite.ir.views import is_layout_op
+from attnrewrite.passes.saved_nodes import SavedNode
 from attnrewrite.selection.requests import matches
 from attnrewrite.torch_private import is_erased, tree_leaves
 
@@ -60,16 +61,11 @@ class UnreadWeights:
         own._used()
 
     __bool__ = __len__ = __iter__ = __getitem__ = __float__ = __int__ = __array__ = _used
+    # Equality by identity would say False in silence.
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _used
+    __hash__ = object.__hash__
+    __neg__ = __abs__ = __pow__ = __contains__ = _used
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __matmul__ = __rmatmul__ = _used
-
-
-@dataclass(frozen=True)
-class _Removed:
-    node: fx.Node
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    meta: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -86,7 +82,7 @@ class _LeftOut:
     place: int
     result: fx.Node
     softmax: fx.Node
-    removed: tuple[_Removed, ...]
+    removed: tuple[SavedNode, ...]
 
 
 class UnreadResults:
@@ -96,6 +92,7 @@ class UnreadResults:
         """Leaves out, in place, the results that are attention weights of the modules or lines that a glob matches."""
         self._gm = gm
         self._left_out: list[_LeftOut] = []
+        self._written: dict[fx.Node, fx.Node] = {}
         softmaxes = {softmax.node for softmax in every_softmax(gm.graph)} if globs else set()
         results: Any = gm.graph.output_node().args[0] if softmaxes else ()
         for place, result in enumerate(results if isinstance(results, (tuple, list)) else ()):
@@ -106,10 +103,10 @@ class UnreadResults:
     def _leave_out(self, place: int, result: fx.Node, softmax: fx.Node) -> None:
         output = self._gm.graph.output_node()
         _set_result(output, place, None)
-        removed: list[_Removed] = []
+        removed: list[SavedNode] = []
         node = result
         while node is not softmax and not node.users:
-            removed.append(_Removed(node, node.target, node.args, dict(node.kwargs), node.meta))
+            removed.append(SavedNode.of(node))
             self._gm.graph.erase_node(node)
             node = removed[-1].args[0]
         self._left_out.append(_LeftOut(place, result, softmax, tuple(reversed(removed))))
@@ -120,24 +117,24 @@ class UnreadResults:
     def settle(self) -> dict[int, UnreadWeights]:
         """Puts back what could not be done without; returns what stands for the others, by place."""
         standing = {}
-        for each in self._left_out:
+        # What several results share was removed with the last of them.
+        for each in reversed(self._left_out):
             if is_erased(each.softmax):
                 location = source_location(each.softmax)
                 standing[each.place] = UnreadWeights("the model" if location is None else _in_words(location))
             else:
                 self._put_back(each)
-        return standing
+        return dict(sorted(standing.items()))
 
     def _put_back(self, each: _LeftOut) -> None:
         graph = self._gm.graph
-        current: dict[fx.Node, fx.Node] = {}
-        with graph.inserting_before(graph.output_node()):
-            for removed in each.removed:
-                args, kwargs = fx.node.map_arg((removed.args, removed.kwargs), lambda node: current.get(node, node))
-                current[removed.node] = graph.call_function(removed.target, args, kwargs)
-                current[removed.node].meta = removed.meta
-        _set_result(graph.output_node(), each.place, current.get(each.result, each.result))
+        for removed in each.removed:
+            self._written[removed.node] = removed.write(graph, graph.output_node(), self._current)
+        _set_result(graph.output_node(), each.place, self._current(each.result))
         self._gm.recompile()
+
+    def _current(self, node: fx.Node) -> fx.Node:
+        return self._written.get(node, node)
 
 
 def with_standing(compiled: Callable[..., Any], standing: dict[int, UnreadWeights]) -> Callable[..., Any]:
@@ -173,8 +170,10 @@ def _softmax_behind(node: Any, softmaxes: set[fx.Node]) -> fx.Node | None:
 def _keeps_weights(node: fx.Node) -> bool:
     """Whether the node is what models do to weights that they keep: dropout, a mask, the mean over heads."""
     averages = node.target in (aten.mean.dim, aten.sum.dim_IntList)
-    changes = node.target in MASKED_FILL_OPS or node.target in MUL_OPS or node.target in DIV_OPS
-    return averages or changes or node.target in COPY_OPS or node.target is aten.dropout.default
+    # What a tensor multiplies may be a result of its own, such as a pooled value.
+    scales = (node.target in MUL_OPS or node.target in DIV_OPS) and not is_tensor(node.args[1])
+    kept = node.target in COPY_OPS or node.target in MASKED_FILL_OPS or node.target is aten.dropout.default
+    return averages or scales or kept
 
 
 def _in_words(location: SourceLocation) -> str:

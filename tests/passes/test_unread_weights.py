@@ -53,6 +53,9 @@ def test_stored_weights(inner: str, dynamic: bool) -> None:
         lambda weights: weights * 2,
         lambda weights: 2 - weights,
         lambda weights: list(weights),
+        lambda weights: weights == 0,
+        lambda weights: weights > 0.5,
+        lambda weights: -weights,
         bool,
         len,
     ):
@@ -107,6 +110,32 @@ def test_weights_of_what_is_kept_are_there() -> None:
     assert relative_error(result[:2], expected[:2]) <= 1e-5
     with pytest.raises(UnreadWeightsError):
         result[2].sum()
+
+
+def test_results_that_share_what_is_put_back() -> None:
+    """The mean is a result, what is made of it another; the attention is kept, since its weights are renormalized."""
+
+    def attention(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weights = (x @ x.mT).softmax(-1)
+        y = (weights / weights.sum(-2, keepdim=True)) @ x
+        average = weights.mean(0)
+        z = (y @ y.mT).softmax(-1) @ y
+        return z, average.detach(), average
+
+    _, result, found = rewritten_and_rows(attention, X, unread_weights="*")
+    assert "rewritten" in [row.status for row in found]
+    assert relative_error(result, attention(X)) <= 1e-5
+
+
+def test_what_weights_are_multiplied_with_is_a_result() -> None:
+    def attention(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        weights = (x @ x.mT).softmax(-1)
+        return weights @ x, (weights * gate).sum(-1)
+
+    inputs = X, torch.randn(2, 7, 7)
+    _, result, (row,) = rewritten_and_rows(attention, *inputs, unread_weights="*")
+    assert row.status == "kept"
+    assert relative_error(result, attention(*inputs)) <= 1e-5
 
 
 def test_graphs_without_attention_are_left_alone() -> None:
