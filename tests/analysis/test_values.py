@@ -1,0 +1,49 @@
+"""Which values a tensor can take, from how the graph computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from attnrewrite.analysis.values import ValueKind, possible_values
+from attnrewrite.capture.legalize import legalized
+from attnrewrite.capture.trace import capture
+
+MASK = torch.zeros(2, 6)
+
+
+def values_of(function: Callable[..., Tensor], *inputs: Tensor) -> frozenset[float | ValueKind]:
+    found: list[frozenset[float | ValueKind]] = []
+
+    def read(gm: fx.GraphModule, example_inputs: list[Tensor]) -> Any:
+        (result,) = capture(legalized(gm), example_inputs).gm.graph.output_node().all_input_nodes
+        found.append(possible_values(result))
+        return gm.forward
+
+    torch.compile(function, backend=read)(*inputs)
+    (values,) = found
+    return values
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_projections_are_of_ordinary_size(frozen: bool) -> None:
+    weight = nn.Parameter(torch.randn(3, 6), requires_grad=not frozen)
+    assert values_of(lambda x, w: F.linear(x, w), MASK, weight) == {ValueKind.LEARNED}
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x: torch.einsum("bi,bj->bij", x, torch.ones(2, 5)),
+        lambda x: F.linear(x[..., None], torch.ones(4, 1)),
+        lambda x: x @ x.mT,
+    ],
+)
+def test_products_of_what_is_given_are_anything(product: Callable[[Tensor], Tensor]) -> None:
+    """A mask of -1e9 may go in."""
+    assert values_of(product, MASK) == {ValueKind.ANY}
