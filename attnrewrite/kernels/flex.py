@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,6 +37,7 @@ from attnrewrite.kernels.flex_blocks import (
     blocks_of_band,
     blocks_of_isolated,
     blocks_of_mask,
+    entry_at,
     placeholders_first,
     stored,
     whole_block,
@@ -196,6 +197,7 @@ class Flex(Kernel):
             "OUTPUT_LOGSUMEXP": site.differentiable and site.device.type != "cpu",
             "OUTPUT_MAX": False,
             **_blocks_that_fit(site),
+            **_stages_that_fit(site, call.buffers),
             **self.kernel_options,
         }
         query, _, value = call.operands
@@ -329,6 +331,16 @@ def _blocks_that_fit(site: CanonicalAttention) -> dict[str, Any]:
     return {"fwd_BLOCK_N": 32, "fwd_num_stages": 2}
 
 
+def _stages_that_fit(site: CanonicalAttention, buffers: Sequence[fx.Node]) -> dict[str, Any]:
+    """The backward pass loads one block ahead of none where it reads blocks of a mask beside those of the operands.
+
+    In Inductor's three stages they did not fit into the shared memory at 64 features with a mask in float32 (torch 2.11,
+    H200). ``get_flex_attn_bwd_configs``, there.
+    """
+    by_pair = any(not same(size, 1) for node in buffers for size in tensor(node).shape[-2:-1])
+    return {"bwd_num_stages": 1} if site.differentiable and site.device.type == "cuda" and by_pair else {}
+
+
 def _softcap(height: float | None) -> fx.GraphModule:
     """``score_mod`` of a soft cap, or of nothing."""
     graph = fx.Graph()
@@ -361,7 +373,7 @@ def _added_mask(builder: Builder, mask: Mask, softcap: float | None) -> tuple[fx
         node = builder.call(aten.reshape.default, node, [tensor(node).shape[place] for place in own])
         buffers.append(node)
         buffer = graph.placeholder(f"buffer{len(buffers)}")
-        return graph.call_function(aten.index.Tensor, (buffer, [positions[place] for place in own])) if own else buffer
+        return entry_at(buffer, positions, own)
 
     assert mask.node is not None
     added = read(mask.node)
@@ -466,7 +478,7 @@ def _score_mod(
             (node,) = stored(builder, [node])
         buffers.append(node)
         buffer = graph.placeholder(f"buffer{len(buffers)}")
-        return graph.call_function(aten.index.Tensor, (buffer, [positions[place] for place in own])) if own else buffer
+        return entry_at(buffer, positions, own)
 
     # Placeholders come first in a graph: the buffers are read before anything is computed.
     entries: list[Any] = []

@@ -9,6 +9,7 @@ Source: ``BlockMask`` in https://github.com/pytorch/pytorch/blob/v2.13.0/torch/n
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,17 @@ from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels.common.layout import padded_to
 from attnrewrite.kernels.common.limits import Asked
 
-__all__ = ["BLOCK", "Blocks", "blocks_of_band", "blocks_of_mask", "whole_block"]
+__all__ = [
+    "BLOCK",
+    "Blocks",
+    "blocks_of_band",
+    "blocks_of_isolated",
+    "blocks_of_mask",
+    "entry_at",
+    "placeholders_first",
+    "stored",
+    "whole_block",
+]
 
 aten = torch.ops.aten
 
@@ -294,11 +305,21 @@ def _reading(own: list[int]) -> fx.GraphModule:
     graph = _mask_graph()
     positions = list(graph.nodes)
     entry: Any = graph.placeholder("keep")
-    if own:
-        entry = graph.call_function(aten.index.Tensor, (entry, [positions[place] for place in own]))
-    graph.output(entry)
+    graph.output(entry_at(entry, positions, own))
     placeholders_first(graph)
     return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def entry_at(buffer: fx.Node, positions: Sequence[fx.Node], own: Sequence[int]) -> fx.Node:
+    """A buffer's entry at those of the positions that it has dimensions for.
+
+    In subscripts, since FlexAttention makes of these, and of these alone, what its backward pass can give a gradient for.
+    ``TransformGetItemToIndex`` of
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_dynamo/_trace_wrapped_higher_order_op.py
+    """
+    if not own:
+        return buffer
+    return buffer.graph.call_function(operator.getitem, (buffer, tuple(positions[place] for place in own)))
 
 
 def placeholders_first(graph: fx.Graph) -> None:

@@ -538,13 +538,13 @@ class _Filled(nn.Module):
         return torch.where(self.bias[:, :, :length, :length].bool(), scores, self.masked_bias)
 
 
-_filled = _Filled()
+_filled = {device: _Filled().to(device) for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))}
 
 
 @_spelling.add(_Q, _Q, _Q)
 def filled_from_a_buffer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """GPT-2, GPT-J and GPT-Neo of transformers up to 4.20, Decision Transformer."""
-    scores: Tensor = _filled(q @ k.transpose(-1, -2) / 8**0.5)
+    scores: Tensor = _filled[q.device.type](q @ k.transpose(-1, -2) / 8**0.5)
     return scores.softmax(-1) @ v
 
 

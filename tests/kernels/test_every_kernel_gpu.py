@@ -150,7 +150,20 @@ def test_gradients(name: str, shape: tuple[Any, ...]) -> None:
 
 
 @every_runnable
-@pytest.mark.parametrize("case", ["causal from last", "window", "softcap", "padding", "padding, lost rows", "grouped"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "causal from last",
+        "window",
+        "softcap",
+        "padding",
+        "padding, lost rows",
+        "grouped",
+        "bias",
+        "softcap and bias",
+        "sink",
+    ],
+)
 def test_gradients_of_cases(name: str, case: str) -> None:
     function = CASES[case].function
     inputs = on_gpu(CASES[case].inputs(torch.bfloat16))

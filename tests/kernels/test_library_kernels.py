@@ -159,6 +159,7 @@ REASONS = {
     "bias": "numbers that are added to the scores",
     "softcap": "has no soft cap: tanh",
     "softcap and causal": "has no soft cap: tanh",
+    "softcap and bias": "has no soft cap: tanh|numbers that are added to the scores",
     "clamp": "clamp of the scores",
     "dropout": "has no dropout",
     "softcap and dropout": "has no dropout|has no soft cap",

@@ -137,6 +137,10 @@ def capped_and_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((_scores(q, k) / 5).tanh() * 5).masked_fill(later, -math.inf).softmax(-1) @ v
 
 
+def capped_and_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return ((_scores(q, k) / 5).tanh() * 5 + bias).softmax(-1) @ v
+
+
 def clamped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _scores(q, k).clamp(-2, 2).softmax(-1) @ v
 
@@ -218,6 +222,7 @@ CASES: dict[str, Case] = {
         Case("bias", biased, more=_bias),
         Case("softcap", capped),
         Case("softcap and causal", capped_and_causal),
+        Case("softcap and bias", capped_and_biased, more=_bias),
         Case("clamp", clamped),
         Case("dropout", dropped, exact=False),
         Case("softcap and dropout", capped_and_dropped, exact=False),

@@ -89,6 +89,8 @@ def _both(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         wide_args, wide_kwargs = tree_map(_wide, (tuple(args), kwargs))
         if func is torch.ops.aten._grouped_mm.default:  # There is none in float64.
             wide_args, wide_kwargs = tree_map(_single, (wide_args, wide_kwargs))
+        if func is torch.ops.aten._softmax.default:  # On a GPU it may widen float16 alone.
+            wide_args = (*wide_args[:2], False)
         wide = tree_map(_double, func(*wide_args, **wide_kwargs))
     return return_and_correct_aliasing(func, args, kwargs, _paired(own, wide))  # type: ignore[no-untyped-call]
 

@@ -288,6 +288,11 @@ class Mask:
         # Drawn together, not cut off: a row attends its highest key.
         call = self._builder.call
         below = call(aten.sub.Scalar, call(aten.mul.Scalar, mask, 0.25), 0.75 * 2.0**100)
+        if self._site.differentiable:
+            # With the gradient of the number itself. The difference of infinity from itself is none.
+            finite = call(aten.clamp.default, mask, torch.finfo(tensor(mask).dtype).min)
+            nothing = call(aten.sub.Tensor, finite, call(aten.detach.default, finite))
+            below = call(aten.add.Tensor, call(aten.detach.default, below), nothing)
         return call(aten.where.self, call(aten.lt.Scalar, mask, -(2.0**100)), below, mask)
 
     def _cast(self, node: fx.Node, dtype: torch.dtype | None = None) -> fx.Node:
