@@ -313,7 +313,7 @@ def _reading(own: list[int]) -> fx.GraphModule:
 def entry_at(buffer: fx.Node, positions: Sequence[fx.Node], own: Sequence[int]) -> fx.Node:
     """A buffer's entry at those of the positions that it has dimensions for.
 
-    In subscripts, since FlexAttention makes of these, and of these alone, what its backward pass can give a gradient for.
+    In subscripts: of these alone FlexAttention makes what its backward pass has a gradient for.
     ``TransformGetItemToIndex`` of
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_dynamo/_trace_wrapped_higher_order_op.py
     """
