@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -279,12 +280,113 @@ def bench_sites(
         _check_writable(file)
     _check_plot(plot)
 
-    import torch
-
     from attnrewrite.bench.cases import GRIDS
     from attnrewrite.bench.sites import plot_sites, print_sites_benchmark, run_sites_benchmark
     from attnrewrite.errors import AttnRewriteError
     from attnrewrite.options.request import kernel_names
+
+    place = _usable_device(device)
+    cases = [case for grid in grids or (("small",) if place == "cpu" else ("main",)) for case in GRIDS[grid]]
+    try:
+        names = kernel_names(kernels, "--kernels") if kernels else ()
+        result = run_sites_benchmark(cases, names, place, seconds, workers)
+    except AttnRewriteError as error:
+        raise _BadInput(_in_a_line(error)) from error
+    print_sites_benchmark(result)
+    _write(path, result.save)
+    _write(table, result.save_table)
+    _write(plot, lambda file: plot_sites(result, file))
+
+
+@bench.command("models")
+@click.option(
+    "--model",
+    "models",
+    metavar="NAME",
+    multiple=True,
+    help="gpt2, bert, t5, clip, llama, gemma2, unet, or package.module:factory, as explain takes it; may be repeated "
+    "(default: the seven).",
+)
+@click.option(
+    "--size",
+    type=click.Choice(["small", "base"]),
+    help="Of the seven: base has the published models' widths (default: base on a GPU, small on a CPU).",
+)
+@click.option("--training", is_flag=True, help="Measure a forward and a backward pass.")
+@click.option("--device", metavar="DEVICE", default="", help="Default: the GPU if there is one, else the CPU.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Default: float32 on a CPU; on a GPU bfloat16, and float16 for the UNet.",
+)
+@click.option("--mode", help="Of torch.compile, such as reduce-overhead.")
+@click.option("--repeats", type=click.IntRange(min=1), default=10, help="Number of measurements of each (default 10).")
+@click.option("--warm/--no-warm", default=True, help="Measure the first call with filled caches, too (default).")
+@click.option("--json", "path", type=_FILE, help="Write the raw data here.")
+@click.option("--plot", type=_FILE, help="Draw the times into this file (.png, .svg, .pdf); needs matplotlib.")
+def bench_models(
+    models: tuple[str, ...],
+    size: str | None,
+    training: bool,
+    device: str,
+    dtype: str | None,
+    mode: str | None,
+    repeats: int,
+    warm: bool,
+    path: Path | None,
+    plot: Path | None,
+) -> None:
+    """Compare whole models under eager, torch.compile, torch.compile of their own sdpa path, and attnrewrite.
+
+    The seven models are classes of transformers and diffusers with random weights, their attention written out.
+    """
+    for file in (path, plot):
+        _check_writable(file)
+    _check_plot(plot)
+
+    import torch
+
+    from attnrewrite.bench.models import Settings, plot_models, print_models_benchmark, run_models_benchmark
+    from attnrewrite.errors import AttnRewriteError
+
+    place = _usable_device(device)
+    half = getattr(torch, dtype) if dtype else None
+    settings = Settings(torch.device(place), half, training, mode, warm, repeats)
+    try:
+        cases = _model_cases(models, size or ("small" if place == "cpu" else "base"))
+        result = run_models_benchmark(cases, settings)
+    except AttnRewriteError as error:
+        raise _BadInput(_in_a_line(error)) from error
+    print_models_benchmark(result)
+    _write(path, result.save)
+    _write(plot, lambda file: plot_models(result, file))
+
+
+def _model_cases(names: Sequence[str], size: str) -> list[Any]:
+    """The models of these names; all of them if there are none."""
+    from attnrewrite.bench.model_cases import MODELS, ModelCase
+
+    known = MODELS[size]
+    cases = []
+    for name in names or known:
+        if name not in known and ":" not in name:
+            raise _BadInput(f"--model {name}: write one of {', '.join(known)}, or package.module:factory")
+        cases.append(known.get(name) or ModelCase(name, functools.partial(_module_and_inputs, name)))
+    return cases
+
+
+def _module_and_inputs(factory: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    from torch import nn
+
+    model, args, kwargs = _model_and_inputs(_made_by(factory, traceback=False), factory)
+    if not isinstance(model, nn.Module):
+        raise _BadInput(f"{factory} returned a {type(model).__name__}; return a torch.nn.Module and its inputs")
+    return model, args, kwargs
+
+
+def _usable_device(device: str) -> str:
+    """The device that is asked for; by default the GPU if there is one, else the CPU."""
+    import torch
 
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if place.startswith("cuda") and not torch.cuda.is_available():
@@ -296,16 +398,7 @@ def bench_sites(
         raise _BadInput(
             f"--device {place}: PyTorch cannot use it ({reason}); pass cpu, cuda or cuda:N, or omit the option"
         ) from error
-    cases = [case for grid in grids or (("small",) if place == "cpu" else ("main",)) for case in GRIDS[grid]]
-    try:
-        names = kernel_names(kernels, "--kernels") if kernels else ()
-        result = run_sites_benchmark(cases, names, place, seconds, workers)
-    except AttnRewriteError as error:
-        raise _BadInput(_in_a_line(error)) from error
-    print_sites_benchmark(result)
-    _write(path, result.save)
-    _write(table, result.save_table)
-    _write(plot, lambda file: plot_sites(result, file))
+    return place
 
 
 def _in_a_line(error: Exception) -> str:

@@ -334,8 +334,8 @@ def _blocks_that_fit(site: CanonicalAttention) -> dict[str, Any]:
 def _stages_that_fit(site: CanonicalAttention, buffers: Sequence[fx.Node]) -> dict[str, Any]:
     """The backward pass loads one block ahead of none where it reads blocks of a mask beside those of the operands.
 
-    In Inductor's three stages they did not fit into the shared memory at 64 features with a mask in float32 (torch 2.11,
-    H200). ``get_flex_attn_bwd_configs``, there.
+    In Inductor's three stages they did not fit into the shared memory at 64 features with a mask in float32 (torch
+    2.11, H200). ``get_flex_attn_bwd_configs``, there.
     """
     by_pair = any(not same(size, 1) for node in buffers for size in tensor(node).shape[-2:-1])
     return {"bwd_num_stages": 1} if site.differentiable and site.device.type == "cuda" and by_pair else {}
