@@ -332,13 +332,17 @@ def _blocks_that_fit(site: CanonicalAttention) -> dict[str, Any]:
 
 
 def _stages_that_fit(site: CanonicalAttention, buffers: Sequence[fx.Node]) -> dict[str, Any]:
-    """The backward pass loads one block ahead of none where it reads blocks of a mask beside those of the operands.
+    """Fewer blocks loaded ahead where blocks of a mask in float32 are loaded beside those of key and value.
 
-    In Inductor's three stages they did not fit into the shared memory at 64 features with a mask in float32 (torch
-    2.11, H200). ``get_flex_attn_bwd_configs``, there.
+    In Inductor's three stages they did not fit into the shared memory at 64 features (torch 2.11, H200).
+    ``get_flex_attn_fwd_configs``, there.
     """
-    by_pair = any(not same(size, 1) for node in buffers for size in tensor(node).shape[-2:-1])
-    return {"bwd_num_stages": 1} if site.differentiable and site.device.type == "cuda" and by_pair else {}
+    wide = any(
+        tensor(node).dtype.itemsize > site.compute_dtype.itemsize and not same(size, 1)
+        for node in buffers
+        for size in tensor(node).shape[-2:-1]
+    )
+    return {"fwd_num_stages": 2, "bwd_num_stages": 2} if wide and site.device.type == "cuda" else {}
 
 
 def _softcap(height: float | None) -> fx.GraphModule:

@@ -289,9 +289,9 @@ class Mask:
         call = self._builder.call
         below = call(aten.sub.Scalar, call(aten.mul.Scalar, mask, 0.25), 0.75 * 2.0**100)
         if self._site.differentiable:
-            # With the gradient of the number itself. The difference of infinity from itself is none.
-            finite = call(aten.clamp.default, mask, torch.finfo(tensor(mask).dtype).min)
-            nothing = call(aten.sub.Tensor, finite, call(aten.detach.default, finite))
+            # With the gradient of the number itself, NaN included; infinity's difference from itself is set to zero.
+            nothing = call(aten.sub.Tensor, mask, call(aten.detach.default, mask))
+            nothing = call(aten.nan_to_num.default, nothing)
             below = call(aten.add.Tensor, call(aten.detach.default, below), nothing)
         return call(aten.where.self, call(aten.lt.Scalar, mask, -(2.0**100)), below, mask)
 
