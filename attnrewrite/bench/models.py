@@ -40,7 +40,7 @@ WAYS = ("eager", "torch.compile", "own sdpa", "attnrewrite")
 
 _Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
-_SHORTEST = 0.02
+_SHORTEST = 0.1
 """Seconds. A time is that of so many calls, one right after the other, that they take as long as this."""
 
 

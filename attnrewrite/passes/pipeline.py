@@ -7,6 +7,7 @@ from torch import fx
 from attnrewrite.ir.linear_site import LinearAttention
 from attnrewrite.ir.site import AttentionSite, CanonicalAttention
 from attnrewrite.options.compile_options import Policy
+from attnrewrite.passes.bias_lookups import biases_on_gpu, sort_gradients_of_lookups
 from attnrewrite.passes.canonicalize import canonicalized
 from attnrewrite.passes.find import find
 from attnrewrite.passes.finite_rows import with_factors_of_finite_rows
@@ -72,6 +73,10 @@ def rewrite(
 
     with run.step("restore_products"):
         run.restore_products()
+    biases = biases_on_gpu(run.served) if policy.inner_backend == "inductor" else []
+    if biases:
+        with run.step("bias_lookups"):
+            sort_gradients_of_lookups(gm, biases, run.replaced)
     joined = _join_and_fuse(gm, policy, run)
     _rewrite_regions(gm, policy, run, steps)
     return run.finish(projections_changed=joined, regions_inlined=inlined)
