@@ -35,19 +35,22 @@ class ModelCase:
     half: torch.dtype = torch.bfloat16
 
 
-def with_own_sdpa(model: nn.Module) -> nn.Module | None:
+def with_own_sdpa(model: Any) -> nn.Module | None:
     """The model, on its own path through ``scaled_dot_product_attention``; None if it is known to have none.
 
     It is changed in place: a model of transformers gets ``attn_implementation="sdpa"``, one of diffusers its default
     attention processors.
     """
-    if not getattr(model, "_supports_sdpa", True):  # A model of transformers, such as Gemma 2, says so.
+    if hasattr(model, "set_attn_implementation"):
+        try:
+            model.set_attn_implementation("sdpa")
+        except ValueError:  # It has none, and says so: Gemma 2 in transformers 5.24.
+            return None
+    elif hasattr(model, "set_default_attn_processor"):
+        model.set_default_attn_processor()
+    else:
         return None
-    for name, arguments in (("set_attn_implementation", ("sdpa",)), ("set_default_attn_processor", ())):
-        if hasattr(model, name):
-            getattr(model, name)(*arguments)
-            return model
-    return None
+    return model  # type: ignore[no-any-return]
 
 
 def _package(name: str) -> ModuleType:

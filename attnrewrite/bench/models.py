@@ -26,12 +26,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnrewrite.backend import collect_reports
 from attnrewrite.bench.model_cases import ModelCase, with_own_sdpa
 from attnrewrite.bench.pass_times import environment
 from attnrewrite.report.rows import GraphReport
+from attnrewrite.torch_private import tree_leaves, tree_map_only
 
 __all__ = ["WAYS", "ModelsBenchmark", "plot_models", "print_models_benchmark", "run_models_benchmark"]
 
