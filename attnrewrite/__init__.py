@@ -11,6 +11,7 @@
 - :func:`enable_cache`, :func:`disable_cache`, :func:`reset_cache`, :func:`attention_cache`, :func:`cache_stream`,
   :class:`PyramidAttentionBroadcastConfig`, :class:`FasterCacheConfig`: attention reused across diffusion steps.
 - :func:`calibrate`: a :class:`Calibration` of how much a model's attentions change from step to step.
+- :func:`rewrite`, :class:`RewritePass`: attention in programs of ``torch.export``.
 - :func:`explain`: a :class:`RewriteReport` of what is rewritten in a model, into what, and why the rest is not.
 """
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from attnrewrite.api.attention_backend import reset_attention_backend, set_attention_backend
     from attnrewrite.api.attention_forward import attention_forward
     from attnrewrite.api.explain import explain
+    from attnrewrite.api.exported import RewritePass, rewrite
     from attnrewrite.caching.enabling import attention_cache, disable_cache, enable_cache, reset_cache
     from attnrewrite.caching.streams import cache_stream
     from attnrewrite.calibration.calibrate import calibrate
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
         AttnRewriteError,
         CacheError,
         CacheMemoryError,
+        ExportError,
         KernelError,
         OptionError,
     )
@@ -51,12 +54,14 @@ __all__ = [
     "CacheError",
     "CacheMemoryError",
     "Calibration",
+    "ExportError",
     "FasterCacheConfig",
     "GraphReport",
     "KernelError",
     "OptionError",
     "PatternError",
     "PyramidAttentionBroadcastConfig",
+    "RewritePass",
     "RewriteReport",
     "SiteReport",
     "accelerate_attention",
@@ -72,6 +77,7 @@ __all__ = [
     "register_pattern",
     "reset_attention_backend",
     "reset_cache",
+    "rewrite",
     "set_attention_backend",
     "unregister_kernel",
     "unregister_pattern",
@@ -82,6 +88,7 @@ _NAMES = {
     "api.attention_backend": ("reset_attention_backend", "set_attention_backend"),
     "api.attention_forward": ("attention_forward",),
     "api.explain": ("explain",),
+    "api.exported": ("RewritePass", "rewrite"),
     "caching.enabling": ("attention_cache", "disable_cache", "enable_cache", "reset_cache"),
     "caching.streams": ("cache_stream",),
     "calibration.calibrate": ("calibrate",),
@@ -92,6 +99,7 @@ _NAMES = {
         "AttnRewriteError",
         "CacheError",
         "CacheMemoryError",
+        "ExportError",
         "KernelError",
         "OptionError",
     ),

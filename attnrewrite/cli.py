@@ -206,6 +206,47 @@ def _compile_in_place(model: Any, factory: str, inner_backend: str | None) -> No
         )
 
 
+@main.command()
+@click.argument("program", metavar="IN.pt2", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("-o", "--output", metavar="OUT.pt2", required=True, type=_FILE, help="Write the rewritten program here.")
+@click.option("--training", is_flag=True, help="Keep gradients right as well; by default it is for inference.")
+@click.option(
+    "--assume-attended-rows", is_flag=True, help="Every query attends at least one key (see docs/exactness.md)."
+)
+@click.option(
+    "--import",
+    "modules",
+    metavar="MODULE",
+    multiple=True,
+    help="A module that registers classes of the program's inputs or results, such as transformers.modeling_outputs.",
+)
+def rewrite(program: Path, output: Path, training: bool, assume_attended_rows: bool, modules: tuple[str, ...]) -> None:
+    """Rewrite the attentions of a saved program of torch.export into PyTorch's fused kernels.
+
+    The new program runs, and compiles ahead of time, where attnrewrite is not installed.
+    """
+    _check_writable(output)
+
+    import torch
+
+    from attnrewrite.api.exported import rewritten_and_report
+    from attnrewrite.errors import AttnRewriteError
+
+    for name in modules:
+        with _users_code(f"import {name}", traceback=False):
+            importlib.import_module(name)
+    with _users_code(f"torch.export.load({str(program)!r})", traceback=False):
+        loaded = torch.export.load(program)
+    options = {"assume_attended_rows": True} if assume_attended_rows else None
+    with torch.set_grad_enabled(training):
+        try:
+            rewritten, report = rewritten_and_report(loaded, options)
+        except AttnRewriteError as error:
+            raise _BadInput(_in_a_line(error)) from error
+    click.echo(report.to_text())
+    _write(output, lambda path: torch.export.save(rewritten, path))
+
+
 @main.group()
 def bench() -> None:
     """Measure attnrewrite itself, and the kernels of this machine."""

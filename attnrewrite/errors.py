@@ -56,6 +56,10 @@ class UnreadWeightsError(AttnRewriteError, AttributeError):
     """Attention weights are used of which ``options["unread_weights"]`` says that nobody reads them."""
 
 
+class ExportError(AttnRewriteError, ValueError):
+    """An exported program cannot be rewritten, or not so that PyTorch alone can load the result."""
+
+
 class PatternError(AttnRewriteError, ValueError):
     """A registered pattern, or a site that it returned, is not valid."""
 

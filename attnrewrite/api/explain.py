@@ -10,10 +10,12 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 
+from attnrewrite.api.exported import rewritten_and_report
 from attnrewrite.backend import attnrewrite, collect_reports
 from attnrewrite.caching.session import Session
-from attnrewrite.errors import CacheError
+from attnrewrite.errors import CacheError, ExportError
 from attnrewrite.options.cache_config import validated
 from attnrewrite.options.compile_options import tracing_settings
 from attnrewrite.report.report import RewriteReport
@@ -36,13 +38,18 @@ def explain(
     Later calls of ``torch.compile`` find nothing compiled.
 
     Args:
-        model: an ``nn.Module`` or a function.
+        model: an ``nn.Module`` or a function; or a program of ``torch.export``, without inputs and with the options of
+            :func:`attnrewrite.rewrite`.
         args, kwargs: the model's inputs.
         options: as for ``torch.compile(model, backend="attnrewrite", options=...)``. The inner backend is "eager" by
             default, since only the rewriting is of interest. With ``cache``, a module runs as in the first call under
             :func:`attnrewrite.enable_cache`, without gradients; nothing is reused.
         dynamic: as for ``torch.compile``; default None.
     """
+    if isinstance(model, ExportedProgram):
+        if args or kwargs or dynamic is not None:
+            raise ExportError("an exported program is read, not run: explain takes the program and options alone")
+        return rewritten_and_report(model, options)[1]
     chosen = {"inner_backend": "eager", **(options or {})}
     reuse: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if isinstance(model, torch.nn.Module) and chosen.get("cache") is not None:

@@ -292,6 +292,21 @@ def _dtype_of_other(ir: fx.GraphModule, node: fx.Node) -> None:
         _replace(node, Builder(ir, before=node, like=node).call(aten.to.dtype, source, value.dtype))
 
 
+def _layout_as_it_is(ir: fx.GraphModule, node: fx.Node) -> None:
+    """Of ``to.dtype_layout``, which exported programs have, a cast is left, or nothing."""
+    (source,), value = node.all_input_nodes, node.meta["val"]
+    if node.kwargs.get("copy") or node.kwargs.get("memory_format") or value.layout != tensor(source).layout:
+        return
+    builder = Builder(ir, before=node, like=node)
+    if value.device != tensor(source).device:
+        _replace(node, builder.call(aten.to.device, source, value.device, value.dtype))
+    elif value.dtype is not tensor(source).dtype:
+        _replace(node, builder.call(aten.to.dtype, source, value.dtype))
+    else:
+        node.replace_all_uses_with(source)
+        ir.graph.erase_node(node)
+
+
 def _shape_of_other(target: Any) -> Callable[[fx.GraphModule, fx.Node], None]:
     def spell(ir: fx.GraphModule, node: fx.Node) -> None:
         builder = Builder(ir, before=node, like=node)
@@ -341,6 +356,7 @@ _RULES: dict[Any, Any] = {
     aten.full_like.default: _fill_value(None),
     aten.new_full.default: _fill_value(None),
     aten.type_as.default: _dtype_of_other,
+    aten.to.dtype_layout: _layout_as_it_is,
     aten.view_as.default: _shape_of_other(aten.reshape.default),
     aten.reshape_as.default: _shape_of_other(aten.reshape.default),
     aten.expand_as.default: _shape_of_other(aten.expand.default),

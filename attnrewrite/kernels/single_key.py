@@ -27,6 +27,7 @@ class SingleKey(Kernel):
 
     name = "single_key"
     automatic = True
+    emits_aten = True
     computes_less = True
     needs = "PyTorch"
     run_on = "x86 CPU, torch 2.13"

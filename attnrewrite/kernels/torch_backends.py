@@ -51,6 +51,7 @@ class _Backend(TorchSDPA):
     """One back end on CUDA. It is asked where PyTorch's selector cannot be left to choose, or by name."""
 
     automatic = True
+    emits_aten = True
     takes_unbacked = False
     selects = False
     needs = "PyTorch and an NVIDIA GPU"

@@ -45,6 +45,7 @@ class TorchSDPA(Kernel):
     selects = True
     """PyTorch's selector picks the back end."""
     automatic = True
+    emits_aten = True
     takes_unbacked = True
     needs = "PyTorch"
     limits: Limits = NATIVE

@@ -47,6 +47,10 @@ class Kernel(ABC):
     computes_less: bool = False
     """It serves special cases, in which it computes less than any other kernel: there it comes first, untimed."""
 
+    emits_aten: bool = False
+    """Its calls are operators of PyTorch's own, so that an exported program with them can be loaded without
+    attnrewrite. What surrounds them, such as gradients of rows without a key, may not be."""
+
     source: str = ""
     """Where its code is."""
 
