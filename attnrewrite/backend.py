@@ -41,7 +41,7 @@ from attnrewrite.report.report import RewriteReport
 from attnrewrite.report.rows import GraphReport
 from attnrewrite.selection.decorated_parts import options_without_effect
 from attnrewrite.selection.requests import unmatched_rules
-from attnrewrite.torch_private import CompileContext, dynamo_config, trace_structured
+from attnrewrite.torch_private import CompileContext, compiles_to_be_saved, dynamo_config, trace_structured
 from attnrewrite.variants import Variants
 
 __all__ = ["attnrewrite", "collect_reports"]
@@ -108,6 +108,9 @@ def attnrewrite(
 
 
 def _with_variants(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy) -> CompiledFn:
+    if compiles_to_be_saved():
+        # Without what is checked and chosen at each call, which would be around it.
+        return _Compilation(gm, example_inputs, policy, knows_buffers=False).run()[0]
     compiled, varies = _Compilation(gm, example_inputs, policy).run()
     if not varies:
         return compiled
@@ -153,13 +156,18 @@ class _Outcome:
 class _Compilation:
     """The compilation of one graph, under the request and the plan of reuse in force."""
 
-    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy, *, knows_buffers: bool = True
+    ) -> None:
+        """Args:
+        knows_buffers: what buffers hold may be read, and is checked at each call.
+        """
         self._gm = gm
         self._inputs = example_inputs
         self._policy = policy
         self._call = current_call()
         self._inner = InnerCompiler(policy)
-        self._known_buffers = KnownBuffers(gm, example_inputs)
+        self._known_buffers = KnownBuffers(gm, example_inputs if knows_buffers else [None] * len(example_inputs))
         self._report = GraphReport(_graph_name(), inner_backend=self._inner.name, node_count=len(gm.graph.nodes))
         self._report.notes += options_without_effect(gm, policy)
         directory = debug_directory()

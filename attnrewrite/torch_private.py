@@ -292,6 +292,16 @@ def inductor_backend(mode: str | None, options: dict[str, Any]) -> Any:
     return torch._TorchCompileInductorWrapper(mode, options, None)  # type: ignore[no-untyped-call]
 
 
+def compiles_to_be_saved() -> bool:
+    """Whether ``aot_compile`` is at work: what a backend returns is then saved, and must be Inductor's own.
+
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_dynamo/aot_compile.py, ``aot_compile_fullgraph``
+    """
+    import torch._functorch.config as config
+
+    return bool(config.bundled_autograd_cache and config.force_non_lazy_backward_lowering)
+
+
 def backward_compiled_at_once() -> AbstractContextManager[Any]:
     """A context in which AOTAutograd compiles backward graphs at once, not at their first call."""
     import torch._functorch.config

@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram, export
 
 import attnrewrite
 from attnrewrite import ExportError, OptionError, RewritePass, explain, rewrite
+from attnrewrite.backend import collect_reports
 from attnrewrite.bench.model_cases import MODELS
 from attnrewrite.cli import main
 from attnrewrite.patterns import Specimen
@@ -297,3 +298,17 @@ def test_calls_that_stand_in_the_source_stay() -> None:
     program = program_of(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
     assert targets(rewrite(program)).count("aten.scaled_dot_product_attention.default") == 1
     assert attnrewrite.rewrite is rewrite
+
+
+def test_aot_compile_gives_a_function_that_is_saved_and_loaded(tmp_path: Path) -> None:
+    """What a call would check or choose is left out: ``attention_backend`` has no effect, and buffers are not read."""
+    inputs = tuple(torch.randn(3, 2, 4, 8, 16))
+    compiled: Any = torch.compile(attend, backend="attnrewrite", fullgraph=True)
+    with torch._dynamo.config.patch(enable_aot_compile=True), collect_reports() as graphs:
+        saved = compiled.aot_compile((inputs, {}))
+    assert [site.status for graph in graphs for site in graph.sites] == ["rewritten"]
+    path = str(tmp_path / "attend")
+    saved.save_compiled_function(path)
+    with open(path, "rb") as file:
+        loaded = torch.compiler.load_compiled_function(file)
+    assert relative_error(loaded(*inputs), attend(*inputs)) <= 1e-5

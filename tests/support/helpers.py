@@ -106,6 +106,13 @@ def gradients(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> l
     return list(torch.autograd.grad(total, [value for value in inputs if value.requires_grad]))
 
 
+def no_more_graphs(
+    needed: int, function: Callable[..., Any], calls: Sequence[Sequence[Any]], backend: Any = "eager"
+) -> bool:
+    """Whether ``torch.compile`` alone needs as many graphs for the calls; one is the fewest, and is not counted."""
+    return needed == 1 or needed <= compile_count(function, calls, backend)
+
+
 def compile_count(function: Callable[..., Any], calls: Sequence[Sequence[Any]], backend: Any, **options: Any) -> int:
     """How many graphs are compiled for the calls, one after another, under ``dynamic=True``."""
     torch._dynamo.reset()

@@ -77,15 +77,17 @@ def parameter_gradients(entry: Entry, model: nn.Module, call: Any) -> dict[str, 
 def test_dynamic_shapes(entry: Entry) -> None:
     """Three lengths: the same numbers, and no more compilations than Dynamo needs by itself."""
     model = built(entry)
-    compilations = {}
-    rewriting: dict[str, Any] = {"inner_backend": "eager"}
+    lengths = [*entry.lengths]
+
+    def graphs_of(backend: str, **options: Any) -> tuple[int, list[Any]]:
+        torch._dynamo.reset()
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        compiled = torch.compile(model, backend=backend, dynamic=True, options=options or None)
+        results = [entry.run(compiled, length) for length in lengths]
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"] - before, results
+
     with torch.no_grad():
-        for backend, options in (("eager", None), ("attnrewrite", rewriting)):
-            torch._dynamo.reset()
-            before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-            compiled = torch.compile(model, backend=backend, dynamic=True, options=options)
-            results = [entry.run(compiled, length) for length in entry.lengths]
-            compilations[backend] = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
-        for length, result in zip(entry.lengths, results, strict=True):
+        needed, results = graphs_of("attnrewrite", inner_backend="eager")
+        for length, result in zip(lengths, results, strict=True):
             assert relative_error(result, entry.run(model, length)) <= 1e-5
-    assert compilations["attnrewrite"] <= compilations["eager"]
+        assert needed == 1 or needed <= graphs_of("eager")[0]

@@ -25,7 +25,15 @@ from attnrewrite.options.compile_options import Policy
 from attnrewrite.passes.pipeline import rewrite
 from attnrewrite.patterns import Specimen
 from attnrewrite.patterns.registry import catalogue, specimens
-from tests.support.helpers import cast, compile_count, gradients, outputs, relative_error, rewritten, rewritten_and_rows
+from tests.support.helpers import (
+    cast,
+    gradients,
+    no_more_graphs,
+    outputs,
+    relative_error,
+    rewritten,
+    rewritten_and_rows,
+)
 from tests.support.judged import disagreement_with_formula
 
 LENGTH = 12
@@ -92,8 +100,6 @@ def test_dynamic_shapes(specimen: Specimen) -> None:
     calls = [specimen.inputs(0, length) for length in (LENGTH, 19, 9)]
     # AOTAutograd takes most of the time there is under symbolic sizes: every third goes through it.
     inner = "eager" if NAMES.index(specimen.name) % 3 else "aot_eager"
-    allowed = compile_count(specimen.function, calls, inner)
-    torch._dynamo.reset()
     function = rewritten(specimen.function, inner, dynamic=True)
     with collect_reports() as graphs:
         for inputs in calls:
@@ -102,7 +108,7 @@ def test_dynamic_shapes(specimen: Specimen) -> None:
     assert found
     # Of linear attention it may be left open by symbolic sizes which order is cheaper.
     assert [row for row in found if row.status not in (specimen.status, "recognized" if row.order else "")] == []
-    assert len(graphs) <= allowed
+    assert no_more_graphs(len(graphs), specimen.function, calls, inner)
 
 
 @every_specimen
