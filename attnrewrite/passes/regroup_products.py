@@ -11,11 +11,14 @@ from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import fx
 
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.graph_view import GraphView
 from attnrewrite.ir.nodes import is_tensor, same_shape, tensor
+from attnrewrite.ir.ops import ADD_OPS
+from attnrewrite.ir.products import contraction_of
 from attnrewrite.ir.reason import Reason
 from attnrewrite.passes.regrouping import Found, NotRegrouped, Weights, require_one_region
 from attnrewrite.passes.saved_nodes import SavedNode
@@ -27,6 +30,8 @@ from attnrewrite.report.rows import SiteReport
 from attnrewrite.torch_private import is_erased
 
 __all__ = ["Regrouped", "regroup_products"]
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def regroup_products(view: GraphView, replaced: dict[fx.Node, fx.Node]) -> Regro
     result = Regrouped()
     weights = Weights(view.graph)
     for node in reversed(view.graph.nodes) if weights.nodes else ():
-        if is_erased(node) or node.op != "call_function" or not is_tensor(node):
+        if is_erased(node) or not _may_have_new_form(node):
             continue
         builder = Builder(view.gm, before=node, like=node)
         softmaxes: set[fx.Node] = set()
@@ -104,6 +109,13 @@ def regroup_products(view: GraphView, replaced: dict[fx.Node, fx.Node]) -> Regro
             if found is not None:
                 result.changes.append(_replaced(node, found, builder, view, replaced))
     return result
+
+
+def _may_have_new_form(node: fx.Node) -> bool:
+    """Whether the node is of the kinds that are looked at: a sum, a concatenation, a product."""
+    if node.op != "call_function" or not is_tensor(node):
+        return False
+    return node.target in ADD_OPS or node.target is aten.cat.default or contraction_of(node) is not None
 
 
 def _new_form(

@@ -98,7 +98,9 @@ class Rewriting:
     def regroup_products(self) -> None:
         """Brings sums of products with attention weights into the form that patterns read."""
         self._regrouped = regroup_products(self.view, self.replaced)
-        self.view, self._written = GraphView(self._gm), WrittenByRegion(self._gm.graph)
+        if self._regrouped.changes:
+            self.view = GraphView(self._gm, has_gradients=self.view.has_gradients)
+            self._written = WrittenByRegion(self._gm.graph)
 
     def with_reasons(self, findings: Sequence[Finding]) -> list[Finding]:
         return self._regrouped.with_reasons(findings)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
 import attnrewrite
 from attnrewrite.backend import collect_reports
+from attnrewrite.capture.trace import capture
+from attnrewrite.options.compile_options import Policy
+from attnrewrite.passes.rewriting import Rewriting, as_requested
+from attnrewrite.passes.steps import Steps
 from tests.support.helpers import gradients, relative_error, rewritten, rows
 
 Attend = Callable[..., Tensor]
@@ -450,3 +455,22 @@ def test_verification(function: Attend) -> None:
     assert [row.status for row in graph.sites] == ["rewritten"]
     assert any("verif" in note for note in graph.notes)
     assert not any("failed" in note for note in graph.notes), graph.notes
+
+
+def test_the_view_of_the_changed_graph_knows_that_gradients_follow() -> None:
+    """In a region no input says so."""
+    captured: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        captured.append(capture(gm, example_inputs).gm)
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(parts, backend=backend)(*operands(*PARTS))
+    (gm,) = captured
+    before = str(gm.graph)
+    run = Rewriting(gm, Policy(), as_requested, Steps(), has_gradients=True)
+    view = run.view
+    run.regroup_products()
+    assert str(gm.graph) != before and run.view is not view
+    assert run.view.has_gradients
