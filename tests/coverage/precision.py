@@ -64,12 +64,14 @@ class Measured:
 
     def truth(self, run: Run[T]) -> T:
         """The reference, in float64."""
+        # A copy: some models keep tensors of a call, such as those of rotary embeddings.
+        model = copy.deepcopy(self.model)
         with Reference():
             parameters = Reference.given(self.parameters)
             state = {**parameters, **Reference.given(dict(self.model.named_buffers()))}
 
             def call(**inputs: Any) -> Any:
-                return functional_call(self.model, state, args=(), kwargs=inputs)
+                return functional_call(model, state, args=(), kwargs=inputs)
 
             results = run(call, parameters, Reference.given(self.inputs))
             widened: T = tree_map_only(Tensor, wide, results)
