@@ -170,6 +170,10 @@ class _Compilation:
         self._known_buffers = KnownBuffers(gm, example_inputs if knows_buffers else [None] * len(example_inputs))
         self._report = GraphReport(_graph_name(), inner_backend=self._inner.name, node_count=len(gm.graph.nodes))
         self._report.notes += options_without_effect(gm, policy)
+        if not knows_buffers:
+            self._report.notes.append(
+                "compiled to be saved: what buffers hold is not read, and kernels asked for later have no effect"
+            )
         directory = debug_directory()
         self._dump = None if directory is None else GraphDump.begin(directory, self._report.name)
         self._steps = Steps(self._report.name, self._dump)

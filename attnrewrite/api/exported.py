@@ -213,6 +213,11 @@ class _Rewriting:
             for name in self._known.get(node.name, {}):
                 del node.meta[name]
         self.gm.graph.eliminate_dead_code()
+        ours = dict(self.gm.named_modules())
+        for path, source in self._source.named_modules():
+            own = ours.get(path)
+            if isinstance(own, fx.GraphModule) and isinstance(source, fx.GraphModule):
+                _restore_values(own, source)
         for part in _graphs(self.gm):
             part.recompile()
         return rewritten.changed, self._foreign()
@@ -224,17 +229,19 @@ class _Rewriting:
             ExportError: a kernel that was asked for by name calls one.
         """
         found = {}
-        for node in _calls(self.gm):
-            namespace = getattr(node.target, "namespace", None)  # Of operators; Python's functions have none.
-            if namespace is None or namespace in _PYTORCHS_OWN or node.target in self._operators:
-                continue
-            site = next(each for each in self.report.sites if node.name in each.nodes_after)
-            if not site.requested.endswith(_BY_DEFAULT):
-                raise ExportError(
-                    f"{site.kernel} was asked for, and calls {node.target}, which a process with PyTorch alone cannot "
-                    "load: leave out options['kernels'], or name kernels of PyTorch's"
-                )
-            found[site.name] = str(node.target)
+        sites = {name: site for site in self.report.sites for name in site.nodes_after}
+        for path, part in self.gm.named_modules():
+            for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+                namespace = getattr(node.target, "namespace", None)  # Of operators; Python's functions have none.
+                if namespace is None or namespace in _PYTORCHS_OWN or node.target in self._operators:
+                    continue
+                site = sites[f"{path}.{node.name}" if path else node.name]
+                if not site.requested.endswith(_BY_DEFAULT):
+                    raise ExportError(
+                        f"{site.kernel} was asked for, and calls {node.target}, which a process with PyTorch alone "
+                        "cannot load: leave out options['kernels'], or name kernels of PyTorch's"
+                    )
+                found[site.name] = str(node.target)
         return found
 
     def of_program(self, program: ExportedProgram) -> ExportedProgram:
@@ -262,6 +269,15 @@ class _Rewriting:
             arg = TensorArgument(node.name) if isinstance(spec.arg, TensorArgument) else spec.arg
             outputs.append(OutputSpec(spec.kind, arg, spec.target))
         return ExportGraphSignature(input_specs=list(old.input_specs), output_specs=outputs)
+
+
+def _restore_values(part: fx.GraphModule, source: fx.GraphModule) -> None:
+    """Gives the results of a region the fake values of the source's, which rewriting a region forgets."""
+    for node, old in zip(
+        part.graph.output_node().all_input_nodes, source.graph.output_node().all_input_nodes, strict=True
+    ):
+        if "val" in old.meta:
+            node.meta.setdefault("val", old.meta["val"])
 
 
 def _drop_checks(graph: fx.Graph) -> None:

@@ -295,7 +295,8 @@ def _dtype_of_other(ir: fx.GraphModule, node: fx.Node) -> None:
 def _layout_as_it_is(ir: fx.GraphModule, node: fx.Node) -> None:
     """Of ``to.dtype_layout``, which exported programs have, a cast is left, or nothing."""
     (source,), value = node.all_input_nodes, node.meta["val"]
-    if node.kwargs.get("copy") or node.kwargs.get("memory_format") or value.layout != tensor(source).layout:
+    kept = any(node.kwargs.get(name) for name in ("copy", "memory_format", "pin_memory"))
+    if kept or value.layout != tensor(source).layout:
         return
     builder = Builder(ir, before=node, like=node)
     if value.device != tensor(source).device:

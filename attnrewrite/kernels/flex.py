@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -197,7 +197,7 @@ class Flex(Kernel):
             "OUTPUT_LOGSUMEXP": site.differentiable and site.device.type != "cpu",
             "OUTPUT_MAX": False,
             **_blocks_that_fit(site),
-            **_stages_that_fit(site, call.buffers),
+            **_stages_that_fit(site, call),
             **self.kernel_options,
         }
         query, _, value = call.operands
@@ -331,16 +331,17 @@ def _blocks_that_fit(site: CanonicalAttention) -> dict[str, Any]:
     return {"fwd_BLOCK_N": 32, "fwd_num_stages": 2}
 
 
-def _stages_that_fit(site: CanonicalAttention, buffers: Sequence[fx.Node]) -> dict[str, Any]:
+def _stages_that_fit(site: CanonicalAttention, call: _FlexCall) -> dict[str, Any]:
     """Fewer blocks loaded ahead where blocks of a mask in float32 are loaded beside those of key and value.
 
     In Inductor's three stages they did not fit into the shared memory at 64 features (torch 2.11, H200).
     ``get_flex_attn_fwd_configs``, there.
     """
+    reads = [node for node in call.score_mod.graph.nodes if node.target is operator.getitem]
+    by_pair = {node.args[0].name for node in reads if {"query", "key"} <= {place.name for place in node.args[1]}}
     wide = any(
-        tensor(node).dtype.itemsize > site.compute_dtype.itemsize and not same(size, 1)
-        for node in buffers
-        for size in tensor(node).shape[-2:-1]
+        tensor(node).dtype.itemsize > site.compute_dtype.itemsize and f"buffer{place}" in by_pair
+        for place, node in enumerate(call.buffers, 1)
     )
     return {"fwd_num_stages": 2, "bwd_num_stages": 2} if wide and site.device.type == "cuda" else {}
 

@@ -140,6 +140,8 @@ class _Survey:
         self._kernels = _candidates()
 
     def adjust_request(self, name: str, site: CanonicalAttention, request: Request | None) -> Request | None:
+        if "." in name:  # A site of a region, which cannot be compared by itself.
+            return request
         asked = request.names if request is not None else ("auto",)
         reason = _incomparable(site)
         if "auto" not in asked:

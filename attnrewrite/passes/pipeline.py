@@ -17,7 +17,7 @@ from attnrewrite.passes.merge_slices import merge_slices
 from attnrewrite.passes.regions import holds_repeated, inline_repeated, regions_of
 from attnrewrite.passes.regroup_products import regroup_products
 from attnrewrite.passes.result import Rewritten
-from attnrewrite.passes.rewriting import AdjustRequest, Rewriting, as_requested, current_site
+from attnrewrite.passes.rewriting import AdjustRequest, Rewriting, adjusted_within, as_requested, current_site
 from attnrewrite.passes.steps import Steps
 from attnrewrite.passes.unrepeat_kv import unrepeat_kv
 from attnrewrite.patterns import Finding, GraphView, NearMiss
@@ -78,7 +78,7 @@ def rewrite(
         with run.step("bias_lookups"):
             sort_gradients_of_lookups(gm, biases, run.replaced)
     joined = _join_and_fuse(gm, policy, run)
-    _rewrite_regions(gm, policy, run, steps)
+    _rewrite_regions(gm, policy, adjust_request, run, steps)
     return run.finish(projections_changed=joined, regions_inlined=inlined)
 
 
@@ -103,14 +103,17 @@ def _rewrite_attention(name: str, finding: AttentionSite, run: Rewriting) -> Non
             run.keep(site, row, (site if attention is None else attention).written)
 
 
-def _rewrite_regions(gm: fx.GraphModule, policy: Policy, run: Rewriting, steps: Steps) -> None:
+def _rewrite_regions(
+    gm: fx.GraphModule, policy: Policy, adjust_request: AdjustRequest, run: Rewriting, steps: Steps
+) -> None:
     for region in regions_of(gm):
         with run.step("region", region.name):
             kept = region.why_kept(run.view.trains)
             if kept:
                 run.keep_region(region, kept)
             else:
-                found = rewrite(region.gm, policy, steps=steps.within(), has_gradients=run.view.has_gradients)
+                adjust = adjusted_within(region.name, adjust_request)
+                found = rewrite(region.gm, policy, adjust, steps=steps.within(), has_gradients=run.view.has_gradients)
                 run.add_region(region, found)
 
 

@@ -49,6 +49,15 @@ def as_requested(name: str, site: CanonicalAttention, request: Request | None) -
     return request
 
 
+def adjusted_within(region: str, adjust_request: AdjustRequest) -> AdjustRequest:
+    """``adjust_request`` for the sites of a region, which it knows by the names that the report gives them."""
+
+    def adjust(name: str, site: CanonicalAttention, request: Request | None) -> Request | None:
+        return adjust_request(f"{region}.{name}", site, request)
+
+    return adjust
+
+
 def current_site(site: AttentionSite, replaced: dict[fx.Node, fx.Node], policy: Policy) -> AttentionSite:
     """The site with the operands that the graph has now.
 

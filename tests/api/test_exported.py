@@ -312,3 +312,29 @@ def test_aot_compile_gives_a_function_that_is_saved_and_loaded(tmp_path: Path) -
     with open(path, "rb") as file:
         loaded = torch.compiler.load_compiled_function(file)
     assert relative_error(loaded(*inputs), attend(*inputs)) <= 1e-5
+
+
+def test_branches_get_kernels_of_pytorch_as_well() -> None:
+    """What only FlexAttention computes stays, in a branch as outside of it."""
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.bmm(torch.bmm(q, k.transpose(-1, -2) * 0.3).softmax(-1), v).sin()
+
+    def capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.bmm((4 * torch.tanh(torch.bmm(q, k.transpose(-1, -2)) / 4)).softmax(-1), v).sin()
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result: Tensor = torch.cond(q.sum() > 0, plain, capped, (q, k, v))
+        return result
+
+    with torch.no_grad():
+        # Not views of one tensor, which torch.cond does not take.
+        program = export(Calls(function), tuple(torch.randn(4, 8, 16) for _ in range(3)), strict=False)
+        found = {site.name: site.status for site in explain(program).graphs[0].sites}
+        assert found == {"true_graph_0.site0": "rewritten", "false_graph_0.site0": "kept"}
+        new = rewrite(program).module()
+        for shift in (1.0, -1.0):
+            q, k, v = (torch.randn(4, 8, 16) for _ in range(3))
+            assert relative_error(new(q + shift, k, v), function(q + shift, k, v)) <= 1e-5
+        with pytest.raises(ExportError, match="flex was asked for"):
+            rewrite(program, options={"kernels": "flex"})
