@@ -24,12 +24,14 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), help="of all cases")
+    parser.add_argument("--device", default="cpu", help="where the tensors lie, such as cuda (default: cpu)")
     parser.add_argument("--json", type=Path, help="writes the figures, and every case that was not found, to this file")
     parser.add_argument("--scripts", type=Path, help="writes each case that is wrong to this folder, as a program")
     options = parser.parse_args()
     torch.set_num_threads(1)
     start = time.perf_counter()
-    outcomes = run(options.cases, options.seed, getattr(torch, options.dtype) if options.dtype else None)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    outcomes = run(options.cases, options.seed, dtype, options.device)
     seconds = time.perf_counter() - start
     figures = summary(outcomes)
     for name, value in figures.items():
@@ -52,7 +54,7 @@ def main() -> None:
         options.json.write_text(json.dumps({**figures, "seconds": seconds, "cases_not_found": cases}, indent=1))
 
 
-def run(cases: int, number: int, dtype: torch.dtype | None = None) -> list[Outcome]:
+def run(cases: int, number: int, dtype: torch.dtype | None = None, device: str = "cpu") -> list[Outcome]:
     outcomes: list[Outcome] = []
 
     @seed(number)
@@ -66,7 +68,7 @@ def run(cases: int, number: int, dtype: torch.dtype | None = None) -> list[Outco
     @given(spellings(dtype))
     def collect(spelling: Spelling) -> None:
         try:
-            outcomes.append(judge(spelling))
+            outcomes.append(judge(spelling, device))
         except NotASpelling as error:  # One defect of the generator is no reason to lose a long run.
             print(f"eager cannot run this: {error}")
 

@@ -71,22 +71,32 @@ def _slices(site: SiteReport) -> int:
     return int(merged[1]) if merged else 1
 
 
-def judge(spelling: Spelling) -> Outcome:
+def judge(spelling: Spelling, device: str = "cpu") -> Outcome:
     """Values of two draws of inputs, and their gradients, against eager in float64.
+
+    Args:
+        spelling: what is judged.
+        device: where its tensors lie, those that it makes itself, too.
 
     Raises:
         NotASpelling: eager cannot run it.
     """
     torch._dynamo.reset()
+    with torch.device(device):
+        return _judged(spelling, device)
+
+
+def _judged(spelling: Spelling, device: str) -> Outcome:
     try:
-        attend, calls, truths, owns = _eager(spelling)
+        attend, calls, truths, owns = _eager(spelling, device)
     except Exception as error:
         raise NotASpelling(f"{error}\n{spelling.script()}") from error
     function = rewritten(attend, dynamic=spelling.dynamic or None)
     with collect_reports() as graphs:
         try:
             news = [
-                _run(function, prepared(call, spelling.dtype, spelling.gradients), spelling.gradients) for call in calls
+                _run(function, prepared(call, spelling.dtype, spelling.gradients, device), spelling.gradients)
+                for call in calls
             ]
         except Exception as error:  # noqa: BLE001 - Whatever it is, it is the finding.
             return Outcome(spelling, "crashed", detail=f"{type(error).__name__}: {str(error)[:300]}")
@@ -122,22 +132,25 @@ def _wrong(spelling: Spelling, new: _Results, own: _Results, truth: _Results) ->
     return ""
 
 
-def _eager(spelling: Spelling) -> tuple[Callable[..., Any], list[Sequence[Tensor]], list[_Results], list[_Results]]:
+def _eager(
+    spelling: Spelling, device: str
+) -> tuple[Callable[..., Any], list[Sequence[Tensor]], list[_Results], list[_Results]]:
     """(the function, two draws of inputs, the reference of each, what eager gives in the spelling's dtype)"""
     module = _module(spelling.text)
     attend, inputs = module["attend"], module["inputs"]
-    calls = [inputs(0, 0), inputs(1, 3 if spelling.lengths else 0)]
+    with torch.device("cpu"):  # The same numbers for every device.
+        calls = [inputs(0, 0), inputs(1, 3 if spelling.lengths else 0)]
     gradients = spelling.gradients
-    truths = [_truth(attend, call, spelling) for call in calls]
-    owns = [_run(attend, prepared(call, spelling.dtype, gradients), gradients) for call in calls]
+    truths = [_truth(attend, call, spelling, device) for call in calls]
+    owns = [_run(attend, prepared(call, spelling.dtype, gradients, device), gradients) for call in calls]
     return attend, calls, truths, owns
 
 
-def _truth(attend: Callable[..., Any], call: Sequence[Tensor], spelling: Spelling) -> _Results:
+def _truth(attend: Callable[..., Any], call: Sequence[Tensor], spelling: Spelling, device: str) -> _Results:
     if spelling.dtype not in HALF:
-        return _run(attend, prepared(call, torch.float64, spelling.gradients), spelling.gradients)
+        return _run(attend, prepared(call, torch.float64, spelling.gradients, device), spelling.gradients)
     with Reference():
-        inputs = Reference.given(prepared(call, spelling.dtype, spelling.gradients))
+        inputs = Reference.given(prepared(call, spelling.dtype, spelling.gradients, device))
         results = _run(attend, inputs, spelling.gradients)
     return {what: [wide(value) for value in values] for what, values in results.items()}
 
@@ -150,15 +163,15 @@ def _module(text: str) -> dict[str, Any]:
     return names
 
 
-def prepared(call: Sequence[Tensor], dtype: torch.dtype, gradients: bool) -> list[Tensor]:
+def prepared(call: Sequence[Tensor], dtype: torch.dtype, gradients: bool, device: str = "cpu") -> list[Tensor]:
     """The tensors of a call in ``dtype``, those that no mask is made of with gradients where they are asked for."""
-    return [_prepare(value, dtype, gradients) for value in call]
+    return [_prepare(value, dtype, gradients, device) for value in call]
 
 
-def _prepare(value: Tensor, dtype: torch.dtype, gradients: bool) -> Tensor:
+def _prepare(value: Tensor, dtype: torch.dtype, gradients: bool, device: str) -> Tensor:
     if not value.is_floating_point():
-        return value
-    own = value.detach().to(dtype)
+        return value.to(device)
+    own = value.detach().to(device, dtype)
     if isinstance(value, nn.Parameter):
         return nn.Parameter(own)
     masking = bool(own.isinf().any()) or bool(((own == 0) | (own == 1)).all())
@@ -172,7 +185,7 @@ def _run(function: Callable[..., Any], inputs: Sequence[Tensor], gradients: bool
     found: list[Tensor] = []
     if wanted:
         generator = torch.Generator().manual_seed(1)
-        weights = [torch.randn(result.shape, generator=generator).to(result) for result in results]
+        weights = [torch.randn(result.shape, generator=generator, device="cpu").to(result) for result in results]
         total = torch.stack([(result * weight).sum() for result, weight in zip(results, weights, strict=True)]).sum()
         given = torch.autograd.grad(total, wanted, allow_unused=True)
         found = [torch.zeros_like(w) if g is None else g for g, w in zip(given, wanted, strict=True)]
