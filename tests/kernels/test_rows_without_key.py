@@ -370,6 +370,6 @@ def test_on_a_gpu(kernel: str, attend: Attend, dtype: torch.dtype, training: boo
     inner = "inductor" if kernel == "flex" else "eager"
     for number in numbers(dtype):
         if dtype is torch.float32 and (number == -1e4 or (number == -1e9 and attend is added_twice_then_scaled)):
-            continue  # Which digits of a score are left (beside -1e9, of one above 32) depends on the order of summation.
+            continue  # The order of summation decides which digits of a score are left (beside -1e9, of one above 32).
         m = masks(number, "cuda", lengths)
         assert wrong(attend, inputs, m, training, 16.0, kernels=kernel, inner=inner) == "", number

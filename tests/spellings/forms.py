@@ -80,7 +80,7 @@ class Spelling:
 _SCRIPT = """# {forms}
 if __name__ == "__main__":
     from tests.support.helpers import rewritten, rows
-    from tests.spellings.judge import prepared
+    from tests.support.against_eager import prepared
 
     gradients = {self.gradients}
     dtype = {self.dtype}

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import linecache
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnrewrite.backend import collect_reports
-from attnrewrite.numerics.judge import HALF, disagreements
 from attnrewrite.report.rows import SiteReport
 from tests.spellings.forms import Spelling
-from tests.support.helpers import outputs, rewritten
-from tests.support.reference import Reference, wide
+from tests.support.against_eager import Results, Tolerance, prepared, run, truth, wrong
+from tests.support.helpers import rewritten
 
-__all__ = ["NotASpelling", "Outcome", "judge", "prepared"]
+__all__ = ["NotASpelling", "Outcome", "judge"]
 
 Verdict = Literal["found", "kept", "wrong", "crashed", "taken"]
 
 _FILE = "<spelling>"
-_Results = dict[str, list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -40,25 +37,11 @@ class Outcome:
         return f"{self.verdict}: {self.detail or '; '.join(self.reasons)}\n{self.spelling.script()}"
 
 
-@dataclass(frozen=True)
-class _Tolerance:
-    """In float32 and float64, relative to the largest number of a tensor.
-
-    Where eager itself is off by more than ``doubtful``, rounding decides its result (a row whose keys are all masked by
-    a finite number), and what eager gives is what is asked for.
-    """
-
-    value: float
-    gradient: float
-    doubtful: float
-    there: float
-
-
-def _tolerance(spelling: Spelling) -> _Tolerance:
+def _tolerance(spelling: Spelling) -> Tolerance:
     if "* -1e4" in spelling.text or "dtype=s.dtype), -1e4)" in spelling.text:
         # Added to a whole row it leaves what rounding leaves of the scores (docs/exactness.md).
-        return _Tolerance(2e-3, 1e-2, 1e-4, 1e-2)
-    return _Tolerance(1e-5, 1e-4, 1e-4, 1e-2)
+        return Tolerance(2e-3, 1e-2)
+    return Tolerance()
 
 
 class NotASpelling(Exception):
@@ -82,11 +65,6 @@ def judge(spelling: Spelling, device: str = "cpu") -> Outcome:
         NotASpelling: eager cannot run it.
     """
     torch._dynamo.reset()
-    with torch.device(device):
-        return _judged(spelling, device)
-
-
-def _judged(spelling: Spelling, device: str) -> Outcome:
     try:
         attend, calls, truths, owns = _eager(spelling, device)
     except Exception as error:
@@ -95,7 +73,7 @@ def _judged(spelling: Spelling, device: str) -> Outcome:
     with collect_reports() as graphs:
         try:
             news = [
-                _run(function, prepared(call, spelling.dtype, spelling.gradients, device), spelling.gradients)
+                run(function, prepared(call, spelling.dtype, spelling.gradients, device), spelling.gradients)
                 for call in calls
             ]
         except Exception as error:  # noqa: BLE001 - Whatever it is, it is the finding.
@@ -106,8 +84,8 @@ def _judged(spelling: Spelling, device: str) -> Outcome:
     sites = [site for graph in graphs for site in graph.sites]
     reasons = [_general(site.reason) for site in sites if site.status == "kept"]
     reasons += [f"not captured: {graph.reason}" for graph in graphs if not graph.captured]
-    for new, own, truth in zip(news, owns, truths, strict=True):
-        difference = _wrong(spelling, new, own, truth)
+    for new, own, exact in zip(news, owns, truths, strict=True):
+        difference = wrong(spelling.dtype, new, own, exact, _tolerance(spelling))
         if difference:
             return Outcome(spelling, "wrong", tuple(reasons), difference)
     named = sum(_slices(site) for site in sites)
@@ -117,45 +95,23 @@ def _judged(spelling: Spelling, device: str) -> Outcome:
     return Outcome(spelling, "taken" if spelling.stays else "found")
 
 
-def _wrong(spelling: Spelling, new: _Results, own: _Results, truth: _Results) -> str:
-    """What is wrong with the values or the gradients, in words; empty if nothing is."""
-    tolerance = _tolerance(spelling)
-    for what, limit in (("value", tolerance.value), ("gradient", tolerance.gradient)):
-        if spelling.dtype in HALF:
-            difference = disagreements(
-                new[what], own[what], truth[what], spelling.dtype, beside=float(what == "gradient")
-            )
-        else:
-            difference = _difference(new[what], own[what], truth[what], limit, tolerance, what)
-        if difference:
-            return f"{what}: {difference}"
-    return ""
-
-
 def _eager(
     spelling: Spelling, device: str
-) -> tuple[Callable[..., Any], list[Sequence[Tensor]], list[_Results], list[_Results]]:
+) -> tuple[Callable[..., Any], list[Sequence[Tensor]], list[Results], list[Results]]:
     """(the function, two draws of inputs, the reference of each, what eager gives in the spelling's dtype)"""
-    module = _module(spelling.text)
+    module = _module(spelling.text, device)
     attend, inputs = module["attend"], module["inputs"]
-    with torch.device("cpu"):  # The same numbers for every device.
-        calls = [inputs(0, 0), inputs(1, 3 if spelling.lengths else 0)]
+    calls = [inputs(0, 0), inputs(1, 3 if spelling.lengths else 0)]
     gradients = spelling.gradients
-    truths = [_truth(attend, call, spelling, device) for call in calls]
-    owns = [_run(attend, prepared(call, spelling.dtype, gradients, device), gradients) for call in calls]
+    truths = [truth(attend, call, spelling.dtype, gradients, device) for call in calls]
+    owns = [run(attend, prepared(call, spelling.dtype, gradients, device), gradients) for call in calls]
     return attend, calls, truths, owns
 
 
-def _truth(attend: Callable[..., Any], call: Sequence[Tensor], spelling: Spelling, device: str) -> _Results:
-    if spelling.dtype not in HALF:
-        return _run(attend, prepared(call, torch.float64, spelling.gradients, device), spelling.gradients)
-    with Reference():
-        inputs = Reference.given(prepared(call, spelling.dtype, spelling.gradients, device))
-        results = _run(attend, inputs, spelling.gradients)
-    return {what: [wide(value) for value in values] for what, values in results.items()}
-
-
-def _module(text: str) -> dict[str, Any]:
+def _module(text: str, device: str) -> dict[str, Any]:
+    if device != "cpu":
+        attend, separator, inputs = text.partition("\n\n\ndef inputs(")
+        text = f"{_made_on(device, attend)}{separator}{inputs}"
     # Reports quote the source by way of linecache.
     linecache.cache[_FILE] = (len(text), None, text.splitlines(keepends=True), _FILE)
     names: dict[str, Any] = {}
@@ -163,80 +119,19 @@ def _module(text: str) -> dict[str, Any]:
     return names
 
 
-def prepared(call: Sequence[Tensor], dtype: torch.dtype, gradients: bool, device: str = "cpu") -> list[Tensor]:
-    """The tensors of a call in ``dtype``, those that no mask is made of with gradients where they are asked for."""
-    return [_prepare(value, dtype, gradients, device) for value in call]
-
-
-def _prepare(value: Tensor, dtype: torch.dtype, gradients: bool, device: str) -> Tensor:
-    if not value.is_floating_point():
-        return value.to(device)
-    own = value.detach().to(device, dtype)
-    if isinstance(value, nn.Parameter):
-        return nn.Parameter(own)
-    masking = bool(own.isinf().any()) or bool(((own == 0) | (own == 1)).all())
-    return own.clone().requires_grad_() if gradients and not masking else own
-
-
-def _run(function: Callable[..., Any], inputs: Sequence[Tensor], gradients: bool) -> _Results:
-    with _gradients(gradients):
-        results = outputs(function(*inputs))
-    wanted = [value for value in inputs if value.requires_grad] if gradients else []
-    found: list[Tensor] = []
-    if wanted:
-        generator = torch.Generator().manual_seed(1)
-        weights = [torch.randn(result.shape, generator=generator, device="cpu").to(result) for result in results]
-        total = torch.stack([(result * weight).sum() for result, weight in zip(results, weights, strict=True)]).sum()
-        given = torch.autograd.grad(total, wanted, allow_unused=True)
-        found = [torch.zeros_like(w) if g is None else g for g, w in zip(given, wanted, strict=True)]
-    return {"value": [result.detach() for result in results], "gradient": found}
-
-
-@contextlib.contextmanager
-def _gradients(wanted: bool) -> Iterator[None]:
-    with torch.set_grad_enabled(wanted):
-        yield
-
-
-def _difference(
-    new: Sequence[Tensor],
-    own: Sequence[Tensor],
-    truth: Sequence[Tensor],
-    limit: float,
-    tolerance: _Tolerance,
-    what: str,
-) -> str:
-    """What differs, in words; empty if nothing does."""
-    # A gradient of nothing but rounding is no gradient: what is small beside the others is measured by them.
-    # A row with one key has gradients of zero, which a fused kernel computes as a difference of numbers of that size.
-    small = 1e-2 if what == "gradient" else 1e-3
-    floor = small * max((t.double().nan_to_num().abs().max().item() for t in truth if t.numel()), default=0.0)
-    for n, o, t in zip(new, own, truth, strict=True):
-        if n.shape != o.shape or n.dtype != o.dtype:
-            return f"{n.dtype} {tuple(n.shape)} in place of {o.dtype} {tuple(o.shape)}"
-        n, o, t = n.double(), o.double(), t.double()
-        if not torch.equal(n.isnan(), o.isnan()):
-            return f"{int(n.isnan().sum())} numbers of {n.numel()} are NaN in place of {int(o.isnan().sum())}"
-        # A number that is masking in one dtype and minus infinity in another: only eager can be asked.
-        doubtful = t.isnan() & ~o.isnan()
-        t = torch.where(doubtful, o, t)
-        unknown = o.isnan() | t.isnan()
-        scale = t.masked_fill(unknown, 0.0).abs().max().clamp_min(max(floor, 1e-30))
-        mistake = ((o - t).abs() / scale).masked_fill(unknown, 0.0)
-        doubtful |= mistake > tolerance.doubtful
-        # A row whose scores are rounded is so as a whole, whichever of its numbers came out well.
-        if doubtful.dim():
-            doubtful = doubtful.any(-1, keepdim=True).expand_as(doubtful)
-        eager = mistake.masked_fill(doubtful, 0.0).max().item()
-        error = ((n - t).abs() / scale).masked_fill(unknown | doubtful, 0.0).max().item()
-        if error > max(limit, 4 * eager):
-            return f"relative error {error:.2g}, eager's is {eager:.2g}"
-        # Where the truth is no measure, what eager gives is: zero, in some rows.
-        there = o.masked_fill(o.isnan(), 0.0).abs().max().clamp_min(1e-2)
-        apart = ((n - o).abs() / torch.maximum(scale, there)).masked_fill(o.isnan() | ~doubtful, 0.0).max().item()
-        if apart > tolerance.there:
-            return f"{apart:.2g} from eager where rounding decides"
-    return ""
+def _made_on(device: str, text: str) -> str:
+    """The text with the device named wherever it makes a tensor."""
+    parts = re.split(r"(torch\.(?:arange|empty|full|ones|tensor|zeros)\()", text)
+    for index in range(2, len(parts), 2):
+        depth = 1
+        for end, character in enumerate(parts[index]):
+            depth += {"(": 1, ")": -1}.get(character, 0)
+            if depth == 0:
+                parts[index] = f"{parts[index][:end]}, device={device!r}{parts[index][end:]}"
+                break
+        else:  # A call among its arguments makes a tensor itself.
+            raise NotASpelling(f"the end of {parts[index - 1]} is not found in\n{text}")
+    return "".join(parts)
 
 
 def _general(reason: str) -> str:

@@ -1,0 +1,280 @@
+"""Draws a program, runs it as it is and rewritten, and says what became of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from attnrewrite.backend import collect_reports
+from attnrewrite.numerics.judge import HALF
+from tests.mutations.program import copied, names, program
+from tests.mutations.steps import Step, Values, applied, drawn, prepared_calls
+from tests.support.against_eager import Results, prepared, run, wrong
+from tests.support.helpers import outputs, rewritten
+from tests.support.reference import Reference, wide
+
+__all__ = ["Mutant", "Outcome", "draw", "judge", "shrunk"]
+
+Verdict = Literal["same", "wrong", "crashed", "ill-conditioned", "does not run"]
+
+_LENGTHS = ((12, 12), (12, 12), (7, 7), (1, 1), (2, 2))
+_TRIES = 12
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """The specimen ``name``, changed by ``steps``."""
+
+    name: str
+    steps: tuple[Step, ...]
+    dtype: torch.dtype
+    lengths: tuple[int, ...]
+    dynamic: bool
+    gradients: bool
+
+    def __str__(self) -> str:
+        what = f"{self.name} {str(self.dtype)[6:]} lengths {self.lengths}"
+        return "; ".join([what + " dynamic" * self.dynamic + " gradients" * self.gradients, *map(str, self.steps)])
+
+    def built(self) -> tuple[fx.GraphModule, list[list[Any]]] | None:
+        """The graph and the arguments of its calls; None if a step does not fit, or eager cannot run it."""
+        source = program(self.name, self.lengths, self.dynamic, self.dtype)
+        if source is None:
+            return None
+        graph = copied(source.graph)
+        calls = prepared_calls(self.steps, graph, source.calls)
+        for step in self.steps:
+            values = _values(graph, calls[0])
+            if values is None or not applied(step, graph, values):
+                return None
+        return (graph, calls) if _values(graph, calls[0]) is not None else None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    mutant: Mutant
+    verdict: Verdict
+    detail: str = ""
+    sites: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.verdict}: {self.detail}\n  {self.mutant}"
+
+    def script(self) -> str:
+        """A program that runs the graph as it is and rewritten; its arguments lie beside it, in a file."""
+        built = self.mutant.built()
+        assert built is not None
+        code = built[0].code.strip().replace("def forward(self, ", "def attend(")
+        return _SCRIPT.format(code=code, mutant=self.mutant, self=self)
+
+
+_SCRIPT = """# {self.verdict}: {mutant}
+import pathlib
+
+import torch
+from torch import device, inf, nan
+
+from tests.support.helpers import rewritten, rows
+
+{code}
+
+calls = torch.load(pathlib.Path(__file__).with_suffix(".pt"))
+new = rewritten(attend, "aot_eager", dynamic={mutant.dynamic} or None)
+for call in calls:
+    print("eager    ", attend(*call))
+    print("rewritten", new(*call))
+    for row in rows(attend, *call, dynamic={mutant.dynamic} or None):
+        print(row.status, row.kernel, row.reason)
+"""
+
+
+def draw(seed: int) -> Mutant:
+    """A program that eager runs, made of one to five steps."""
+    chance = random.Random(seed)
+    while True:
+        dtype = chance.choice([torch.float32] * 5 + [torch.float64, torch.bfloat16, torch.float16])
+        dynamic = chance.random() < 0.1
+        lengths = (12, 9) if dynamic else chance.choice(_LENGTHS)
+        mutant = Mutant(chance.choice(names()), (), dtype, lengths, dynamic, chance.random() < 0.4)
+        built = mutant.built()
+        if built is None:
+            continue
+        wanted = chance.choice([1, 1, 2, 2, 3, 4, 5])
+        for _ in range(_TRIES):
+            values = _values(*_first(built))
+            assert values is not None
+            step = drawn(chance, built[0], values)
+            changed = Mutant(mutant.name, (*mutant.steps, step), dtype, lengths, dynamic, mutant.gradients)
+            again = changed.built()
+            if again is not None:
+                mutant, built = changed, again
+            if len(mutant.steps) == wanted:
+                break
+        if mutant.steps:
+            return mutant
+
+
+def _first(built: tuple[fx.GraphModule, list[list[Any]]]) -> tuple[fx.GraphModule, list[Any]]:
+    return built[0], built[1][0]
+
+
+def judge(mutant: Mutant, device: str = "cpu") -> Outcome:
+    """Values of the calls and their gradients against eager, by what the same graph gives in float64."""
+    torch._dynamo.reset()
+    built = mutant.built()
+    assert built is not None
+    graph, calls = built
+    if device != "cpu":
+        _move(graph, device)
+    attend = _called(graph)
+    given = [_copies(call, mutant, device) for call in calls]
+    try:
+        owns = [run(attend, call(), mutant.gradients) for call in given]
+        truths = [_truth(attend, call(), mutant.gradients) for call in given]
+    except Exception as error:  # noqa: BLE001 - A cast or a write that eager refuses: the program is none.
+        return Outcome(mutant, "does not run", f"{type(error).__name__}: {str(error)[:200]}")
+    inner = "aot_eager" if mutant.gradients else "eager"
+    function = rewritten(attend, inner, dynamic=mutant.dynamic or None)
+    with collect_reports() as reports:
+        try:
+            news = [run(function, call(), mutant.gradients) for call in given]
+        except Exception as error:  # noqa: BLE001 - Whatever it is, it is the finding, unless PyTorch has it too.
+            if _fails_without_us(attend, given, mutant):
+                return Outcome(mutant, "does not run", f"torch.compile: {type(error).__name__}: {str(error)[:200]}")
+            return Outcome(mutant, "crashed", f"{type(error).__name__}: {str(error)[:300]}")
+    failures = [report.reason for report in reports if "rewriting failed" in report.reason]
+    if failures:
+        return Outcome(mutant, "crashed", failures[0])
+    sites = sum(len(report.rewritten) for report in reports)
+    for new, own, truth, call in zip(news, owns, truths, given, strict=True):
+        difference = wrong(mutant.dtype, new, own, truth)
+        if difference and sites == 0 and _as_wrong_without_us(attend, given, inner, mutant):
+            return Outcome(mutant, "does not run", f"torch.compile: {difference}")
+        if difference:
+            if _rounding_does_as_much(attend, call(), mutant, own, truth):
+                return Outcome(mutant, "ill-conditioned", difference, sites)
+            return Outcome(mutant, "wrong", difference, sites)
+    return Outcome(mutant, "same", "", sites)
+
+
+def _copies(call: Sequence[Any], mutant: Mutant, device: str) -> Callable[[], list[Any]]:
+    """The arguments of a call, new for each run, since a program may write to them."""
+
+    def copies() -> list[Any]:
+        own = [value.clone() if isinstance(value, Tensor) and not value.is_floating_point() else value for value in call]
+        made = prepared(own, mutant.dtype, mutant.gradients, device)
+        return [
+            value.clone() if isinstance(value, Tensor) and not value.requires_grad and value.is_contiguous() else value
+            for value in made
+        ]
+
+    return copies
+
+
+def _called(graph: fx.GraphModule) -> Callable[..., Any]:
+    """A function that Dynamo traces; it would run a graph module of its own making as it is."""
+    namespace = dict(graph.forward.__globals__)
+    exec(compile(graph.code, "<mutant>", "exec"), namespace)
+    forward = namespace["forward"]
+
+    def attend(*args: Any) -> Any:
+        return forward(None, *args)
+
+    return attend
+
+
+def _truth(attend: Callable[..., Any], inputs: list[Any], gradients: bool) -> Results:
+    with Reference():
+        results = run(attend, Reference.given(inputs), gradients)
+    return {what: [wide(value) for value in values] for what, values in results.items()}
+
+
+def _rounding_does_as_much(
+    attend: Callable[..., Any], inputs: list[Any], mutant: Mutant, own: Results, truth: Results
+) -> bool:
+    """Whether inputs that differ in their last digits give results that are as far away: no kernel can do better."""
+    generator = torch.Generator().manual_seed(7)
+    eps = torch.finfo(mutant.dtype).eps
+    moved = []
+    for value in inputs:
+        if isinstance(value, Tensor) and value.requires_grad:
+            noise = torch.randn(value.shape, generator=generator).to(value)
+            value = (value.detach() * (1 + 2 * eps * noise)).requires_grad_()
+        elif isinstance(value, Tensor) and value.is_floating_point() and not mutant.gradients:
+            value = value * (1 + 2 * eps * torch.randn(value.shape, generator=generator).to(value))
+        moved.append(value)
+    return wrong(mutant.dtype, run(attend, moved, mutant.gradients), own, truth) != ""
+
+
+def _fails_without_us(attend: Callable[..., Any], given: Sequence[Callable[[], list[Any]]], mutant: Mutant) -> bool:
+    torch._dynamo.reset()
+    function = torch.compile(attend, backend="aot_eager", dynamic=mutant.dynamic or None)
+    try:
+        for call in given:
+            run(function, call(), mutant.gradients)
+    except Exception:  # noqa: BLE001 - That it fails is what is asked.
+        return True
+    return False
+
+
+def _as_wrong_without_us(
+    attend: Callable[..., Any], given: Sequence[Callable[[], list[Any]]], inner: str, mutant: Mutant
+) -> bool:
+    torch._dynamo.reset()
+    function = torch.compile(attend, backend=inner, dynamic=mutant.dynamic or None)
+    owns = [run(attend, call(), mutant.gradients) for call in given]
+    news = [run(function, call(), mutant.gradients) for call in given]
+    return any(wrong(mutant.dtype, new, own, own) for new, own in zip(news, owns, strict=True))
+
+
+def _values(graph: fx.GraphModule, call: Sequence[Any]) -> Values | None:
+    """What each node gives in a call; None if eager cannot run it, or gives nothing but NaN."""
+    found: dict[str, Any] = {}
+
+    class Recorded(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            found[n.name] = super().run_node(n)
+            return found[n.name]
+
+    copies = [value.clone() if isinstance(value, Tensor) else value for value in call]
+    try:
+        with torch.no_grad():
+            results = outputs(Recorded(graph).run(*copies))
+    except Exception:  # noqa: BLE001 - Sizes, dtypes or arguments that do not fit: a step to be left out.
+        return None
+    if not any(bool(result.isfinite().any()) for result in results if result.numel()):
+        return None
+    return found
+
+
+def _move(graph: fx.GraphModule, device: str) -> None:
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and node.target in (torch.arange, torch.empty, torch.full, torch.ones, torch.zeros):
+            node.kwargs = {**node.kwargs, "device": device}
+        elif node.kwargs.get("device") is not None:
+            node.kwargs = {**node.kwargs, "device": device}
+    graph.recompile()
+
+
+def shrunk(outcome: Outcome, device: str = "cpu") -> Outcome:
+    """The same failure with as few steps, and as plain a call, as still show it."""
+    best = outcome
+    smaller = True
+    while smaller:
+        smaller = False
+        for index in range(len(best.mutant.steps)):
+            mutant = best.mutant
+            steps = (*mutant.steps[:index], *mutant.steps[index + 1 :])
+            again = Mutant(mutant.name, steps, mutant.dtype, mutant.lengths, mutant.dynamic, mutant.gradients)
+            if again.built() is None:
+                continue
+            other = judge(again, device)
+            if other.verdict == outcome.verdict:
+                best, smaller = other, True
+                break
+    return best
