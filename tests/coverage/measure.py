@@ -31,7 +31,9 @@ __all__ = [
     "counts",
     "fused_by_inductor",
     "measure",
+    "outputs_of",
     "parameter_gradients",
+    "parameter_gradients_of",
     "randomize",
     "relative_error",
     "warm_up",
@@ -129,16 +131,16 @@ def _calibrate(model: nn.Module, inputs: dict[str, Any]) -> None:
 def _values(measured: Measured, row: Row) -> None:
     model, inputs = measured.model, measured.inputs
     with torch.no_grad():
-        own = measured.own(_outputs)
-        truth = measured.truth(_outputs)
+        own = measured.own(outputs_of)
+        truth = measured.truth(outputs_of)
         before = Counter(counters["graph_break"])
         with collect_reports() as graphs:
-            new = measured.new(rewritten(model, "aot_eager"), _outputs)
+            new = measured.new(rewritten(model, "aot_eager"), outputs_of)
         row["graphs"] = len(graphs)
         row["graph_breaks"] = [" ".join(text.split())[:200] for text in Counter(counters["graph_break"]) - before]
         row.update(counts(graphs))
         row["eager_has_nan"] = any(bool(value.isnan().any()) for value in own)
-        _note("values", row, *judged(measured, _outputs, new, own, truth))
+        _note("values", row, *judged(measured, outputs_of, new, own, truth))
         if measured.dtype in HALF:
             row["error"], row["error_of_eager"] = relative_error(new, truth), relative_error(own, truth)
             return
@@ -149,7 +151,7 @@ def _values(measured: Measured, row: Row) -> None:
             row["error_of_aot_eager"] = relative_error(outputs(control(**inputs)), own)
 
 
-def _outputs(
+def outputs_of(
     call: Callable[..., Any], parameters: dict[str, torch.Tensor], inputs: dict[str, Any]
 ) -> list[torch.Tensor]:
     return outputs(call(**inputs))
@@ -223,16 +225,16 @@ def fused_by_inductor(model: Callable[..., Any], inputs: dict[str, Any]) -> int:
 
 
 def _gradients(measured: Measured, row: Row) -> None:
-    own, truth = measured.own(_gradients_of), measured.truth(_gradients_of)
+    own, truth = measured.own(parameter_gradients_of), measured.truth(parameter_gradients_of)
     if measured.dtype in HALF:
         with collect_reports() as graphs:
-            new = measured.new(rewritten(measured.model, "aot_eager"), _gradients_of)
+            new = measured.new(rewritten(measured.model, "aot_eager"), parameter_gradients_of)
         row["gradient_error"], _ = gradient_error(new, truth)
         row["gradient_error_of_eager"], _ = gradient_error(own, truth)
     else:
         new, graphs = compared_gradients(measured.model, measured.inputs, own, row)
     row["with_gradients"] = counts(graphs)
-    found = judged(measured, _gradients_of, new, own, truth, beside=BESIDE, whole=True, names=list(own))
+    found = judged(measured, parameter_gradients_of, new, own, truth, beside=BESIDE, whole=True, names=list(own))
     _note("gradients", row, *found)
 
 
@@ -275,10 +277,10 @@ def gradient_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Te
 
 def parameter_gradients(model: nn.Module, call: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    return _gradients_of(call, dict(model.named_parameters()), inputs)
+    return parameter_gradients_of(call, dict(model.named_parameters()), inputs)
 
 
-def _gradients_of(
+def parameter_gradients_of(
     call: Callable[..., Any], parameters: dict[str, torch.Tensor], inputs: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)

@@ -16,7 +16,7 @@ from attnrewrite.numerics.judge import HALF, disagreements
 from tests.support.helpers import cast
 from tests.support.reference import Reference, wide
 
-__all__ = ["DTYPES", "DoesNotRun", "Measured", "judged", "measured_in"]
+__all__ = ["DTYPES", "DoesNotRun", "Measured", "judged", "measured_in", "nudged"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -116,7 +116,7 @@ def _furthest(
     """Eager's results as far off as the furthest of its runs, number by number, after each run."""
     errors = [_error(own, truth) for own, truth in zip(owns, truths, strict=True)]
     for seed in range(REDRAWS):
-        other = Measured(_nudged(measured.model, seed), measured.inputs, measured.dtype)
+        other = Measured(nudged(measured.model, seed), measured.inputs, measured.dtype)
         pairs = zip(_listed(other.own(run)), _listed(other.truth(run)), strict=True)
         errors = [_larger(error, _error(own, truth)) for error, (own, truth) in zip(errors, pairs, strict=True)]
         yield [
@@ -135,7 +135,7 @@ def _larger(error: Tensor, other: Tensor) -> Tensor:
     return torch.maximum(error, other) if error.shape == other.shape else error
 
 
-def _nudged(model: nn.Module, seed: int) -> nn.Module:
+def nudged(model: nn.Module, seed: int) -> nn.Module:
     """A copy whose weights differ by a rounding here and there."""
     generator = torch.Generator().manual_seed(seed)
     nudged = copy.deepcopy(model)

@@ -166,7 +166,9 @@ def _copies(call: Sequence[Any], mutant: Mutant, device: str) -> Callable[[], li
     """The arguments of a call, new for each run, since a program may write to them."""
 
     def copies() -> list[Any]:
-        own = [value.clone() if isinstance(value, Tensor) and not value.is_floating_point() else value for value in call]
+        own = [
+            value.clone() if isinstance(value, Tensor) and not value.is_floating_point() else value for value in call
+        ]
         made = prepared(own, mutant.dtype, mutant.gradients, device)
         return [
             value.clone() if isinstance(value, Tensor) and not value.requires_grad and value.is_contiguous() else value
@@ -254,7 +256,13 @@ def _values(graph: fx.GraphModule, call: Sequence[Any]) -> Values | None:
 
 def _move(graph: fx.GraphModule, device: str) -> None:
     for node in graph.graph.nodes:
-        if node.op == "call_function" and node.target in (torch.arange, torch.empty, torch.full, torch.ones, torch.zeros):
+        if node.op == "call_function" and node.target in (
+            torch.arange,
+            torch.empty,
+            torch.full,
+            torch.ones,
+            torch.zeros,
+        ):
             node.kwargs = {**node.kwargs, "device": device}
         elif node.kwargs.get("device") is not None:
             node.kwargs = {**node.kwargs, "device": device}

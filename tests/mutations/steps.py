@@ -148,7 +148,15 @@ _SIBLINGS: tuple[tuple[Any, ...], ...] = (
     (operator.iadd, operator.isub, operator.imul),
 )
 _IN_PLACE = {operator.add: "add_", operator.sub: "sub_", operator.mul: "mul_", operator.truediv: "div_"}
-_OTHER_VALUES = ("hundred times as large", "all the same", "zero in half", "twice the same", "all", "none", "row of none")
+_OTHER_VALUES = (
+    "hundred times as large",
+    "all the same",
+    "zero in half",
+    "twice the same",
+    "all",
+    "none",
+    "row of none",
+)
 
 
 def drawn(chance: random.Random, graph: fx.GraphModule, values: Values) -> Step:
@@ -226,7 +234,9 @@ def _table(value: Tensor) -> dict[str, Unary]:
 
 
 def _numbers(node: fx.Node) -> list[int]:
-    return [place for place, value in enumerate(node.args) if isinstance(value, (int, float)) and type(value) is not bool]
+    return [
+        place for place, value in enumerate(node.args) if isinstance(value, (int, float)) and type(value) is not bool
+    ]
 
 
 def _insert(step: Step, at: fx.Node, nodes: Mapping[str, fx.Node], values: Values) -> bool:
@@ -267,7 +277,9 @@ def _module(operation: Unary) -> torch.nn.Module:
 
 
 def _first_tensor(node: fx.Node, values: Values) -> fx.Node | None:
-    return next((arg for arg in node.args if isinstance(arg, fx.Node) and isinstance(values.get(arg.name), Tensor)), None)
+    return next(
+        (arg for arg in node.args if isinstance(arg, fx.Node) and isinstance(values.get(arg.name), Tensor)), None
+    )
 
 
 def _delete(step: Step, at: fx.Node, nodes: Mapping[str, fx.Node], values: Values) -> bool:

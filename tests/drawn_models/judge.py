@@ -1,0 +1,166 @@
+"""Compiles a model once, and runs it with one drawing of weights and masks after another."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from attnrewrite.backend import collect_reports
+from attnrewrite.numerics.judge import HALF
+from tests.coverage.entries_transformers import CASES
+from tests.coverage.measure import outputs_of, parameter_gradients_of
+from tests.coverage.precision import DoesNotRun, Measured, judged, measured_in, nudged
+from tests.support.against_eager import wrong
+from tests.support.helpers import rewritten
+
+__all__ = ["DRAWS", "Model", "Outcome", "draw", "judge"]
+
+Verdict = Literal["same", "wrong", "crashed", "ill-conditioned", "does not run"]
+
+DRAWS = 8
+"""Weights and masks for each model that is compiled."""
+
+_FACTORS = (0.2, 1.0, 1.0, 1.0, 2.0, 4.0)
+_MASKS = ("all", "random", "right", "left", "one token", "none in one", "random", "holes")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the coverage table, in ``dtype``, in training if ``gradients`` are compared; ``seed`` draws the rest."""
+
+    name: str
+    seed: int
+    dtype: torch.dtype
+    gradients: bool
+
+    def __str__(self) -> str:
+        return f"{self.name} {str(self.dtype)[6:]}{' gradients' * self.gradients} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``drawing``: which of a model's, in words."""
+
+    model: Model
+    verdict: Verdict
+    drawing: str = ""
+    detail: str = ""
+    sites: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.verdict}: {self.detail}\n  {self.model}: {self.drawing}"
+
+
+def draw(seed: int) -> Model:
+    chance = random.Random(seed)
+    dtype = chance.choice([torch.float32] * 4 + [torch.float64, torch.bfloat16, torch.float16])
+    return Model(chance.choice(CASES).name, seed, dtype, chance.random() < 0.3)
+
+
+def judge(model: Model) -> Iterator[Outcome]:
+    """One outcome for each drawing."""
+    torch._dynamo.reset()
+    (case,) = (case for case in CASES if case.name == model.name)
+    measured = measured_in(model.dtype, case.build().eval(), case.inputs())
+    inner = "aot_eager" if model.gradients else "eager"
+    chance = random.Random(model.seed)
+    with collect_reports() as reports:
+        function = rewritten(measured.model, inner)
+        for _ in range(DRAWS):
+            factor, mask, seed = chance.choice(_FACTORS), chance.choice(_MASKS), chance.randrange(10**9)
+            words = f"weights times {factor}, mask {mask}, {seed}"
+            _set_weights(measured.model, factor, seed)
+            inputs = {name: _redrawn(name, value, mask, seed) for name, value in measured.inputs.items()}
+            verdict, detail = _judged(Measured(measured.model, inputs, model.dtype), function, model.gradients)
+            failures = [report.reason for report in reports if "rewriting failed" in report.reason]
+            if failures:
+                verdict, detail = "crashed", failures[0]
+            yield Outcome(model, verdict, words, detail, sum(len(report.rewritten) for report in reports))
+
+
+def _judged(measured: Measured, function: Callable[..., Any], gradients: bool) -> tuple[Verdict, str]:
+    run: Any = parameter_gradients_of if gradients else outputs_of
+    with torch.set_grad_enabled(gradients):
+        try:
+            own, truth = measured.own(run), measured.truth(run)
+        except DoesNotRun as error:
+            return "does not run", str(error)
+        try:
+            new = measured.new(function, run)
+        except Exception as error:  # noqa: BLE001 - Whatever it is, it is the finding, unless PyTorch has it too.
+            return _failure(measured, run, error)
+        difference = _difference(measured, run, new, own, truth, gradients)
+        if difference and _rounding_does_as_much(measured, run, own, truth, gradients):
+            return "ill-conditioned", difference
+    return ("wrong", difference) if difference else ("same", "")
+
+
+def _failure(measured: Measured, run: Any, error: Exception) -> tuple[Verdict, str]:
+    words = f"{type(error).__name__}: {str(error).strip()[:300]}"
+    try:
+        measured.new(torch.compile(measured.model, backend="aot_eager"), run)
+    except Exception:  # noqa: BLE001 - That it fails is what is asked.
+        return "does not run", f"torch.compile: {words}"
+    return "crashed", words
+
+
+def _difference(measured: Measured, run: Any, new: Any, own: Any, truth: Any, gradients: bool) -> str:
+    if measured.dtype in HALF:
+        how: dict[str, Any] = {"beside": 0.25, "whole": True} if gradients else {}
+        return judged(measured, run, new, own, truth, **how)[0]
+    return wrong(measured.dtype, *(_results(each, gradients) for each in (new, own, truth)))
+
+
+def _results(results: Any, gradients: bool) -> dict[str, list[Tensor]]:
+    listed = [value for value in (results.values() if gradients else results) if value.is_floating_point()]
+    return {"value": [] if gradients else listed, "gradient": listed if gradients else []}
+
+
+def _rounding_does_as_much(measured: Measured, run: Any, own: Any, truth: Any, gradients: bool) -> bool:
+    """Whether weights that differ in their last digit give results that are as far away."""
+    other = Measured(nudged(measured.model, 0), measured.inputs, measured.dtype)
+    return _difference(other, run, other.own(run), own, truth, gradients) != ""
+
+
+def _set_weights(model: nn.Module, factor: float, seed: int) -> None:
+    """Random weights, with which the scores of an attention are ``factor`` squared as large as usual."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.is_floating_point():
+                continue
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() >= 2:
+                parameter.copy_(noise * factor * max(1, parameter[0].numel()) ** -0.5)
+            else:
+                parameter.copy_(0.1 * noise + float(parameter.detach().float().mean().round()))
+
+
+def _redrawn(name: str, value: Any, how: str, seed: int) -> Any:
+    """A mask of zeros and ones with other entries; what is no such mask stays."""
+    if not isinstance(value, Tensor) or not name.endswith("attention_mask") or value.dim() != 2:
+        return value
+    batch, length = value.shape
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.arange(length)
+    ends = torch.randint(1, length + 1, (batch, 1), generator=generator)
+    if how == "all":
+        keep = torch.ones(batch, length, dtype=torch.bool)
+    elif how == "right":
+        keep = place < ends
+    elif how == "left":
+        keep = place >= length - ends
+    elif how == "one token":
+        keep = place == ends - 1
+    elif how == "holes":
+        keep = (place < ends) & (place % 3 != 1)
+    else:
+        keep = torch.rand(batch, length, generator=generator) < 0.6
+        if how == "none in one":
+            keep[0] = False
+    return keep.to(value.dtype)
