@@ -189,6 +189,9 @@ ShortenTraceback = torch._dynamo.exc.ShortenTraceback
 https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_dynamo/output_graph.py#L3123
 """
 
+TorchDynamoException = torch._dynamo.exc.TorchDynamoException
+"""Base class of what Dynamo raises where it cannot trace."""
+
 FailOnRecompileLimitHit = torch._dynamo.exc.FailOnRecompileLimitHit
 """Raised when a function was compiled too often, with ``fullgraph=True``."""
 

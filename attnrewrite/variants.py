@@ -14,12 +14,13 @@ import torch
 from torch import fx
 
 from attnrewrite.caching.call import ReusePlan, current_call
+from attnrewrite.errors import AttnRewriteError, KernelError
 from attnrewrite.inner import CompiledFn
 from attnrewrite.ir.source import name_source, source_name
 from attnrewrite.options.request import Request
 from attnrewrite.selection.decorated_parts import parts_in
 from attnrewrite.selection.requests import request_in_force
-from attnrewrite.torch_private import compile_lock, wrapped_call
+from attnrewrite.torch_private import TorchDynamoException, compile_lock, wrapped_call
 
 __all__ = ["Variants"]
 
@@ -59,13 +60,39 @@ class Variants:
         key = _in_force()
         compiled = self._compiled.get(key)
         if compiled is None:
+            return self._first_call(key, args)
+        return compiled(*args)
+
+    def _first_call(self, key: _Key, args: tuple[Any, ...]) -> Any:
+        """The call that compiles a variant.
+
+        Raises:
+            KernelError: Dynamo cannot trace the graph again. It has operators of its own making for, among others,
+                functions with a backward pass of their own, which it does not trace.
+        """
+        try:
+            return self._variant(key)(*args)
+        except AttnRewriteError:
+            raise
+        except TorchDynamoException as error:
+            del self._compiled[key]
+            what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise KernelError(
+                "this call asks for other kernels, or another reuse of attention, than the graph was compiled for, and "
+                f"torch.compile cannot trace the graph again ({what}); ask before the model's first call, or call "
+                "torch.compiler.reset() and compile the model anew"
+            ) from error
+
+    def _variant(self, key: _Key) -> CompiledFn:
+        compiled = self._compiled.get(key)
+        if compiled is None:
             # While one thread compiles, Dynamo does not compile graph modules that another thread makes
             # (torch._dynamo.convert_frame.fx_forward_from_src_skip_result).
             with compile_lock:
                 compiled = self._compiled.get(key)
                 if compiled is None:
                     compiled = self._compiled[key] = self._compile()
-        return compiled(*args)
+        return compiled
 
     def _compile(self) -> CompiledFn:
         # Dynamo's cache is keyed by code object; each variant has its own, so none counts as a recompilation.

@@ -60,9 +60,10 @@ class EmptyRows:
             elif _keeps_entries(node):
                 pass
             elif node.target is aten.sub.Tensor and not node.kwargs and is_tensor(args[0]) and is_tensor(args[1]):
-                # Where the row is not empty, neither is its maximum minus infinity.
+                # Where the row is not empty, neither is its maximum minus infinity; where it is, the difference is NaN.
                 if row_maximum(args[1], args[0], layout, axes_of((self._keys,))) is None:
                     return
+                self._scores.clear()
             else:
                 return
             node = args[0]

@@ -20,10 +20,20 @@ import sympy
 import torch
 from torch import fx
 
-from attnrewrite.analysis.formulas import AtLeast, Formula, Known, at_least, conjunction, disjunction, negation, symbols
+from attnrewrite.analysis.formulas import (
+    AtLeast,
+    Formula,
+    Known,
+    at_least,
+    conjunction,
+    disjunction,
+    largest,
+    negation,
+    symbols,
+)
 from attnrewrite.analysis.formulas import parts as conjuncts
 from attnrewrite.analysis.values import as_stored, constant_value
-from attnrewrite.ir.bounds import ENTRY_NUMBERS, LONGEST_SEQUENCE
+from attnrewrite.ir.bounds import ENTRY_NUMBERS
 from attnrewrite.ir.nodes import is_tensor, same, tensor
 from attnrewrite.ir.ops import (
     ARANGE_OPS,
@@ -107,7 +117,13 @@ class Entries:
         key = (node, tuple(index))
         if key not in self._memo:
             entry = self._entry(node, list(index))
-            self._memo[key] = self._unknown(node, index) if entry is None else _in_dtype(entry, tensor(node).dtype)
+            dtype = tensor(node).dtype
+            if entry is None:
+                self._memo[key] = self._unknown(node, index)
+            elif node.target in ARANGE_OPS and dtype is torch.int64:
+                self._memo[key] = entry  # It ends below a number that is an integer of this size.
+            else:
+                self._memo[key] = _in_dtype(entry, dtype)
             if self._memo[key] is None:
                 self._memo[key] = self._unknown(node, index)
         return self._memo[key]
@@ -158,7 +174,7 @@ class Entries:
             return self._where(kept, self.at(args[0], index), nothing, dtype)
         if target in _COMPARISONS:
             operands = self._promoted(args[:2], index)
-            exact = not any(is_tensor(arg) and tensor(arg).dtype.is_floating_point for arg in args[:2])
+            exact = not any(map(_may_be_nan, args[:2]))
             return None if operands is None else self._compared(_COMPARISONS[target], *operands, exact)
         if target in _LOGIC:
             return self._logic(_LOGIC[target], args, index)
@@ -411,7 +427,8 @@ class Entries:
         entries: list[Entry] = []
         for arg, value in zip(args, values, strict=True):
             entry = self._operand(arg, index)
-            if not isinstance(value, torch.Tensor) or value.dtype is not dtype:
+            whole = isinstance(value, (int, torch.SymInt)) and dtype is torch.int64
+            if not whole and (not isinstance(value, torch.Tensor) or value.dtype is not dtype):
                 entry = _in_dtype(entry, dtype)
             entries.append(entry)
         return None if None in entries else (entries[0], entries[1])
@@ -537,6 +554,15 @@ class Entries:
         if pattern is None:
             return None
         return bool(pattern) if dtype is torch.bool else _number(pattern)
+
+
+def _may_be_nan(value: Any) -> bool:
+    """Whether an operand may hold NaN: a float that changes between calls may, too."""
+    if isinstance(value, fx.Node):
+        value = value.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return value.dtype.is_floating_point
+    return not isinstance(value, (bool, int, torch.SymInt)) and not (isinstance(value, float) and math.isfinite(value))
 
 
 def _for_promotion(value: Any) -> Any:
@@ -668,7 +694,7 @@ def _in_dtype(entry: Entry, dtype: torch.dtype) -> Entry | None:
     # Each step of computing a fraction of positions rounds, so its value is not exactly known.
     if dtype not in _EXACT or not entry.is_integer:
         return None
-    return entry if _largest(entry) <= _EXACT_UP_TO[dtype] else None
+    return entry if largest(entry) <= _EXACT_UP_TO[dtype] else None
 
 
 def _fits(number: float, dtype: torch.dtype) -> bool:
@@ -683,23 +709,6 @@ _INTEGERS = 2**53 - 1
 """Integers up to this size are exact in float64, as which single numbers are followed."""
 
 _EXACT_UP_TO = {torch.float32: 2**24, torch.float64: 2**53, torch.int32: 2**31 - 1, torch.int64: 2**63 - 1}
-
-
-def _largest(expression: Any) -> float:
-    """An upper bound of the absolute value of an expression of positions and lengths."""
-    if isinstance(expression, sympy.Abs):
-        return _largest(expression.args[0])
-    total = 0.0
-    for term in sympy.Add.make_args(sympy.expand(expression)):
-        factor, rest = term.as_coeff_Mul()
-        size = abs(float(factor))
-        for base, power in rest.as_powers_dict().items():
-            if not power.is_Integer or power < 0:
-                return math.inf
-            if base != 1:
-                size *= (_largest(base) if isinstance(base, sympy.Abs) else float(LONGEST_SEQUENCE)) ** int(power)
-        total += size
-    return total
 
 
 def _key(entry: Entry) -> Hashable:

@@ -8,13 +8,28 @@ and ``Some`` are sets, so ``~(a | b)`` and ``~b & ~a`` are the same formula.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 
-__all__ = ["All", "AtLeast", "Formula", "Known", "Some", "at_least", "conjunction", "disjunction", "negation", "parts"]
+from attnrewrite.ir.bounds import LONGEST_SEQUENCE
+
+__all__ = [
+    "All",
+    "AtLeast",
+    "Formula",
+    "Known",
+    "Some",
+    "at_least",
+    "conjunction",
+    "disjunction",
+    "largest",
+    "negation",
+    "parts",
+]
 
 
 @dataclass(frozen=True)
@@ -192,3 +207,25 @@ def _(formula: Known) -> frozenset[Any]:
 @symbols.register(Some)
 def _(formula: Any) -> frozenset[Any]:
     return frozenset().union(*(symbols(term) for term in formula.terms))
+
+
+def largest(expression: Any) -> float:
+    """An upper bound of the absolute value of an expression of positions and lengths.
+
+    A symbol that may be negative is no length: an integer that is an argument of the program has no bound.
+    """
+    if isinstance(expression, sympy.Abs):
+        return largest(expression.args[0])
+    total = 0.0
+    for term in sympy.Add.make_args(sympy.expand(expression)):
+        factor, rest = term.as_coeff_Mul()
+        size = abs(float(factor))
+        for base, power in rest.as_powers_dict().items():
+            if base == 1:
+                continue
+            known = isinstance(base, sympy.Abs) or (isinstance(base, sympy.Symbol) and base.is_nonnegative)
+            if not known or not power.is_Integer or power < 0:
+                return math.inf
+            size *= (largest(base) if isinstance(base, sympy.Abs) else float(LONGEST_SEQUENCE)) ** int(power)
+        total += size
+    return total

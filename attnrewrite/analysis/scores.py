@@ -556,6 +556,8 @@ def _fill_value(value: Any, node: fx.Node) -> float:
     constant = number_of(value)
     if constant is None:
         raise NotAttention(f"the value that {node_in_words(node)} fills in is not a constant; pass a Python number")
+    if math.isnan(constant):
+        raise NotAttention(f"{node_in_words(node)} fills in NaN")
     return constant
 
 

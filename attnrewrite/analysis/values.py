@@ -7,11 +7,13 @@ import itertools
 import math
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from attnrewrite.analysis.formulas import largest
 from attnrewrite.ir.bounds import TENSOR_VALUES
 from attnrewrite.ir.nodes import is_tensor, tensor
 from attnrewrite.ir.ops import (
@@ -37,6 +39,8 @@ __all__ = [
     "FAR_BELOW",
     "ORDINARY",
     "UNDERFLOW",
+    "Range",
+    "Value",
     "ValueKind",
     "as_stored",
     "constant_value",
@@ -65,11 +69,22 @@ class ValueKind(enum.Enum):
     """
 
     LEARNED = "learned, or computed from what is"
-    INTEGER = "an integer"
     ANY = "anything, infinities included"
 
 
-Value = float | ValueKind
+@dataclass(frozen=True)
+class Range:
+    """A number from ``low`` to ``high``: computed from positions and sizes."""
+
+    low: float
+    high: float
+
+    @property
+    def largest(self) -> float:
+        return max(abs(self.low), abs(self.high))
+
+
+Value = float | Range | ValueKind
 
 ORDINARY = 64.0
 """Constants up to this absolute value are taken for ordinary scores; larger ones may be masks."""
@@ -97,7 +112,7 @@ def _values(node: Any, memo: dict[fx.Node, frozenset[Value]]) -> frozenset[Value
     if not is_tensor(node):
         # A Python float that changes between calls is a symbol of the graph and may have any value.
         value = node.meta.get("val") if isinstance(node, fx.Node) else node
-        return frozenset({ValueKind.INTEGER if isinstance(value, (int, torch.SymInt)) else ValueKind.ANY})
+        return frozenset({_size(value) if isinstance(value, (int, torch.SymInt)) else ValueKind.ANY})
     if node not in memo:
         memo[node] = frozenset({ValueKind.ANY})
         memo[node] = _bounded(_values_of_call(node, memo), tensor(node).dtype)
@@ -109,7 +124,24 @@ def _bounded(values: frozenset[Value], dtype: torch.dtype) -> frozenset[Value]:
     if dtype is torch.bool:
         return frozenset({0.0, 1.0})
     values = frozenset(as_stored(value, dtype) if isinstance(value, float) else value for value in values)
+    values = frozenset(ValueKind.ANY if value != value or _is_beyond(value, dtype) else value for value in values)
     return values if TENSOR_VALUES.allows(len(values)) else frozenset({ValueKind.ANY})
+
+
+def _is_beyond(value: Value, dtype: torch.dtype) -> bool:
+    """Whether a number that is computed from positions may be too large for a score, or for ``dtype``."""
+    if not isinstance(value, Range):
+        return False
+    limit = float((torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)).max)
+    return not value.largest <= min(-FAR_BELOW, limit) or (value.low < 0 and dtype is torch.uint8)
+
+
+def _size(value: int | torch.SymInt) -> Value:
+    """A size, or a number that is computed from sizes."""
+    if isinstance(value, int):
+        return float(value)
+    bound = largest(value.node.expr)
+    return Range(-bound, bound) if math.isfinite(bound) else ValueKind.ANY
 
 
 def _values_of_call(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> frozenset[Value]:
@@ -144,7 +176,10 @@ def _values_of_call(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> fro
     if target is aten.neg.default:
         return frozenset(_times(value, -1.0) for value in _values(args[0], memo))
     if target in ARANGE_OPS:
-        return frozenset({ValueKind.INTEGER})
+        ends = [end for arg in args[:2] for end in _values(arg, memo)]
+        return frozenset({_between(0.0, *ends) if target is aten.arange.default else _between(*ends)})
+    if target in _MONOTONE:
+        return frozenset(_monotone(_MONOTONE[target], value) for value in _values(args[0], memo))
     if target in _POWERS:
         return _values_of_power(args[0], args[1], memo)
     if target is aten.div.Tensor and not node.kwargs:
@@ -153,10 +188,11 @@ def _values_of_call(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> fro
         return frozenset({ValueKind.LEARNED})
     if target in PROJECTION_OPS or is_product(node):
         return _values_of_product(node, memo)
-    if target in _ORDINARY:
-        inputs = [_values(arg, memo) for arg in node.all_input_nodes if is_tensor(arg)]
-        if all(value is not ValueKind.ANY and is_ordinary(value) for values in inputs for value in values):
-            return frozenset({ValueKind.LEARNED})
+    if target in _ORDINARY and not node.kwargs:
+        given = [value for arg in args if arg is not None for value in _values(arg, memo)]
+        if all(value is not ValueKind.ANY and is_ordinary(value) for value in given):
+            bound = max((value.largest for value in given if isinstance(value, Range)), default=None)
+            return frozenset({ValueKind.LEARNED if bound is None else _range(-bound - ORDINARY, bound + ORDINARY)})
     return frozenset({ValueKind.ANY})
 
 
@@ -166,6 +202,9 @@ _POWERS = (aten.pow.Tensor_Tensor, aten.pow.Tensor_Scalar, aten.pow.Scalar)
 def _values_of_power(base: Any, exponent: Any, memo: dict[fx.Node, frozenset[Value]]) -> frozenset[Value]:
     """The values of a power: of ordinary size if no zero can be divided by (positive base, or nonnegative exponent)."""
     bases, exponents = _values(base, memo), _values(exponent, memo)
+    pairs = list(itertools.product(bases, exponents))
+    if any(isinstance(value, Range) for value in bases | exponents):
+        return frozenset(_power(a, b) for a, b in pairs)
     positive = all(isinstance(value, float) and 0 < value <= ORDINARY for value in bases)
     learned = all(value is ValueKind.LEARNED or isinstance(value, float) for value in bases)
     raised = all(isinstance(value, float) and 0 <= value <= 4 for value in exponents)
@@ -180,7 +219,11 @@ def _values_of_quotient(dividend: Any, divisor: Any, memo: dict[fx.Node, frozens
     if number is not None:
         return frozenset(_over(value, number) for value in dividends)
     ordinary = all(value is not ValueKind.ANY and is_ordinary(value) for value in divisors)
-    learned = all(value in (ValueKind.LEARNED, ValueKind.INTEGER) for value in dividends)
+    learned = all(value is ValueKind.LEARNED or isinstance(value, Range) for value in dividends)
+    if all(isinstance(value, float) or (isinstance(value, Range) and value.low > 0) for value in divisors):
+        quotients = [_quotient(a, b) for a, b in itertools.product(dividends, divisors)]
+        if ValueKind.ANY not in quotients:
+            return frozenset(quotients)
     return frozenset({ValueKind.LEARNED if ordinary and learned else ValueKind.ANY})
 
 
@@ -214,6 +257,7 @@ def _kind_of_input(node: fx.Node) -> ValueKind:
 
 
 def is_ordinary(value: Value) -> bool:
+    """Whether the number is one that a score may be."""
     return abs(value) <= ORDINARY if isinstance(value, float) else value is not ValueKind.ANY
 
 
@@ -226,27 +270,79 @@ def _plus(a: Value, b: Value) -> Value:
         if isinstance(one, float) and not isinstance(other, float):
             if one <= ABSORBING:
                 return one
-            return other if one == 0 else ValueKind.LEARNED if is_ordinary(one) else ValueKind.ANY
-    return ValueKind.INTEGER if a is b is ValueKind.INTEGER else ValueKind.LEARNED
+            if one == 0:
+                return other
+    if ValueKind.LEARNED in (a, b):
+        return ValueKind.LEARNED if is_ordinary(a) and is_ordinary(b) else ValueKind.ANY
+    (low, high), (least, most) = _ends(a), _ends(b)
+    return _range(low + least, high + most)
 
 
 def _times(a: Value, b: Value) -> Value:
     if isinstance(a, float) and isinstance(b, float):
         return a * b
-    if 0.0 in (a, b) and ValueKind.ANY not in (a, b):
-        return 0.0
-    for one, other in ((a, b), (b, a)):
-        if isinstance(one, float):
-            return (
-                other
-                if one == 1.0
-                else ValueKind.LEARNED
-                if other is not ValueKind.ANY and is_ordinary(one)
-                else ValueKind.ANY
-            )
     if ValueKind.ANY in (a, b):
         return ValueKind.ANY
-    return ValueKind.INTEGER if a is b is ValueKind.INTEGER else ValueKind.LEARNED
+    if 0.0 in (a, b):
+        return 0.0
+    if ValueKind.LEARNED in (a, b):
+        other = a if b is ValueKind.LEARNED else b
+        return ValueKind.LEARNED if is_ordinary(other) else ValueKind.ANY
+    products = [x * y for x in _ends(a) for y in _ends(b)]
+    return _range(min(products), max(products))
+
+
+def _ends(value: Value) -> tuple[float, float]:
+    assert not isinstance(value, ValueKind)
+    return (value, value) if isinstance(value, float) else (value.low, value.high)
+
+
+def _range(low: float, high: float) -> Value:
+    return Range(low, high) if math.isfinite(low) and math.isfinite(high) else ValueKind.ANY
+
+
+def _between(*ends: Value) -> Value:
+    """A number between the smallest and the largest of these."""
+    if any(isinstance(end, ValueKind) for end in ends):
+        return ValueKind.ANY
+    bounds = [bound for end in ends for bound in _ends(end)]
+    return _range(min(bounds), max(bounds))
+
+
+def _quotient(a: Value, b: Value) -> Value:
+    low, high = _ends(b)
+    if isinstance(a, ValueKind) or low == 0 or high == 0:
+        return ValueKind.ANY
+    if isinstance(a, float) and isinstance(b, float):
+        return a / b
+    quotients = [x / y for x in _ends(a) for y in (low, high)]
+    return _range(min(quotients), max(quotients))
+
+
+def _power(base: Value, exponent: Value) -> Value:
+    """A power of numbers that are computed from positions: of positive ones, or by a small whole number."""
+    if isinstance(base, ValueKind) or isinstance(exponent, ValueKind):
+        return ValueKind.ANY
+    (low, high), (least, most) = _ends(base), _ends(exponent)
+    whole = least == most and float(least).is_integer() and least >= 0
+    if low <= 0 and not whole:
+        return ValueKind.ANY
+    try:
+        powers = [float(x**y) for x in (low, high) for y in (least, most)]
+    except (OverflowError, ZeroDivisionError):
+        return ValueKind.ANY
+    return _range(min(*powers, *([0.0] if low <= 0 else [])), max(powers))
+
+
+def _monotone(function: Callable[[float], float], value: Value) -> Value:
+    """The result of a function that grows with its argument; a learned argument gives what is learned."""
+    if not isinstance(value, Range):
+        ordinary = value is not ValueKind.ANY and is_ordinary(value)
+        return ValueKind.LEARNED if ordinary else ValueKind.ANY
+    try:
+        return _range(function(value.low), function(value.high))
+    except (OverflowError, ValueError):
+        return ValueKind.ANY
 
 
 def _minus(a: Value, b: Value) -> Value:
@@ -263,18 +359,13 @@ _ARITHMETIC = {
     aten.mul.Scalar: _times,
 }
 
-_ORDINARY = frozenset(
-    {
-        *MOVE_OPS,
-        aten.relu.default,
-        aten.gelu.default,
-        aten.silu.default,
-        aten.abs.default,
-        aten.exp.default,
-        aten.sqrt.default,
-        aten.clamp.default,
-    }
-)
+_MONOTONE: dict[Any, Callable[[float], float]] = {
+    aten.exp.default: math.exp,
+    aten.sqrt.default: math.sqrt,
+    aten.relu.default: lambda x: max(x, 0.0),
+}
+
+_ORDINARY = frozenset({*MOVE_OPS, aten.gelu.default, aten.silu.default, aten.abs.default, aten.clamp.default})
 """Operators whose result is of ordinary size if their arguments are; not so logarithms and quotients."""
 
 _COMPUTED = frozenset(

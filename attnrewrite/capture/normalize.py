@@ -334,8 +334,20 @@ def _conversions(ir: fx.GraphModule, node: fx.Node) -> None:
     ir.graph.erase_node(node)
 
 
+def _alpha_by_name(ir: fx.GraphModule, node: fx.Node) -> None:
+    """``rsub.Scalar(x, 1, 2)`` is ``rsub.Scalar(x, 1, alpha=2)``: overloads of tensors take it by name alone."""
+    if len(node.args) > 2:
+        alpha = node.args[2]
+        node.args = node.args[:2]
+        if alpha != 1:
+            node.kwargs = {**node.kwargs, "alpha": alpha}
+
+
 _RULES: dict[Any, Any] = {
     **ALIASES,
+    aten.add.Scalar: _alpha_by_name,
+    aten.sub.Scalar: _alpha_by_name,
+    aten.rsub.Scalar: _alpha_by_name,
     aten.logical_not.default: _truth_values(aten.bitwise_not.default),
     aten.logical_and.default: _truth_values(aten.bitwise_and.Tensor),
     aten.logical_or.default: _truth_values(aten.bitwise_or.Tensor),

@@ -327,6 +327,7 @@ class AttentionSite:
         underflows: a row whose scores are all far below zero is NaN.
         rounds_rows: the weights of a row whose scores are all far below zero, but finite, are 1 each.
         nan_to_zero: weights that are NaN, as in rows without a key, are set to zero.
+        never_nan: softmax itself gives zeros there, with gradients of zero.
         softmax_dtype: the dtype that softmax is computed in.
         dropout: the probability of dropping a weight; 0 when not training.
         is_causal: an existing fused call asks for top-left aligned causal masking.
@@ -372,6 +373,7 @@ class AttentionSite:
     sink_is_shifted: bool = False
     weight_mods: tuple[WeightMod, ...] = ()
     nan_to_zero: bool = False
+    never_nan: bool = False
     underflows: bool = False
     rounds_rows: bool = False
     parts: tuple[AttentionSite, ...] = ()

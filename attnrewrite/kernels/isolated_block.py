@@ -69,7 +69,8 @@ class IsolatedBlock(Kernel):
             return Verdict.no(f"takes floating-point operands, not {site.compute_dtype}")
         start, stop = scores.isolated
         length = size_of(site.key_axes)
-        if not (statically_known_true(start < stop) and statically_known_true(stop - start < length)):
+        proper = statically_known_true(start < stop) and statically_known_true(stop - start < length)
+        if not (proper and statically_known_true(start >= 0) and statically_known_true(stop <= length)):
             return Verdict.no("the block may be empty, or may hold every key")
         return Verdict.yes()
 

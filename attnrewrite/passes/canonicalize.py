@@ -301,7 +301,7 @@ def _gradients_are_nan(site: AttentionSite, terms: list[Term]) -> bool:
     Weights that a mask of zeros multiplies stay NaN, and those of a fill never had a gradient.
     """
     zeroed = site.nan_to_zero or any(isinstance(mod, Zero) and not mod.multiplied for mod in site.weight_mods)
-    if not (site.differentiable and zeroed) or site.fused:
+    if not (site.differentiable and zeroed) or site.fused or site.never_nan:
         return False
     # Who replaces NaN expects it: also from a mask that is stored as a parameter.
     return _biases_give_nan(site, terms) or _may_be_infinite([term for term in terms if isinstance(term, Bias)])
@@ -310,7 +310,8 @@ def _gradients_are_nan(site: AttentionSite, terms: list[Term]) -> bool:
 def _mask_gradient_is_nan(site: AttentionSite, terms: list[Term]) -> bool:
     """Whether what is added may have a gradient, and softmax be NaN: a lifted mask has none in such a row."""
     biases = [term for term in terms if isinstance(term, Bias)]
-    return site.differentiable and _biases_give_nan(site, terms) and any(map(_may_have_gradient, biases))
+    nan = not site.never_nan and _biases_give_nan(site, terms)
+    return site.differentiable and nan and any(map(_may_have_gradient, biases))
 
 
 def _biases_give_nan(site: AttentionSite, terms: list[Term]) -> bool:

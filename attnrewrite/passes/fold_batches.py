@@ -34,7 +34,9 @@ def with_folded_batches(site: CanonicalAttention) -> CanonicalAttention:
     if not groups or site.is_causal or scores.is_causal or scores.band is not None or scores.isolated is not None:
         return site
     strides = _strides(site.query)
-    if _is_one_dimension(KernelLayout.of(site).query_dims[1], strides):
+    rows = KernelLayout.of(site).query_dims[1]
+    # Where there is a single key, a batch of its own counts among the query positions.
+    if any(axis not in strides for axis in (*rows, *site.query_axes)) or _is_one_dimension(rows, strides):
         return site
     folded, positions = _contiguous_with(groups, site.query_axes, strides)
     if not folded:

@@ -229,6 +229,7 @@ _EQUAL_FIELDS = (
     "in_autocast",
     "sink_is_shifted",
     "nan_to_zero",
+    "never_nan",
     "underflows",
     "rounds_rows",
 )

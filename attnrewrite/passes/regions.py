@@ -8,6 +8,7 @@ Each is a graph of its own, rewritten as one: what it is given counts as known o
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -53,6 +54,10 @@ class Region:
             return Reason("the branches of torch.cond must lay out their gradients alike, which kernels do not promise")
         return FINE
 
+    def _digest(self) -> str:
+        """Tells the region from what the calls of another level of nesting have made of it."""
+        return hashlib.sha256(str(self.gm.graph).encode()).hexdigest()[:12]
+
     def put_back(self, outer: fx.GraphModule, renamed: bool) -> None:
         """Makes the copy the graph that ``outer`` calls; ``renamed`` if it is another than before.
 
@@ -66,7 +71,7 @@ class Region:
         for call in self.calls:
             if renamed and call.target is _INVOKE:
                 # PyTorch keeps what it traced by this name, and may meet the region as it was, too.
-                call.update_arg(1, f"{call.args[1]}_rewritten")
+                call.update_arg(1, f"{call.args[1]}_rewritten_{self._digest()}")
 
 
 def regions_of(gm: fx.GraphModule) -> Iterator[Region]:

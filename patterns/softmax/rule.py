@@ -148,6 +148,7 @@ class SoftmaxAttention:
             sink_is_shifted=softmax.sink_is_shifted and softmax.sink is not None,
             weight_mods=tuple(_without_copies(mod, product, view) for mod in (*walk.mods, *_scales_of(product))),
             nan_to_zero=softmax.nan_to_zero or walk.nan_to_zero,
+            never_nan=softmax.nan_to_zero,
             underflows=softmax.underflows,
             rounds_rows=softmax.rounds_rows,
             differentiable=view.differentiable(product.node),

@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from attnrewrite.analysis.values import ValueKind, possible_values
+from attnrewrite.analysis.values import Value, ValueKind, possible_values
 from attnrewrite.capture.legalize import legalized
 from attnrewrite.capture.trace import capture
 
 MASK = torch.zeros(2, 6)
 
 
-def values_of(function: Callable[..., Tensor], *inputs: Tensor) -> frozenset[float | ValueKind]:
-    found: list[frozenset[float | ValueKind]] = []
+def values_of(function: Callable[..., Tensor], *inputs: Tensor) -> frozenset[Value]:
+    found: list[frozenset[Value]] = []
 
     def read(gm: fx.GraphModule, example_inputs: list[Tensor]) -> Any:
         (result,) = capture(legalized(gm), example_inputs).gm.graph.output_node().all_input_nodes

@@ -287,7 +287,7 @@ def parameter_gradients_of(
     total = torch.zeros(())
     for output in outputs(call(**inputs)):
         if output.requires_grad and output.is_floating_point():
-            weights = torch.randn(output.shape, generator=generator)
+            weights = torch.randn(output.shape, generator=generator).to(output.device)
             total = total + (torch.where(output.isfinite(), output, 0) * weights).sum()
     torch.autograd.backward(total)
     # A parameter that the output does not depend on has no gradient in eager, and one of zeros when compiled.

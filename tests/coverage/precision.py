@@ -79,8 +79,9 @@ class Measured:
 
 
 def measured_in(dtype: torch.dtype, model: nn.Module, inputs: dict[str, Any]) -> Measured:
-    """``model`` is converted in place."""
-    return Measured(model.to(dtype), cast(inputs, dtype), dtype)
+    """``model`` is converted in place, on its device."""
+    device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
+    return Measured(model.to(dtype), cast(inputs, dtype, device), dtype)
 
 
 def judged(measured: Measured, run: Run[T], new: T, own: T, truth: T, **how: Any) -> tuple[str, str]:
@@ -142,6 +143,6 @@ def nudged(model: nn.Module, seed: int) -> nn.Module:
     with torch.no_grad():
         for parameter in nudged.parameters():
             if parameter.is_floating_point():
-                steps = torch.randint(-1, 2, parameter.shape, generator=generator)
+                steps = torch.randint(-1, 2, parameter.shape, generator=generator).to(parameter.device)
                 parameter.mul_(1 + steps * torch.finfo(parameter.dtype).eps)
     return nudged

@@ -1,4 +1,4 @@
-"""``python -m tests.drawn_models --cases 2000 --seed 0``: real models, masks and weights drawn, and all that is wrong."""
+"""``python -m tests.drawn_models --cases 2000 --seed 0``: models, masks and weights drawn, and all that is wrong."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.drawn_models", description=__doc__)
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--seed", type=int, help="replays a run (default: a new one, which is printed)")
+    parser.add_argument("--device", default="cpu", help="where the models lie, such as cuda (default: cpu)")
     parser.add_argument("--json", type=Path, help="writes the figures, and what is wrong, to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -29,12 +30,12 @@ def main() -> None:
     outcomes: list[Outcome] = []
     number = 0
     while len(outcomes) < options.cases:
-        for outcome in judge(draw(seed * 1_000_000 + number)):
+        for outcome in judge(draw(seed * 1_000_000 + number), options.device):
             outcomes.append(outcome)
             if outcome.verdict in BAD:
                 print(outcome, flush=True)
         number += 1
-    counts = Counter(outcome.verdict for outcome in outcomes)
+    counts: Counter[str] = Counter(outcome.verdict for outcome in outcomes)
     figures = {
         "seed": seed,
         "cases": len(outcomes),

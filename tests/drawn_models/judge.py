@@ -31,7 +31,7 @@ _MASKS = ("all", "random", "right", "left", "one token", "none in one", "random"
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the coverage table, in ``dtype``, in training if ``gradients`` are compared; ``seed`` draws the rest."""
+    """A model of the coverage table in ``dtype``, in training if ``gradients``; ``seed`` draws the rest."""
 
     name: str
     seed: int
@@ -62,11 +62,11 @@ def draw(seed: int) -> Model:
     return Model(chance.choice(CASES).name, seed, dtype, chance.random() < 0.3)
 
 
-def judge(model: Model) -> Iterator[Outcome]:
+def judge(model: Model, device: str = "cpu") -> Iterator[Outcome]:
     """One outcome for each drawing."""
     torch._dynamo.reset()
     (case,) = (case for case in CASES if case.name == model.name)
-    measured = measured_in(model.dtype, case.build().eval(), case.inputs())
+    measured = measured_in(model.dtype, case.build().eval().to(device), case.inputs())
     inner = "aot_eager" if model.gradients else "eager"
     chance = random.Random(model.seed)
     with collect_reports() as reports:
@@ -113,7 +113,8 @@ def _difference(measured: Measured, run: Any, new: Any, own: Any, truth: Any, gr
     if measured.dtype in HALF:
         how: dict[str, Any] = {"beside": 0.25, "whole": True} if gradients else {}
         return judged(measured, run, new, own, truth, **how)[0]
-    return wrong(measured.dtype, *(_results(each, gradients) for each in (new, own, truth)))
+    results = [_results(each, gradients) for each in (new, own, truth)]
+    return wrong(measured.dtype, results[0], results[1], results[2])
 
 
 def _results(results: Any, gradients: bool) -> dict[str, list[Tensor]]:
@@ -163,4 +164,4 @@ def _redrawn(name: str, value: Any, how: str, seed: int) -> Any:
         keep = torch.rand(batch, length, generator=generator) < 0.6
         if how == "none in one":
             keep[0] = False
-    return keep.to(value.dtype)
+    return keep.to(value)

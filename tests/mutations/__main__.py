@@ -1,4 +1,4 @@
-"""``python -m tests.mutations --cases 2000 --seed 0``: programs made of specimens by a few steps, and all that is wrong."""
+"""``python -m tests.mutations --cases 2000 --seed 0``: specimens changed by a few steps, and all that is wrong."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def main() -> None:
             if options.scripts:
                 _write(outcome, options.scripts, f"{outcome.verdict}_{seed}_{number}", options.device)
         outcomes.append(outcome)
-    counts = Counter(outcome.verdict for outcome in outcomes)
+    counts: Counter[str] = Counter(outcome.verdict for outcome in outcomes)
     figures = {
         "seed": seed,
         "cases": len(outcomes),

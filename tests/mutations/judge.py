@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx
 
 from attnrewrite.backend import collect_reports
-from attnrewrite.numerics.judge import HALF
 from tests.mutations.program import copied, names, program
 from tests.mutations.steps import Step, Values, applied, drawn, prepared_calls
 from tests.support.against_eager import Results, prepared, run, wrong
@@ -254,17 +253,12 @@ def _values(graph: fx.GraphModule, call: Sequence[Any]) -> Values | None:
     return found
 
 
+_MAKERS = (torch.arange, torch.empty, torch.full, torch.ones, torch.zeros)
+
+
 def _move(graph: fx.GraphModule, device: str) -> None:
     for node in graph.graph.nodes:
-        if node.op == "call_function" and node.target in (
-            torch.arange,
-            torch.empty,
-            torch.full,
-            torch.ones,
-            torch.zeros,
-        ):
-            node.kwargs = {**node.kwargs, "device": device}
-        elif node.kwargs.get("device") is not None:
+        if node.target in _MAKERS or node.kwargs.get("device") is not None:
             node.kwargs = {**node.kwargs, "device": device}
     graph.recompile()
 

@@ -1,4 +1,4 @@
-"""The steps by which a graph is changed. Each names what it changes, so that a program is shrunk by leaving steps out."""
+"""The steps by which a graph is changed. Each names what it changes, so that leaving steps out shrinks a program."""
 
 from __future__ import annotations
 
@@ -95,10 +95,10 @@ _FLOATING: dict[str, Unary] = {
     "row zeroed": lambda x: x * (torch.arange(x.shape[-2], device=x.device)[:, None] != 1),
     "lower triangle alone": torch.tril,
 }
-_OF_LOWEST: dict[str, Callable[[Tensor, float], Any]] = {
-    "lowest floor": lambda x, lowest: torch.clamp(x, min=lowest),
-    "lower masked": lambda x, lowest: x.masked_fill(torch.ones_like(x, dtype=torch.bool).tril(-1), lowest),
-    "lowest triangle added": lambda x, lowest: x + torch.full_like(x, lowest).triu(1),
+_OF_LOWEST: dict[str, Callable[[float, Tensor], Any]] = {
+    "lowest floor": lambda lowest, x: torch.clamp(x, min=lowest),
+    "lower masked": lambda lowest, x: x.masked_fill(torch.ones_like(x, dtype=torch.bool).tril(-1), lowest),
+    "lowest triangle added": lambda lowest, x: x + torch.full_like(x, lowest).triu(1),
 }
 _BOOLEAN: dict[str, Unary] = {
     "not": torch.logical_not,
@@ -230,7 +230,7 @@ def _table(value: Tensor) -> dict[str, Unary]:
     if not value.is_floating_point():
         return _INTEGER
     lowest = torch.finfo(value.dtype).min
-    return _FLOATING | {name: partial(operation, lowest=lowest) for name, operation in _OF_LOWEST.items()}
+    return _FLOATING | {name: partial(operation, lowest) for name, operation in _OF_LOWEST.items()}
 
 
 def _numbers(node: fx.Node) -> list[int]:
