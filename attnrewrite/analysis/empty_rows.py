@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.scores import is_narrower, row_maximum
+from attnrewrite.analysis.scores import keeps_numbers, row_maximum
 from attnrewrite.analysis.values import constant_value
 from attnrewrite.ir.axes import Dim, Layout, axes_of, resolve
 from attnrewrite.ir.nodes import is_tensor, tensor
-from attnrewrite.ir.ops import ALL_OPS, ANY_OPS, EQ_OPS, LE_OPS, NE_OPS, NOT_OPS, is_cast
+from attnrewrite.ir.ops import ALL_OPS, ANY_OPS, EQ_OPS, LE_OPS, NE_OPS, NOT_OPS
 from attnrewrite.ir.views import is_layout_op, pull
 
 __all__ = ["EmptyRows"]
@@ -178,11 +178,4 @@ def _compared(node: fx.Node, holds: bool) -> Any:
 
 def _keeps_entries(node: fx.Node) -> bool:
     """Whether the node is a cast that keeps every number as it is, or stops the gradient alone."""
-    if node.target is aten.detach.default:
-        return True
-    return (
-        is_cast(node)
-        and tensor(node.args[0]).is_floating_point()
-        and tensor(node).is_floating_point()
-        and not is_narrower(tensor(node).dtype, tensor(node.args[0]).dtype)
-    )
+    return node.target is aten.detach.default or keeps_numbers(node)

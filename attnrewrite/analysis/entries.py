@@ -32,7 +32,7 @@ from attnrewrite.analysis.formulas import (
     symbols,
 )
 from attnrewrite.analysis.formulas import parts as conjuncts
-from attnrewrite.analysis.values import as_stored, constant_value
+from attnrewrite.analysis.values import as_stored, constant_value, is_held
 from attnrewrite.ir.bounds import ENTRY_NUMBERS
 from attnrewrite.ir.nodes import is_tensor, same, tensor
 from attnrewrite.ir.ops import (
@@ -651,7 +651,7 @@ def _merged(numbers: Sequence[tuple[float, Formula]], dtype: torch.dtype) -> Ent
     for number, formula in numbers:
         if formula is False:
             continue
-        if not _fits(number, dtype):
+        if not is_held(number, dtype):
             return None
         number = as_stored(number, dtype)
         if math.isnan(number):
@@ -695,14 +695,6 @@ def _in_dtype(entry: Entry, dtype: torch.dtype) -> Entry | None:
     if dtype not in _EXACT or not entry.is_integer:
         return None
     return entry if largest(entry) <= _EXACT_UP_TO[dtype] else None
-
-
-def _fits(number: float, dtype: torch.dtype) -> bool:
-    """Whether a number that is computed in ``dtype`` is itself there: an integer that is too large wraps."""
-    if dtype.is_floating_point or dtype.is_complex or dtype is torch.bool:
-        return True
-    limits = torch.iinfo(dtype)
-    return abs(number) <= _INTEGERS and limits.min <= math.trunc(number) <= limits.max
 
 
 _INTEGERS = 2**53 - 1

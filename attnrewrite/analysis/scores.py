@@ -423,7 +423,7 @@ def row_maximum(
     keys = set(context.key_axes if isinstance(context, _WalkContext) else context)
 
     def passes(step: fx.Node) -> bool:
-        return is_cast(step) or (not own_row and step.target in BOUNDED)
+        return keeps_numbers(step) or (not own_row and step.target in BOUNDED)
 
     return _reduction_of_row(node, scores, layout, keys, _MAXIMA, passes, own_row)
 
@@ -526,6 +526,14 @@ def _layout_of_reduction(reduction: fx.Node, layout: Layout) -> Layout | None:
         elif keep:
             result.append(())
     return tuple(result)
+
+
+def keeps_numbers(node: fx.Node) -> bool:
+    """Whether the node is a cast between floating dtypes that keeps every number as it is."""
+    if not is_cast(node):
+        return False
+    dtype, source = tensor(node).dtype, tensor(node.args[0]).dtype
+    return dtype.is_floating_point and source.is_floating_point and not is_narrower(dtype, source)
 
 
 def is_narrower(dtype: torch.dtype, source: torch.dtype) -> bool:

@@ -45,6 +45,7 @@ __all__ = [
     "as_stored",
     "constant_value",
     "is_far_below",
+    "is_held",
     "is_ordinary",
     "number_of",
     "possible_values",
@@ -123,7 +124,10 @@ def _bounded(values: frozenset[Value], dtype: torch.dtype) -> frozenset[Value]:
     """The values as ``dtype`` holds them; anything if there are too many."""
     if dtype is torch.bool:
         return frozenset({0.0, 1.0})
-    values = frozenset(as_stored(value, dtype) if isinstance(value, float) else value for value in values)
+    values = frozenset(
+        value if not isinstance(value, float) else as_stored(value, dtype) if is_held(value, dtype) else ValueKind.ANY
+        for value in values
+    )
     values = frozenset(ValueKind.ANY if value != value or _is_beyond(value, dtype) else value for value in values)
     return values if TENSOR_VALUES.allows(len(values)) else frozenset({ValueKind.ANY})
 
@@ -405,7 +409,8 @@ def constant_value(node: Any) -> float | None:
         value = constant_value(args[0])
     else:
         return None
-    return as_stored(value, tensor(node).dtype) if isinstance(value, (bool, int, float)) else None
+    exact = isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) <= _INTEGERS)
+    return as_stored(value, tensor(node).dtype) if exact else None
 
 
 def number_of(node: Any) -> float | None:
@@ -424,6 +429,7 @@ def _number_of(node: Any, memo: dict[fx.Node, float | None]) -> float | None:
         memo[node] = None
         value = _computed_number(node, memo)
         known = value is not None and not math.isnan(value)
+        known = known and value is not None and is_held(value, tensor(node).dtype)
         memo[node] = as_stored(value, tensor(node).dtype) if value is not None and known else None
     return memo[node]
 
@@ -460,6 +466,18 @@ _NUMBERS: dict[Any, Callable[..., float]] = {
     aten.neg.default: operator.neg,
     aten.abs.default: abs,
 }
+
+
+def is_held(value: float, dtype: torch.dtype) -> bool:
+    """Whether a number that is computed in ``dtype`` is itself there: an integer that is too large wraps."""
+    if dtype.is_floating_point or dtype.is_complex or dtype is torch.bool:
+        return True
+    limits = torch.iinfo(dtype)
+    return abs(value) <= _INTEGERS and limits.min <= math.trunc(value) <= limits.max
+
+
+_INTEGERS = 2**53 - 1
+"""Integers up to this size are exact in float64, as which single numbers are followed."""
 
 
 def as_stored(value: float, dtype: torch.dtype) -> float:

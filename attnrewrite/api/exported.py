@@ -57,6 +57,7 @@ def rewrite(program: ExportedProgram, *, options: Mapping[str, Any] | None = Non
 
     Raises:
         OptionError: another option, or a wrong value.
+        ExportError: gradients are on, and the program has a region of ``torch.no_grad()``.
         ExportError: a kernel was asked for whose operators only a process with another package can load.
     """
     return rewritten_and_report(program, options)[0]
@@ -85,6 +86,13 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
     Raises:
         ExportError: PyTorch cannot write it so.
     """
+    if torch.is_grad_enabled() and any(
+        node.target is torch.ops.higher_order.wrap_with_set_grad_enabled for node in program.graph.nodes
+    ):
+        raise ExportError(
+            "the program has a region of torch.no_grad(), which PyTorch leaves out of what it makes functional; rewrite "
+            "it under torch.no_grad(), for inference"
+        )
     try:
         functional: ExportedProgram = program.run_decompositions({})
     except Exception as error:

@@ -62,7 +62,7 @@ class Session:
         """
         method = method_of(config)
         identifiers = (getattr(config, f"{kind}_attention_block_identifiers", None) for kind in KINDS)
-        settings = (method.kinds, *identifiers)
+        settings = (type(method), method.kinds, *identifiers)
         paths = ModelPaths(model, config, method)
         self.memory = CacheMemory(paths.name, config.memory_limit, config.offload)
         self.observer = observer

@@ -20,7 +20,7 @@ from attnrewrite.capture.convention import restore_calling_convention
 from attnrewrite.capture.normalize import normalize
 from attnrewrite.capture.opaque import OpaqueCalls
 from attnrewrite.capture.prepare import prepared_graph
-from attnrewrite.capture.support import CaptureError, first_line
+from attnrewrite.capture.support import CaptureError, first_line, is_in_place, storage_of
 from attnrewrite.capture.vmap import holds_vmap, vmap_lowered
 from attnrewrite.ir.source import source_name
 from attnrewrite.torch_private import (
@@ -31,6 +31,7 @@ from attnrewrite.torch_private import (
     aot_export_module,
     detect_fake_mode,
     is_traceable_wrapper_subclass,
+    set_grad_enabled,
     tracing,
 )
 
@@ -56,6 +57,8 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     """
     gm = _without_vmap(gm)
     _refuse_function_transforms(gm)
+    if torch.is_grad_enabled():
+        _refuse_what_autograd_does_not_see(gm)
     placeholders = gm.graph.find_nodes(op="placeholder")
     _refuse_subclasses(placeholders, example_inputs)
     context, inputs = _tracing_inputs(placeholders, example_inputs)
@@ -119,6 +122,44 @@ def _refuse_function_transforms(gm: fx.GraphModule) -> None:
             raise CaptureError(f"the graph uses a torch.func transform ({name}), which cannot be traced functionally")
         if getattr(node.target, "__name__", "") in FORWARD_MODE_CALLS:
             raise CaptureError("the graph uses forward-mode differentiation, which cannot be traced functionally")
+
+
+def _refuse_what_autograd_does_not_see(gm: fx.GraphModule) -> None:
+    """Refuses graphs that change numbers behind autograd's back: functional tracing makes new tensors of the updates,
+    through which gradients flow otherwise, and leaves out regions of inference mode.
+
+    Raises:
+        CaptureError: a tensor that has a gradient is updated in place under ``torch.no_grad()``, or through a view
+            that is detached from it, or the graph has such a region.
+    """
+    recorded = True
+    with_gradients: set[Any] = set()
+    for node in gm.graph.nodes:
+        if node.target is set_grad_enabled:
+            recorded = bool(node.args[0])
+        if getattr(node.target, "__name__", "") == "_enter_inference_mode":
+            raise CaptureError("the graph has a region of torch.inference_mode(), which functional tracing leaves out")
+        updated = _updated(node)
+        hidden = updated is not None and not (recorded and updated.requires_grad)
+        if hidden and storage_of(updated) in with_gradients:
+            raise CaptureError(
+                f"{node.name} updates a tensor that has a gradient in place, under torch.no_grad() or detached from it, "
+                "and functional tracing loses the gradient"
+            )
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor) and value.requires_grad and not is_traceable_wrapper_subclass(value):
+            with_gradients.add(storage_of(value))
+    for part in gm.children():
+        if isinstance(part, fx.GraphModule):
+            _refuse_what_autograd_does_not_see(part)
+
+
+def _updated(node: fx.Node) -> torch.Tensor | None:
+    """The tensor that the node updates in place."""
+    if not is_in_place(node) or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    value = node.args[0].meta.get("example_value")
+    return value if isinstance(value, torch.Tensor) and not is_traceable_wrapper_subclass(value) else None
 
 
 def _refuse_subclasses(placeholders: Sequence[fx.Node], example_inputs: Sequence[Any]) -> None:

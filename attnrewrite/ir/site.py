@@ -329,6 +329,7 @@ class AttentionSite:
         nan_to_zero: weights that are NaN, as in rows without a key, are set to zero.
         never_nan: softmax itself gives zeros there, with gradients of zero.
         softmax_dtype: the dtype that softmax is computed in.
+        score_dtype: the dtype of the product of query and key; None where it is not known.
         dropout: the probability of dropping a weight; 0 when not training.
         is_causal: an existing fused call asks for top-left aligned causal masking.
         default_scale: an existing fused call uses its default scale, and head_dim is symbolic.
@@ -360,6 +361,7 @@ class AttentionSite:
     softmax_dtype: torch.dtype
     compute_dtype: torch.dtype
     weight_layout: Layout = ()
+    score_dtype: torch.dtype | None = None
     dropout: float = 0.0
     is_causal: bool = False
     default_scale: bool = False

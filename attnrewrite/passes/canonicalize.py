@@ -161,6 +161,7 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     terms = [term for term, formula in zip(reading.terms, formulas, strict=True) if formula is not True]
     kept = [formula for formula in formulas if formula is not True]
 
+    _require_no_counterweight(terms)
     attended = _attended(site, reading, terms, positions, policy)
     dtype = min((term.dtype for term in terms), key=lambda dtype: dtype.itemsize, default=site.softmax_dtype)
     inexpressible, refused = reading.inexpressible, FINE
@@ -251,6 +252,20 @@ def _shape_of_mask(
     return band_of(kept, positions), _isolated_block(kept, positions, site)
 
 
+def _require_no_counterweight(terms: Sequence[Term]) -> None:
+    """
+    Raises:
+        NotAttention: two numbers that are added cancel, and the one has taken the score's digits before.
+    """
+    numbers = [value for term in terms if isinstance(term, Bias) for value in _values(term) if isinstance(value, float)]
+    if any(-FAR_BELOW <= number < math.inf for number in numbers) and any(
+        -math.inf < number <= FAR_BELOW for number in numbers
+    ):
+        raise NotAttention(
+            "large numbers of both signs are added to scores, and the first of them takes the digits of the scores"
+        )
+
+
 def _terms_for_rows_without_key(site: AttentionSite, terms: list[Term]) -> list[Term]:
     """The terms with the values that they have in a written-out softmax, where a row may have no key.
 
@@ -275,6 +290,12 @@ def _terms_for_rows_without_key(site: AttentionSite, terms: list[Term]) -> list[
         raise NotAttention(
             "the sink may be -inf or NaN, and then the gradient of a row whose keys are all masked is not known (if no "
             "such row occurs, set options={'assume_attended_rows': True})"
+        )
+    biases = [term for term in terms if isinstance(term, Bias)]
+    if site.compute_dtype is torch.float64 and any(b.dtype is not torch.float64 and _may_mask(b) for b in biases):
+        raise NotAttention(
+            "a mask is added in a narrower dtype than the float64 of softmax, and rounding decides what is left of a "
+            "row whose keys are all masked (if no such row occurs, set options={'assume_attended_rows': True})"
         )
     if site.rounds_rows and any(isinstance(value, float) and value > ORDINARY for t in terms for value in _values(t)):
         raise NotAttention("a large number is added to scores, which the logsumexp of a row is rounded to")
@@ -395,7 +416,9 @@ def _kept_by_all(terms: list[Term], kept: Sequence[Formula | None]) -> Formula |
 def _read_mods(site: AttentionSite, positions: Positions) -> _Reading:
     reading = _Reading()
     terms = reading.terms
+    in_range = site.in_half and site.score_dtype is site.compute_dtype
     for mod in site.mods:
+        in_range &= isinstance(mod, Fill) or (isinstance(mod, Scale) and _shrinks(mod))
         if reading.lifted and not _stays_lifted(mod, reading):
             reading.overflows = Reason("masked scores are changed further after their maximum was subtracted")
         if isinstance(mod, Elementwise):
@@ -409,7 +432,7 @@ def _read_mods(site: AttentionSite, positions: Positions) -> _Reading:
             else:
                 terms.append(mod)
         elif isinstance(mod, Fill):
-            terms.append(mod)
+            terms.append(_of_half_scores(mod, site.compute_dtype) if in_range else mod)
         elif isinstance(mod, Floor):
             _read_floor(terms, mod)
         elif isinstance(mod, Narrow):
@@ -418,8 +441,6 @@ def _read_mods(site: AttentionSite, positions: Positions) -> _Reading:
             _read_shift(mod, reading, site)
         else:
             _read_scale(mod, site, reading)
-    if site.in_half:
-        terms[:] = [_of_half_scores(term, site.compute_dtype) for term in terms]
     if not math.isfinite(reading.scale):
         raise NotAttention(f"the scale is {reading.scale}")
     if reading.scale < 0:
@@ -492,10 +513,14 @@ def _require_plain_scores(site: AttentionSite, reading: _Reading) -> None:
         )
 
 
-def _of_half_scores(term: Term, dtype: torch.dtype) -> Term:
+def _of_half_scores(term: Fill, dtype: torch.dtype) -> Fill:
     """A fill that no score is lower than counts as one of the products' dtype, whose lowest number that is."""
-    lowest = isinstance(term, Fill) and FAR_BELOW < term.value <= torch.finfo(dtype).min
-    return replace(term, dtype=dtype) if lowest else term
+    return replace(term, dtype=dtype) if FAR_BELOW < term.value <= torch.finfo(dtype).min else term
+
+
+def _shrinks(mod: Scale) -> bool:
+    """Whether scores that are in the range of their dtype stay in it."""
+    return isinstance(mod.factor, (int, float)) and abs(mod.factor) <= 1
 
 
 _EXPONENT = 80.0

@@ -346,6 +346,8 @@ class _Joining:
             return None
         if any(isinstance(value, fx.Node) for value in first.kwargs.values()):
             return None
+        # Of parts of size 1 it is not to be seen whether an operand that all of them share broadcasts.
+        shared = all(node.args[i] is arg for i, arg in enumerate(first.args) if is_tensor(arg) for node in nodes)
         args: list[Any] = []
         for position, arg in enumerate(first.args):
             given = [node.args[position] for node in nodes]
@@ -356,7 +358,7 @@ class _Joining:
                 continue
             shapes = [tensor(other).shape for other in given]
             own = dim - (rank - len(shapes[0]))
-            if all(other is arg for other in given) and (own < 0 or same(shapes[0][own], 1)):
+            if all(other is arg for other in given) and (own < 0 or (same(shapes[0][own], 1) and not shared)):
                 args.append(arg)
                 continue
             full = all(

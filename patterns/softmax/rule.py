@@ -22,14 +22,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from attnrewrite.analysis.scores import ScoreWalk, is_narrower, leads_to_product, read_scores
+from attnrewrite.analysis.scores import ScoreWalk, is_narrower, leads_to_product, node_in_words, read_scores
 from attnrewrite.analysis.weights import Softmax, WeightWalk, every_softmax, follow_weights, split_sink
 from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of
 from attnrewrite.ir.bounds import AROUND_SOFTMAX, searching
 from attnrewrite.ir.finding import Finding, NearMiss
 from attnrewrite.ir.graph_view import GraphView, reader_in_words
 from attnrewrite.ir.model_state import is_learned
-from attnrewrite.ir.nodes import tensor
+from attnrewrite.ir.nodes import dtype_name, is_tensor, same, tensor
 from attnrewrite.ir.ops import CONVOLUTION_OPS, NORM_OPS
 from attnrewrite.ir.products import Product, is_product
 from attnrewrite.ir.site import AttentionSite, Narrow, NotAttention, Scale, WeightMod, Zero
@@ -121,11 +121,16 @@ class SoftmaxAttention:
             )
         # Fused kernels multiply query and key with float32 accumulation, so casting them up first adds nothing; weights
         # and value are multiplied in the dtype that the source multiplies them in.
-        dtype = tensor(product.node).dtype
+        _require_no_detour(softmax)
+        dtype, score_dtype = tensor(product.node).dtype, tensor(scores.product.node).dtype
+        if score_dtype is torch.float64:
+            dtype = score_dtype
         query, key = (view.origin(operand, scores.product.node, narrow_to=dtype) for operand in (query, key))
         value = view.origin(value, product.node)
         query_axes = _query_axes(scores, key_axes, key)
         _require_attention(scores.product, query, key, value, query_axes, key_axes)
+        if any(same(axis.size, 0) for operand in (query, key, value) for axis in operand.axes):
+            raise NotAttention("a dimension is empty, so there is nothing to compute")
         own_dtype = tensor(softmax.node).dtype
         narrowed = [Narrow(own_dtype)] if is_narrower(own_dtype, tensor(softmax.scores).dtype) else []
         site = AttentionSite(
@@ -141,6 +146,7 @@ class SoftmaxAttention:
             feature_axes=axes_of((scores.product.contracted,)),
             mods=(*scores.mods, *narrowed, *softmax.fills),
             softmax_dtype=own_dtype,
+            score_dtype=score_dtype,
             compute_dtype=_compute_dtype(softmax, scores, product, (query, key), view),
             weight_layout=(*softmax.layout[: softmax.dim], key_dim, *softmax.layout[softmax.dim + 1 :]),
             dropout=walk.dropout,
@@ -156,6 +162,21 @@ class SoftmaxAttention:
             interior=interior,
         )
         return _FoundSite(site, view.other_readers(interior), {softmax.node, *walk.nodes})
+
+
+def _require_no_detour(softmax: Softmax) -> None:
+    """
+    Raises:
+        NotAttention: exponentials pass through a dtype that is narrower than that of the scores and of the weights.
+    """
+    given, own = tensor(softmax.scores).dtype, tensor(softmax.node).dtype
+    for node in softmax.nodes:
+        dtype = tensor(node).dtype if is_tensor(node) else own
+        if dtype.is_floating_point and is_narrower(dtype, given) and is_narrower(dtype, own):
+            raise NotAttention(
+                f"{node_in_words(node)} computes the softmax of {dtype_name(given)} in {dtype_name(dtype)}, which may "
+                "overflow or underflow"
+            )
 
 
 def _result_layout(softmax: Softmax, product: Product) -> Layout:

@@ -91,8 +91,20 @@ def _both(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             wide_args, wide_kwargs = tree_map(_single, (wide_args, wide_kwargs))
         if func is torch.ops.aten._softmax.default:  # On a GPU it may widen float16 alone.
             wide_args = (*wide_args[:2], False)
-        wide = tree_map(_double, func(*wide_args, **wide_kwargs))
+        if func is torch.ops.aten.view.default and not _can_be_viewed(*wide_args):
+            func_of_wide = torch.ops.aten.reshape.default  # In float64 another kernel may have laid it out otherwise.
+        else:
+            func_of_wide = func
+        wide = tree_map(_double, func_of_wide(*wide_args, **wide_kwargs))
     return return_and_correct_aliasing(func, args, kwargs, _paired(own, wide))  # type: ignore[no-untyped-call]
+
+
+def _can_be_viewed(value: Tensor, size: Sequence[int]) -> bool:
+    try:
+        value.view(size)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _paired(own: Any, wide: Any) -> Any:
