@@ -90,8 +90,8 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
         node.target is torch.ops.higher_order.wrap_with_set_grad_enabled for node in program.graph.nodes
     ):
         raise ExportError(
-            "the program has a region of torch.no_grad(), which PyTorch leaves out of what it makes functional; rewrite "
-            "it under torch.no_grad(), for inference"
+            "the program has a region of torch.no_grad(), which PyTorch leaves out of what it makes functional; "
+            "rewrite it under torch.no_grad(), for inference"
         )
     try:
         functional: ExportedProgram = program.run_decompositions({})

@@ -143,8 +143,8 @@ def _refuse_what_autograd_does_not_see(gm: fx.GraphModule) -> None:
         hidden = updated is not None and not (recorded and updated.requires_grad)
         if hidden and storage_of(updated) in with_gradients:
             raise CaptureError(
-                f"{node.name} updates a tensor that has a gradient in place, under torch.no_grad() or detached from it, "
-                "and functional tracing loses the gradient"
+                f"{node.name} updates a tensor that has a gradient in place, under torch.no_grad() or detached from "
+                "it, and functional tracing loses the gradient"
             )
         value = node.meta.get("example_value")
         if isinstance(value, torch.Tensor) and value.requires_grad and not is_traceable_wrapper_subclass(value):

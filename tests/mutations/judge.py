@@ -239,6 +239,9 @@ def _values(graph: fx.GraphModule, call: Sequence[Any]) -> Values | None:
 
     class Recorded(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
+            read = [found.get(arg.name) for arg in n.all_input_nodes]
+            if "scaled_dot_product" in str(n.target) and any(isinstance(v, Tensor) and not v.numel() for v in read):
+                raise RuntimeError("PyTorch's kernel for the CPU divides by a number of queries of zero")
             found[n.name] = super().run_node(n)
             return found[n.name]
 

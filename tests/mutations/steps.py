@@ -35,6 +35,7 @@ class Step:
 Unary = Callable[[Tensor], Any]
 
 LOWEST = torch.finfo(torch.float32).min
+_SMALL = (0.0, 1.0, -1.0, 0.5, 2.0, 0.125, 3.0, -5.0)
 _NUMBERS = (0.0, 1.0, -1.0, 0.5, 2.0, 0.125, 3.0, -5.0, 30.0, 1e-3, -1e9, -math.inf, LOWEST, -1e38)
 
 _FLOATING: dict[str, Unary] = {
@@ -148,15 +149,35 @@ _SIBLINGS: tuple[tuple[Any, ...], ...] = (
     (operator.iadd, operator.isub, operator.imul),
 )
 _IN_PLACE = {operator.add: "add_", operator.sub: "sub_", operator.mul: "mul_", operator.truediv: "div_"}
-_OTHER_VALUES = (
-    "hundred times as large",
-    "all the same",
-    "zero in half",
-    "twice the same",
-    "all",
-    "none",
-    "row of none",
+_FACTORS = (operator.mul, operator.truediv, operator.imul, "mul", "div", torch.mul, torch.div)
+_OF_INPUTS: dict[str, tuple[Any, ...]] = {
+    "layout": ("transposed", "spread", "expanded"),
+    "dtype": (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool),
+    "values": ("three times as large", "all the same", "zero in half", "twice the same", "all", "none", "row of none"),
+}
+_MASKS = frozenset(
+    {
+        *("infinity for low", "last masked", "upper masked", "lower masked", "triangle added", "lowest triangle added"),
+        *("row masked", "row lowered", "exponential", "no infinity", "lowest floor", "log of softmax"),
+    }
 )
+"""What makes numbers that are infinite, or as good as that: of scores, and not of what is multiplied."""
+
+_PRODUCTS = (operator.matmul, torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, "matmul", "bmm", F.linear)
+_ENDS = ("softmax", "log_softmax", F.softmax, F.log_softmax, torch.softmax, "exp", torch.exp)
+
+
+def _may_be_operand(node: fx.Node) -> bool:
+    """Whether the node leads to a product with no softmax between."""
+    pending, seen = list(node.users), set()
+    while pending:
+        reader = pending.pop()
+        if reader.target in _PRODUCTS or getattr(reader.target, "__name__", "") == "scaled_dot_product_attention":
+            return True
+        if reader not in seen and reader.target not in _ENDS:
+            seen.add(reader)
+            pending += reader.users
+    return False
 
 
 def drawn(chance: random.Random, graph: fx.GraphModule, values: Values) -> Step:
@@ -171,26 +192,26 @@ def drawn(chance: random.Random, graph: fx.GraphModule, values: Values) -> Step:
     )
     if kind in ("layout", "dtype", "values"):
         at = chance.choice([node for node in tensors if node.op == "placeholder"])
-        detail: Any = {
-            "layout": lambda: chance.choice(["transposed", "spread", "expanded"]),
-            "dtype": lambda: chance.choice([torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool]),
-            "values": lambda: chance.choice(_OTHER_VALUES),
-        }[kind]()
-        return Step(kind, at.name, (detail,))
+        return Step(kind, at.name, (chance.choice(_OF_INPUTS[kind]),))
     places = [(node, place) for node in calls for place in _numbers(node)]
     if kind == "number" and places:
         at, place = chance.choice(places)
         old = at.args[place]
-        new: Any = chance.choice((-2, -1, 0, 1, 2, 3)) if isinstance(old, int) else chance.choice(_NUMBERS)
+        factor = at.target in _FACTORS or _may_be_operand(at)
+        new: Any = chance.choice((-2, -1, 0, 1, 2, 3) if isinstance(old, int) else _SMALL if factor else _NUMBERS)
         return Step(kind, at.name, (place, new))
     if kind in ("insert", "number"):
         at = chance.choice(tensors)
-        return Step("insert", at.name, (chance.choice(list(_table(values[at.name]))),))
+        names = list(_table(values[at.name]))
+        if _may_be_operand(at):
+            names = [name for name in names if name not in _MASKS]
+        return Step("insert", at.name, (chance.choice(names),))
     at = chance.choice(calls or tensors)
     if kind in ("mask", "rewire"):
         others = [node for node in tensors if (values[node.name].dtype is torch.bool) or kind == "rewire"]
         other = chance.choice(others).name if others else ""
-        return Step(kind, at.name, (other, chance.choice([-math.inf, LOWEST, -1e9, 0.0, 1.0, 50.0])))
+        fills = (0.0, 1.0, 50.0) if _may_be_operand(at) else (-math.inf, LOWEST, -1e9, 0.0, 1.0, 50.0)
+        return Step(kind, at.name, (other, chance.choice(fills)))
     if kind in ("sibling", "twice"):
         return Step(kind, at.name, (chance.randrange(8),))
     return Step(kind, at.name)
@@ -409,8 +430,8 @@ def _laid_out(value: Tensor, how: str) -> Tensor:
 
 def _with_values(value: Tensor, how: str) -> Tensor:
     value = value.clone()
-    if how == "hundred times as large":
-        return value * 100 if value.is_floating_point() else value
+    if how == "three times as large":
+        return value * 3 if value.is_floating_point() else value
     if how == "all the same":
         return value[..., :1].expand_as(value).clone() if value.dim() else value
     if how == "zero in half":
