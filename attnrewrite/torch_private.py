@@ -97,6 +97,14 @@ https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_functorch/predispatch.py#
 FORWARD_MODE_CALLS = ("_enter_dual_level", "_exit_dual_level", "_make_dual")
 """Names of the calls that forward-mode differentiation leaves in a graph."""
 
+
+def forward_mode_level() -> int:
+    """How deep calls of ``torch.autograd.forward_ad.dual_level`` are nested now; -1 outside of them:
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/autograd/forward_ad.py#L40
+    """
+    return torch.autograd.forward_ad._current_level
+
+
 CHECKPOINT_CONTEXT = "_checkpoint_context_fn"
 """The key in the ``meta`` of a checkpoint's body with the function that selects what is recomputed, if there is one:
 https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_higher_order_ops/wrap.py#L459

@@ -290,14 +290,16 @@ def _read_step(node: fx.Node, source: fx.Node, layout: Layout, context: _WalkCon
             if found is not None:
                 return found
         if not is_tensor(other):
-            steps = _shift(other, node, context, plain)
+            steps = _shift(
+                _number(other, node) * alpha if isinstance(other, (int, float)) else other, node, context, plain
+            )
         else:
             steps = [Bias(_aligned(other, node, layout), dtype, sign if first else 1.0)]
         # a - alpha * scores: the scores are negated first, so that comes last here.
         return (steps if first or sign == 1 else [*steps, Scale(sign)]), ()
     if is_tensor(other) and tensor(other).dim() > 0:
-        return [Scale(_aligned(other, node, layout), divide=target in DIV_OPS)], ()
-    return [Scale(_factor(other), divide=target in DIV_OPS)], ()
+        return [Scale(_aligned(other, node, layout), target in DIV_OPS, dtype)], ()
+    return [Scale(_factor(other), target in DIV_OPS, dtype)], ()
 
 
 def _shift(number: Any, node: fx.Node, context: _WalkContext, plain: bool) -> list[ScoreMod]:

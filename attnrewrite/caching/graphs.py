@@ -33,6 +33,7 @@ from attnrewrite.ir.ops import (
     MUL_OPS,
     SPLIT_OPS,
     SUB_OPS,
+    is_elementwise,
     is_function,
     is_view,
     may_share_memory,
@@ -246,7 +247,7 @@ def _sources(gm: fx.GraphModule, attentions: Sequence[CachedAttention], affine: 
         elif node.op == "placeholder":
             if is_module_tensor(node) and not any(_writes_to(user, node) for user in node.users):
                 constant.add(node)
-        elif node.op == "call_function" and _depends_on_arguments_alone(node):
+        elif node.op == "call_function" and _depends_on_arguments_alone(node) and not _reads_a_number(node):
             others = [source for source in node.all_input_nodes if source not in constant]
             if not others:
                 constant.add(node)
@@ -257,6 +258,14 @@ def _sources(gm: fx.GraphModule, attentions: Sequence[CachedAttention], affine: 
                 if readable and len({attentions[number].kind for number in union}) == 1:
                     sources[node] = union
     return sources
+
+
+def _reads_a_number(node: fx.Node) -> bool:
+    """Whether the node computes with a number made of sizes: it is known by its name, and its value may change."""
+    if not (is_elementwise(node) or node.target in (aten.full.default, aten.scalar_tensor.default)):
+        return False
+    given = node.args[1:] if node.target is aten.full.default else node.args
+    return any(isinstance(arg, fx.Node) and isinstance(arg.meta.get("val"), torch.SymInt) for arg in given)
 
 
 _AFFINE = (

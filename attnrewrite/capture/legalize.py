@@ -3,6 +3,8 @@
 ``x.fill_diagonal_(value)`` is traced as ``as_strided``, and updates through ``as_strided`` cannot be made functional,
 so no backend built on AOTAutograd compiles it. ``x.diagonal().fill_(value)`` writes the same entries.
 
+``x.data`` is traced as ``x`` itself, so that gradients would flow through it. ``x.detach()`` is the same tensor.
+
 ``torch.einsum`` returns a permuted view of the matrix that it computed. An update in place is replayed on that matrix,
 and where the dimensions do not fold back into it ("Cannot view a tensor with shape ..."), no such backend compiles it
 either. A copy of the result has no matrix behind it; nobody else can have the result, so nobody sees the copy.
@@ -42,14 +44,19 @@ def _replaced(gm: fx.GraphModule) -> fx.GraphModule | None:
         if isinstance(child, fx.GraphModule) and (copy := _replaced(child)) is not None
     }
     calls = {node for node in gm.graph.nodes if _fills_diagonal(node)}
+    data = {node for node in gm.graph.nodes if getattr(node.target, "__name__", "") == "_get_data_attr"}
     updated = _updated_products(gm.graph)
-    if not calls and not updated and not children:
+    if not calls and not updated and not children and not data:
         return None
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         if node in calls:
             copies[node] = _with_diagonal(graph, node, copies.__getitem__)
+        elif node in data:
+            copies[node] = graph.call_method("detach", (copies[node.args[0]],))
+            copies[node].meta = {**node.meta}
+            copy_attributes(node, copies[node])
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copy_attributes(node, copies[node])

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
 from attnrewrite.capture.parts import applied_to_all
 from attnrewrite.ir.bounds import STEPS_OF_SCORES
@@ -273,6 +274,8 @@ def _fill_value(number: float | None) -> Callable[[fx.GraphModule, fx.Node], Non
 
     def spell(ir: fx.GraphModule, node: fx.Node) -> None:
         like, value = node.args[0], node.meta["val"]
+        if has_free_unbacked_symbols(value):
+            return  # Whether it is contiguous is not to be asked.
         filled = node.args[-1] if number is None else number
         dense = value.is_contiguous() or all(user.target is aten.where.self for user in node.users)
         if not isinstance(like, fx.Node) or like.op != "call_function" or not dense:

@@ -30,6 +30,7 @@ from attnrewrite.torch_private import (
     TracingContext,
     aot_export_module,
     detect_fake_mode,
+    forward_mode_level,
     is_traceable_wrapper_subclass,
     set_grad_enabled,
     tracing,
@@ -114,8 +115,10 @@ def _refuse_function_transforms(gm: fx.GraphModule) -> None:
     """Refuses graphs that switch the levels of ``torch.func`` transforms, which tracing cannot do again.
 
     Raises:
-        CaptureError: the graph has such a call.
+        CaptureError: the graph has such a call, or is called within forward-mode differentiation.
     """
+    if forward_mode_level() >= 0:
+        raise CaptureError("the graph is called within forward-mode differentiation, which fused kernels do not have")
     for node in gm.graph.nodes:
         if node.op == "call_function" and "functorch" in (getattr(node.target, "__module__", None) or ""):
             name = getattr(node.target, "__name__", node.target)

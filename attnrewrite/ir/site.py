@@ -48,10 +48,14 @@ class NotAttention(Exception):
 
 @dataclass(frozen=True)
 class Scale:
-    """``scores * factor``, or with ``divide``, ``scores / factor``, by a number, a symbolic number or a tensor."""
+    """``scores * factor``, or with ``divide``, ``scores / factor``, by a number, a symbolic number or a tensor.
+
+    ``dtype``: what it is computed in; None for that of what is scaled.
+    """
 
     factor: float | fx.Node | Operand
     divide: bool = False
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)

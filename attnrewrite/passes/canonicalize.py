@@ -158,8 +158,17 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     positions = Positions(site.query_axes, site.key_axes)
     reading = _read_mods(site, positions)
     formulas = [kept_where(term, positions) if isinstance(term, (Bias, Fill)) else None for term in reading.terms]
-    terms = [term for term, formula in zip(reading.terms, formulas, strict=True) if formula is not True]
-    kept = [formula for formula in formulas if formula is not True]
+    # What has a gradient keeps it, be it zero: an optimizer lets a parameter decay whose gradient is zero, and leaves
+    # one alone that has none.
+    graded = [site.differentiable and isinstance(term, Bias) and _may_have_gradient(term) for term in reading.terms]
+    terms = [
+        term
+        for term, formula, has_gradient in zip(reading.terms, formulas, graded, strict=True)
+        if formula is not True or has_gradient
+    ]
+    kept = [
+        formula for formula, has_gradient in zip(formulas, graded, strict=True) if formula is not True or has_gradient
+    ]
 
     _require_no_counterweight(terms)
     attended = _attended(site, reading, terms, positions, policy)
@@ -178,7 +187,7 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     lift = _lift(site, terms, nan_gradients) if attended is None else Lift.NONE
     nan_gradients = nan_gradients or (lift is not Lift.NONE and _mask_gradient_is_nan(site, terms))
     band, isolated = _shape_of_mask(site, positions, masked if None not in kept else None, attended)
-    becomes_causal = not inexpressible and site.sink is None and band is not None and band.is_causal
+    becomes_causal = not inexpressible and site.sink is None and band is not None and band.is_causal and not any(graded)
     masks = [term for term in terms if isinstance(term, (Bias, Fill)) and not becomes_causal]
     return CanonicalScores(
         scale=None if site.default_scale else reading.scale,
@@ -373,7 +382,8 @@ def _lift(site: AttentionSite, terms: list[Term], nan_gradients: bool) -> Lift:
     if any(number <= ABSORBED for number in low):
         # Of all keys, that is: the key's gradient is made for rows that attend each of them alike.
         single = masks == 1 and len(low) == 1 and not any(-math.inf in each for each in numbers)
-        return Lift.ABSORBED if single else Lift.SUBSET
+        # Nor does it know which weights dropout drops.
+        return Lift.ABSORBED if single and not site.dropout else Lift.SUBSET
     return Lift.ROWS if masks or any(ValueKind.ANY in _values(term) for term in biases) else lift
 
 
@@ -467,11 +477,12 @@ def _read_scale(mod: Scale, site: AttentionSite, reading: _Reading) -> None:
         if mod.divide and mod.factor == 0:
             raise NotAttention("the scores are divided by zero")
         number = 1.0 / mod.factor if mod.divide else float(mod.factor)
+        _require_ordinary_factor(number)
         reading.scale *= number
         reading.bounded *= abs(number)
         if reading.softcap is not None:
             reading.softcap *= number
-        _scale_terms(number, reading)
+        _scale_terms(number, reading, mod.dtype)
     elif (reading.shifted and _zeroes_keys(mod, site)) or not _place_factor(mod, site, reading):
         assert isinstance(mod.factor, Operand)
         if mod.divide or not possible_values(mod.factor.node) <= {0.0, 1.0}:
@@ -482,6 +493,18 @@ def _read_scale(mod: Scale, site: AttentionSite, reading: _Reading) -> None:
             raise NotAttention("scores that may be -inf are multiplied by zeros, which gives NaN")
         else:
             terms.append(_Multiplied(mod.factor, 0.0, site.softmax_dtype, True, after_shift=reading.shifted))
+
+
+def _require_ordinary_factor(number: float) -> None:
+    """
+    Raises:
+        NotAttention: numbers that are multiplied one after the other may leave the range of their dtype between.
+    """
+    if number and not _LEAST_FACTOR <= abs(number) <= 1 / _LEAST_FACTOR:
+        raise NotAttention(f"a factor of {number:g} may bring numbers out of the range of their dtype")
+
+
+_LEAST_FACTOR = 2.0**-40
 
 
 def _read_shift(mod: Shift, reading: _Reading, site: AttentionSite) -> None:
@@ -638,7 +661,7 @@ def _read_floor(terms: list[Term], floor: Floor) -> None:
         terms.append(floor)
 
 
-def _scale_terms(number: float, reading: _Reading) -> None:
+def _scale_terms(number: float, reading: _Reading, dtype: torch.dtype | None) -> None:
     """Scales the terms by a number, each by itself; as a sum where that may overflow before it is scaled down."""
     terms = reading.terms
     if _is_rescaled(terms) or (0 < number < 1 and _added_masks_may_overflow(terms)):
@@ -647,7 +670,18 @@ def _scale_terms(number: float, reading: _Reading) -> None:
             terms[:] = [replace(term, rescaled=(*term.rescaled, number)) for term in sums]
             return
         reading.overflows = Reason(_SUM_SCALED)
-    terms[:] = [_scaled(term, number) for term in terms]
+    if any(isinstance(term, Bias) and _outgrows(term, number, dtype) for term in terms):
+        reading.overflows = Reason("masks are added in one dtype and scaled in a wider one, which holds larger numbers")
+    terms[:] = [_scaled(term, number, dtype) for term in terms]
+
+
+def _outgrows(term: Bias, number: float, dtype: torch.dtype | None) -> bool:
+    """Whether a term that is scaled in ``dtype`` is a number there, and infinite in the dtype that it is added in."""
+    wider = _wider(term.dtype, dtype)
+    values = [value * number for value in _values(term) if isinstance(value, float) and math.isfinite(value)]
+    return wider is not term.dtype and any(
+        math.isfinite(as_stored(value, wider)) and not math.isfinite(as_stored(value, term.dtype)) for value in values
+    )
 
 
 def _is_rescaled(terms: Sequence[Term]) -> bool:
@@ -677,7 +711,7 @@ def _is_low(term: Term) -> bool:
     return any(isinstance(value, float) and value <= ABSORBING for value in _values(term))
 
 
-def _scaled(term: Term, number: float) -> Term:
+def _scaled(term: Term, number: float, dtype: torch.dtype | None) -> Term:
     if isinstance(term, Bias):
         # A step that may overflow is kept as a step.
         large = any(not isinstance(value, float) or abs(value) > 1e30 for value in possible_values(term.operand.node))
@@ -686,8 +720,12 @@ def _scaled(term: Term, number: float) -> Term:
         return replace(term, factor=term.factor * number)
     if number <= 0:
         raise NotAttention("a filled mask is multiplied by a number that is not positive")
-    value = as_stored(term.value * number, term.dtype)
-    return replace(term, value=value)
+    return replace(term, value=as_stored(term.value * number, _wider(term.dtype, dtype)))
+
+
+def _wider(own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype in which a term is scaled: scores may have been cast up since it was added."""
+    return own if dtype is None else torch.promote_types(own, dtype)
 
 
 _SUM_SCALED = "two masks may add up to minus infinity, and their sum is scaled afterwards"
@@ -780,6 +818,10 @@ def _placed_weight_mods(
     value_mods: list[WeightMod] = []
     output_mods: list[WeightMod] = []
     for mod in site.weight_mods:
+        if isinstance(mod, Scale) and isinstance(mod.factor, (int, float)):
+            if mod.divide and mod.factor == 0:
+                raise NotAttention("the attention weights are divided by zero")
+            _require_ordinary_factor(1 / mod.factor if mod.divide else float(mod.factor))
         if isinstance(mod, Zero):
             zeroed = truth(positions.of(mod.condition))
             zeroed = None if zeroed is None else negation(zeroed) if mod.invert else zeroed

@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.scores import ScoreWalk, is_narrower, leads_to_product, node_in_words, read_scores
+from attnrewrite.analysis.values import is_ordinary, possible_values
 from attnrewrite.analysis.weights import Softmax, WeightWalk, every_softmax, follow_weights, split_sink
 from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of
 from attnrewrite.ir.bounds import AROUND_SOFTMAX, searching
@@ -247,10 +248,18 @@ def _compute_dtype(
         return torch.float64
     dtype, of_scores = tensor(product.node).dtype, tensor(scores.product.node).dtype
     dtypes = [of_scores] if view.in_autocast(scores.product.node) else [operand.dtype for operand in operands]
-    if any(isinstance(mod, Scale) and not isinstance(mod.factor, (int, float)) for mod in scores.mods):
+    factors = [mod.factor for mod in scores.mods if isinstance(mod, Scale) and not isinstance(mod.factor, (int, float))]
+    if factors:
         # It is multiplied into query or key, and rounded there.
         dtypes.append(of_scores)
+    if not all(isinstance(factor, Operand) and _is_ordinary(factor) for factor in factors):
+        # There it may leave the range of float16 before the product does.
+        dtypes += [torch.float32] * (torch.float16 in (dtype, *dtypes))
     return _widest([dtype, *dtypes])
+
+
+def _is_ordinary(factor: Operand) -> bool:
+    return all(is_ordinary(value) for value in possible_values(factor.node))
 
 
 @dataclass

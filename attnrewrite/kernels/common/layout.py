@@ -186,6 +186,10 @@ class KernelLayout:
         def operand(part: Operand, dims: tuple[Dim, ...], mods: Sequence[WeightMod]) -> fx.Node:
             dims = tuple(dims[place] for place in order)
             node = lay_out(builder, part.node, part.layout, dims, expand=True)
+            own = tensor(node).dtype
+            if mods and own is not site.compute_dtype and torch.promote_types(own, site.compute_dtype) is not own:
+                # Factors may leave the range of the narrower dtype.
+                node = builder.call(aten.to.dtype, node, site.compute_dtype)
             for mod in mods:
                 node = modified(builder, node, mod, dims)
             if tensor(node).dtype is not site.compute_dtype:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["ABSORBED_ROWS", "NAN_ROWS"]
 
@@ -38,6 +39,7 @@ def _save_absorbed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.scale, ctx.key_heads = scale, key.shape[1]
 
 
+@once_differentiable
 def _absorbed_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     query, value, rows = ctx.saved_tensors
     # Half of the factor on either side: the sum over rows and its product with the value stay in float16's range.
@@ -81,6 +83,7 @@ def _save_nan(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(query, key, mask, rows)
 
 
+@once_differentiable
 def _nan_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     query, key, mask, rows = ctx.saved_tensors
     lost = rows.expand(*query.shape[:-1], 1)
