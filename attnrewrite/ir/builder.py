@@ -133,12 +133,13 @@ class Builder:
         if expression.is_number:
             return int(expression)
         values = {}
+        tracer = _Tracer(self)  # The minimum of two proxies asks for one tracer.
         for symbol in expression.free_symbols:
             source = _source_of(symbol, self.graph)
             if isinstance(source, tuple):
                 node, dim = source
                 source = self.insert(aten.sym_size.int, (node, dim), {}, tensor(node).shape[dim])
-            values[symbol] = fx.Proxy(source, _Tracer(self))
+            values[symbol] = fx.Proxy(source, tracer)
         result = sympy_interp(PythonReferenceAnalysis, values, expression)
         if not isinstance(result, fx.Proxy):
             return result

@@ -422,6 +422,250 @@ def one_entry_by_an_index_from_the_end(q: Tensor, k: Tensor, v: Tensor) -> Tenso
     return (q @ k[frames].mT).softmax(-1) @ v[frames]
 
 
+# Numbers that are no numbers of their dtype, that wrap, or that only another dtype holds.
+
+
+@_case(Q, K, V)
+def fill_value_with_an_alpha_by_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    value = torch.rsub(torch.full((), 1e30), 3, alpha=2)
+    return (q @ k.mT).masked_fill(torch.ones(LENGTH, KEYS, dtype=torch.bool).triu(1), value).softmax(-1) @ v
+
+
+@_case(Q, K, V)
+def mask_with_an_alpha_by_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT + torch.rsub(torch.ones(LENGTH, KEYS).tril(), 1.0, alpha=2) * -1e9).softmax(-1) @ v
+
+
+@_case(Q, K, V)
+def rows_far_below_by_their_positions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT - (torch.arange(LENGTH)[:, None].float() * 120) ** 4).softmax(-1) @ v
+
+
+@_case(Q, K, V)
+def rows_far_below_by_powers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT - 2.0 ** (32 * torch.arange(LENGTH)[:, None])).softmax(-1) @ v
+
+
+@_case(Q, K, V)
+def filled_with_nan(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).masked_fill(torch.arange(KEYS) > 3, math.nan).softmax(-1) @ v
+
+
+@_case(Q, K, V)
+def chosen_to_be_nan(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.where(torch.arange(KEYS) > 3, math.nan, q @ k.mT).softmax(-1) @ v
+
+
+def _filled(name: str, value: Callable[[], Tensor]) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT).masked_fill(torch.arange(KEYS) > 3, value()).softmax(-1) @ v
+
+    attend.__name__ = name
+    _case(Q, K, V)(attend)
+
+
+_filled("integer_that_wraps_to_zero", lambda: torch.full((), 2**62) * 4)
+_filled("narrow_integer_that_wraps_to_zero", lambda: torch.full((), 2**30, dtype=torch.int32) * 4)
+_filled("integer_that_wraps_to_a_positive_one", lambda: torch.full((), 2**31 - 1, dtype=torch.int32) * 3)
+_filled("integer_beyond_the_digits_of_float64", lambda: (torch.full((), 2**53 + 1) - 2**53) * 1000000)
+
+
+@_case(Q, K, V, MASKED)
+def empty_rows_looked_for_behind_their_maximum(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
+    s = (q @ k.mT).masked_fill(masked, -math.inf)
+    s = s - s.amax(-1, keepdim=True)
+    return s.softmax(-1).masked_fill((s == -math.inf).all(-1, keepdim=True), 0.0) @ v
+
+
+@_case(Q, K, V, torch.zeros(MASKED.shape).masked_fill(MASKED, -math.inf))
+def safe_softmax_of_empty_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return torch.ops.aten._safe_softmax(q @ k.mT + mask, -1) @ v
+
+
+_FAR = _normal(BATCH, HEADS, KEYS) * 1e4
+_CANCEL = torch.cat([torch.full((BATCH, HEADS, LENGTH, 1), 1e4), torch.full((BATCH, HEADS, LENGTH, 1), -1e4)], -1)
+
+
+@_case(torch.cat([_CANCEL, Q[..., 2:]], -1), torch.cat([_FAR[..., None], _FAR[..., None], K[..., 2:]], -1), V)
+def product_in_float64(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q.double() @ k.double().mT).float().softmax(-1) @ v
+
+
+def _maximum_cast_to(dtype: torch.dtype) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.mT
+        e = (s - s.amax(-1, keepdim=True).to(dtype).float()).exp()
+        return e / (e.sum(-1, keepdim=True) + 1e-8) @ v
+
+    attend.__name__ = f"maximum_cast_to_{str(dtype)[6:]}"
+    _case(Q.abs() * 100, K.abs() * 100, V)(attend)
+
+
+for _dtype in (torch.float16, torch.bfloat16, torch.int8, torch.bool):
+    _maximum_cast_to(_dtype)
+
+
+@_case(Q, K, V, MASKED)
+def billion_added_in_float32_before_a_softmax_in_float64(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
+    return torch.softmax(q @ k.mT + masked.float() * -1e9, -1, dtype=torch.float64).float() @ v
+
+
+@_case(Q, K, V, OTHER)
+def numbers_that_cancel(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
+    return (q @ k.mT + torch.where(masked, -3e38, 0.0) + torch.where(masked, 3e38, 0.0)).softmax(-1) @ v
+
+
+@_case(Q, K, V, MASKED)
+def logarithm_of_softmax_in_float16(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
+    s = (q @ k.mT).masked_fill(masked, -1e9)
+    return F.log_softmax(s, -1, dtype=torch.float16).float().exp() @ v
+
+
+@_case(Q * 3, K, V)
+def exponentials_in_float16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (q @ k.mT).exp().to(torch.float16).float()
+    return e / e.sum(-1, keepdim=True) @ v
+
+
+@_case(Q, K, V)
+def factors_that_leave_the_range(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT * 1e200 * 1e-200).softmax(-1) @ v
+
+
+@_case(Q, K, V)
+def weights_divided_by_zero(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT).softmax(-1) / 0.0) @ v
+
+
+@_case(Q, K, V)
+def number_with_an_alpha(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.add(q @ k.mT, 5, alpha=1e9).softmax(-1) @ v
+
+
+@_case(Q, K, V, MASKED)
+def lowest_number_cast_up_and_scaled(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
+    return ((q @ k.mT).masked_fill(masked, LOWEST).double() * 3).softmax(-1).float() @ v
+
+
+@_case(Q, K, V, MASKED)
+def lowest_number_added_cast_up_and_scaled(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
+    return ((q @ k.mT + masked.float() * LOWEST).double() * 3).softmax(-1).float() @ v
+
+
+@_case(Q[:1], K[:, :, :1], V[:, :, :1])
+def one_key_with_a_batch_of_its_own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def test_an_integer_that_is_no_size_is_any_number() -> None:
+    for dtype in (torch.float32, torch.int32, torch.int64):
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+            position = torch.arange(q.shape[-2], dtype=dtype) + start  # noqa: B023
+            return (q @ k.mT).masked_fill(position[:, None] < position, -math.inf).softmax(-1) @ v
+
+        torch._dynamo.reset()
+        compiled = rewritten(attend, dynamic=True)
+        for start in (5, 2**25 + 1, 1_700_000_000, *[2**31 - 3, 2**40] * (dtype is not torch.int32)):
+            assert relative_error(compiled(K, K, V, start), attend(K, K, V, start)) <= 1e-5, (dtype, start)
+
+
+def test_a_float_that_is_no_number() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, a: float, b: float) -> Tensor:
+        limit = a * 10.0 - b * 10.0
+        position = torch.arange(k.shape[-2])
+        return (q @ k.mT).masked_fill(~((position < limit) | (position >= limit)), -math.inf).softmax(-1) @ v
+
+    compiled = rewritten(attend, dynamic=True)
+    for numbers in ((6.5, 1.5), (1e308, 1e308)):
+        assert relative_error(compiled(Q, K, V, *numbers), attend(Q, K, V, *numbers)) <= 1e-5
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 0, 8), (0, 2, 3, 8), (1, 0, 3, 8)], ids=str)
+def test_what_is_empty(shape: tuple[int, ...]) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+        return (5 * torch.tanh(q @ k.mT / 5)).masked_fill(~kept, -math.inf).softmax(-1) @ v
+
+    keys = torch.ones(*shape[:2], 4, 8)
+    inputs = torch.ones(shape), keys, keys, torch.ones(shape[2], 4, dtype=torch.bool)
+    assert rewritten(attend)(*inputs).shape == shape
+
+
+def test_half_of_the_lowest_number_beside_scores_in_float32() -> None:
+    """-65504 is no mask where scores may be lower."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = (q @ k.mT).float() * 10
+        return s.masked_fill(torch.arange(KEYS) >= 4, torch.finfo(torch.float16).min).softmax(-1).half() @ v
+
+    q, k = (Q.abs() * 30 + 30).half(), -(K.abs() * 30 + 30).half()
+    assert relative_error(rewritten(attend)(q, k, V.half()), attend(q, k, V.half())) <= 1e-2
+
+
+@pytest.mark.parametrize("factor", [torch.tensor(2000.0), torch.full((LENGTH, 1), 2000.0).half()], ids=["0-d", "rows"])
+def test_a_factor_beyond_the_range_of_the_query(factor: Tensor) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, factor: Tensor) -> Tensor:
+        return (q @ k.mT * factor).softmax(-1) @ v
+
+    inputs = (Q * 50).half(), (K * 1e-3).half(), V.half(), factor
+    (row,) = rows(attend, *inputs)
+    assert row.status == "rewritten"
+    assert not rewritten(attend)(*inputs).isnan().any()
+
+
+def test_a_mask_that_masks_nothing_keeps_its_gradient() -> None:
+    """An optimizer lets a parameter decay whose gradient is zero, and leaves one alone that has none."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return (q @ k.mT + bias.tril(-100)).softmax(-1) @ v
+
+    bias = torch.nn.Parameter(_normal(LENGTH, KEYS))
+    (gradient,) = torch.autograd.grad(rewritten(attend)(Q, K, V, bias).sum(), bias)
+    assert torch.equal(gradient, torch.zeros_like(bias))
+
+
+def test_dropout_beside_rows_that_a_number_absorbs() -> None:
+    """Scores depend on query and key by their product alone, so the two have gradients of one sum, whatever drops."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
+        return F.dropout((q @ k.mT * 0.3 + masked.float() * LOWEST).softmax(-1), 0.5) @ v
+
+    q, k, v = (value.clone().requires_grad_() for value in (Q, K, V))
+    (row,) = rows(attend, q, k, v, MASKED)
+    assert row.status == "rewritten"
+    of_query, of_key = torch.autograd.grad((rewritten(attend)(q, k, v, MASKED) * _normal(*Q.shape)).sum(), (q, k))
+    assert torch.allclose((of_query * q).sum(), (of_key * k).sum(), rtol=1e-3, atol=1e-4)
+
+
+def test_second_derivatives_are_refused() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
+        return (q @ k.mT * 0.3 + masked.float() * LOWEST).softmax(-1) @ v
+
+    q, k, v = (value.clone().requires_grad_() for value in (Q, K, V[..., :4]))
+    (first,) = torch.autograd.grad(rewritten(attend)(q, k, v, MASKED).square().sum(), k, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        torch.autograd.grad(first.square().sum(), k)
+
+
+def test_one_module_applied_twice_to_one_query() -> None:
+    torch.manual_seed(0)
+    of_query, of_key, of_value, out = (torch.nn.Linear(8, 8) for _ in range(4))
+
+    def attend(x: Tensor, context: Tensor) -> Tensor:
+        parts = of_query(x), of_key(context), of_value(context)
+        q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in parts)
+        result: Tensor = out(((q @ k.mT / 2).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return result
+
+    def twice(x: Tensor, text: Tensor, image: Tensor) -> Tensor:
+        x = F.silu(x)
+        return attend(x, text) + attend(x, image)
+
+    for batch, length in ((1, 6), (2, 1)):
+        inputs = _normal(batch, length, 8), _normal(batch, 5, 8), _normal(batch, 7, 8)
+        assert relative_error(rewritten(twice)(*inputs), twice(*inputs)) <= 1e-5
+
+
 def test_a_python_float_that_changes_is_any_number() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, low: float) -> Tensor:
         return (q @ k.mT + masked.float() * low).softmax(-1) @ v

@@ -7,13 +7,47 @@ or 1, query length or 1, 1).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 __all__ = ["ABSORBED_ROWS", "NAN_ROWS"]
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """A tensor as it is, which cannot be differentiated by the others, of which it was computed."""
+
+    @staticmethod
+    def forward(ctx: Any, derivative: Tensor, *others: Tensor) -> Tensor:
+        return derivative.view_as(derivative)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(
+            "an attention that attnrewrite rewrote is differentiated twice, and its rows without a key have no second "
+            "derivative (run the model without attnrewrite for it)"
+        )
+
+
+_Backward = Callable[[Any, Tensor], tuple[Tensor | None, ...]]
+
+
+def _without_second_derivative(backward: _Backward) -> _Backward:
+    """``once_differentiable`` lets gradients pass that are asked for by ``torch.autograd.grad``."""
+
+    @functools.wraps(backward)
+    def once(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            derivatives = backward(ctx, gradient)
+        if not torch.is_grad_enabled():
+            return derivatives
+        others = (gradient, *ctx.saved_tensors)
+        return tuple(None if each is None else _FirstDerivative.apply(each, *others) for each in derivatives)  # type: ignore[no-untyped-call]
+
+    return once
 
 
 @torch.library.custom_op("attnrewrite::absorbed_rows", mutates_args=())
@@ -39,7 +73,7 @@ def _save_absorbed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.scale, ctx.key_heads = scale, key.shape[1]
 
 
-@once_differentiable
+@_without_second_derivative
 def _absorbed_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     query, value, rows = ctx.saved_tensors
     # Half of the factor on either side: the sum over rows and its product with the value stay in float16's range.
@@ -83,7 +117,7 @@ def _save_nan(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(query, key, mask, rows)
 
 
-@once_differentiable
+@_without_second_derivative
 def _nan_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     query, key, mask, rows = ctx.saved_tensors
     lost = rows.expand(*query.shape[:-1], 1)

@@ -1,0 +1,124 @@
+"""What changes numbers, or stops gradients, behind autograd's back keeps its meaning, or the graph is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_mode
+from torch import Tensor
+
+from attnrewrite.backend import collect_reports
+from tests.support.helpers import relative_error, rewritten, rows
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT * 0.3).softmax(-1) @ v
+
+
+def _operands() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 2, 6, 8, generator=generator).requires_grad_() for _ in range(3)]
+
+
+def data_that_is_read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _attend(q, k.data, v)
+
+
+def data_of_the_result(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _attend(q, k, v).data + q
+
+
+def straight_through(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _attend(q, k + (k.round() - k).data, v)
+
+
+def clamped_without_gradients(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scaled = q * 2
+    with torch.no_grad():
+        scaled.clamp_(-1, 1)
+    return _attend(scaled, k, v)
+
+
+def updated_through_data(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    result = _attend(q, k, v)
+    result.data.mul_(2)
+    return result
+
+
+def updated_through_a_view(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scaled = k * 2
+    scaled.detach()[:, :, 0] = 0
+    return _attend(q, scaled, v)
+
+
+def inference_mode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.inference_mode():
+        weights = (q @ k.mT).softmax(-1)
+    return weights.clone() @ v
+
+
+def buffers_and_results_that_are_updated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    bias, keys, scaled = torch.zeros(6), torch.zeros_like(k), q * 2
+    with torch.no_grad():
+        bias.add_(1)
+    scaled.mul_(3)
+    keys.copy_(k)
+    return (scaled @ keys.mT + bias).softmax(-1) @ v
+
+
+READ: tuple[Attend, ...] = (
+    data_that_is_read,
+    data_of_the_result,
+    straight_through,
+    buffers_and_results_that_are_updated,
+)
+LEFT: tuple[Attend, ...] = (
+    clamped_without_gradients,
+    updated_through_data,
+    updated_through_a_view,
+    inference_mode,
+)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("function", [*READ, *LEFT], ids=lambda function: function.__name__)
+def test_gradients(function: Attend, inner: str) -> None:
+    found = []
+    for call in (function, rewritten(function, inner)):
+        operands = _operands()
+        found.append(torch.autograd.grad(call(*operands).sum(), operands, allow_unused=True))
+    for new, own in zip(*found, strict=True):
+        assert (new is None) == (own is None)
+        assert own is None or relative_error(new, own) <= 1e-4
+
+
+@pytest.mark.parametrize("function", READ, ids=lambda function: function.__name__)
+def test_what_is_read_is_rewritten(function: Attend) -> None:
+    assert [row.status for row in rows(function, *_operands())] == ["rewritten"]
+
+
+@pytest.mark.parametrize("function", LEFT, ids=lambda function: function.__name__)
+def test_what_is_left_alone_says_why(function: Attend) -> None:
+    with collect_reports() as graphs:
+        rewritten(function)(*_operands())
+    (graph,) = graphs
+    assert "inference_mode" in graph.reason or "loses the gradient" in graph.reason
+
+
+def test_an_update_without_gradients_is_read_in_inference() -> None:
+    with torch.no_grad():
+        assert [row.status for row in rows(clamped_without_gradients, *_operands())] == ["rewritten"]
+
+
+def test_forward_mode_around_the_function() -> None:
+    tangents = []
+    for call in (_attend, rewritten(_attend, "aot_eager")):
+        q, k, v = (value.detach() for value in _operands())
+        with forward_mode.dual_level():
+            result = call(forward_mode.make_dual(q, torch.ones_like(q)), k, v)  # type: ignore[no-untyped-call]
+            tangents.append(forward_mode.unpack_dual(result).tangent)  # type: ignore[no-untyped-call]
+    assert relative_error(*tangents) <= 1e-5
