@@ -479,7 +479,8 @@ def empty_rows_looked_for_behind_their_maximum(q: Tensor, k: Tensor, v: Tensor, 
 
 @_case(Q, K, V, torch.zeros(MASKED.shape).masked_fill(MASKED, -math.inf))
 def safe_softmax_of_empty_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return torch.ops.aten._safe_softmax(q @ k.mT + mask, -1) @ v
+    weights: Tensor = torch.ops.aten._safe_softmax(q @ k.mT + mask, -1)
+    return weights @ v
 
 
 _FAR = _normal(BATCH, HEADS, KEYS) * 1e4
