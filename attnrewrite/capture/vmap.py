@@ -17,6 +17,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from attnrewrite.ir.nodes import copy_attributes
 from attnrewrite.torch_private import VMAP_ENTERS, VMAP_LEAVES, VMAP_LOADS, FakeTensor, leave_vmap_level, vmap_depth
 
 __all__ = ["holds_vmap", "vmap_lowered"]
@@ -46,6 +47,7 @@ def vmap_lowered(gm: fx.GraphModule) -> fx.GraphModule:
             _inline(gm, stretches[node], graph, copies)
         elif node not in inside and _name(node) != VMAP_LOADS:
             copies[node] = graph.node_copy(node, copies.__getitem__)
+            copy_attributes(node, copies[node])
     result = fx.GraphModule(gm, graph)
     result.meta = copy.copy(gm.meta)
     return result

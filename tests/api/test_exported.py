@@ -338,3 +338,21 @@ def test_branches_get_kernels_of_pytorch_as_well() -> None:
             assert relative_error(new(q + shift, k, v), function(q + shift, k, v)) <= 1e-5
         with pytest.raises(ExportError, match="flex was asked for"):
             rewrite(program, options={"kernels": "flex"})
+
+
+def test_a_region_without_gradients_is_for_inference() -> None:
+    """PyTorch's functional program has gradients there."""
+
+    class Teacher(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with torch.no_grad():
+                teacher = (q @ k.mT).softmax(-1) @ v
+            return (q @ k.mT).softmax(-1) @ v + teacher
+
+    inputs = tuple(torch.randn(1, 2, 6, 8) for _ in range(3))
+    program = torch.export.export(Teacher(), inputs)
+    with pytest.raises(ExportError, match=r"region of torch\.no_grad"):
+        attnrewrite.rewrite(program)
+    with torch.no_grad():
+        new = attnrewrite.rewrite(program)
+        assert relative_error(new.module()(*inputs), Teacher()(*inputs)) <= 1e-5

@@ -656,3 +656,72 @@ def test_timesteps_of_other_libraries(timestep: Any) -> None:
     with attnrewrite.attention_cache(fast, broadcast(lambda: timestep)):
         first = fast(**inputs(0))
         assert relative_error(fast(**inputs(1))[1], first[1]) == 0
+
+
+class PostNorm(nn.Module):
+    """What follows the attention is no affine function of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.norm = Attention(), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.norm(self.attention(x))
+        return result
+
+
+def test_another_method_has_graphs_of_its_own(clock: Clock) -> None:
+    """FasterCache extrapolates affine functions of attention alone, and broadcast stores any."""
+    settings = broadcast(clock, every=2)
+    faster = FasterCacheConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 2000),
+        is_guidance_distilled=True,
+        attention_weight_callback=lambda module: 0.5,
+        current_timestep_callback=lambda: clock.now,
+    )
+
+    def run(fast: Any) -> list[Tensor]:
+        clock.now = Clock().now
+        found = []
+        for number in range(8):
+            clock.now -= 100
+            found.append(fast(tokens(number)))
+        return found
+
+    model = seeded(PostNorm)
+    fresh = compiled(model)
+    with attnrewrite.attention_cache(fresh, faster):
+        expected = run(fresh)
+    torch._dynamo.reset()
+    fast = compiled(model)
+    with attnrewrite.attention_cache(fast, settings):
+        run(fast)
+    with attnrewrite.attention_cache(fast, faster):
+        assert relative_error(run(fast), expected) <= 1e-5
+
+
+class DividedBySize(nn.Module):
+    """A number behind the attention is the size of what the model's arguments do not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x: Tensor, memory: Any) -> Tensor:
+        result: Tensor = x + self.attention(x) / memory.tensor.shape[1] + memory.tensor.mean()
+        return result
+
+
+class Memory:
+    def __init__(self, size: int) -> None:
+        self.tensor = torch.zeros(1, size, 4)
+
+
+def test_a_number_made_of_a_size_is_not_that_of_the_step_before(clock: Clock) -> None:
+    model = seeded(DividedBySize)
+    fast = compiled(model, dynamic=True)
+    with attnrewrite.attention_cache(fast, broadcast(clock, every=2)):
+        for size in (3, 3, 3, 6, 6, 6, 12):
+            clock.now -= 1
+            assert relative_error(fast(tokens(0), Memory(size)), model(tokens(0), Memory(size))) <= 1e-5

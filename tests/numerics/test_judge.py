@@ -255,3 +255,11 @@ def test_a_tensor_of_several_is_named_and_measured_beside_them() -> None:
 def test_a_missing_tensor_is_an_error() -> None:
     with pytest.raises(ValueError, match="zip"):
         disagreements([TRUTH], [TRUTH, TRUTH], [TRUTH, TRUTH], torch.float16)
+
+
+def test_a_gradient_of_zero_has_the_rounding_of_eager() -> None:
+    """Where all values are equal the query's gradient is the difference of equal numbers."""
+    truth = torch.full((2, 4), 1e-16, dtype=torch.float64)
+    own, new = torch.full((2, 4), 1e-7), torch.full((2, 4), -2e-7)
+    assert disagreement(new, own, truth, torch.float32) == ""
+    assert disagreement(new * 100, own, truth, torch.float32) != ""

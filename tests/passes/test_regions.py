@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,34 @@ def test_branches_are_kept_in_training(function: Callable[[Tensor], Tensor]) -> 
     assert row.status == "kept" and "lay out their gradients alike" in (row.reason or "")
     found = gradients(rewritten(function, "aot_eager", fullgraph=True), [x])
     assert relative_error(found, gradients(function, [x])) <= 1e-5
+
+
+def test_a_region_of_two_levels_is_two_graphs() -> None:
+    """What is known of a region's inputs is known where it is called, and PyTorch keeps one graph a name."""
+
+    @torch.compiler.nested_compile_region
+    def region(x: Tensor, kept: Tensor) -> Tensor:
+        result: Tensor = (x @ x.transpose(-2, -1) * 0.3).masked_fill(~kept, -math.inf).softmax(-1) @ x
+        return result
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("causal", torch.ones(6, 6, dtype=torch.bool).tril())
+            self.register_buffer("full", torch.ones(6, 6, dtype=torch.bool))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            def first(x: Tensor, kept: Tensor) -> Any:
+                return region(x, kept) + 1
+
+            def second(x: Tensor, kept: Tensor) -> Any:
+                return region(x, kept) + 2
+
+            return region(x, self.causal), torch.cond(x.sum() > -1e9, first, second, (x, self.full))
+
+    model, x = Model(), torch.randn(1, 2, 6, 8)
+    with torch.no_grad():
+        assert relative_error(rewritten(model, "aot_eager")(x), model(x)) <= 1e-5
 
 
 def test_with_verification_and_a_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

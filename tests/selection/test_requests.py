@@ -18,7 +18,7 @@ import attnrewrite
 from attnrewrite.backend import collect_reports
 from attnrewrite.kernels import Availability, Kernel, Verdict
 from attnrewrite.report.rows import GraphReport
-from tests.support.helpers import relative_error, rows
+from tests.support.helpers import relative_error, rewritten, rows
 
 VARIABLES = ("ATTNREWRITE_KERNELS", "DIFFUSERS_ATTN_BACKEND", "DIFFSYNTH_ATTENTION_IMPLEMENTATION")
 
@@ -457,3 +457,28 @@ def test_a_kernel_of_ones_own_is_asked_first(reports: list[GraphReport]) -> None
         attnrewrite.unregister_kernel("own")
     with pytest.raises(attnrewrite.OptionError, match="one of attnrewrite's"):
         attnrewrite.unregister_kernel("native")
+
+
+def test_a_graph_that_cannot_be_traced_again() -> None:
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+            return gradients[0] * 2
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result: Tensor = Twice.apply((q @ k.mT).softmax(-1) @ v)  # type: ignore[no-untyped-call]
+        return result
+
+    compiled = rewritten(attend)
+    inputs = [torch.randn(1, 2, 6, 8, requires_grad=True) for _ in range(3)]
+    expected = compiled(*inputs)
+    with (
+        attnrewrite.attention_backend("_native_math"),
+        pytest.raises(attnrewrite.KernelError, match="cannot trace the graph again"),
+    ):
+        compiled(*inputs)
+    assert torch.equal(compiled(*inputs), expected)
