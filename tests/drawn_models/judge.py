@@ -14,8 +14,8 @@ from attnrewrite.backend import collect_reports
 from attnrewrite.numerics.judge import HALF
 from tests.coverage.entries_transformers import CASES
 from tests.coverage.measure import outputs_of, parameter_gradients_of
-from tests.coverage.precision import DoesNotRun, Measured, judged, measured_in, nudged
-from tests.support.against_eager import wrong
+from tests.coverage.precision import Measured, judged, measured_in, nudged
+from tests.support.against_eager import Tolerance, wrong
 from tests.support.helpers import rewritten
 
 __all__ = ["DRAWS", "Model", "Outcome", "draw", "judge"]
@@ -88,8 +88,8 @@ def _judged(measured: Measured, function: Callable[..., Any], gradients: bool) -
     with torch.set_grad_enabled(gradients):
         try:
             own, truth = measured.own(run), measured.truth(run)
-        except DoesNotRun as error:
-            return "does not run", str(error)
+        except Exception as error:  # noqa: BLE001 - For want of a kernel, or because it mixes dtypes.
+            return "does not run", f"{type(error).__name__}: {str(error).strip()[:300]}"
         try:
             new = measured.new(function, run)
         except Exception as error:  # noqa: BLE001 - Whatever it is, it is the finding, unless PyTorch has it too.
@@ -114,7 +114,8 @@ def _difference(measured: Measured, run: Any, new: Any, own: Any, truth: Any, gr
         how: dict[str, Any] = {"beside": 0.25, "whole": True} if gradients else {}
         return judged(measured, run, new, own, truth, **how)[0]
     results = [_results(each, gradients) for each in (new, own, truth)]
-    return wrong(measured.dtype, results[0], results[1], results[2])
+    # Key biases have gradients of zero, which are sums over all positions.
+    return wrong(measured.dtype, results[0], results[1], results[2], Tolerance(small=0.1))
 
 
 def _results(results: Any, gradients: bool) -> dict[str, list[Tensor]]:

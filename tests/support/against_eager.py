@@ -25,13 +25,14 @@ class Tolerance:
     """In float32 and float64, relative to the largest number of a tensor.
 
     Where eager itself is off by more than ``doubtful``, rounding decides its result (a row whose keys are all masked by
-    a finite number), and what eager gives is what is asked for.
+    a finite number), and what eager gives is what is asked for. A gradient is small below ``small`` of the largest.
     """
 
     value: float = 1e-5
     gradient: float = 1e-4
     doubtful: float = 1e-4
     there: float = 1e-2
+    small: float = 1e-2
 
 
 def wrong(dtype: torch.dtype, new: Results, own: Results, truth: Results, tolerance: Tolerance | None = None) -> str:
@@ -114,7 +115,7 @@ def _difference(
     """What differs, in words; empty if nothing does."""
     # A gradient of nothing but rounding is no gradient: what is small beside the others is measured by them.
     # A row with one key has gradients of zero, which a fused kernel computes as a difference of numbers of that size.
-    small = 1e-2 if what == "gradient" else 1e-3
+    small = tolerance.small if what == "gradient" else 1e-3
     floor = small * max((t.double().nan_to_num().abs().max().item() for t in truth if t.numel()), default=0.0)
     for n, o, t in zip(new, own, truth, strict=True):
         if n.shape != o.shape or n.dtype != o.dtype:
