@@ -130,7 +130,9 @@ class SoftmaxAttention:
         value = view.origin(value, product.node)
         query_axes = _query_axes(scores, key_axes, key)
         _require_attention(scores.product, query, key, value, query_axes, key_axes)
-        if any(same(axis.size, 0) for operand in (query, key, value) for axis in operand.axes):
+        # Kernels themselves say that there is no key.
+        others = {axis for operand in (query, key, value) for axis in operand.axes} - set(key_axes)
+        if any(same(axis.size, 0) for axis in others):
             raise NotAttention("a dimension is empty, so there is nothing to compute")
         own_dtype = tensor(softmax.node).dtype
         narrowed = [Narrow(own_dtype)] if is_narrower(own_dtype, tensor(softmax.scores).dtype) else []
