@@ -1,1 +1,1 @@
-"""Comparison of results: verification at the first call, and admission of kernels within a tolerance."""
+"""Comparison of results: verification at the first call, admission of kernels within a tolerance, and what a site means."""
