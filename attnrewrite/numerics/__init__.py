@@ -1,1 +1,1 @@
-"""Comparison of results: verification at the first call, admission of kernels within a tolerance, and what a site means."""
+"""Comparison of results: verification at the first call, kernels within a tolerance, and what a site means."""
