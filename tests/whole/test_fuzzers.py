@@ -30,13 +30,13 @@ def _seed() -> int:
 
 def test_spellings() -> None:
     seed = _seed()
-    bad = [str(outcome) for outcome in run(25, seed) if outcome.verdict in BAD]
+    bad = [str(outcome) for outcome in run(20, seed) if outcome.verdict in BAD]
     assert not bad, f"FUZZ_SEED={seed}\n" + "\n".join(bad)
 
 
 def test_mutations() -> None:
     seed = _seed()
-    outcomes = [judge_mutant(draw_mutant(seed * 1_000_000 + number)) for number in range(40)]
+    outcomes = [judge_mutant(draw_mutant(seed * 1_000_000 + number)) for number in range(24)]
     bad = [str(shrunk(outcome)) for outcome in outcomes if outcome.verdict in BAD]
     assert not bad, f"FUZZ_SEED={seed}\n" + "\n".join(bad)
     assert any(outcome.sites for outcome in outcomes)
