@@ -239,9 +239,8 @@ def _values(graph: fx.GraphModule, call: Sequence[Any]) -> Values | None:
 
     class Recorded(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            read = [found.get(arg.name) for arg in n.all_input_nodes]
-            if "scaled_dot_product" in str(n.target) and any(isinstance(v, Tensor) and not v.numel() for v in read):
-                raise RuntimeError("PyTorch's kernel for the CPU divides by a number of queries of zero")
+            if "scaled_dot_product" in str(n.target):
+                _require_valid_call([found.get(arg.name) if isinstance(arg, fx.Node) else arg for arg in n.args])
             found[n.name] = super().run_node(n)
             return found[n.name]
 
@@ -254,6 +253,20 @@ def _values(graph: fx.GraphModule, call: Sequence[Any]) -> Values | None:
     if not any(bool(result.isfinite().any()) for result in results if result.numel()):
         return None
     return found
+
+
+def _require_valid_call(args: Sequence[Any]) -> None:
+    """PyTorch's kernel for the CPU divides by a number of queries of zero, and reads and writes behind its operands
+    where their sizes do not fit.
+
+    Raises:
+        RuntimeError: the call is not valid.
+    """
+    query, key, value = args[:3]
+    fits = query.shape[-1] == key.shape[-1] and key.shape[-2] == value.shape[-2]
+    fits = fits and query.dim() == key.dim() == value.dim() and key.shape[:-2] == value.shape[:-2]
+    if not fits or not all(operand.numel() for operand in (query, key, value)):
+        raise RuntimeError("a call of scaled_dot_product_attention that is not valid")
 
 
 _MAKERS = (torch.arange, torch.empty, torch.full, torch.ones, torch.zeros)
