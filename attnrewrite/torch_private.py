@@ -197,8 +197,8 @@ ShortenTraceback = torch._dynamo.exc.ShortenTraceback
 https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_dynamo/output_graph.py#L3123
 """
 
-TorchDynamoException = torch._dynamo.exc.TorchDynamoException
-"""Base class of what Dynamo raises where it cannot trace."""
+TRACING_ERRORS = (torch._dynamo.exc.Unsupported, torch._dynamo.exc.InternalTorchDynamoError)
+"""What Dynamo raises where it cannot trace; errors of a backend are others."""
 
 FailOnRecompileLimitHit = torch._dynamo.exc.FailOnRecompileLimitHit
 """Raised when a function was compiled too often, with ``fullgraph=True``."""

@@ -14,13 +14,13 @@ import torch
 from torch import fx
 
 from attnrewrite.caching.call import ReusePlan, current_call
-from attnrewrite.errors import AttnRewriteError, KernelError
+from attnrewrite.errors import KernelError
 from attnrewrite.inner import CompiledFn
 from attnrewrite.ir.source import name_source, source_name
 from attnrewrite.options.request import Request
 from attnrewrite.selection.decorated_parts import parts_in
 from attnrewrite.selection.requests import request_in_force
-from attnrewrite.torch_private import TorchDynamoException, compile_lock, wrapped_call
+from attnrewrite.torch_private import TRACING_ERRORS, compile_lock, wrapped_call
 
 __all__ = ["Variants"]
 
@@ -72,10 +72,8 @@ class Variants:
         """
         try:
             return self._variant(key)(*args)
-        except AttnRewriteError:
-            raise
-        except TorchDynamoException as error:
-            del self._compiled[key]
+        except TRACING_ERRORS as error:
+            self._compiled.pop(key, None)
             what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise KernelError(
                 "this call asks for other kernels, or another reuse of attention, than the graph was compiled for, and "

@@ -427,7 +427,8 @@ class Entries:
         entries: list[Entry] = []
         for arg, value in zip(args, values, strict=True):
             entry = self._operand(arg, index)
-            whole = isinstance(value, (int, torch.SymInt)) and dtype is torch.int64
+            # A number that an operator takes as an integer is one of int64.
+            whole = isinstance(value, (int, torch.SymInt)) and type(value) is not bool and dtype is torch.int64
             if not whole and (not isinstance(value, torch.Tensor) or value.dtype is not dtype):
                 entry = _in_dtype(entry, dtype)
             entries.append(entry)

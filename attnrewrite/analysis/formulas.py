@@ -223,7 +223,7 @@ def largest(expression: Any) -> float:
         for base, power in rest.as_powers_dict().items():
             if base == 1:
                 continue
-            known = isinstance(base, sympy.Abs) or (isinstance(base, sympy.Symbol) and base.is_nonnegative)
+            known = isinstance(base, sympy.Abs) or all(symbol.is_nonnegative for symbol in base.free_symbols)
             if not known or not power.is_Integer or power < 0:
                 return math.inf
             size *= (largest(base) if isinstance(base, sympy.Abs) else float(LONGEST_SEQUENCE)) ** int(power)

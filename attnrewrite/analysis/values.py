@@ -129,6 +129,10 @@ def _bounded(values: frozenset[Value], dtype: torch.dtype) -> frozenset[Value]:
         for value in values
     )
     values = frozenset(ValueKind.ANY if value != value or _is_beyond(value, dtype) else value for value in values)
+    values = frozenset(
+        Range(as_stored(value.low, dtype), as_stored(value.high, dtype)) if isinstance(value, Range) else value
+        for value in values
+    )
     return values if TENSOR_VALUES.allows(len(values)) else frozenset({ValueKind.ANY})
 
 
@@ -192,8 +196,9 @@ def _values_of_call(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> fro
         return frozenset({ValueKind.LEARNED})
     if target in PROJECTION_OPS or is_product(node):
         return _values_of_product(node, memo)
-    if target in _ORDINARY and not node.kwargs:
-        given = [value for arg in args if arg is not None for value in _values(arg, memo)]
+    if target in _ORDINARY:
+        bounds = (*args[1:], *node.kwargs.values()) if target is aten.clamp.default else ()
+        given = [value for arg in (args[0], *bounds) if arg is not None for value in _values(arg, memo)]
         if all(value is not ValueKind.ANY and is_ordinary(value) for value in given):
             bound = max((value.largest for value in given if isinstance(value, Range)), default=None)
             return frozenset({ValueKind.LEARNED if bound is None else _range(-bound - ORDINARY, bound + ORDINARY)})
@@ -340,10 +345,11 @@ def _power(base: Value, exponent: Value) -> Value:
 
 def _monotone(function: Callable[[float], float], value: Value) -> Value:
     """The result of a function that grows with its argument; a learned argument gives what is learned."""
-    if not isinstance(value, Range):
-        ordinary = value is not ValueKind.ANY and is_ordinary(value)
-        return ValueKind.LEARNED if ordinary else ValueKind.ANY
+    if isinstance(value, ValueKind):
+        return value
     try:
+        if isinstance(value, float):
+            return function(value)
         return _range(function(value.low), function(value.high))
     except (OverflowError, ValueError):
         return ValueKind.ANY

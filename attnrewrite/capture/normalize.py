@@ -105,11 +105,10 @@ def normalize(ir: fx.GraphModule) -> None:
         if node.op != "call_function" or is_erased(node):
             continue
         rule = _RULES.get(node.target)
-        if rule is None:
-            continue
-        if isinstance(rule, OpOverload):
+        while isinstance(rule, OpOverload):
             node.target = rule
-        else:
+            rule = _RULES.get(rule)
+        if rule is not None:
             rule(ir, node)
     for node in reversed(ir.graph.nodes):
         # Functional tracing leaves views of what was updated in place that nothing reads.

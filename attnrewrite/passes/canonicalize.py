@@ -428,7 +428,7 @@ def _read_mods(site: AttentionSite, positions: Positions) -> _Reading:
     terms = reading.terms
     in_range = site.in_half and site.score_dtype is site.compute_dtype
     for mod in site.mods:
-        in_range &= isinstance(mod, Fill) or (isinstance(mod, Scale) and _shrinks(mod))
+        in_range = in_range and _stays_in_range(mod, site.compute_dtype)
         if reading.lifted and not _stays_lifted(mod, reading):
             reading.overflows = Reason("masked scores are changed further after their maximum was subtracted")
         if isinstance(mod, Elementwise):
@@ -541,9 +541,12 @@ def _of_half_scores(term: Fill, dtype: torch.dtype) -> Fill:
     return replace(term, dtype=dtype) if FAR_BELOW < term.value <= torch.finfo(dtype).min else term
 
 
-def _shrinks(mod: Scale) -> bool:
-    """Whether scores that are in the range of their dtype stay in it."""
-    return isinstance(mod.factor, (int, float)) and abs(mod.factor) <= 1
+def _stays_in_range(mod: ScoreMod, dtype: torch.dtype) -> bool:
+    """Whether scores that are in the range of ``dtype`` stay in it: they are stored in it, or do not grow."""
+    if isinstance(mod, Scale):
+        number = mod.factor if isinstance(mod.factor, (int, float)) else None
+        return mod.dtype is dtype or (number is not None and (abs(number) >= 1 if mod.divide else abs(number) <= 1))
+    return isinstance(mod, Fill) or (isinstance(mod, (Bias, Narrow)) and mod.dtype is dtype)
 
 
 _EXPONENT = 80.0
@@ -664,14 +667,14 @@ def _read_floor(terms: list[Term], floor: Floor) -> None:
 def _scale_terms(number: float, reading: _Reading, dtype: torch.dtype | None) -> None:
     """Scales the terms by a number, each by itself; as a sum where that may overflow before it is scaled down."""
     terms = reading.terms
+    if any(isinstance(term, Bias) and _outgrows(term, number, dtype) for term in terms):
+        reading.overflows = Reason("masks are added in one dtype and scaled in a wider one, which holds larger numbers")
     if _is_rescaled(terms) or (0 < number < 1 and _added_masks_may_overflow(terms)):
         sums = [term for term in terms if isinstance(term, Bias) or _fills_with_infinity(term)]
         if number > 0 and len(sums) == len(terms):
             terms[:] = [replace(term, rescaled=(*term.rescaled, number)) for term in sums]
             return
         reading.overflows = Reason(_SUM_SCALED)
-    if any(isinstance(term, Bias) and _outgrows(term, number, dtype) for term in terms):
-        reading.overflows = Reason("masks are added in one dtype and scaled in a wider one, which holds larger numbers")
     terms[:] = [_scaled(term, number, dtype) for term in terms]
 
 

@@ -120,9 +120,9 @@ class SoftmaxAttention:
             raise NotAttention(
                 "the product after softmax does not contract the axis that softmax runs over, so this is no attention"
             )
-        # Fused kernels multiply query and key with float32 accumulation, so casting them up first adds nothing; weights
-        # and value are multiplied in the dtype that the source multiplies them in.
         _require_no_detour(softmax)
+        # Fused kernels multiply query and key with float32 accumulation, so casting them up first adds nothing, unless
+        # it is to float64; weights and value are multiplied in the dtype that the source multiplies them in.
         dtype, score_dtype = tensor(product.node).dtype, tensor(scores.product.node).dtype
         if score_dtype is torch.float64:
             dtype = score_dtype
@@ -254,14 +254,15 @@ def _compute_dtype(
     if factors:
         # It is multiplied into query or key, and rounded there.
         dtypes.append(of_scores)
-    if not all(isinstance(factor, Operand) and _is_ordinary(factor) for factor in factors):
+    if not all(map(_is_ordinary, factors)):
         # There it may leave the range of float16 before the product does.
         dtypes += [torch.float32] * (torch.float16 in (dtype, *dtypes))
     return _widest([dtype, *dtypes])
 
 
-def _is_ordinary(factor: Operand) -> bool:
-    return all(is_ordinary(value) for value in possible_values(factor.node))
+def _is_ordinary(factor: fx.Node | Operand) -> bool:
+    node = factor.node if isinstance(factor, Operand) else factor
+    return all(is_ordinary(value) for value in possible_values(node))
 
 
 @dataclass

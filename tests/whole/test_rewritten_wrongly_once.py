@@ -437,6 +437,12 @@ def mask_with_an_alpha_by_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @_case(Q, K, V)
+def mask_with_an_alpha_under_another_name(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = torch.subtract(torch.ones(LENGTH, KEYS).tril(), 1.0, alpha=2) * 1e9
+    return (q @ k.mT + mask).softmax(-1) @ v
+
+
+@_case(Q, K, V)
 def rows_far_below_by_their_positions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT - (torch.arange(LENGTH)[:, None].float() * 120) ** 4).softmax(-1) @ v
 
@@ -592,15 +598,25 @@ def test_what_is_empty(shape: tuple[int, ...]) -> None:
     assert rewritten(attend)(*inputs).shape == shape
 
 
-def test_half_of_the_lowest_number_beside_scores_in_float32() -> None:
+@pytest.mark.parametrize("grown", [lambda s: s * 10, lambda s: s / 0.1, lambda s: s - 7e4], ids=["*", "/", "-"])
+def test_half_of_the_lowest_number_beside_scores_in_float32(grown: Callable[[Tensor], Tensor]) -> None:
     """-65504 is no mask where scores may be lower."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        s = (q @ k.mT).float() * 10
+        s = grown((q @ k.mT).float())
         return s.masked_fill(torch.arange(KEYS) >= 4, torch.finfo(torch.float16).min).softmax(-1).half() @ v
 
     q, k = (Q.abs() * 30 + 30).half(), -(K.abs() * 30 + 30).half()
     assert relative_error(rewritten(attend)(q, k, V.half()), attend(q, k, V.half())) <= 1e-2
+
+
+def test_half_of_the_lowest_number_beside_scores_that_are_divided() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = (q @ k.mT / 3).float() / 2
+        return s.masked_fill(torch.arange(KEYS) >= 4, torch.finfo(torch.float16).min).softmax(-1).half() @ v
+
+    (row,) = rows(attend, Q.half(), K.half(), V.half())
+    assert row.kernel == "native"
 
 
 @pytest.mark.parametrize("factor", [torch.tensor(2000.0), torch.full((LENGTH, 1), 2000.0).half()], ids=["0-d", "rows"])
