@@ -265,7 +265,9 @@ def _reads_a_number(node: fx.Node) -> bool:
     if not (is_elementwise(node) or node.target in (aten.full.default, aten.scalar_tensor.default)):
         return False
     given = node.args[1:] if node.target is aten.full.default else node.args
-    return any(isinstance(arg, fx.Node) and isinstance(arg.meta.get("val"), torch.SymInt) for arg in given)
+    return any(
+        isinstance(arg, fx.Node) and isinstance(arg.meta.get("val"), (torch.SymInt, torch.SymFloat)) for arg in given
+    )
 
 
 _AFFINE = (

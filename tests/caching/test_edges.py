@@ -704,12 +704,12 @@ def test_another_method_has_graphs_of_its_own(clock: Clock) -> None:
 class DividedBySize(nn.Module):
     """A number behind the attention is the size of what the model's arguments do not show."""
 
-    def __init__(self) -> None:
+    def __init__(self, power: float) -> None:
         super().__init__()
-        self.attention = Attention()
+        self.attention, self.power = Attention(), power
 
     def forward(self, x: Tensor, memory: Any) -> Tensor:
-        result: Tensor = x + self.attention(x) / memory.tensor.shape[1] + memory.tensor.mean()
+        result: Tensor = x + self.attention(x) / memory.tensor.shape[1] ** self.power + memory.tensor.mean()
         return result
 
 
@@ -718,8 +718,9 @@ class Memory:
         self.tensor = torch.zeros(1, size, 4)
 
 
-def test_a_number_made_of_a_size_is_not_that_of_the_step_before(clock: Clock) -> None:
-    model = seeded(DividedBySize)
+@pytest.mark.parametrize("power", [1, 0.5])
+def test_a_number_made_of_a_size_is_not_that_of_the_step_before(clock: Clock, power: float) -> None:
+    model = seeded(lambda: DividedBySize(power))
     fast = compiled(model, dynamic=True)
     with attnrewrite.attention_cache(fast, broadcast(clock, every=2)):
         for size in (3, 3, 3, 6, 6, 6, 12):
