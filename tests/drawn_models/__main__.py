@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from tests.drawn_models.judge import Outcome, draw, judge
@@ -15,7 +16,8 @@ def main() -> None:
     def run() -> tuple[dict[str, Any], list[Outcome]]:
         outcomes: list[Outcome] = []
         number = 0
-        while len(outcomes) < options.cases:
+        end = time.monotonic() + options.seconds
+        while len(outcomes) < options.cases and time.monotonic() < end:
             for outcome in judge(draw(seed * 1_000_000 + number), options.device):
                 outcomes.append(outcome)
                 if outcome.verdict in BAD:

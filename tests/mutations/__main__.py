@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ def main() -> None:
 
     def run() -> tuple[dict[str, Any], list[Outcome]]:
         outcomes: list[Outcome] = []
+        end = time.monotonic() + options.seconds
         for number in range(options.cases):
+            if time.monotonic() > end:
+                break
             outcome = judge(draw(seed * 1_000_000 + number), options.device)
             if outcome.verdict in BAD:
                 outcome = shrunk(outcome, options.device)

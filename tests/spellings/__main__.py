@@ -25,13 +25,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), help="of all cases")
     parser.add_argument("--device", default="cpu", help="where the tensors lie, such as cuda (default: cpu)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="judges no more after so many")
     parser.add_argument("--json", type=Path, help="writes the figures, and every case that was not found, to this file")
     parser.add_argument("--scripts", type=Path, help="writes each case that is wrong to this folder, as a program")
     options = parser.parse_args()
     torch.set_num_threads(1)
     start = time.perf_counter()
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    outcomes = run(options.cases, options.seed, dtype, options.device)
+    outcomes = run(options.cases, options.seed, dtype, options.device, options.seconds)
     seconds = time.perf_counter() - start
     figures = summary(outcomes)
     for name, value in figures.items():
@@ -54,8 +55,15 @@ def main() -> None:
         options.json.write_text(json.dumps({**figures, "seconds": seconds, "cases_not_found": cases}, indent=1))
 
 
-def run(cases: int, number: int, dtype: torch.dtype | None = None, device: str = "cpu") -> list[Outcome]:
+def run(
+    cases: int,
+    number: int,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    seconds: float = float("inf"),
+) -> list[Outcome]:
     outcomes: list[Outcome] = []
+    end = time.monotonic() + seconds
 
     @seed(number)
     @settings(
@@ -67,6 +75,8 @@ def run(cases: int, number: int, dtype: torch.dtype | None = None, device: str =
     )
     @given(spellings(dtype))
     def collect(spelling: Spelling) -> None:
+        if time.monotonic() > end:
+            return
         try:
             outcomes.append(judge(spelling, device))
         except NotASpelling as error:  # One defect of the generator is no reason to lose a long run.

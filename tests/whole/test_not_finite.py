@@ -1,0 +1,155 @@
+"""NaN, infinities and the largest numbers of a dtype in query, key, value and mask: what eager gives, NaN for NaN.
+
+A diverged model must not look healthy. Positions that are not finite are attended to by every row that has a key, since a
+masked score that is not finite is an exception of its own (docs/exactness.md).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnrewrite.numerics.judge import HALF
+from tests.support.against_eager import Results, run, wrong
+from tests.support.helpers import rewritten, rows
+from tests.support.reference import Reference, wide
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+Inputs = dict[str, Tensor]
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tensor) -> Tensor:
+    return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+
+
+def filled(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tensor) -> Tensor:
+    return (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~keep, -math.inf).softmax(-1) @ v
+
+
+def lowest(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tensor) -> Tensor:
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    return scores.masked_fill(~keep, torch.finfo(scores.dtype).min).softmax(-1) @ v
+
+
+def added(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tensor) -> Tensor:
+    return (q @ k.mT / q.shape[-1] ** 0.5 + bias).softmax(-1) @ v
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tensor) -> Tensor:
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    later = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(later, -math.inf).softmax(-1) @ v
+
+
+def multiplied(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tensor) -> Tensor:
+    return ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) * keep) @ v
+
+
+def called(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tensor) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, bias)
+
+
+FORMS = [plain, filled, lowest, added, causal, multiplied]
+
+
+def _at(name: str, value: float, *, row: bool = False) -> Callable[[Inputs, random.Random], None]:
+    """One number, or the whole row of one position: the first key, which every row attends to, or any query."""
+
+    def change(inputs: Inputs, chance: random.Random) -> None:
+        tensor = inputs[name]
+        position = chance.randrange(tensor.shape[-2]) if name in ("q", "bias") else 0
+        place = slice(None) if row else chance.randrange(tensor.shape[-1])
+        tensor[chance.randrange(len(tensor)), ..., position, place] = value
+
+    return change
+
+
+KINDS: dict[str, Callable[[Inputs, random.Random], None]] = {
+    "query NaN": _at("q", math.nan),
+    "query NaN in a whole row": _at("q", math.nan, row=True),
+    "query infinite": _at("q", math.inf),
+    "query minus infinity": _at("q", -math.inf),
+    "key NaN": _at("k", math.nan),
+    "key infinite": _at("k", math.inf),
+    "value NaN": _at("v", math.nan),
+    "value infinite": _at("v", math.inf),
+    "value minus infinity": _at("v", -math.inf),
+    "bias NaN": _at("bias", math.nan),
+    "bias NaN in a whole row": _at("bias", math.nan, row=True),
+    "bias infinite": _at("bias", math.inf),
+    "bias infinite in a whole row": _at("bias", math.inf, row=True),
+    "bias minus infinity in a whole row": _at("bias", -math.inf, row=True),
+    "bias of 3e38": _at("bias", 3e38),
+    "bias of -3e38 in a whole row": _at("bias", -3e38, row=True),
+}
+
+
+def _inputs(chance: random.Random, dtype: torch.dtype, device: str) -> Inputs:
+    generator = torch.Generator().manual_seed(chance.randrange(10**9))
+    queries, keys = chance.choice([(5, 5), (7, 7), (12, 12), (33, 33), (64, 64), (1, 9), (130, 130)])
+    width = chance.choice([8, 16, 64])
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    keep = torch.rand(2, 1, 1, keys, generator=generator) < 0.7
+    keep[..., 0] = True
+    inputs = {"q": drawn(2, 3, queries, width), "k": drawn(2, 3, keys, width), "v": drawn(2, 3, keys, width)}
+    inputs |= {"keep": keep, "bias": drawn(2, 1, queries, keys)}
+    return {name: (value.to(dtype) if value.is_floating_point() else value).to(device) for name, value in inputs.items()}
+
+
+def mismatch(
+    form: Callable[..., Any], kind: str, dtype: torch.dtype, gradients: bool, seed: int, device: str
+) -> tuple[str, str]:
+    """What is wrong with the values or gradients, empty if nothing is; and what the site became."""
+    chance = random.Random(f"{form.__name__} {kind} {dtype} {gradients} {seed}")
+    inputs = _inputs(chance, dtype, device)
+    KINDS[kind](inputs, chance)
+    call = list(inputs.values())
+
+    def given(dtype: torch.dtype = dtype) -> list[Tensor]:
+        made = [value.to(dtype, copy=True) if value.is_floating_point() else value for value in call]
+        return [value.requires_grad_() for value in made[:3]] + made[3:] if gradients else made
+
+    torch._dynamo.reset()
+    own = run(form, given(), gradients)
+    reference = _truth(form, given(dtype if dtype in HALF else torch.float64), dtype, gradients)
+    new = run(rewritten(form, "aot_eager" if gradients else "eager"), given(), gradients)
+    difference = wrong(dtype, new, own, reference)
+    became = ""
+    if difference:
+        torch._dynamo.reset()
+        with torch.set_grad_enabled(gradients):
+            became = "; ".join(f"{row.status} {row.kernel}" for row in rows(form, *given()))
+    return difference, became
+
+
+def _truth(form: Callable[..., Any], given: list[Tensor], dtype: torch.dtype, gradients: bool) -> Results:
+    if dtype not in HALF:
+        return run(form, given, gradients)
+    with Reference():
+        results = run(form, Reference.given(given), gradients)
+    return {what: [wide(value) for value in values] for what, values in results.items()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+@pytest.mark.parametrize("kind", KINDS)
+def test_like_eager(kind: str, form: Callable[..., Any], device: str) -> None:
+    """Of each kind eleven drawn members at least, over the forms."""
+    if kind.startswith("bias") and form is not added:
+        pytest.skip("the form adds no bias")
+    for dtype in DTYPES:
+        for gradients in (False, True):
+            for seed in range(3 if form is added else 1):
+                difference, became = mismatch(form, kind, dtype, gradients, seed, device)
+                assert not difference, f"{dtype} {'gradients' * gradients} seed {seed}: {difference} ({became})"
