@@ -132,6 +132,15 @@ https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py#L1775
 # -- tracing -----------------------------------------------------------------------------------------------------------
 
 
+def python_dispatcher() -> AbstractContextManager[None]:
+    """Lets composite operators be decomposed by Python, which keeps sizes symbolic:
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_dispatch/python.py#L23
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+
+    return enable_python_dispatcher()
+
+
 def aot_export_module(*args: Any, **kwargs: Any) -> Any:
     """Makes the IR of ``torch.export``, which itself takes modules, but not Dynamo's graphs with fake inputs:
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_functorch/aot_autograd.py#L1538

@@ -28,7 +28,7 @@ from torch import Tensor, fx
 
 from attnrewrite.analysis.features import Features, features_of
 from attnrewrite.analysis.scores import FLOATING, leads_to_product, sources_of_scores
-from attnrewrite.analysis.values import constant_value
+from attnrewrite.analysis.values import constant_value, why_not_finite
 from attnrewrite.ir.axes import Axis, Layout, Operand, axes_of, broadcast, fresh_layout, resolve
 from attnrewrite.ir.bounds import BEHIND_DIVISOR, BETWEEN_PRODUCTS, Ended, searching
 from attnrewrite.ir.finding import Finding, NearMiss
@@ -322,8 +322,11 @@ class _WayBack:
         # Views on the way may have divided the axes.
         if isinstance(scale.factor, Operand) and set(scale.factor.axes) & set(axes_of((self._summed,))):
             self._note_mask(_masks(node))
-        else:
-            self._scale(at, scale)
+            return
+        why = why_not_finite(scale.factor.node, scale.divide) if isinstance(scale.factor, Operand) else ""
+        if why:
+            self._note_mask(f"what stands between the products is {why}")
+        self._scale(at, scale)
 
     def _scale(self, at: int, scale: Scale) -> None:
         self._scales.append((at, scale))

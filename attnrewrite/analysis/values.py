@@ -49,6 +49,7 @@ __all__ = [
     "is_ordinary",
     "number_of",
     "possible_values",
+    "why_not_finite",
 ]
 
 aten = torch.ops.aten
@@ -105,6 +106,18 @@ def is_far_below(value: float, dtype: torch.dtype) -> bool:
 def possible_values(node: fx.Node) -> frozenset[Value]:
     """All values that entries of the node can take: constants as numbers, others as :class:`ValueKind`."""
     return _values(node, {})
+
+
+def why_not_finite(factor: fx.Node, divide: bool) -> str:
+    """What makes products with a factor (quotients by a divisor) NaN or infinite, in words; empty if nothing is known.
+
+    The source has NaN then where its own order of steps puts it. Of an input nothing is known.
+    """
+    values = possible_values(factor)
+    if divide:
+        return "divided by a tensor that holds zeros" if 0.0 in values else ""
+    infinite = not values.isdisjoint((math.inf, -math.inf))
+    return "multiplied by a tensor that holds infinities" if infinite else ""
 
 
 def _values(node: Any, memo: dict[fx.Node, frozenset[Value]]) -> frozenset[Value]:

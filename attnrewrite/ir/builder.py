@@ -12,7 +12,14 @@ from torch import fx
 
 from attnrewrite.ir.nodes import tensor
 from attnrewrite.ir.ops import is_function
-from attnrewrite.torch_private import FakeTensorMode, PythonReferenceAnalysis, is_erased, schema_of, sympy_interp
+from attnrewrite.torch_private import (
+    FakeTensorMode,
+    PythonReferenceAnalysis,
+    is_erased,
+    python_dispatcher,
+    schema_of,
+    sympy_interp,
+)
 
 __all__ = ["Builder", "Written", "evaluated"]
 
@@ -190,6 +197,8 @@ def _evaluating(fake_mode: FakeTensorMode | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if fake_mode is not None:
             stack.enter_context(fake_mode)
+        # Composite operators ask for numbers in C++ where sizes are symbolic: linear does in torch 2.11.
+        stack.enter_context(python_dispatcher())
         stack.enter_context(torch.no_grad())
         yield
 

@@ -25,7 +25,7 @@ from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels.common.base import Kernel
 from attnrewrite.kernels.common.layout import KernelLayout, with_unit_stride
 from attnrewrite.kernels.common.verdict import Availability, Verdict
-from attnrewrite.kernels.torch_sdpa import with_nan_of_query
+from attnrewrite.kernels.torch_sdpa import with_what_is_not_finite
 
 __all__ = ["IsolatedBlock"]
 
@@ -81,7 +81,8 @@ class IsolatedBlock(Kernel):
         query, key, value = layout.operands(builder, site)
         parts = _Parts(builder, *scores.isolated, length=size_of(site.key_axes))
         rows = parts.outside(query)
-        outside = with_nan_of_query(builder, site, self._attended(builder, rows, key, value, scores.scale), rows)
+        attended = self._attended(builder, rows, key, value, scores.scale)
+        outside = with_what_is_not_finite(builder, site, attended, (rows, key), masked=False)
         block = parts.block(query), parts.block(key), parts.block(value)
         inside = self._isolated(builder, block, parts.outside(key), parts.outside(value), scores.scale)
         return layout.as_result(builder, site, parts.joined(inside, outside))

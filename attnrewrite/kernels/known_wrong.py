@@ -118,6 +118,15 @@ KNOWN_WRONG: tuple[KnownWrong, ...] = (
     ),
     KnownWrong(
         kernel="native",
+        what="on a CPU in half precision, rows whose scores are infinite are finite in place of NaN: its fast "
+        "exponential makes numbers of NaN",
+        source="https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/cpu/FlashAttentionKernel.cpp "
+        "_exp_reduce_sum_fusion_kernel",
+        seen="torch 2.13, x86 CPU",
+        avoided="NaN is added where the query or a key is not finite",
+    ),
+    KnownWrong(
+        kernel="native",
         what=f"where PyTorch selects cuDNN, {_TWO_LAYOUTS}",
         source=_PLANS,
         seen=_SEEN,

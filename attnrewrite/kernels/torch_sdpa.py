@@ -26,7 +26,7 @@ from attnrewrite.kernels.common.verdict import Availability, Verdict
 from attnrewrite.kernels.known_wrong import known_to_be_wrong
 from attnrewrite.kernels.torch_limits import MATH, NATIVE
 
-__all__ = ["TESTED_ON", "TorchMath", "TorchSDPA", "with_nan_of_query"]
+__all__ = ["TESTED_ON", "TorchMath", "TorchSDPA", "with_what_is_not_finite"]
 
 aten = torch.ops.aten
 
@@ -146,8 +146,8 @@ class TorchSDPA(Kernel):
             {"scale": scores.scale, "enable_gqa": layout.grouped},
             fake,
         )
-        if mask.node is None and not self.keeps_scores:
-            output = with_nan_of_query(builder, site, output, own[0])
+        if not self.keeps_scores:
+            output = with_what_is_not_finite(builder, site, output, own, mask.node is not None)
         if not site.fused and mask.node is not None:
             output = mask.with_gradients(output, *own, value)
             output = mask.with_source_rows(output, value, layout)
@@ -161,18 +161,38 @@ _VECTOR = 16
 """The most float32 numbers that the CPU's kernel takes at once."""
 
 
-def with_nan_of_query(builder: Builder, site: CanonicalAttention, output: fx.Node, query: fx.Node) -> fx.Node:
-    """The output of an unmasked call, NaN in rows whose query is not finite where PyTorch's CPU kernel may give 0.
+def with_what_is_not_finite(
+    builder: Builder, site: CanonicalAttention, output: fx.Node, operands: tuple[fx.Node, fx.Node], masked: bool
+) -> fx.Node:
+    """The output, NaN in rows where query or key is not finite and PyTorch's CPU kernel may give finite numbers.
 
-    See ``known_wrong``. A call in the source that has no mask has this, too; one whose mask was proved to be a causal
-    one, say, does not. Where the query is not finite, neither are its scores.
+    See ``known_wrong``. A call in the source gives what it gave; one whose mask was proved to be a causal one, say,
+    does not. Where the query is not finite, neither are its scores. A key that is not finite counts for all rows.
+
+    Args:
+        operands: query and key, as the kernel takes them.
+        masked: the kernel gets a mask.
     """
-    few = not statically_known_true(size_of(site.key_axes) >= _VECTOR)
+    query, key = operands
     unmasked_call = site.fused and not any(isinstance(mod, (Bias, Fill)) for mod in site.mods)
-    if site.device.type != "cpu" or unmasked_call or not few:
+    if site.device.type != "cpu" or unmasked_call:
         return output
-    nothing = builder.call(aten.sum.dim_IntList, builder.call(aten.mul.Scalar, query, 0.0), [-1], True)
-    return builder.call(aten.add.Tensor, output, nothing)
+    few = not masked and not statically_known_true(size_of(site.key_axes) >= _VECTOR)
+    if few or site.in_half:
+        output = builder.call(aten.add.Tensor, output, _zeros_or_nan(builder, query, [-1]))
+    if site.in_half:
+        nothing = _zeros_or_nan(builder, key, [-2, -1])
+        groups = tensor(query).shape[1] // tensor(key).shape[1] if not same(tensor(key).shape[1], 0) else 1
+        if not same(groups, 1):
+            nothing = builder.call(aten.repeat_interleave.self_int, nothing, groups, 1)
+        output = builder.call(aten.add.Tensor, output, nothing)
+    return output
+
+
+def _zeros_or_nan(builder: Builder, operand: fx.Node, dims: list[int]) -> fx.Node:
+    """Zero where all entries along ``dims`` are finite, and NaN elsewhere."""
+    zeros = builder.call(aten.mul.Scalar, builder.call(aten.detach.default, operand), 0.0)
+    return builder.call(aten.sum.dim_IntList, zeros, dims, True)
 
 
 def _is_rounded(term: Bias, site: CanonicalAttention) -> bool:

@@ -53,6 +53,7 @@ from attnrewrite.analysis.values import (
     as_stored,
     is_ordinary,
     possible_values,
+    why_not_finite,
 )
 from attnrewrite.ir.axes import Operand, size_of
 from attnrewrite.ir.nodes import Size, same, tensor
@@ -264,7 +265,8 @@ def _shape_of_mask(
 def _require_no_counterweight(terms: Sequence[Term]) -> None:
     """
     Raises:
-        NotAttention: two numbers that are added cancel, and the one has taken the score's digits before.
+        NotAttention: two numbers that are added cancel, and the one has taken the score's digits before; or one is as
+            large as a dtype holds.
     """
     numbers = [value for term in terms if isinstance(term, Bias) for value in _values(term) if isinstance(value, float)]
     if any(-FAR_BELOW <= number < math.inf for number in numbers) and any(
@@ -273,6 +275,22 @@ def _require_no_counterweight(terms: Sequence[Term]) -> None:
         raise NotAttention(
             "large numbers of both signs are added to scores, and the first of them takes the digits of the scores"
         )
+    fills = [term.value for term in terms if isinstance(term, Fill)]
+    if any(number >= _HIGHEST for number in (*numbers, *fills)):
+        raise NotAttention("a number near the largest of its dtype takes the place of scores, or is added to them")
+
+
+_HIGHEST = 2.0**127
+"""Kernels multiply scores by log2(e), which numbers from here on may not stand."""
+
+
+def _require_finite(scale: Scale, name: str) -> None:
+    """
+    Raises:
+        NotAttention: a factor is known to hold infinities, or a divisor zeros.
+    """
+    if isinstance(scale.factor, Operand) and (what := why_not_finite(scale.factor.node, scale.divide)):
+        raise NotAttention(f"the {name} are {what}")
 
 
 def _terms_for_rows_without_key(site: AttentionSite, terms: list[Term]) -> list[Term]:
@@ -483,7 +501,9 @@ def _read_scale(mod: Scale, site: AttentionSite, reading: _Reading) -> None:
         if reading.softcap is not None:
             reading.softcap *= number
         _scale_terms(number, reading, mod.dtype)
-    elif (reading.shifted and _zeroes_keys(mod, site)) or not _place_factor(mod, site, reading):
+        return
+    _require_finite(mod, "scores")
+    if (reading.shifted and _zeroes_keys(mod, site)) or not _place_factor(mod, site, reading):
         assert isinstance(mod.factor, Operand)
         if mod.divide or not possible_values(mod.factor.node) <= {0.0, 1.0}:
             reading.take_function("the scores are multiplied by a tensor with query and key positions")
@@ -825,6 +845,8 @@ def _placed_weight_mods(
             if mod.divide and mod.factor == 0:
                 raise NotAttention("the attention weights are divided by zero")
             _require_ordinary_factor(1 / mod.factor if mod.divide else float(mod.factor))
+        elif isinstance(mod, Scale):
+            _require_finite(mod, "attention weights")
         if isinstance(mod, Zero):
             zeroed = truth(positions.of(mod.condition))
             zeroed = None if zeroed is None else negation(zeroed) if mod.invert else zeroed

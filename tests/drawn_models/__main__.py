@@ -1,4 +1,8 @@
-"""``python -m tests.drawn_models --cases 2000 --seed 0``: models, masks and weights drawn, and all that is wrong."""
+"""``python -m tests.drawn_models --cases 2000 --seed 0``: models, masks and weights drawn, and all that is wrong.
+
+On a GPU set ``PYTORCH_JIT=0``: the TorchScript functions of DeBERTa's eager code read illegal memory there under the
+reference.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor, fx
 from attnrewrite.backend import collect_reports
 from tests.mutations.program import copied, names, program
 from tests.mutations.steps import Step, Values, applied, drawn, prepared_calls
-from tests.support.against_eager import Results, prepared, run, wrong
+from tests.support.against_eager import Results, Tolerance, prepared, run, wrong
 from tests.support.helpers import outputs, rewritten
 from tests.support.reference import Reference, wide
 
@@ -40,6 +41,12 @@ class Mutant:
         what = f"{self.name} {str(self.dtype)[6:]} lengths {self.lengths}"
         return "; ".join([what + " dynamic" * self.dynamic + " gradients" * self.gradients, *map(str, self.steps)])
 
+    @property
+    def rounded_to(self) -> torch.dtype:
+        """The lowest dtype that the program rounds to: what is rounded there is judged as half precision is."""
+        rounds = any("bfloat16" in str(detail) for step in self.steps for detail in step.detail)
+        return torch.bfloat16 if rounds else self.dtype
+
     def built(self) -> tuple[fx.GraphModule, list[list[Any]]] | None:
         """The graph and the arguments of its calls; None if a step does not fit, or eager cannot run it."""
         source = program(self.name, self.lengths, self.dynamic, self.dtype)
@@ -51,7 +58,10 @@ class Mutant:
             values = _values(graph, calls[0])
             if values is None or not applied(step, graph, values):
                 return None
-        return (graph, calls) if _values(graph, calls[0]) is not None else None
+        values = _values(graph, calls[0])
+        if values is None or _reads_what_was_never_written(graph, calls[0]) or _has_factor_beyond_range(graph, values):
+            return None
+        return graph, calls
 
 
 @dataclass(frozen=True)
@@ -151,7 +161,7 @@ def judge(mutant: Mutant, device: str = "cpu") -> Outcome:
         return Outcome(mutant, "crashed", failures[0])
     sites = sum(len(report.rewritten) for report in reports)
     for new, own, truth, call in zip(news, owns, truths, given, strict=True):
-        difference = wrong(mutant.dtype, new, own, truth)
+        difference = wrong(mutant.rounded_to, new, own, truth, Tolerance.on(device))
         if difference and sites == 0 and _as_wrong_without_us(attend, given, inner, mutant):
             return Outcome(mutant, "does not run", f"torch.compile: {difference}")
         if difference:
@@ -209,7 +219,7 @@ def _rounding_does_as_much(
         elif isinstance(value, Tensor) and value.is_floating_point() and not mutant.gradients:
             value = value * (1 + 2 * eps * torch.randn(value.shape, generator=generator).to(value))
         moved.append(value)
-    return wrong(mutant.dtype, run(attend, moved, mutant.gradients), own, truth) != ""
+    return wrong(mutant.rounded_to, run(attend, moved, mutant.gradients), own, truth) != ""
 
 
 def _fails_without_us(attend: Callable[..., Any], given: Sequence[Callable[[], list[Any]]], mutant: Mutant) -> bool:
@@ -253,6 +263,48 @@ def _values(graph: fx.GraphModule, call: Sequence[Any]) -> Values | None:
     if not any(bool(result.isfinite().any()) for result in results if result.numel()):
         return None
     return found
+
+
+def _reads_what_was_never_written(graph: fx.GraphModule, call: Sequence[Any]) -> bool:
+    """Whether results depend on what ``torch.empty`` happens to hold."""
+    if not any(node.target is torch.empty for node in graph.graph.nodes):
+        return False
+
+    class Filled(fx.Interpreter):
+        def __init__(self, number: float) -> None:
+            super().__init__(graph)
+            self.number = number
+
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            return result.fill_(self.number) if n.target is torch.empty else result
+
+    with torch.no_grad():
+        first, second = (
+            outputs(Filled(number).run(*(value.clone() if isinstance(value, Tensor) else value for value in call)))
+            for number in (0.5, 1.5)
+        )
+    return not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True))
+
+
+_QUOTIENTS = (operator.truediv, operator.itruediv, "div", "div_", torch.div)
+_PRODUCTS = (operator.mul, operator.imul, "mul", "mul_", torch.mul)
+
+
+def _has_factor_beyond_range(graph: fx.GraphModule, values: Values) -> bool:
+    """Whether an input is a factor with infinities, or a divisor with zeros or infinities (docs/exactness.md)."""
+    for node in graph.graph.nodes:
+        if node.target not in (*_QUOTIENTS, *_PRODUCTS):
+            continue
+        for factor in node.args[1:] if node.target in _QUOTIENTS else node.args:
+            while isinstance(factor, fx.Node) and len(factor.all_input_nodes) == 1:
+                factor = factor.all_input_nodes[0]
+            value = values.get(factor.name) if isinstance(factor, fx.Node) and factor.op == "placeholder" else None
+            if isinstance(value, Tensor) and (
+                bool(value.isinf().any()) or (node.target in _QUOTIENTS and bool((value == 0).any()))
+            ):
+                return True
+    return False
 
 
 def _require_valid_call(args: Sequence[Any]) -> None:

@@ -172,7 +172,12 @@ def _may_be_operand(node: fx.Node) -> bool:
     pending, seen = list(node.users), set()
     while pending:
         reader = pending.pop()
-        if reader.target in _PRODUCTS or getattr(reader.target, "__name__", "") == "scaled_dot_product_attention":
+        summed = reader.target in ("sum", torch.sum) and any(each.target in _FACTORS for each in reader.all_input_nodes)
+        if (
+            summed
+            or reader.target in _PRODUCTS
+            or getattr(reader.target, "__name__", "") == "scaled_dot_product_attention"
+        ):
             return True
         if reader not in seen and reader.target not in _ENDS:
             seen.add(reader)

@@ -37,11 +37,11 @@ class Outcome:
         return f"{self.verdict}: {self.detail or '; '.join(self.reasons)}\n{self.spelling.script()}"
 
 
-def _tolerance(spelling: Spelling) -> Tolerance:
+def _tolerance(spelling: Spelling, device: str) -> Tolerance:
     if "* -1e4" in spelling.text or "dtype=s.dtype), -1e4)" in spelling.text:
         # Added to a whole row it leaves what rounding leaves of the scores (docs/exactness.md).
         return Tolerance(2e-3, 1e-2)
-    return Tolerance()
+    return Tolerance.on(device)
 
 
 class NotASpelling(Exception):
@@ -85,7 +85,7 @@ def judge(spelling: Spelling, device: str = "cpu") -> Outcome:
     reasons = [_general(site.reason) for site in sites if site.status == "kept"]
     reasons += [f"not captured: {graph.reason}" for graph in graphs if not graph.captured]
     for new, own, exact in zip(news, owns, truths, strict=True):
-        difference = wrong(spelling.dtype, new, own, exact, _tolerance(spelling))
+        difference = wrong(spelling.dtype, new, own, exact, _tolerance(spelling, device))
         if difference:
             return Outcome(spelling, "wrong", tuple(reasons), difference)
     named = sum(_slices(site) for site in sites)

@@ -50,7 +50,7 @@ def report(run: Callable[[], tuple[dict[str, Any], Sequence[Any]]], path: Path |
     figures: dict[str, Any] = {
         **own,
         "cases": len(outcomes),
-        **{verdict: counts[verdict] for verdict in ("same", *BAD, "ill-conditioned", "does not run")},
+        **{verdict: counts[verdict] for verdict in ("same", *BAD, "ill-conditioned", "beyond range", "does not run")},
         "with a rewritten site": sum(outcome.sites > 0 for outcome in outcomes),
         "seconds": round(time.perf_counter() - start),
     }

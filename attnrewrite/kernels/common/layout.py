@@ -209,4 +209,5 @@ class KernelLayout:
         dtype = tensor(site.result).dtype
         if tensor(output).dtype is not dtype:
             output = builder.call(aten.to.dtype, output, dtype)
-        return lay_out(builder, output, self.output_dims, site.result_layout)
+        # A value that is expanded along its features has no axis for them.
+        return lay_out(builder, output, self.output_dims, site.result_layout, expand=True)
