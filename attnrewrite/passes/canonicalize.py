@@ -162,15 +162,14 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     # What has a gradient keeps it, be it zero: an optimizer lets a parameter decay whose gradient is zero, and leaves
     # one alone that has none.
     graded = [site.differentiable and isinstance(term, Bias) and _may_have_gradient(term) for term in reading.terms]
-    terms = [
-        term
+    counting = [
+        (term, formula)
         for term, formula, has_gradient in zip(reading.terms, formulas, graded, strict=True)
         if formula is not True or has_gradient
     ]
-    kept = [
-        formula for formula, has_gradient in zip(formulas, graded, strict=True) if formula is not True or has_gradient
-    ]
-
+    biases = [isinstance(term, Bias) for term, _ in counting]
+    counting = [pair for place, pair in enumerate(counting) if any(biases[:place]) or not isinstance(pair[0], Floor)]
+    terms, kept = [term for term, _ in counting], [formula for _, formula in counting]
     _require_no_counterweight(terms)
     attended = _attended(site, reading, terms, positions, policy)
     dtype = min((term.dtype for term in terms), key=lambda dtype: dtype.itemsize, default=site.softmax_dtype)

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from attnrewrite.backend import collect_reports
 from tests.mutations.program import copied, names, program
-from tests.mutations.steps import Step, Values, applied, drawn, prepared_calls
+from tests.mutations.steps import PRODUCTS, Step, Values, applied, drawn, prepared_calls
 from tests.support.against_eager import Results, Tolerance, prepared, run, wrong
 from tests.support.helpers import outputs, rewritten
 from tests.support.reference import Reference, wide
@@ -288,18 +288,20 @@ def _reads_what_was_never_written(graph: fx.GraphModule, call: Sequence[Any]) ->
 
 
 _QUOTIENTS = (operator.truediv, operator.itruediv, "div", "div_", torch.div)
-_PRODUCTS = (operator.mul, operator.imul, "mul", "mul_", torch.mul)
+_FACTORS = (operator.mul, operator.imul, "mul", "mul_", torch.mul)
 
 
 def _has_factor_beyond_range(graph: fx.GraphModule, values: Values) -> bool:
-    """Whether an input is a factor with infinities, or a divisor with zeros or infinities (docs/exactness.md)."""
+    """Whether a factor of scores or weights holds infinities, or a divisor zeros or infinities (docs/exactness.md)."""
+    computed: set[fx.Node] = set()
     for node in graph.graph.nodes:
-        if node.target not in (*_QUOTIENTS, *_PRODUCTS):
+        inner = node.target in PRODUCTS or getattr(node.target, "__name__", "") == "scaled_dot_product_attention"
+        if inner or not computed.isdisjoint(node.all_input_nodes):
+            computed.add(node)
+        if node not in computed or node.target not in (*_QUOTIENTS, *_FACTORS):
             continue
         for factor in node.args[1:] if node.target in _QUOTIENTS else node.args:
-            while isinstance(factor, fx.Node) and len(factor.all_input_nodes) == 1:
-                factor = factor.all_input_nodes[0]
-            value = values.get(factor.name) if isinstance(factor, fx.Node) and factor.op == "placeholder" else None
+            value = values.get(factor.name) if isinstance(factor, fx.Node) and factor not in computed else None
             if isinstance(value, Tensor) and (
                 bool(value.isinf().any()) or (node.target in _QUOTIENTS and bool((value == 0).any()))
             ):

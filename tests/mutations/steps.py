@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-__all__ = ["Step", "applied", "drawn", "prepared_calls"]
+__all__ = ["PRODUCTS", "Step", "applied", "drawn", "prepared_calls"]
 
 Values = Mapping[str, Any]
 """By the name of a node, what it gives in one call."""
@@ -163,7 +163,7 @@ _MASKS = frozenset(
 )
 """What makes numbers that are infinite, or as good as that: of scores, and not of what is multiplied."""
 
-_PRODUCTS = (operator.matmul, torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, "matmul", "bmm", F.linear)
+PRODUCTS = (operator.matmul, torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, "matmul", "bmm", F.linear)
 _ENDS = ("softmax", "log_softmax", F.softmax, F.log_softmax, torch.softmax, "exp", torch.exp)
 
 
@@ -175,7 +175,7 @@ def _may_be_operand(node: fx.Node) -> bool:
         summed = reader.target in ("sum", torch.sum) and any(each.target in _FACTORS for each in reader.all_input_nodes)
         if (
             summed
-            or reader.target in _PRODUCTS
+            or reader.target in PRODUCTS
             or getattr(reader.target, "__name__", "") == "scaled_dot_product_attention"
         ):
             return True
