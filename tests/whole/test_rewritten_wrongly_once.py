@@ -792,3 +792,70 @@ def test_logsumexp_of_scores_with_a_learned_bias() -> None:
         torch.autograd.grad(each(*inputs).square().sum(), inputs) for each in (rewritten(attend), attend)
     )
     assert relative_error(found, expected) <= 1e-4
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_value_that_is_expanded_along_its_features(dtype: torch.dtype, dynamic: bool) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        v = v[..., :1].expand(BATCH, HEADS, v.shape[2], WIDTH)
+        return (q @ k.mT).softmax(-1) @ v
+
+    inputs = [value.to(dtype) for value in (Q, K, V)]
+    (row,) = rows(attend, *inputs, dynamic=dynamic)
+    assert row.status == "rewritten"
+    function = rewritten(attend, "aot_eager", dynamic=dynamic)
+    actual, expected = function(*inputs), attend(*inputs)
+    assert actual.stride() == expected.stride()
+    assert relative_error(actual, expected) <= 1e-6
+    assert relative_error(gradients(function, inputs), gradients(attend, inputs)) <= 1e-5
+
+
+def test_a_floor_under_a_mask_of_zeros() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+        mask = torch.zeros(kept.shape).masked_fill(~kept, LOWEST) * 0.0
+        return torch.max(q @ k.mT + mask, torch.tensor(LOWEST)).softmax(-1) @ v
+
+    inputs = Q, K, V, KEPT
+    (row,) = rows(attend, *inputs)
+    assert row.status == "rewritten"
+    assert relative_error(rewritten(attend)(*inputs), attend(*inputs)) <= 1e-6
+
+
+def _one_less_the_mask(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    return (q @ k.mT + (1.0 - torch.where(kept, 0.0, LOWEST))).softmax(-1) @ v
+
+
+def _divided_by_a_mask(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    return (q @ k.mT / kept.any(-2, keepdim=True).float()).softmax(-1) @ v
+
+
+def _multiplied_by_infinities(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    return (q @ k.mT * torch.zeros(kept.shape).masked_fill(kept, -math.inf)).softmax(-1) @ v
+
+
+def _weights_divided_by_a_mask(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    return ((q @ k.mT).softmax(-1) / kept.all(-1, keepdim=True)) @ v
+
+
+def _linear_divided_by_a_triangle(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    products = q.relu() @ k.relu().mT
+    return products / (products.sum(-1, keepdim=True) + 1e-6).tril(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("attend", "reason"),
+    [
+        (_one_less_the_mask, "near the largest"),
+        (_divided_by_a_mask, "holds zeros"),
+        (_multiplied_by_infinities, "holds infinities"),
+        (_weights_divided_by_a_mask, "holds zeros"),
+        (_linear_divided_by_a_triangle, "holds zeros"),
+    ],
+    ids=lambda value: value.__name__.lstrip("_") if callable(value) else "",
+)
+def test_numbers_that_leave_the_range(attend: Callable[..., Any], reason: str) -> None:
+    inputs = Q, K, V, MASKED
+    (row,) = rows(attend, *inputs)
+    assert row.status == "kept" and reason in row.reason
+    assert relative_error(rewritten(attend)(*inputs), attend(*inputs)) <= 1e-6
