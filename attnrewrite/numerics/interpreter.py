@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -20,9 +21,13 @@ from attnrewrite.ir.axes import Axis, Operand, axes_of, resolve
 from attnrewrite.ir.site import (
     Bias,
     CanonicalAttention,
+    Elementwise,
     Fill,
+    Floor,
     MaskedRows,
+    Narrow,
     Scale,
+    Shift,
     WeightMod,
     Zero,
 )
@@ -36,25 +41,36 @@ Values = Callable[[fx.Node], Tensor]
 def interpreted(site: CanonicalAttention, values: Values) -> Tensor:
     """The result of the attention in float64, laid out as its source's.
 
+    Where the scores have no canonical form, the source's steps are done to them one by one, as a ``score_mod`` does. A
+    call of ``scaled_dot_product_attention`` gives zeros in rows whose keys are all masked by minus infinity.
+
     Args:
-        site: a site in canonical form, that is with no reason in ``site.scores.inexpressible`` but a soft cap.
+        site: a site in canonical form.
         values: of the operands' nodes, at sizes that are numbers.
 
     Raises:
-        ValueError: the site is not in canonical form, or a size is symbolic.
+        ValueError: a size is symbolic, or a step subtracts a number of which it is only known that softmax cancels it,
+            and something follows that does not.
     """
     scores = site.scores
-    if scores.inexpressible and scores.softcap is None:
-        raise ValueError(f"the site has no canonical form: {scores.inexpressible}")
     reader = _Reader(site, values)
-    products = reader.products() * _scale_of(site)
-    if scores.softcap is not None:
-        products = scores.softcap * torch.tanh(products / scores.softcap)
-    added, dropped = reader.terms(torch.zeros_like(products))
-    # A number this low takes all digits of a score, in every dtype that a source may compute in.
-    kept = ~(dropped | (added <= ABSORBED))
-    weights = reader.weights(added + torch.where(kept, products, 0.0))
-    weights = _in_rows_without_key(weights, reader.highest(added), scores.masked_rows)
+    if scores.inexpressible and scores.softcap is None:
+        added = reader.stepped(reader.products((), ()))
+        weights = reader.weights(added)
+    else:
+        products = reader.products(scores.query_factors, scores.key_factors) * _scale_of(site)
+        if scores.softcap is not None:
+            products = scores.softcap * torch.tanh(products / scores.softcap)
+        added, dropped = reader.terms(torch.zeros_like(products))
+        # A number this low takes all digits of a score, in every dtype that a source may compute in.
+        kept = ~(dropped | (added <= ABSORBED))
+        total = added + torch.where(kept, products, 0.0)
+        if scores.dtype is torch.float32:
+            # What a sum keeps of scores beside -1e9 is decided by its dtype. (In half precision the formula is meant.)
+            total = total.float().double()
+        weights = reader.weights(total)
+    worth = MaskedRows.ZERO_WHERE_NAN if site.fused else scores.masked_rows
+    weights = _in_rows_without_key(weights, reader.highest(added), worth)
     value = reader.modified(reader.spread(site.value), scores.value_mods)
     result = reader.total(weights * value)
     return reader.laid_out(reader.modified(result, scores.output_mods))
@@ -107,10 +123,9 @@ class _Reader:
         order = sorted(range(len(own)), key=lambda place: self._axes.index(own[place]))
         return value.permute(order).reshape([_size(axis) if axis in own else 1 for axis in self._axes])
 
-    def products(self) -> Tensor:
-        site, scores = self._site, self._site.scores
-        query = self.modified(self.spread(site.query), scores.query_factors)
-        key = self.modified(self.spread(site.key), scores.key_factors)
+    def products(self, query_factors: Sequence[Scale], key_factors: Sequence[Scale]) -> Tensor:
+        query = self.modified(self.spread(self._site.query), query_factors)
+        key = self.modified(self.spread(self._site.key), key_factors)
         product = query * key
         return product.sum(self._features, keepdim=True) if self._features else product
 
@@ -149,13 +164,9 @@ class _Reader:
         added, dropped = nothing, torch.zeros_like(nothing, dtype=torch.bool)
         for term in scores.terms:
             if isinstance(term, Bias):
-                number = self.spread(term.operand).double()
-                for scale in term.scales:
-                    number = self._scaled(number, scale)
-                added = added + number * term.factor
+                added = added + self._bias(term)
             elif isinstance(term, Fill):
-                condition = self.spread(term.condition) != 0
-                condition = ~condition if term.invert else condition
+                condition = self._filled(term)
                 added, dropped = torch.where(condition, term.value, added), dropped | condition
             else:
                 low = added < term.value
@@ -166,6 +177,42 @@ class _Reader:
             later = self._position(self._site.key_axes) > self._position(self._site.query_axes)
             added, dropped = torch.where(later, -math.inf, added), dropped | later
         return added, dropped
+
+    def _bias(self, term: Bias) -> Tensor:
+        number = self.spread(term.operand).double()
+        for scale in term.scales:
+            number = self._scaled(number, scale)
+        return number * term.factor
+
+    def _filled(self, term: Fill) -> Tensor:
+        condition = self.spread(term.condition) != 0
+        return ~condition if term.invert else condition
+
+    def stepped(self, scores: Tensor) -> Tensor:
+        """The products after the source's own steps."""
+        mods = self._site.mods
+        for place, mod in enumerate(mods):
+            if isinstance(mod, Scale):
+                scores = self._scaled(scores, mod)
+            elif isinstance(mod, Bias):
+                scores = scores + self._bias(mod)
+            elif isinstance(mod, Fill):
+                scores = torch.where(self._filled(mod), mod.value, scores)
+            elif isinstance(mod, Floor):
+                scores = scores.clamp(min=mod.value)
+            elif isinstance(mod, Elementwise):
+                scores = self._applied(mod.node, scores)
+            elif isinstance(mod, Shift) and mod.by_maximum:
+                scores = scores - self.highest(scores).detach()
+            elif isinstance(mod, Shift) and not all(isinstance(each, (Shift, Narrow)) for each in mods[place:]):
+                raise ValueError("what follows does not cancel a number that was subtracted")
+        return scores
+
+    def _applied(self, node: fx.Node, scores: Tensor) -> Tensor:
+        target: Any = node.target
+        others, named = fx.node.map_arg((node.args[1:], node.kwargs), self._values)
+        result: Tensor = target(scores, *others, **named)
+        return result
 
     def _position(self, axes: Sequence[Axis]) -> Tensor:
         leaves = [leaf for axis in axes for leaf in axis.leaves()]

@@ -1,117 +1,101 @@
-"""What a canonical attention means is what its source computes: values, gradients, and rows without a key."""
+"""What a canonical attention means is what its source computes, and what each kernel's emission computes.
+
+Values, gradients, rows without a key; the formula that ``verify`` holds kernels to in half precision, too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
-from torch import Tensor, fx
+from torch import Tensor
 
-from attnrewrite.capture.known_buffers import KnownBuffers
-from attnrewrite.capture.legalize import legalized
-from attnrewrite.capture.trace import capture
-from attnrewrite.ir.graph_view import GraphView
-from attnrewrite.ir.site import AttentionSite, CanonicalAttention, NotAttention
+from attnrewrite import KernelError
+from attnrewrite.kernels import registered_kernels
+from attnrewrite.numerics.formula import formula_between, in_float64
 from attnrewrite.numerics.interpreter import interpreted
-from attnrewrite.options.compile_options import Policy
-from attnrewrite.passes.canonicalize import canonicalized
-from attnrewrite.passes.find import find
-from attnrewrite.passes.merge_slices import merge_slices
-from attnrewrite.passes.unrepeat_kv import unrepeat_kv
 from attnrewrite.patterns import Specimen
 from tests.spellings.forms import Spelling
 from tests.spellings.strategy import spellings
 from tests.support.against_eager import prepared
-from tests.support.helpers import relative_error, specimens_for_kernels
+from tests.support.canonical import Canonical
+from tests.support.helpers import cast, gradients, relative_error, specimens_for_kernels
 
 SPECIMENS = specimens_for_kernels()
 LENGTH = 12
+AVAILABLE = [
+    kernel.name for kernel in registered_kernels() if kernel.availability().available and kernel.name != "flex"
+]
 
 
-def _sites(function: Callable[..., Any], inputs: Sequence[Any]) -> list[tuple[CanonicalAttention, dict[fx.Node, Any]]]:
-    """The sites of a function in canonical form, each with what the nodes of its graph compute."""
-    found: list[tuple[CanonicalAttention, dict[fx.Node, Any]]] = []
-
-    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        captured = capture(legalized(gm), example_inputs).gm
-        KnownBuffers(gm, example_inputs).attach(captured)
-        view = GraphView(captured, has_gradients=torch.is_grad_enabled())
-        findings = unrepeat_kv(merge_slices(find(view), view), view)
-        sites = [finding for finding in findings if isinstance(finding, AttentionSite)]
-
-        def call(*args: Any) -> Any:
-            run = fx.Interpreter(captured, garbage_collect_values=False)
-            result = run.run(*args)
-            for site in sites:
-                try:
-                    found.append((canonicalized(site, Policy()), run.env))
-                except NotAttention:
-                    continue
-            return result
-
-        return call
-
-    torch._dynamo.reset()
-    torch.compile(function, backend=backend)(*inputs)
-    return found
-
-
-def _interpretable(site: CanonicalAttention) -> bool:
-    """Calls have rules of their own, and functions of the scores no canonical form."""
-    return not site.fused and not site.dropout and (not site.scores.inexpressible or site.scores.softcap is not None)
-
-
-@pytest.mark.parametrize("specimen", SPECIMENS, ids=[specimen.name for specimen in SPECIMENS])
-def test_values_and_gradients(specimen: Specimen) -> None:
+@pytest.mark.parametrize("specimen", SPECIMENS, ids=lambda specimen: specimen.name)
+def test_source_meaning_and_kernels(specimen: Specimen) -> None:
     inputs = specimen.inputs(0, LENGTH)
-    leaves = [
-        value.clone().requires_grad_(value.is_floating_point() and specimen.gradients)
-        if isinstance(value, Tensor)
-        else value
-        for value in inputs
-    ]
-    sites = [(site, values) for site, values in _sites(specimen.function, leaves) if _interpretable(site)]
-    if not sites:
-        pytest.skip("no site in canonical form, or a call")
-    for site, values in sites:
-        expected = values[site.result]
-        result = interpreted(site, values.__getitem__)
-        assert relative_error(result, expected) <= 1e-5
-        asked = [value for value in leaves if isinstance(value, Tensor) and value.requires_grad]
-        if not expected.requires_grad:
-            continue
-        signs = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
-        own, new = (
-            torch.autograd.grad((each * signs).sum(), asked, retain_graph=True, allow_unused=True)
-            for each in (expected, result)
-        )
-        for a, b, leaf in zip(own, new, asked, strict=True):
-            a, b = (torch.zeros_like(leaf) if each is None else each for each in (a, b))
-            largest = max(float(each.nan_to_num().abs().max()) for each in own if each is not None)
-            assert torch.equal(a.isnan(), b.isnan())
-            assert (a - b).nan_to_num().abs().max() <= 1e-4 * largest
-
-
-@pytest.mark.parametrize(
-    "specimen", [pytest.param(specimen, id=specimen.name) for specimen in SPECIMENS if specimen.masked_rows]
-)
-def test_rows_without_a_key(specimen: Specimen) -> None:
-    assert specimen.masked_rows is not None
+    calls = [inputs] if specimen.masked_rows is None else [inputs, specimen.masked_rows(inputs)]
+    canonical = Canonical(specimen.function)
     with torch.no_grad():
-        sites = _sites(specimen.function, specimen.masked_rows(specimen.inputs(0, LENGTH)))
-    sites = [(site, values) for site, values in sites if _interpretable(site)]
-    if not sites:
-        pytest.skip("no site in canonical form, or a call")
-    for site, values in sites:
-        assert relative_error(interpreted(site, values.__getitem__), values[site.result]) <= 1e-5
+        for call in calls:
+            expected = specimen.function(*call)
+            assert relative_error(canonical.source(*call), expected) <= 1e-5
+            assert relative_error(canonical.meaning(*call), expected) <= 1e-5
+        assert canonical.sites
+        served = _held_to_meaning(canonical, calls)
+    # FlexAttention is held to the same in tests/kernels/test_kernels.py: it takes seconds to compile.
+    assert served or any(site.scores.inexpressible for site, _ in canonical.sites)
+    if specimen.gradients:
+        expected = gradients(specimen.function, inputs)
+        assert relative_error(gradients(canonical.meaning, inputs), expected) <= 1e-4
+        _gradients_held_to(expected, canonical, inputs)
+
+
+def _held_to_meaning(canonical: Canonical, calls: Any) -> list[str]:
+    """The kernels that serve the function, which give what is meant."""
+    served = []
+    for kernel in AVAILABLE:
+        try:
+            for call in calls:
+                actual = canonical.served(kernel, *call)
+                assert relative_error(actual, canonical.meaning(*call)) <= 1e-5, kernel
+        except KernelError:
+            continue
+        assert set(canonical.kernels) == {kernel}
+        served.append(kernel)
+    return served
+
+
+def _gradients_held_to(expected: list[Tensor], canonical: Canonical, inputs: Any) -> None:
+    for kernel in AVAILABLE:
+        try:
+            found = gradients(lambda *each: canonical.served(kernel, *each), inputs)  # noqa: B023 - It is called here.
+        except KernelError:
+            continue
+        assert relative_error(found, expected) <= 1e-4, kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("specimen", SPECIMENS[::4], ids=lambda specimen: specimen.name)
+def test_formula_of_verify(specimen: Specimen, dtype: torch.dtype) -> None:
+    """What ``verify`` holds a kernel to in half precision is what the site means."""
+    inputs = cast(specimen.inputs(0, LENGTH), dtype)
+    canonical = Canonical(specimen.function)
+    with torch.no_grad():
+        try:
+            canonical.meaning(*inputs)
+        except RuntimeError as error:
+            pytest.skip(f"eager does not run in {dtype}: {error}")
+        for site, values in canonical.sites:
+            ends = [node for node in (site.query.node, site.key.node, site.value.node) if node is not site.result]
+            nodes = formula_between(ends, site.result)
+            expected = in_float64(nodes, values, lambda node, args, kwargs: node.target(*args, **kwargs))  # type: ignore[operator]
+            # Factors in the source's dtype are numbers of that dtype.
+            assert relative_error(interpreted(site, values.__getitem__), expected) <= 4 * torch.finfo(dtype).eps
 
 
 def test_drawn_spellings() -> None:
     """Read in float64 (some cast to float32 themselves), every row included."""
-    interpreted_sites = 0
+    meant = 0
 
     @settings(
         max_examples=40,
@@ -123,15 +107,15 @@ def test_drawn_spellings() -> None:
     )
     @given(spellings(torch.float64))
     def check(spelling: Spelling) -> None:
-        nonlocal interpreted_sites
+        nonlocal meant
         names: dict[str, Any] = {}
         exec(compile(spelling.text, "<spelling>", "exec"), names)
+        inputs = prepared(names["inputs"](0, 0), torch.float64, False)
+        canonical = Canonical(names["attend"])
         with torch.no_grad():
-            for site, values in _sites(names["attend"], prepared(names["inputs"](0, 0), torch.float64, False)):
-                if not _interpretable(site):
-                    continue
-                interpreted_sites += 1
-                assert relative_error(interpreted(site, values.__getitem__), values[site.result]) <= 1e-5, str(spelling)
+            result = canonical.meaning(*inputs)
+            assert relative_error(result, names["attend"](*inputs)) <= 1e-5, str(spelling)
+        meant += len(canonical.sites)
 
     check()
-    assert interpreted_sites >= 20
+    assert meant >= 20
