@@ -173,6 +173,9 @@ TorchDispatchMode = torch.utils._python_dispatch.TorchDispatchMode
 disable_current_modes = torch.utils._python_dispatch._disable_current_modes
 """Leaves every dispatch mode, so that none sees what is computed inside."""
 
+is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+"""Whether a tensor is one of a level of ``torch.func``, which has no memory of its own."""
+
 is_traceable_wrapper_subclass = torch.utils._python_dispatch.is_traceable_wrapper_subclass
 """Whether a tensor wraps others (DTensor, quantized weights), and has no storage of its own."""
 

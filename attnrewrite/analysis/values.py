@@ -17,15 +17,19 @@ from attnrewrite.analysis.formulas import largest
 from attnrewrite.ir.bounds import TENSOR_VALUES
 from attnrewrite.ir.nodes import is_tensor, tensor
 from attnrewrite.ir.ops import (
+    ADD_OPS,
     ARANGE_OPS,
     CAST_OPS,
     CAT_OPS,
+    DIV_OPS,
     MASKED_FILL_OPS,
     MOVE_OPS,
+    MUL_OPS,
     ONES_OPS,
     PAD_OPS,
     PROJECTION_OPS,
     SCATTER_OPS,
+    SUB_OPS,
     TRIANGLE_OPS,
     WHERE_OPS,
     ZEROS_OPS,
@@ -46,6 +50,7 @@ __all__ = [
     "constant_value",
     "is_far_below",
     "is_held",
+    "is_nan_by_formula",
     "is_ordinary",
     "number_of",
     "possible_values",
@@ -118,6 +123,42 @@ def why_not_finite(factor: fx.Node, divide: bool) -> str:
         return "divided by a tensor that holds zeros" if 0.0 in values else ""
     infinite = not values.isdisjoint((math.inf, -math.inf))
     return "multiplied by a tensor that holds infinities" if infinite else ""
+
+
+def is_nan_by_formula(node: fx.Node) -> bool:
+    """Whether entries of the node may be NaN by how it is computed, such as ``mask * -inf`` where the mask is zero."""
+    memo: dict[fx.Node, frozenset[Value]] = {}
+    pending, seen = [node], {node}
+    while pending:
+        step = pending.pop()
+        if step.op != "call_function" or not is_tensor(step) or not tensor(step).dtype.is_floating_point:
+            continue
+        if _makes_nan(step, memo):
+            return True
+        pending += [each for each in step.all_input_nodes if each not in seen]
+        seen.update(pending)
+    return False
+
+
+def _makes_nan(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> bool:
+    multiplies, divides = node.target in MUL_OPS, node.target in DIV_OPS
+    if not (multiplies or divides or node.target in (*ADD_OPS, *SUB_OPS)):
+        return False
+    # Python numbers are rounded before they are used: to float32 where tensors are in half precision.
+    dtype = torch.promote_types(tensor(node).dtype, torch.float32)
+    first, second = (
+        {as_stored(float(arg), dtype)}
+        if isinstance(arg, (int, float))
+        else {value for value in _values(arg, memo) if isinstance(value, float)}
+        for arg in node.args[:2]
+    )
+    sign = -1.0 if node.target in SUB_OPS else 1.0
+    for a, b in itertools.product(first, second):
+        both_infinite = math.isinf(a) and math.isinf(b)
+        nan = (a == b == 0 or both_infinite) if divides else math.isnan(a * b if multiplies else a + sign * b)
+        if nan or math.isnan(a) or math.isnan(b):
+            return True
+    return False
 
 
 def _values(node: Any, memo: dict[fx.Node, frozenset[Value]]) -> frozenset[Value]:

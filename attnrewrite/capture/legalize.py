@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from attnrewrite.capture.support import is_in_place, storage_of
+from attnrewrite.capture.support import has_storage, storage_of, updated_in_place
 from attnrewrite.capture.vmap import holds_vmap
 from attnrewrite.ir.nodes import copy_attributes, same
 
@@ -101,7 +101,7 @@ def _updated_products(graph: fx.Graph) -> set[fx.Node]:
     calls = [node for node in graph.nodes if node.target in _EINSUM and len(_operands_of_einsum(node)) > 1]
     if not calls:
         return set()
-    updated = _storages(node.args[0] for node in graph.nodes if is_in_place(node) and node.args)
+    updated = _storages(argument for node in graph.nodes for argument in updated_in_place(node))
     return {node for node in calls if _storages([node]) & updated}
 
 
@@ -120,7 +120,7 @@ def _operands_of_einsum(node: fx.Node) -> Sequence[Any]:
 def _storages(nodes: Iterable[Any]) -> set[Any]:
     """What tells apart the memory of the nodes that are tensors."""
     examples = (node.meta.get("example_value") for node in nodes if isinstance(node, fx.Node))
-    return {storage_of(example) for example in examples if isinstance(example, torch.Tensor)}
+    return {storage_of(example) for example in examples if isinstance(example, torch.Tensor) and has_storage(example)}
 
 
 def _copied(graph: fx.Graph, node: fx.Node, result: fx.Node) -> fx.Node:

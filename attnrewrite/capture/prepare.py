@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from attnrewrite.capture.autocast import AutocastRegions
 from attnrewrite.capture.decompositions import DECOMPOSITIONS
 from attnrewrite.capture.opaque import OpaqueCalls, is_opaque
-from attnrewrite.capture.support import attribute_of, is_in_place
+from attnrewrite.capture.support import attribute_of, updated_in_place
 from attnrewrite.torch_private import checkpoint_ids, enter_autocast, exit_autocast
 
 
@@ -56,7 +56,7 @@ def _separate_dropout(graph: fx.Graph) -> None:
     A dropout that drops nothing is removed, as its result is the argument itself in eager mode too. Any other is
     followed by a copy, if the graph updates anything in place.
     """
-    in_place = any(is_in_place(node) for node in graph.nodes)
+    in_place = any(updated_in_place(node) for node in graph.nodes)
     for target in _DROPOUT:
         for node in graph.find_nodes(op="call_function", target=target):
             given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False), **node.kwargs)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from attnrewrite.torch_private import is_functorch_wrapped, is_traceable_wrapper_subclass, schema_of, tree_leaves
 
 __all__ = ["CaptureError"]
 
@@ -33,10 +37,42 @@ def storage_of(value: Any) -> Any:
     return StorageWeakRef(value.untyped_storage())  # type: ignore[no-untyped-call]
 
 
-def is_in_place(node: fx.Node) -> bool:
-    """Whether the node updates its argument in place, judged by its name."""
+def has_storage(value: torch.Tensor) -> bool:
+    """Whether the tensor has memory of its own: not so one that is made of others, or that functorch wraps."""
+    return not is_traceable_wrapper_subclass(value) and not is_functorch_wrapped(value)
+
+
+def updated_in_place(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The arguments that the node writes to: by its schema, its name, ``inplace=True`` or ``out=``."""
+    if node.op not in ("call_function", "call_method"):
+        return ()
+    found = [node.kwargs.get("out")]
+    schema = schema_of(node.target) or schema_of(getattr(node.target, "default", None))
+    if schema is not None:
+        found += [
+            node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+            for place, argument in enumerate(schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+    elif _writes_to_first(node):
+        found.append(node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self")))
+    return tuple(leaf for leaf in tree_leaves(found) if isinstance(leaf, fx.Node))
+
+
+def _writes_to_first(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+    if (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE:
+        return True
+    if node.kwargs.get("inplace") or not isinstance(node.target, FunctionType):
+        return bool(node.kwargs.get("inplace"))
+    parameters = list(inspect.signature(node.target).parameters)
+    place = parameters.index("inplace") if "inplace" in parameters else len(node.args)
+    return place < len(node.args) and bool(node.args[place])
 
 
-_IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "setitem", "iand", "ior", "ipow"})
+_IN_PLACE = frozenset(
+    {
+        *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"),
+        *("ilshift", "irshift", "setitem"),
+    }
+)

@@ -7,7 +7,7 @@ stay symbolic. It is made by ``aot_export_module(..., pre_dispatch=True)``, whic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,14 @@ from attnrewrite.capture.convention import restore_calling_convention
 from attnrewrite.capture.normalize import normalize
 from attnrewrite.capture.opaque import OpaqueCalls
 from attnrewrite.capture.prepare import prepared_graph
-from attnrewrite.capture.support import CaptureError, first_line, is_in_place, storage_of
+from attnrewrite.capture.support import (
+    CaptureError,
+    attribute_of,
+    first_line,
+    has_storage,
+    storage_of,
+    updated_in_place,
+)
 from attnrewrite.capture.vmap import holds_vmap, vmap_lowered
 from attnrewrite.ir.source import source_name
 from attnrewrite.torch_private import (
@@ -127,42 +134,47 @@ def _refuse_function_transforms(gm: fx.GraphModule) -> None:
             raise CaptureError("the graph uses forward-mode differentiation, which cannot be traced functionally")
 
 
-def _refuse_what_autograd_does_not_see(gm: fx.GraphModule) -> None:
+def _refuse_what_autograd_does_not_see(gm: fx.GraphModule, recorded: bool = True) -> None:
     """Refuses graphs that change numbers behind autograd's back: functional tracing makes new tensors of the updates,
     through which gradients flow otherwise, and leaves out regions of inference mode.
+
+    Args:
+        recorded: whether autograd records the graph's calls.
 
     Raises:
         CaptureError: a tensor that has a gradient is updated in place under ``torch.no_grad()``, or through a view
             that is detached from it, or the graph has such a region.
     """
-    recorded = True
     with_gradients: set[Any] = set()
     for node in gm.graph.nodes:
         if node.target is set_grad_enabled:
             recorded = bool(node.args[0])
         if getattr(node.target, "__name__", "") == "_enter_inference_mode":
             raise CaptureError("the graph has a region of torch.inference_mode(), which functional tracing leaves out")
-        updated = _updated(node)
-        hidden = updated is not None and not (recorded and updated.requires_grad)
-        if hidden and storage_of(updated) in with_gradients:
-            raise CaptureError(
-                f"{node.name} updates a tensor that has a gradient in place, under torch.no_grad() or detached from "
-                "it, and functional tracing loses the gradient"
-            )
-        value = node.meta.get("example_value")
-        if isinstance(value, torch.Tensor) and value.requires_grad and not is_traceable_wrapper_subclass(value):
+        for updated in map(_example, updated_in_place(node)):
+            hidden = updated is not None and not (recorded and updated.requires_grad)
+            if hidden and storage_of(updated) in with_gradients:
+                raise CaptureError(
+                    f"{node.name} updates a tensor that has a gradient in place, under torch.no_grad() or detached "
+                    "from it, and functional tracing loses the gradient"
+                )
+        value = _example(node)
+        if value is not None and value.requires_grad:
             with_gradients.add(storage_of(value))
-    for part in gm.children():
+        for part in _graphs_among(gm, node.all_input_nodes):
+            _refuse_what_autograd_does_not_see(part, recorded)
+
+
+def _example(node: fx.Node) -> torch.Tensor | None:
+    value = node.meta.get("example_value")
+    return value if isinstance(value, torch.Tensor) and has_storage(value) else None
+
+
+def _graphs_among(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> Iterator[fx.GraphModule]:
+    for node in nodes:
+        part = attribute_of(gm, str(node.target)) if node.op == "get_attr" else None
         if isinstance(part, fx.GraphModule):
-            _refuse_what_autograd_does_not_see(part)
-
-
-def _updated(node: fx.Node) -> torch.Tensor | None:
-    """The tensor that the node updates in place."""
-    if not is_in_place(node) or not node.args or not isinstance(node.args[0], fx.Node):
-        return None
-    value = node.args[0].meta.get("example_value")
-    return value if isinstance(value, torch.Tensor) and not is_traceable_wrapper_subclass(value) else None
+            yield part
 
 
 def _refuse_subclasses(placeholders: Sequence[fx.Node], example_inputs: Sequence[Any]) -> None:

@@ -18,7 +18,17 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnrewrite.ir.nodes import copy_attributes
-from attnrewrite.torch_private import VMAP_ENTERS, VMAP_LEAVES, VMAP_LOADS, FakeTensor, leave_vmap_level, vmap_depth
+from attnrewrite.torch_private import (
+    VMAP_ENTERS,
+    VMAP_LEAVES,
+    VMAP_LOADS,
+    FakeTensor,
+    enter_autocast,
+    exit_autocast,
+    leave_vmap_level,
+    set_grad_enabled,
+    vmap_depth,
+)
 
 __all__ = ["holds_vmap", "vmap_lowered"]
 
@@ -36,7 +46,8 @@ def vmap_lowered(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of ``gm`` with batched operators in place of ``vmap``.
 
     Raises:
-        ValueError: an input of ``vmap`` is neither a tensor nor a size, or its function uses a constant tensor.
+        ValueError: an input of ``vmap`` is neither a tensor nor a size, or its function uses a constant tensor, or
+            switches grad mode or autocast.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -77,6 +88,10 @@ def _inline(gm: fx.GraphModule, stretch: Sequence[fx.Node], graph: fx.Graph, cop
     values = [node.meta.get("example_value") for node in inputs]
     if not all(isinstance(value, (torch.Tensor, torch.SymInt, int)) for value in values):
         raise ValueError("an input of vmap is neither a tensor nor a size")
+    # Tracing leaves the switches out, and what stands between them would be like what is outside.
+    switches = {enter_autocast, exit_autocast} | ({set_grad_enabled} if torch.is_grad_enabled() else set())
+    if any(node.target in switches for node in stretch):
+        raise ValueError("the function that vmap maps switches grad mode or autocast")
     body = fx.Graph()
     env = {node: body.placeholder(f"input{position}") for position, node in enumerate(inputs)}
     for node in stretch:

@@ -427,8 +427,8 @@ class AttentionSite:
 
     @property
     def group_axes(self) -> tuple[Axis, ...]:
-        """Axes of the query, except positions, over which key and value are shared (GQA)."""
-        stored = {*self.key.axes, *self.value.axes, *self.query_axes}
+        """Axes of the query, except positions and features, over which key and value are shared (GQA)."""
+        stored = {*self.key.axes, *self.value.axes, *self.query_axes, *self.feature_axes}
         return tuple(axis for axis in self.query.axes if axis not in stored)
 
     @property

@@ -7,12 +7,14 @@ Query and key are not multiplied, and where no gradient is wanted they are not e
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
 from attnrewrite.ir.builder import Builder
-from attnrewrite.ir.nodes import same_shape, tensor
-from attnrewrite.ir.site import CanonicalAttention
+from attnrewrite.ir.nodes import is_tensor, same_shape, tensor
+from attnrewrite.ir.site import CanonicalAttention, Scale
 from attnrewrite.kernels.common.base import Kernel
 from attnrewrite.kernels.common.layout import lay_out, modified
 from attnrewrite.kernels.common.verdict import Availability, Verdict
@@ -78,7 +80,9 @@ def _without_influence(site: CanonicalAttention) -> list[fx.Node]:
     An optimizer lets a parameter decay whose gradient is zero, and leaves one alone that has none. The sum of no
     elements is a zero with such a gradient.
     """
-    found = dict.fromkeys(operand.node for operand in (site.query, site.key, *site.modifiers))
+    operands = [operand.node for operand in (site.query, site.key, *site.modifiers)]
+    factors: list[Any] = [mod.factor for mod in site.mods if isinstance(mod, Scale)]
+    found = dict.fromkeys([*operands, *(factor for factor in factors if is_tensor(factor))])
     return [node for node in found if node is not site.value.node and tensor(node).dtype.is_floating_point]
 
 

@@ -51,6 +51,7 @@ from attnrewrite.analysis.values import (
     UNDERFLOW,
     ValueKind,
     as_stored,
+    is_nan_by_formula,
     is_ordinary,
     possible_values,
     why_not_finite,
@@ -232,6 +233,10 @@ def _attended(
         raise NotAttention(
             "masked scores are multiplied by a tensor, which gives NaN where it is zero, and NaN is replaced in the "
             "result"
+        )
+    if site.nan_to_zero and any(isinstance(term, Bias) and is_nan_by_formula(term.operand.node) for term in terms):
+        raise NotAttention(
+            "the mask that is added is NaN in places by its formula (0 * -inf), and NaN is replaced in the result"
         )
     overflows = reading.overflows
     leaves_range = reading.bounded > (_EXPONENT if site.underflows else -ABSORBING)

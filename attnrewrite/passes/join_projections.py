@@ -102,10 +102,10 @@ def _join_around(
             continue
         if not _same_strides(whole, joint):
             whole = in_memory_order_of(tensor(joint), whole, joining.builder)
+        note = note or _note(joining, weights)
         joint.replace_all_uses_with(whole)
         joining.erase_unused()
         replaced[joint] = whole
-        note = note or _note(joining, weights)
     if before and not note:
         note = ended.added_to("projections of parts of the batch are joined into one")
     return note or str(apart), replaced

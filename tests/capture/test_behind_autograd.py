@@ -7,7 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_mode
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from attnrewrite.backend import collect_reports
 from tests.support.helpers import relative_error, rewritten, rows
@@ -70,6 +72,21 @@ def buffers_and_results_that_are_updated(q: Tensor, k: Tensor, v: Tensor) -> Ten
     return (scaled @ keys.mT + bias).softmax(-1) @ v
 
 
+def no_grad_in_a_mapped_function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.no_grad():
+            k = k * 0.5
+        return _attend(q, k, v)
+
+    result: Tensor = torch.vmap(one)(q, k, v)
+    return result
+
+
+def einsum_that_is_differentiated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    gradient: Tensor = torch.func.grad(lambda x: torch.einsum("bhld,bhmd->bhlm", x, k).sum())(q)
+    return gradient @ k.mT @ v
+
+
 READ: tuple[Attend, ...] = (
     data_that_is_read,
     data_of_the_result,
@@ -82,10 +99,65 @@ LEFT: tuple[Attend, ...] = (
     updated_through_a_view,
     inference_mode,
 )
+OTHERS: tuple[Attend, ...] = (no_grad_in_a_mapped_function, einsum_that_is_differentiated)
+"""For other reasons."""
+
+
+def _without_gradients(update: Callable[[Tensor], object]) -> Attend:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scaled = q * 2
+        with torch.no_grad():
+            update(scaled)
+        return _attend(scaled, k, v)
+
+    return attend
+
+
+@torch.library.custom_op("attnrewrite_tests::halve", mutates_args={"x"})
+def halve(x: Tensor) -> None:
+    x.mul_(0.5)
+
+
+def floor_divided(x: Tensor) -> None:
+    x //= 1
+
+
+def remainder(x: Tensor) -> None:
+    x %= 1
+
+
+def checkpointed(x: Tensor) -> object:
+    return checkpoint(lambda part: part.mul_(2), x, use_reentrant=False)
+
+
+UPDATES: dict[str, Callable[[Tensor], object]] = {
+    "relu": lambda x: F.relu(x, inplace=True),
+    "relu by position": lambda x: F.relu(x, True),
+    "leaky relu": lambda x: F.leaky_relu(x, 0.1, inplace=True),
+    "hardtanh": lambda x: F.hardtanh(x, inplace=True),
+    "dropout": lambda x: F.dropout(x, 1.0, True, inplace=True),
+    "a view": lambda x: F.relu(x[:, 0], inplace=True),
+    "a view of one dimension": lambda x: F.relu(x.view(-1), inplace=True),
+    "out": lambda x: torch.clamp(x, -1, 1, out=x),
+    "a list": lambda x: torch._foreach_mul_([x], 0.5),
+    "floor division": floor_divided,
+    "remainder": remainder,
+    "by keyword": lambda x: torch.clamp_(input=x, min=-1, max=1),
+    "a custom operator": halve,
+    "a checkpoint": checkpointed,
+    "detached": lambda x: F.relu(x.detach(), inplace=True),
+    "data": lambda x: F.relu(x.data, inplace=True),
+}
+
+
+@pytest.mark.parametrize("update", UPDATES.values(), ids=list(UPDATES))
+def test_updates_of_every_spelling(update: Callable[[Tensor], object]) -> None:
+    test_gradients(_without_gradients(update), "aot_eager")
+    test_what_is_left_alone_says_why(_without_gradients(update))
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-@pytest.mark.parametrize("function", [*READ, *LEFT], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("function", [*READ, *LEFT, *OTHERS], ids=lambda function: function.__name__)
 def test_gradients(function: Attend, inner: str) -> None:
     found = []
     for call in (function, rewritten(function, inner)):
@@ -122,3 +194,19 @@ def test_forward_mode_around_the_function() -> None:
             result = call(forward_mode.make_dual(q, torch.ones_like(q)), k, v)  # type: ignore[no-untyped-call]
             tangents.append(forward_mode.unpack_dual(result).tangent)  # type: ignore[no-untyped-call]
     assert relative_error(*tangents) <= 1e-5
+
+
+@pytest.mark.parametrize("inner_dtype", [None, torch.float16], ids=["disabled", "float16"])
+def test_autocast_in_a_mapped_function(inner_dtype: torch.dtype | None) -> None:
+    def one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast("cpu", inner_dtype, enabled=inner_dtype is not None):
+            return _attend(q, k, v)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            result: Tensor = torch.vmap(one)(q, k, v)
+        return result
+
+    operands = [value.detach() for value in _operands()]
+    actual, expected = rewritten(attend)(*operands), attend(*operands)
+    assert actual.dtype is expected.dtype and relative_error(actual, expected) <= 1e-3

@@ -859,3 +859,56 @@ def test_numbers_that_leave_the_range(attend: Callable[..., Any], reason: str) -
     (row,) = rows(attend, *inputs)
     assert row.status == "kept" and reason in row.reason
     assert relative_error(rewritten(attend)(*inputs), attend(*inputs)) <= 1e-6
+
+
+def test_a_key_that_is_expanded_along_its_features() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k = k[:, :2, None].sum(-1, keepdim=True).expand(BATCH, 2, 2, KEYS, WIDTH).reshape(BATCH, HEADS, KEYS, WIDTH)
+        return (q @ k.mT).softmax(-1) @ v
+
+    inputs = Q, K, V
+    assert relative_error(rewritten(attend)(*inputs), attend(*inputs)) <= 1e-5
+    function = rewritten(attend, "aot_eager")
+    assert relative_error(gradients(function, inputs), gradients(attend, inputs)) <= 1e-4
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (HEADS, 1, 1)])
+def test_a_temperature_beside_a_single_key_has_a_gradient_of_zero(shape: tuple[int, ...]) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+        return (q @ k[:, :, :1].mT * temperature).softmax(-1) @ v[:, :, :1]
+
+    temperature = torch.full(shape, 1.5).requires_grad_()
+    for call in (attend, rewritten(attend, "aot_eager")):
+        (gradient,) = torch.autograd.grad(call(Q, K, V, temperature).sum(), [temperature])
+        assert torch.equal(gradient, torch.zeros(shape))
+
+
+NAN_MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "times minus infinity": lambda s, masked: s + masked * -math.inf,
+    "floats times minus infinity": lambda s, masked: s + masked.float() * -math.inf,
+    "triangle": lambda s, masked: s + torch.ones(LENGTH, KEYS).triu(1) * -math.inf,
+    "one less the mask": lambda s, masked: s + (1.0 - (~masked).to(s.dtype)) * -math.inf,
+    "lowest of float64 times a mask": lambda s, masked: s + masked * torch.finfo(torch.float64).min,
+    "half": lambda s, masked: s + (masked.half() * torch.tensor([-1e9]).half()).to(s.dtype),
+    "over zero": lambda s, masked: s + masked.to(s.dtype) / -0.0,
+    "and filled": lambda s, masked: (s + masked.to(s.dtype) * -math.inf).masked_fill(masked, -math.inf),
+    "NaN times a mask": lambda s, masked: s.masked_fill(masked, -math.inf) + masked * math.nan,
+    "infinities of both signs": lambda s, masked: (
+        s + (torch.where(masked, -math.inf, 0.0) + torch.where(masked, math.inf, 0.0))
+    ),
+}
+
+
+@pytest.mark.parametrize("mask", NAN_MASKS.values(), ids=list(NAN_MASKS))
+def test_nan_of_a_mask_that_is_replaced(mask: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """``0 * -inf`` is NaN in every row; where it is replaced by zeros the row is zero."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
+        return torch.nan_to_num(mask(q @ k.mT, masked).softmax(-1)) @ v
+
+    def replaced(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
+        weights = mask(q @ k.mT, masked).softmax(-1)
+        return torch.where(weights.isnan(), 0.0, weights) @ v
+
+    for function in (attend, replaced):
+        assert relative_error(rewritten(function)(Q, K, V, MASKED), function(Q, K, V, MASKED)) <= 1e-5
