@@ -16,7 +16,14 @@ from attnrewrite.errors import AcceleratedTypeError, OptionError
 from attnrewrite.options.compile_options import tracing_settings
 from attnrewrite.options.request import kernel_names
 from attnrewrite.selection.decorated_parts import DecoratedPart
-from attnrewrite.torch_private import COMPILED_CALL, TORCHDYNAMO_PREFIX, call_of, dynamo_config, skip_code
+from attnrewrite.torch_private import (
+    COMPILED_CALL,
+    TORCHDYNAMO_PREFIX,
+    TracingContext,
+    call_of,
+    dynamo_config,
+    skip_code,
+)
 
 __all__ = ["accelerate_attention"]
 
@@ -114,7 +121,7 @@ def _let_dynamo_look(cls: type[nn.Module], part: DecoratedPart | None) -> None:
 
     @functools.wraps(before)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if annotation is None or not torch.compiler.is_compiling():
+        if annotation is None or not (torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()):
             # ``nn.Module.__call__`` is looked up again, since tracers replace it.
             return nn.Module.__call__(self, *args, **kwargs) if plain else before(self, *args, **kwargs)
         with annotate(annotation):
@@ -136,8 +143,11 @@ class _CompiledCall:
         self._arguments = arguments
 
     def __get__(self, instance: nn.Module | None, owner: type) -> Callable[..., Any] | None:
-        # Dynamo has annotated what it inlines (_let_dynamo_look), and continues with forward.
-        if instance is None or torch.compiler.is_compiling():
+        if instance is None or torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+            return None
+        # Dynamo has annotated what it inlines (_let_dynamo_look), and continues with forward. It calls this by itself,
+        # too; a context for tracing is of one thread.
+        if torch.compiler.is_compiling() and TracingContext.try_get() is not None:
             return None
         kept = instance.__dict__.get(COMPILED_CALL)
         # A DataParallel replica copies the whole __dict__: its compiled call must have been made for this instance.
@@ -170,7 +180,8 @@ def _compiled(function: Callable[..., Any], arguments: dict[str, Any], name: str
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
+        # Not is_compiling(), which is true while any other thread compiles.
+        if not (torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()):
             return compiled(*args, **kwargs)
         # Dynamo breaks no graph within an annotation: a function that it cannot trace is called, and compiled alone.
         with annotate(annotation):

@@ -88,7 +88,7 @@ def attention_forward(
     sizes = tuple(dims.items()) if dims else ()
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
     settings = CallSettings(*patterns, sizes, scale, is_causal, compatibility_mode, window_size, use_flex)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
         return _attend(settings, q, k, v, attn_mask, score_mod)
     # Errors are raised here, and not from a half-traced graph.
     checked(settings, q, k, v, attn_mask, score_mod)

@@ -419,7 +419,7 @@ class AttentionSite:
     @property
     def shared_axes(self) -> tuple[Axis, ...]:
         """Batch and head axes, except :attr:`group_axes`: first those of the query, in its order, then the others."""
-        own = {*self.query_axes, *self.key_axes, *self.feature_axes, *self.value_axes}
+        own = {*axes_of((self.query_axes, self.key_axes, self.feature_axes)), *self.value_axes}
         stored = dict.fromkeys(axis for axis in (*self.key.axes, *self.value.axes) if axis not in own)
         stored |= dict.fromkeys(axis for axis in self._batch_axes if axis not in self.query.axes)
         query = [axis for axis in self.query.axes if axis in stored]
@@ -428,18 +428,18 @@ class AttentionSite:
     @property
     def group_axes(self) -> tuple[Axis, ...]:
         """Axes of the query, except positions and features, over which key and value are shared (GQA)."""
-        stored = {*self.key.axes, *self.value.axes, *self.query_axes, *self.feature_axes}
+        stored = {*self.key.axes, *self.value.axes, *axes_of((self.query_axes, self.feature_axes))}
         return tuple(axis for axis in self.query.axes if axis not in stored)
 
     @property
     def value_axes(self) -> tuple[Axis, ...]:
         """The features of the value and of the result."""
-        rows = {*self.query.axes, *self.key.axes, *self.key_axes, *self._batch_axes}
+        rows = {*self.query.axes, *self.key.axes, *axes_of((self.key_axes,)), *self._batch_axes}
         return tuple(axis for axis in self.value.axes if axis not in rows)
 
     @property
     def _batch_axes(self) -> tuple[Axis, ...]:
-        positions = {*self.query_axes, *self.key_axes}
+        positions = axes_of((self.query_axes, self.key_axes))
         return tuple(axis for axis in axes_of(self.weight_layout) if axis not in positions)
 
     def describe_scale(self) -> str:

@@ -128,6 +128,7 @@ class SoftmaxAttention:
             dtype = score_dtype
         query, key = (view.origin(operand, scores.product.node, narrow_to=dtype) for operand in (query, key))
         value = view.origin(value, product.node)
+        key_axes = axes_of((key_axes,))  # Keys that were repeated along their positions have divided them.
         query_axes = _query_axes(scores, key_axes, key)
         _require_attention(scores.product, query, key, value, query_axes, key_axes)
         # Kernels themselves say that there is no key.

@@ -8,6 +8,7 @@ import logging
 import pickle
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -448,3 +449,32 @@ def test_a_part_is_forgotten_with_the_function_that_is_decorated() -> None:
     del decorated
     gc.collect()
     assert freed() is None
+
+
+@pytest.mark.parametrize("kind", ["function", "class"])
+def test_threads_that_call_while_another_compiles(kind: str) -> None:
+    """What is decorated is compiled in every call: that another thread compiles is no reason to run it as it is."""
+    uncompiled: list[str] = []
+
+    def body(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not torch.compiler.is_dynamo_compiling():
+            uncompiled.append("called")
+        return (q @ k.mT).softmax(-1) @ v
+
+    class Attention(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return body(q, k, v)
+
+    options = {"inner_backend": "eager"}
+    decorated: Any = accelerate_attention(options=options)(body if kind == "function" else Attention)
+    call = decorated if kind == "function" else decorated()
+    call(*(torch.randn(1, 2, 8, 8) for _ in range(3)))  # The backend is looked up by one thread.
+
+    def work(first: int) -> None:
+        for n in range(4):
+            call(*(torch.randn(1, 2, 3 + (first + n) % 4, 4 + n % 2) for _ in range(3)))
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, range(3)))
+    assert not uncompiled
+    assert not torch.fx.traceback.current_meta

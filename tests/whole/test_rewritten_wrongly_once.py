@@ -912,3 +912,40 @@ def test_nan_of_a_mask_that_is_replaced(mask: Callable[[Tensor, Tensor], Tensor]
 
     for function in (attend, replaced):
         assert relative_error(rewritten(function)(Q, K, V, MASKED), function(Q, K, V, MASKED)) <= 1e-5
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
+    scores = q @ k.mT
+    return (scores if keep is None else scores.masked_fill(~keep, -math.inf)).softmax(-1) @ v
+
+
+def _keys_repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _attended(q, k.repeat(1, 1, 2, 1), v.repeat(1, 1, 2, 1))
+
+
+def _keys_interleaved(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _attended(q, k.repeat_interleave(2, -2), v.repeat_interleave(2, -2))
+
+
+def _keys_and_heads_repeated_under_a_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (part[:, :1].repeat(1, HEADS, 2, 1) for part in (k, v))
+    return _attended(q, k, v, torch.arange(2 * KEYS) <= torch.arange(LENGTH)[:, None] + 4)
+
+
+def _features_repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _attended(q.repeat(1, 1, 1, 2), k.repeat_interleave(2, -1), v)
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    "attend",
+    [_keys_repeated, _keys_interleaved, _keys_and_heads_repeated_under_a_mask, _features_repeated],
+    ids=lambda function: function.__name__.lstrip("_"),
+)
+def test_positions_and_features_that_are_repeated(attend: Callable[..., Any], dynamic: bool | None) -> None:
+    inputs = Q, K, V
+    (row,) = rows(attend, *inputs, dynamic=dynamic)
+    assert row.status == "rewritten"
+    function = rewritten(attend, "aot_eager", dynamic=dynamic)
+    assert relative_error(function(*inputs), attend(*inputs)) <= 1e-5
+    assert relative_error(gradients(function, inputs), gradients(attend, inputs)) <= 1e-4
