@@ -101,6 +101,10 @@ def _judged(measured: Measured, function: Callable[..., Any], gradients: bool, d
             return "beyond range", difference
         if difference and _rounding_does_as_much(measured, run, own, truth, gradients, device):
             return "ill-conditioned", difference
+        if difference:
+            plain = measured.new(torch.compile(measured.model, backend="aot_eager"), run)
+            if _difference(measured, run, plain, own, truth, gradients, device):
+                return "does not run", f"torch.compile: {difference}"
     return ("wrong", difference) if difference else ("same", "")
 
 
