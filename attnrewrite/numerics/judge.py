@@ -73,13 +73,13 @@ def disagreements(
 
     Args:
         new, own, truth, dtype, whole, roundings: as for :func:`disagreement`, for each of the tensors.
-        beside: what is small beside the other tensors is measured by this part of their size, which is the median of
-            their largest numbers, of those that are not zero. For gradients, of which some are differences of large
+        beside: what is small beside the other tensors is measured by this part of their size, which is the (lower) median
+            of their largest numbers, of those that are not zero. For gradients, of which some are differences of large
             numbers, or nothing but rounding, while others are sums of many.
         names: what to call each tensor; its number by default.
     """
     sizes = sorted(filter(None, (_largest(value.double()) for value in truth if value.numel())))
-    floor = beside * sizes[len(sizes) // 2] if sizes else 0.0
+    floor = beside * sizes[(len(sizes) - 1) // 2] if sizes else 0.0
     for index, (n, o, t) in enumerate(zip(new, own, truth, strict=True)):
         wrong = disagreement(n, o, t, dtype, floor=floor, whole=whole, roundings=roundings)
         if wrong:

@@ -499,8 +499,8 @@ def _read_scale(mod: Scale, site: AttentionSite, reading: _Reading) -> None:
         if mod.divide and mod.factor == 0:
             raise NotAttention("the scores are divided by zero")
         number = 1.0 / mod.factor if mod.divide else float(mod.factor)
-        if number == 0:
-            raise NotAttention("the scores are multiplied by zero")  # GPU kernels give NaN.
+        if mod.divide and math.isinf(mod.factor):
+            raise NotAttention("the scores are divided by infinity")
         _require_ordinary_factor(number)
         reading.scale *= number
         reading.bounded *= abs(number)

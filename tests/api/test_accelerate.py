@@ -472,7 +472,7 @@ def test_threads_that_call_while_another_compiles(kind: str) -> None:
 
     def work(first: int) -> None:
         for n in range(4):
-            call(*(torch.randn(1, 2, 3 + (first + n) % 4, 4 + n % 2) for _ in range(3)))
+            call(*(torch.randn(1, 2, 3 + (first + n) % 3, 8) for _ in range(3)))
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(work, range(3)))
