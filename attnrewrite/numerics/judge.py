@@ -73,9 +73,9 @@ def disagreements(
 
     Args:
         new, own, truth, dtype, whole, roundings: as for :func:`disagreement`, for each of the tensors.
-        beside: what is small beside the other tensors is measured by this part of their size, which is the (lower) median
-            of their largest numbers, of those that are not zero. For gradients, of which some are differences of large
-            numbers, or nothing but rounding, while others are sums of many.
+        beside: what is small beside the other tensors is measured by this part of their size, which is the lower
+            median of their largest numbers, of those that are not zero. For gradients, of which some are differences
+            of large numbers, or nothing but rounding, while others are sums of many.
         names: what to call each tensor; its number by default.
     """
     sizes = sorted(filter(None, (_largest(value.double()) for value in truth if value.numel())))
