@@ -175,7 +175,7 @@ def with_what_is_not_finite(
     """
     query, key = operands
     unmasked_call = site.fused and not any(isinstance(mod, (Bias, Fill)) for mod in site.mods)
-    if site.device.type != "cpu" or unmasked_call:
+    if site.device.type != "cpu" or unmasked_call or (site.fused and masked):
         return output
     few = not masked and not statically_known_true(size_of(site.key_axes) >= _VECTOR)
     if few or site.in_half:
