@@ -396,6 +396,12 @@ def _output_like(query: fx.Node, value: fx.Node) -> torch.Tensor:
     return tensor(query).new_empty((*tensor(query).shape[:-1], tensor(value).shape[-1]))
 
 
+_CPU_WIDTH, _CPU_KEYS = 24, 16
+"""With fewer features, Inductor's product of queries and keys reads and writes 16 keys where fewer are left.
+
+See ``kernels.known_wrong``."""
+
+
 @torch.library.custom_op("attnrewrite::flex_attention", mutates_args=(), device_types="cpu")
 def _flex_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, buffers: list[torch.Tensor], score_mod: str
@@ -408,6 +414,9 @@ def _flex_attention(
         score_mod: the source of ``forward(self, score, batch, head, query, key, *buffers)``. It is source and no
             function so that a graph with this call in it can be stored and run elsewhere.
     """
+    missing = _CPU_WIDTH - query.shape[-1]
+    if missing > 0 and key.shape[-2] % _CPU_KEYS:
+        query, key = (torch.nn.functional.pad(part, (0, missing)) for part in (query, key))
     # A dispatch mode may watch the operators of the code around this call; it must not see what is compiled here.
     unlimited = {"recompile_limit": 2**31, "accumulated_recompile_limit": 2**31}
     with disable_current_modes(), dynamo_config.patch(unlimited):

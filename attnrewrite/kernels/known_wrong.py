@@ -108,6 +108,16 @@ _SEEN = "torch 2.11, cuDNN 9.19, H100 and H200"
 
 KNOWN_WRONG: tuple[KnownWrong, ...] = (
     KnownWrong(
+        kernel="flex",
+        what="on a CPU with vectors of fewer than 16 numbers (AVX2, NEON), with fewer than 24 features and a number of "
+        "keys that is not a multiple of 16, whatever lies in memory behind the keys becomes the first rows' maximum, "
+        "and may make them NaN: the product of queries and keys takes 16 keys where fewer are left",
+        source="https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_inductor/codegen/cpp_micro_gemm.py "
+        "CppMicroGemmFP32Vec.TEMPLATE_KERNEL, the first implementation of its kernel for the last columns",
+        seen="torch 2.13, x86 CPU with AVX2",
+        avoided="query and key get features of zeros, up to 24",
+    ),
+    KnownWrong(
         kernel="native",
         what="on a CPU, without a mask, rows whose query is NaN or infinite are 0 in place of NaN where there are "
         "fewer keys than the kernel takes at once (16 of float32): the maximum of what is left over skips NaN",

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
 from attnrewrite.kernels import kernel_named
 from attnrewrite.kernels.cudnn_training import laid_out_like, plan_of_our_own, with_masked_keys
@@ -78,6 +79,28 @@ def test_padded_keys_change_nothing(mask: Tensor | None) -> None:
     expected = F.scaled_dot_product_attention(query, key, value, mask)
     actual = F.scaled_dot_product_attention(query, padded_key, padded_value, padded_mask)
     assert relative_error(actual, expected) <= 1e-6
+
+
+# FlexAttention on a CPU.
+
+
+@pytest.mark.parametrize("width", [8, 16])
+@pytest.mark.parametrize("keys", [24, 40])
+def test_what_lies_behind_the_keys_is_not_read(width: int, keys: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    memory = torch.randn(1, 1, 48, width, generator=generator)
+    query, value = (torch.randn(1, 1, length, width, generator=generator) for length in (40, keys))
+    key = memory[:, :, :keys]
+    memory[:, :, keys:] = math.nan
+    compiled = torch.compile(flex_attention)
+    read = not torch.equal(compiled(query, key, value).isnan(), torch.zeros(1, 1, 40, width, dtype=torch.bool))
+    # If this fails with AVX2, PyTorch has mended it, and the entry in KNOWN_WRONG should say since when.
+    assert read == (torch.backends.cpu.get_cpu_capability() == "AVX2")
+
+    score_mod = "def forward(self, score, batch, head, query, key): return score * 0.25"
+    found = torch.ops.attnrewrite.flex_attention(query, key, value, [], score_mod)
+    exact = ((query.double() @ key.double().mT) * 0.25).softmax(-1) @ value.double()
+    assert relative_error(found, exact) <= 1e-6
 
 
 # The graphs, without a GPU.
