@@ -331,7 +331,8 @@ def _clamp_or_function(node: fx.Node, source: fx.Node) -> ScoreMod:
         low, high = args[1], None
     else:
         low, high = None, math.inf
-    if high is None and isinstance(low, (int, float)) and low <= ABSORBING:
+    lowest = torch.finfo(tensor(node).dtype).min  # Which lifts nothing but minus infinity, also in float16.
+    if high is None and isinstance(low, (int, float)) and low <= max(ABSORBING, lowest):
         return Floor(as_stored(float(low), tensor(node).dtype), tensor(node).dtype)
     if any(isinstance(arg, fx.Node) for arg in args[1:]) or any(isinstance(a, fx.Node) for a in node.kwargs.values()):
         raise NotAttention(
@@ -446,6 +447,7 @@ def _reduction_of_row(
     """
     if layout is None or not is_tensor(node):
         return None
+    layout, keys = resolve(layout), {leaf for axis in keys for leaf in axis.leaves()}
     chain: list[fx.Node] = []
     current = node
     while current.target not in reductions:
@@ -522,7 +524,7 @@ def _layout_of_reduction(reduction: fx.Node, layout: Layout) -> Layout | None:
     reduced = {dim % len(layout) for dim in dims} or set(range(len(layout)))
     keep = bool(args[2]) if len(args) > 2 else bool(reduction.kwargs.get("keepdim"))
     result: list[Dim] = []
-    for position, dim in enumerate(resolve(layout)):
+    for position, dim in enumerate(layout):
         if position not in reduced:
             result.append(dim)
         elif keep:

@@ -214,7 +214,7 @@ class _Rewriting:
         with steps.step("normalize", self.gm):
             for part in _graphs(self.gm):
                 _drop_checks(part.graph)
-                normalize(part)
+                normalize(part, gradients=torch.is_grad_enabled())
         rewritten = rewrite_graph(self.gm, self._policy, of_pytorch, steps=steps)
         self.report.sites = rewritten.sites
         for node in self.gm.graph.find_nodes(op="placeholder"):

@@ -20,7 +20,7 @@ from attnrewrite.capture.parts import applied_to_all
 from attnrewrite.ir.bounds import STEPS_OF_SCORES
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import is_tensor, same_shape, tensor
-from attnrewrite.ir.ops import CAST_OPS, SCATTER_OPS, has_effect, is_elementwise, is_random, is_view
+from attnrewrite.ir.ops import CAST_OPS, MASKED_FILL_OPS, SCATTER_OPS, has_effect, is_elementwise, is_random, is_view
 from attnrewrite.torch_private import OpOverload, is_erased, schema_of
 
 __all__ = ["ALIASES", "normalize"]
@@ -99,8 +99,12 @@ ALIASES = _aliases()
 """For each overload that is another name: the overload that it stands for."""
 
 
-def normalize(ir: fx.GraphModule) -> None:
-    """Brings each operator of ``ir`` to its one spelling, in place."""
+def normalize(ir: fx.GraphModule, *, gradients: bool = True) -> None:
+    """Brings each operator of ``ir`` to its one spelling, in place.
+
+    Args:
+        gradients: whether any part of the program may have gradients; without them ``detach`` does nothing.
+    """
     for node in list(ir.graph.nodes):
         if node.op != "call_function" or is_erased(node):
             continue
@@ -108,7 +112,7 @@ def normalize(ir: fx.GraphModule) -> None:
         while isinstance(rule, OpOverload):
             node.target = rule
             rule = _RULES.get(rule)
-        if rule is not None:
+        if rule is not None and not (gradients and rule is _without_gradients):
             rule(ir, node)
     for node in reversed(ir.graph.nodes):
         # Functional tracing leaves views of what was updated in place that nothing reads.
@@ -239,7 +243,8 @@ def _reaches(start: fx.Node, neighbors: Callable[[fx.Node], Iterable[fx.Node]], 
 
 
 def _is_step(node: fx.Node) -> bool:
-    return is_view(node) or node.target in CAST_OPS or node.target in SCATTER_OPS or is_elementwise(node)
+    named = CAST_OPS | SCATTER_OPS | MASKED_FILL_OPS  # Fills do not say that they are elementwise.
+    return is_view(node) or node.target in named or is_elementwise(node)
 
 
 def _step_on_a_part(ir: fx.GraphModule, node: fx.Node) -> None:
@@ -318,6 +323,33 @@ def _shape_of_other(target: Any) -> Callable[[fx.GraphModule, fx.Node], None]:
     return spell
 
 
+def _without_gradients(ir: fx.GraphModule, node: fx.Node) -> None:
+    """Removes ``detach`` of what was computed, such as that of ``scores.data.masked_fill_``."""
+    (source,) = node.args
+    if source.op == "call_function":
+        node.replace_all_uses_with(source)
+        ir.graph.erase_node(node)
+
+
+def _assigned_by_numbers(ir: fx.GraphModule, node: fx.Node) -> None:
+    """``x[..., rows, columns] = number`` fills where ``mask[..., rows, columns] = True`` does: one boolean mask."""
+    value, indices, number, *accumulate = node.args
+    first = next((place for place, index in enumerate(indices) if index is not None), 0)
+    by_number = all(is_tensor(index) and not tensor(index).dtype.is_floating_point for index in indices[first:])
+    if any(accumulate) or node.kwargs or not by_number or not is_tensor(number) or tensor(number).numel() != 1:
+        return
+    if any(tensor(index).dtype in (torch.bool, torch.uint8) for index in indices[first:]) or tensor(number).dim() > 1:
+        return
+    if not _is_step_of_scores(node):
+        return
+    builder = Builder(ir, before=node, like=node)
+    kind = {"dtype": torch.bool, "device": tensor(value).device, "pin_memory": False}
+    nothing = builder.call(aten.full.default, list(tensor(value).shape[first : len(indices)]), False, **kind)
+    true = builder.call(aten.full.default, [], True, **kind)
+    mask = builder.call(aten.index_put.default, nothing, list(indices[first:]), true)
+    node.args = (value, [*indices[:first], mask], number)
+
+
 def _conversions(ir: fx.GraphModule, node: fx.Node) -> None:
     """Decomposes ``aten.copy``, which slice assignments leave, into conversions, which have a derivative."""
     builder = Builder(ir, before=node, like=node)
@@ -376,6 +408,8 @@ _RULES: dict[Any, Any] = {
     aten.reshape_as.default: _shape_of_other(aten.reshape.default),
     aten.expand_as.default: _shape_of_other(aten.expand.default),
     aten.copy.default: _conversions,
+    aten.detach.default: _without_gradients,
+    aten.index_put.default: _assigned_by_numbers,
     aten.slice_scatter.default: _step_on_a_part,
     aten.select_scatter.default: _step_on_a_part,
 }

@@ -3,6 +3,7 @@
     x[:, 1:] += bias       =  x + pad(bias)         padded with -0.0, which changes no number
     x[:, 1:] *= factor     =  x * pad(factor)       padded with 1
     x[:, mask_of_a_part]   =  x.masked_fill(pad(mask), value)
+    x[:, 1:] = (x[:, 1:].view(shape) + bias).view(...)   =  x + pad(bias.expand(shape).view(...))
 
 Functional tracing writes them as ``slice_scatter(x, step(slice(x)))``. A result keeps its bits.
 """
@@ -17,7 +18,7 @@ from torch import fx
 
 from attnrewrite.ir.bounds import STEPS_OF_SCORES
 from attnrewrite.ir.builder import Builder
-from attnrewrite.ir.nodes import Size, is_tensor, same, tensor
+from attnrewrite.ir.nodes import Size, is_tensor, same, same_shape, tensor
 from attnrewrite.ir.ops import ADD_OPS, COPY_OPS, DIV_OPS, MASKED_FILL_OPS, MUL_OPS, SUB_OPS
 from attnrewrite.ir.spans import Span, dim_of, same_span, span_of, taken_from
 
@@ -26,6 +27,7 @@ __all__ = ["applied_to_all"]
 aten = torch.ops.aten
 
 _SCATTERS = (aten.slice_scatter.default, aten.select_scatter.default)
+_SHAPES = (aten.view.default, aten.reshape.default)
 
 
 def applied_to_all(ir: fx.GraphModule, node: fx.Node) -> fx.Node | None:
@@ -60,14 +62,34 @@ _Step = Callable[[fx.Node], fx.Node]
 
 
 class _Part:
-    """A part of ``whole`` along one dimension, and how to write what is combined with it as one of the whole."""
+    """A part of ``whole`` along one dimension, and how to write what is combined with it as one of the whole.
 
-    def __init__(self, builder: Builder, whole: fx.Node, dim: int, span: Span, selected: bool) -> None:
+    Steps may be done on the part in another shape, ``viewed``, of the same entries in the same order.
+    """
+
+    def __init__(
+        self,
+        builder: Builder,
+        whole: fx.Node,
+        dim: int,
+        span: Span,
+        selected: bool,
+        viewed: Sequence[Size] | None = None,
+    ) -> None:
         self.builder = builder
         self.whole = whole
         self.dim = dim
         self.span = span
         self.selected = selected
+        self.viewed = viewed
+
+    def shape(self) -> list[Size]:
+        own: list[Size] = [*tensor(self.whole).shape]
+        own[self.dim : self.dim + 1] = [] if self.selected else [self.span.size]
+        return own
+
+    def in_shape(self, viewed: Sequence[Size] | None) -> _Part:
+        return _Part(self.builder, self.whole, self.dim, self.span, self.selected, viewed)
 
     def is_taken_by(self, node: fx.Node) -> bool:
         taken = taken_from(node)
@@ -82,6 +104,9 @@ class _Part:
     def padded(self, operand: fx.Node, value: float | bool) -> fx.Node:
         """``operand``, which broadcasts to the part, as one that broadcasts to the whole; ``value`` is outside."""
         behind = tensor(self.whole).dim() - 1 - self.dim
+        if self.viewed is not None:
+            operand = self.builder.call(aten.expand.default, operand, list(self.viewed))
+            operand = self.builder.call(aten.reshape.default, operand, self.shape())
         shape: list[Size] = [*tensor(operand).shape]
         shape[:0] = [1] * (behind - len(shape))
         if self.selected or len(shape) == behind:
@@ -103,13 +128,17 @@ class _Part:
     def number(self, value: float | bool, outside: float | bool, dtype: torch.dtype) -> fx.Node:
         """A tensor that broadcasts to the whole and holds ``value`` in the part, and ``outside`` elsewhere."""
         filled = self.builder.call(aten.full.default, [], value, dtype=dtype, device=tensor(self.whole).device)
-        return self.padded(filled, outside)
+        return self.in_shape(None).padded(filled, outside)
 
 
 def _steps_from(node: fx.Node, part: _Part) -> list[_Step] | None:
     """The steps on the whole that make of a part of it what ``node`` is; None if one cannot be written so."""
-    if part.is_taken_by(node):
+    if part.viewed is None and part.is_taken_by(node):
         return []
+    if node.target in _SHAPES and is_tensor(source := node.args[0]):
+        # Behind the view the steps are done in the shape that it has before, or in the part's own again.
+        shape = tensor(source).shape
+        return _steps_from(source, part.in_shape(None if same_shape(shape, part.shape()) else shape))
     found = _step(node, part)
     if found is None or found[0] is None:
         return None if found is None else [found[1]]
@@ -180,10 +209,12 @@ _NEUTRAL: Sequence[tuple[frozenset[Any], Any, float]] = (
 
 
 def _equal(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two nodes are the same, or take the same part of the same."""
+    """Whether two nodes are the same, or take the same part of the same, which functional tracing writes twice."""
     if a is b:
         return True
     one, other = taken_from(a), taken_from(b)
+    if a.target in _SHAPES and a.target is b.target and same_shape(tensor(a).shape, tensor(b).shape):
+        return _equal(a.args[0], b.args[0])  # type: ignore[arg-type]
     return (
         one is not None
         and other is not None

@@ -75,11 +75,17 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     prepared = prepared_graph(gm, regions, opaque)
     exported, signature = _traced(prepared, inputs, context, regions, opaque)
     ir = restore_calling_convention(gm, prepared, exported, signature, opaque)
-    for part in ir.modules():
-        if isinstance(part, fx.GraphModule):
-            normalize(part)
-            part.recompile()
+    parts = [part for part in ir.modules() if isinstance(part, fx.GraphModule)]
+    gradients = torch.is_grad_enabled() or any(map(_switches_gradients, parts))
+    for part in parts:
+        normalize(part, gradients=gradients)
+        part.recompile()
     return Captured(ir)
+
+
+def _switches_gradients(part: fx.GraphModule) -> bool:
+    switches = (set_grad_enabled, torch.ops.higher_order.wrap_with_set_grad_enabled)
+    return any(node.target in switches for node in part.graph.nodes)
 
 
 def _without_vmap(gm: fx.GraphModule) -> fx.GraphModule:

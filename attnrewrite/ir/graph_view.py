@@ -35,7 +35,7 @@ class GraphView:
             for value in (tensor(node), node.meta.get("example_value", tensor(node)))
         )
 
-    def _region(self, node: fx.Node) -> tuple[int, AutocastState]:
+    def _region(self, node: fx.Node) -> tuple[bool, AutocastState]:
         """The grad mode and autocast at ``node``, as :func:`~attnrewrite.ir.nodes.regions` has them.
 
         A node that was inserted later switches nothing, so it lies in the region of the node before it.
@@ -53,7 +53,7 @@ class GraphView:
         """Whether both nodes run under the same grad mode and autocast."""
         return self._region(a) == self._region(b)
 
-    def grad_region(self, node: fx.Node) -> int:
+    def grad_region(self, node: fx.Node) -> bool:
         return self._region(node)[0]
 
     def in_autocast(self, node: fx.Node) -> bool:
@@ -68,9 +68,7 @@ class GraphView:
 
     def differentiable(self, node: fx.Node) -> bool:
         """Whether a backward pass may go through ``node``."""
-        mode = self.grad_region(node)
-        enabled = mode == 1 or (mode == 0 and torch.is_grad_enabled())
-        return enabled and self.has_gradients
+        return self.has_gradients and self.grad_region(node)
 
     def origin(
         self,

@@ -87,19 +87,20 @@ AutocastState = tuple[tuple[str, torch.dtype], ...]
 """The types of devices, among those of a graph, for which autocast is on, each with the dtype that it casts to."""
 
 
-def regions(graph: fx.Graph) -> dict[fx.Node, tuple[int, AutocastState]]:
-    """For each node its grad mode (0: as outside, 1: enabled, 2: disabled) and what autocast does there.
+def regions(graph: fx.Graph) -> dict[fx.Node, tuple[bool, AutocastState]]:
+    """For each node whether gradients are enabled, and what autocast does there.
 
     In pre-dispatch graphs nodes switch these modes. A rewrite must not move work to where they are different. A switch
     that changes nothing for the devices of the graph, such as one of CUDA's autocast on the CPU, makes no difference.
+    Outside of all switches a graph runs in the grad mode that it is compiled in: Dynamo guards it.
     """
     kinds = sorted({tensor(node).device.type for node in graph.nodes if is_tensor(node)})
-    grad = 0
+    grad = torch.is_grad_enabled()
     autocast = [_autocast_outside(kinds)]
     result = {}
     for node in graph.nodes:
         if node.target is set_grad_enabled:
-            grad = 1 if node.args[0] else 2
+            grad = bool(node.args[0])
         elif node.target is enter_autocast:
             autocast.append(_switched(autocast[-1], *node.args))
         elif node.target is exit_autocast:

@@ -181,9 +181,9 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
         refused = _why_not_a_mask(terms, attended, site.differentiable)
         inexpressible = inexpressible or refused
     masked = _kept_by_all(terms, kept)
-    value_mods, output_mods, masked_rows = _placed_weight_mods(
-        site, positions, masked, _rows_without_key(site, terms) if attended is None else MaskedRows.NONE
-    )
+    masked_rows = _rows_without_key(site, terms) if attended is None else MaskedRows.NONE
+    certain = _kept_by_last_fills(terms, kept) if masked is None and not masked_rows.may_occur else masked
+    value_mods, output_mods, masked_rows = _placed_weight_mods(site, positions, certain, masked_rows)
     nan_gradients = attended is None and _gradients_are_nan(site, terms)
     lift = _lift(site, terms, nan_gradients) if attended is None else Lift.NONE
     nan_gradients = nan_gradients or (lift is not Lift.NONE and _mask_gradient_is_nan(site, terms))
@@ -445,6 +445,20 @@ def _kept_by_all(terms: list[Term], kept: Sequence[Formula | None]) -> Formula |
     return conjunction([formula for formula in kept if formula is not None])
 
 
+def _kept_by_last_fills(terms: list[Term], kept: Sequence[Formula | None]) -> Formula | None:
+    """Condition under which no fill masks the score that nothing of unknown size follows; None if there is no such fill.
+
+    Outside of it the weight is zero, whatever was added before, if the row attends a key.
+    """
+    known: list[Formula] = []
+    for term, formula in zip(reversed(terms), reversed(kept), strict=True):
+        if isinstance(term, Bias) and not all(is_ordinary(value) or value == -math.inf for value in _values(term)):
+            break
+        if isinstance(term, Fill) and formula is not None and term.value <= FAR_BELOW:
+            known.append(formula)
+    return conjunction(known) if known else None
+
+
 def _read_mods(site: AttentionSite, positions: Positions) -> _Reading:
     reading = _Reading()
     terms = reading.terms
@@ -684,9 +698,13 @@ def _overflows(term: Term, dtype: torch.dtype) -> bool:
 
 
 def _read_floor(terms: list[Term], floor: Floor) -> None:
-    assert floor.value <= ABSORBING
+    if floor.value > ABSORBING and any(isinstance(term, Bias) and may_mask(term) for term in terms):
+        raise NotAttention(
+            f"{floor.value:g} bounds scores to which a mask was added: no score shows beside it in float16, and in the "
+            "dtype in which kernels add masks it does"
+        )
     terms[:] = [replace(term, value=max(term.value, floor.value)) if isinstance(term, Fill) else term for term in terms]
-    if any(isinstance(term, Bias) for term in terms):
+    if floor.value <= ABSORBING and any(isinstance(term, Bias) for term in terms):
         terms.append(floor)
 
 
@@ -840,6 +858,10 @@ def _placed_weight_mods(
     site: AttentionSite, positions: Positions, kept: Formula | None, masked_rows: MaskedRows
 ) -> tuple[tuple[WeightMod, ...], tuple[WeightMod, ...], MaskedRows]:
     """The weight mods for the value, those for the output, and what rows without a key become after them.
+
+    Args:
+        kept: the condition outside of which a weight is zero, in rows that attend a key. If a row may have none, the
+            key is masked exactly where it does not hold.
 
     Raises:
         NotAttention: a weight mod has query and key positions and is not known to be the mask.

@@ -17,7 +17,8 @@ __all__ = ["Case", "from_zoo"]
 class Case:
     """``build`` makes the model, ``inputs`` its keyword arguments; ``package`` is the name that pip knows.
 
-    ``sites`` says how many attentions the model has, counted from its configuration and not from what is found.
+    ``sites`` says how many attentions the model has, counted from its configuration and not from what is found. A
+    package with a slash is a repository on GitHub, whose idiom is written anew here.
     """
 
     name: str
@@ -26,6 +27,10 @@ class Case:
     build: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Any]]
     package: str = "transformers"
+
+    @property
+    def of_a_repository(self) -> bool:
+        return "/" in self.package
 
 
 def from_zoo(name: str, form: str, package: str = "transformers") -> Case:

@@ -18,7 +18,7 @@ from torch._inductor.compile_fx import compile_fx
 from attnrewrite.backend import collect_reports
 from attnrewrite.numerics.judge import HALF
 from attnrewrite.report.rows import GraphReport
-from tests.coverage import entries_packages, entries_transformers
+from tests.coverage import entries_packages, entries_transformers, repositories
 from tests.coverage.case import Case
 from tests.coverage.precision import DoesNotRun, Measured, judged, measured_in
 from tests.support.helpers import outputs, rewritten
@@ -39,7 +39,7 @@ __all__ = [
     "warm_up",
 ]
 
-CASES: dict[str, Case] = {case.name: case for case in (*entries_transformers.CASES, *entries_packages.CASES)}
+CASES: dict[str, Case] = {case.name: case for case in (*entries_transformers.CASES, *entries_packages.CASES, *repositories.CASES)}
 
 VALUE_LIMIT = 1e-5
 GRADIENT_LIMIT = 1e-4
@@ -65,7 +65,7 @@ def measure(case: Case, *, dtype: torch.dtype = torch.float32, gradients: bool =
         "wrong": {},
     }
     try:
-        row["version"] = metadata.version(case.package)
+        row["version"] = "" if case.of_a_repository else metadata.version(case.package)
     except metadata.PackageNotFoundError:
         row["failures"]["build"] = f"{case.package} is not installed"
         return row

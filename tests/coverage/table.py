@@ -76,7 +76,8 @@ def _dtype(results: Row) -> str:
 def markdown(results: Row) -> str:
     rows = results["rows"]
     own = [row for row in rows if row["package"] == "transformers"]
-    others = [row for row in rows if row["package"] != "transformers"]
+    repositories = [row for row in rows if "/" in row["package"]]
+    others = [row for row in rows if row["package"] != "transformers" and row not in repositories]
     versions = results["versions"]
     packages = ", ".join(
         f"{name} {versions[name]}" for name in sorted({row["package"] for row in rows} & set(versions))
@@ -95,12 +96,16 @@ def markdown(results: Row) -> str:
         f"with torch {versions['torch']} on {results['device']}; the raw data, with the source line of every site "
         f"that was left, are in [benchmarks/{file}](benchmarks/{file}). "
         "`tests/coverage/requirements.txt` installs the packages.",
-        _totals({"transformers": own, "other packages": others, "all": rows}, single=single),
+        _totals({"transformers": own, "other packages": others, "repositories": repositories, "all": rows}, single=single),
         _LEGEND.format(errors=_SINGLE if single else _HALF),
         "## transformers",
         _models(own, with_package=False),
         "## Other packages",
         _models(others, with_package=True),
+        "## Repositories",
+        "Attention of code that is no package, written anew after the repository that is named: its operators, in its "
+        "order.",
+        _models(repositories, with_package=True),
         "## What was not rewritten",
         _left(rows),
         "## Versions",
