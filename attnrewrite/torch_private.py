@@ -9,6 +9,7 @@ Modules that ``torch._dynamo`` does not load itself are imported in the function
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -286,6 +287,21 @@ mark_static = torch._dynamo.mark_static
 def graph_breaks() -> Counter[str]:
     """The number of graph breaks so far, by reason."""
     return Counter(torch._dynamo.utils.counters["graph_break"])
+
+
+def break_after(gm: torch.fx.GraphModule) -> Any:
+    """Why Dynamo ended the graph, with ``reason`` and ``user_stack``; None if it ended with the function.
+
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_dynamo/output_graph.py GraphCompileReason
+    """
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason if getattr(reason, "graph_break", False) else None
+
+
+RESUMED_FUNCTION = re.compile(r"torch_dynamo_resume_in_(?P<function>.+)_at_(?P<line>\d+)$")
+"""The name of the code behind a graph break:
+https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_dynamo/resume_execution.py TORCH_DYNAMO_RESUME_IN_PREFIX
+"""
 
 
 trace_structured = torch._logging._internal.trace_structured

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import fx
 from attnrewrite.analysis.values import (
     ABSORBING,
     ORDINARY,
+    UNDERFLOW,
     as_stored,
     constant_value,
     is_far_below,
@@ -55,6 +56,7 @@ _ELEMENTWISE = frozenset(
         aten.relu.default,
         aten.abs.default,
         aten.sigmoid.default,
+        aten.nan_to_num.default,
     }
 )
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -136,13 +138,21 @@ def read_scores(
     Raises:
         NotAttention: an operation on the way cannot be read as a function of the scores.
     """
-    return _walk(node, layout, _WalkContext(memo, key_axes, accepts, sink), plain=True)
+    return _walk(node, layout, _WalkContext(memo, key_axes, accepts, sink), plain=True, bare=not sink)
 
 
-def _walk(node: fx.Node, layout: Layout, context: _WalkContext, plain: bool) -> ScoreWalk:
-    """``plain``: only sums, scales and masks lie between ``node`` and softmax, so a constant of a row cancels."""
+def _walk(node: fx.Node, layout: Layout, context: _WalkContext, plain: bool, bare: bool) -> ScoreWalk:
+    """
+    Args:
+        plain: only sums, scales and masks lie between ``node`` and softmax, so a constant of a row cancels.
+        bare: only views and casts do.
+    """
     if is_product(node):
         return _walk_from_product(node, layout, context)
+    if bare and _bounds_nothing(node, layout, context):
+        source: Any = node.args[0]
+        walk = _walk(source, layout, context, plain, bare)
+        return replace(walk, nodes=(*walk.nodes, node))
     sources = [arg for arg in dict.fromkeys(sources_of_scores(node)) if leads_to_product(arg, context.memo)]
     if not sources:
         raise NotAttention(
@@ -156,7 +166,8 @@ def _walk(node: fx.Node, layout: Layout, context: _WalkContext, plain: bool) -> 
             mods, extra = _read_step(node, source, layout, context, plain)
             before = _step_back(node, source, layout)
             still_plain = plain and all(_keeps_constants(mod, context) for mod in mods)
-            walk = _walk(source, before, context, still_plain)
+            still_bare = bare and all(isinstance(mod, Narrow) for mod in mods)
+            walk = _walk(source, before, context, still_plain, still_bare)
         except NotAttention as reason:
             reasons.append(reason)
         else:
@@ -164,6 +175,39 @@ def _walk(node: fx.Node, layout: Layout, context: _WalkContext, plain: bool) -> 
     if not walks:
         raise reasons[0]
     return max(walks, key=lambda walk: len({*walk.product.lhs.axes} & {*walk.product.rhs.axes}))
+
+
+def _bounds_nothing(node: fx.Node, layout: Layout, context: _WalkContext) -> bool:
+    """Whether ``node`` bounds scores less their row's maximum where softmax sees no difference.
+
+    The highest of them is zero, and what lies below the lower bound has a weight of zero on both sides of it.
+    """
+    current: Any = node
+    while is_tensor(current) and current.target in _CLAMPS:
+        low, high = _bounds_of(current)
+        if not (low is None or (isinstance(low, (int, float)) and low <= UNDERFLOW)):
+            return False
+        if not (high is None or (isinstance(high, (int, float)) and high >= 0)):
+            return False
+        current = current.args[0]
+    if current is node or not is_tensor(current) or current.target not in SUB_OPS or current.kwargs:
+        return False
+    scores, maximum = current.args[:2]
+    if not is_tensor(scores) or not same_shape(tensor(scores).shape, tensor(current).shape):
+        return False
+    return row_maximum(maximum, scores, layout, context, own_row=True) is not None
+
+
+_CLAMPS = (aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
+
+
+def _bounds_of(node: fx.Node) -> tuple[Any, Any]:
+    """The lowest and the highest number that one of ``_CLAMPS`` gives; None for no bound."""
+    args: Any = node.args
+    if node.target is aten.clamp.default:
+        low = args[1] if len(args) > 1 else node.kwargs.get("min")
+        return low, args[2] if len(args) > 2 else node.kwargs.get("max")
+    return (args[1], None) if node.target is aten.clamp_min.default else (None, args[1])
 
 
 def _stopping(node: fx.Node) -> fx.Node:
@@ -315,8 +359,6 @@ def _shift(number: Any, node: fx.Node, context: _WalkContext, plain: bool) -> li
 def _clamp_or_function(node: fx.Node, source: fx.Node) -> ScoreMod:
     """The modification by ``maximum``, ``clamp`` and the like: a floor far below, or any function of one score."""
     args: Any = node.args
-    low: Any
-    high: Any
     if node.target is aten.maximum.default:
         low = constant_value(args[1] if args[0] is source else args[0])
         if low is None:
@@ -324,13 +366,8 @@ def _clamp_or_function(node: fx.Node, source: fx.Node) -> ScoreMod:
                 f"{node_in_words(node)} takes the maximum of the scores and a tensor that is not constant"
             )
         high = None
-    elif node.target is aten.clamp.default:
-        low = args[1] if len(args) > 1 else node.kwargs.get("min")
-        high = args[2] if len(args) > 2 else node.kwargs.get("max")
-    elif node.target is aten.clamp_min.default:
-        low, high = args[1], None
     else:
-        low, high = None, math.inf
+        low, high = _bounds_of(node) if node.target in _CLAMPS else (None, math.inf)
     lowest = torch.finfo(tensor(node).dtype).min  # Which lifts nothing but minus infinity, also in float16.
     if high is None and isinstance(low, (int, float)) and low <= max(ABSORBING, lowest):
         return Floor(as_stored(float(low), tensor(node).dtype), tensor(node).dtype)

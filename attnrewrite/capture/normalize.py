@@ -9,7 +9,7 @@ after normalization.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from attnrewrite.ir.bounds import STEPS_OF_SCORES
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import is_tensor, same_shape, tensor
 from attnrewrite.ir.ops import CAST_OPS, MASKED_FILL_OPS, SCATTER_OPS, has_effect, is_elementwise, is_random, is_view
+from attnrewrite.ir.spans import argument_of, taken_from
 from attnrewrite.torch_private import OpOverload, is_erased, schema_of
 
 __all__ = ["ALIASES", "normalize"]
@@ -325,7 +326,7 @@ def _shape_of_other(target: Any) -> Callable[[fx.GraphModule, fx.Node], None]:
 
 def _without_gradients(ir: fx.GraphModule, node: fx.Node) -> None:
     """Removes ``detach`` of what was computed, such as that of ``scores.data.masked_fill_``."""
-    (source,) = node.args
+    source: Any = node.args[0]
     if source.op == "call_function":
         node.replace_all_uses_with(source)
         ir.graph.erase_node(node)
@@ -333,7 +334,8 @@ def _without_gradients(ir: fx.GraphModule, node: fx.Node) -> None:
 
 def _assigned_by_numbers(ir: fx.GraphModule, node: fx.Node) -> None:
     """``x[..., rows, columns] = number`` fills where ``mask[..., rows, columns] = True`` does: one boolean mask."""
-    value, indices, number, *accumulate = node.args
+    args: Any = node.args
+    value, indices, number, *accumulate = args
     first = next((place for place, index in enumerate(indices) if index is not None), 0)
     by_number = all(is_tensor(index) and not tensor(index).dtype.is_floating_point for index in indices[first:])
     if any(accumulate) or node.kwargs or not by_number or not is_tensor(number) or tensor(number).numel() != 1:
@@ -344,10 +346,31 @@ def _assigned_by_numbers(ir: fx.GraphModule, node: fx.Node) -> None:
         return
     builder = Builder(ir, before=node, like=node)
     kind = {"dtype": torch.bool, "device": tensor(value).device, "pin_memory": False}
-    nothing = builder.call(aten.full.default, list(tensor(value).shape[first : len(indices)]), False, **kind)
-    true = builder.call(aten.full.default, [], True, **kind)
-    mask = builder.call(aten.index_put.default, nothing, list(indices[first:]), true)
+    shape = tensor(value).shape[first : len(indices)]
+    mask = _triangle(indices[first:], shape, builder)
+    if mask is None:
+        nothing = builder.call(aten.full.default, list(shape), False, **kind)
+        true = builder.call(aten.full.default, [], True, **kind)
+        mask = builder.call(aten.index_put.default, nothing, list(indices[first:]), true)
     node.args = (value, [*indices[:first], mask], number)
+
+
+def _triangle(indices: Sequence[fx.Node], shape: Sequence[Any], builder: Builder) -> fx.Node | None:
+    """The mask of ``rows, columns = torch.triu_indices(*shape, offset)``; None if the indices are others."""
+    parts = [taken_from(index) for index in indices]
+    if len(parts) != 2 or not all(part is not None and part.selected and part.dim == 0 for part in parts):
+        return None
+    rows, columns = (part for part in parts if part is not None)
+    whole: Any = rows.source
+    compare = {aten.triu_indices.default: aten.ge.Scalar, aten.tril_indices.default: aten.le.Scalar}.get(whole.target)
+    if compare is None or columns.source is not whole or (rows.span.start, columns.span.start) != (0, 1):
+        return None
+    if not same_shape([argument_of(whole, place, "", None) for place in (0, 1)], shape):
+        return None
+    device = tensor(whole).device
+    row, column = (builder.call(aten.arange.default, size, device=device, pin_memory=False) for size in shape)
+    apart = builder.call(aten.sub.Tensor, column, builder.call(aten.unsqueeze.default, row, 1))
+    return builder.call(compare, apart, argument_of(whole, 2, "offset", 0))
 
 
 def _conversions(ir: fx.GraphModule, node: fx.Node) -> None:

@@ -135,7 +135,8 @@ def _steps_from(node: fx.Node, part: _Part) -> list[_Step] | None:
     """The steps on the whole that make of a part of it what ``node`` is; None if one cannot be written so."""
     if part.viewed is None and part.is_taken_by(node):
         return []
-    if node.target in _SHAPES and is_tensor(source := node.args[0]):
+    source: Any = node.args[0] if node.args else None
+    if node.target in _SHAPES and is_tensor(source):
         # Behind the view the steps are done in the shape that it has before, or in the part's own again.
         shape = tensor(source).shape
         return _steps_from(source, part.in_shape(None if same_shape(shape, part.shape()) else shape))

@@ -29,13 +29,14 @@ from attnrewrite.capture.support import (
     updated_in_place,
 )
 from attnrewrite.capture.vmap import holds_vmap, vmap_lowered
-from attnrewrite.ir.source import source_name
+from attnrewrite.ir.source import ENDS_AT, source_name
 from attnrewrite.torch_private import (
     FORWARD_MODE_CALLS,
     FakeTensor,
     FakeTensorMode,
     TracingContext,
     aot_export_module,
+    break_after,
     detect_fake_mode,
     forward_mode_level,
     is_traceable_wrapper_subclass,
@@ -75,6 +76,10 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     prepared = prepared_graph(gm, regions, opaque)
     exported, signature = _traced(prepared, inputs, context, regions, opaque)
     ir = restore_calling_convention(gm, prepared, exported, signature, opaque)
+    broken = break_after(gm)
+    if broken is not None:
+        place = "".join(f", {frame.filename}:{frame.lineno}" for frame in broken.user_stack[-1:])
+        ir.meta[ENDS_AT] = f"{first_line(broken.reason)}{place}"
     parts = [part for part in ir.modules() if isinstance(part, fx.GraphModule)]
     gradients = torch.is_grad_enabled() or any(map(_switches_gradients, parts))
     for part in parts:

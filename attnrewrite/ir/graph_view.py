@@ -10,7 +10,7 @@ from torch import fx
 from attnrewrite.ir.axes import Operand
 from attnrewrite.ir.nodes import AutocastState, is_tensor, regions, tensor
 from attnrewrite.ir.ops import is_cast
-from attnrewrite.ir.source import source_location
+from attnrewrite.ir.source import ENDS_AT, source_location
 from attnrewrite.ir.views import peel
 from attnrewrite.torch_private import operator_name
 
@@ -26,6 +26,8 @@ class GraphView:
         """
         self.gm = gm
         self.graph = gm.graph
+        self.ends_at = str(gm.meta.get(ENDS_AT, ""))
+        """The graph break that ends the graph; empty if none does."""
         self._regions = regions(gm.graph)
         self.leads_to_product: dict[fx.Node, bool] = {}
         inputs = [node for node in gm.graph.nodes if node.op in ("placeholder", "get_attr") and is_tensor(node)]

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from attnrewrite.torch_private import dynamo_source
+from attnrewrite.torch_private import RESUMED_FUNCTION, dynamo_source
 
 __all__ = [
+    "ENDS_AT",
     "SourceLocation",
+    "break_before",
     "called_from",
     "name_source",
     "own_files",
@@ -49,6 +51,19 @@ def source_location(node: fx.Node) -> SourceLocation | None:
         path = entry[0] if isinstance(entry, tuple) else str(entry)
     return SourceLocation(file, int(line), function.strip(), code.strip(), _module_path(path))
 
+
+def break_before(graph: fx.Graph) -> str:
+    """Where the graph break is that the graph continues after, as "line N of FUNCTION"; empty if there is none."""
+    for node in graph.nodes:
+        for _, _, function, _ in _FRAME.findall(node.meta.get("stack_trace") or ""):
+            resumed = RESUMED_FUNCTION.match(function.strip())
+            if resumed is not None:
+                return f"line {resumed['line']} of {resumed['function']}"
+    return ""
+
+
+ENDS_AT = "attnrewrite_ends_at"
+"""The key, in a graph module's ``meta``, of the graph break that ends the graph, in words."""
 
 SOURCE_ATTRIBUTE = "_attnrewrite_source"
 

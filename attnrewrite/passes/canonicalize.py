@@ -452,7 +452,8 @@ def _kept_by_last_fills(terms: list[Term], kept: Sequence[Formula | None]) -> Fo
     """
     known: list[Formula] = []
     for term, formula in zip(reversed(terms), reversed(kept), strict=True):
-        if isinstance(term, Bias) and not all(is_ordinary(value) or value == -math.inf for value in _values(term)):
+        ordinary = all(value == -math.inf or _is_ordinary(value) for value in _values(term))
+        if isinstance(term, Bias) and (term.scales or not ordinary):
             break
         if isinstance(term, Fill) and formula is not None and term.value <= FAR_BELOW:
             known.append(formula)
@@ -940,6 +941,10 @@ def _values(term: Term) -> list[object]:
     return [ValueKind.ANY if value is None else value for value in values]
 
 
+def _is_ordinary(value: object) -> bool:
+    return isinstance(value, (float, ValueKind)) and is_ordinary(value)
+
+
 def _lowest(value: object) -> float:
     """The lowest number that a value may stand for."""
     if isinstance(value, float):
@@ -965,6 +970,7 @@ def _why_not_a_mask(terms: list[Term], attended: str | None, differentiable: boo
     A fill replaces the score and a mask is added to it: both agree only if no score is large enough to matter.
     """
     low = [min(map(_lowest, _values(term)), default=0.0) for term in terms]
+    alike = _only_fills_mask(terms)  # The fills are one, of what any of them fills.
     for position, term in enumerate(terms):
         if not isinstance(term, Fill):
             continue
@@ -981,7 +987,7 @@ def _why_not_a_mask(terms: list[Term], attended: str | None, differentiable: boo
         if (
             term.value > ABSORBING
             and attended is None
-            and (masks > 1 or any(isinstance(later, Bias) for later in terms[position:]))
+            and ((masks > 1 and not alike) or any(isinstance(later, Bias) for later in terms[position:]))
         ):
             return Reason(
                 f"{term.value:g} is filled in together with another mask or bias, and which key a row without a key "

@@ -37,6 +37,7 @@ from attnrewrite.ir.site import AttentionSite, Narrow, NotAttention, Scale, Weig
 from attnrewrite.ir.source import source_location
 from attnrewrite.ir.views import peel, push
 from attnrewrite.patterns.base import Specimen
+from attnrewrite.patterns.softmax.graph_breaks import cut_before, cut_behind
 from attnrewrite.patterns.softmax.specimens import SPECIMENS
 
 __all__ = ["PATTERN"]
@@ -58,6 +59,9 @@ class SoftmaxAttention:
             with searching() as ended:
                 between = _between_products(softmax, view)
             if not between:
+                cut = _cut(softmax, view)
+                if cut:
+                    yield NearMiss(self.name, softmax.node, cut, (softmax.node,))
                 continue
             try:
                 readings += self._read_all(softmax, view)
@@ -335,6 +339,13 @@ def _between_products(softmax: Softmax, view: GraphView) -> bool:
         return False
     after = _product_near(softmax.node, lambda node: list(node.users))
     return after is not False and (before is True or after is True)
+
+
+def _cut(softmax: Softmax, view: GraphView) -> str:
+    """Why an attention has only one of its products here if a graph break lies within it; else empty."""
+    if _product_near(softmax.node, lambda node: list(node.users)):
+        return cut_before(softmax.scores)
+    return cut_behind(softmax.node, view.ends_at) if leads_to_product(softmax.scores, view.leads_to_product) else ""
 
 
 def _product_near(start: fx.Node, neighbors: Callable[[fx.Node], list[fx.Node]]) -> bool | None:

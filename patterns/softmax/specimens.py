@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attnrewrite.patterns import perturbed
 from attnrewrite.patterns.softmax import (
+    assignments,
     isolated,
     normalizations,
     parts,
@@ -26,4 +27,5 @@ SPECIMENS = (
     *single_key.SPECIMENS,
     *isolated.SPECIMENS,
     *parts.SPECIMENS,
+    *assignments.SPECIMENS,
 )

@@ -17,7 +17,8 @@ __all__ = ["Case", "from_zoo"]
 class Case:
     """``build`` makes the model, ``inputs`` its keyword arguments; ``package`` is the name that pip knows.
 
-    ``sites`` says how many attentions the model has, counted from its configuration and not from what is found. A
+    ``sites`` says how many attentions the model has, counted from its configuration and not from what is found;
+    ``kept`` of them no rewrite can serve, for the reason ``why_kept``. A
     package with a slash is a repository on GitHub, whose idiom is written anew here.
     """
 
@@ -27,6 +28,8 @@ class Case:
     build: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Any]]
     package: str = "transformers"
+    kept: int = 0
+    why_kept: str = ""
 
     @property
     def of_a_repository(self) -> bool:

@@ -39,7 +39,9 @@ __all__ = [
     "warm_up",
 ]
 
-CASES: dict[str, Case] = {case.name: case for case in (*entries_transformers.CASES, *entries_packages.CASES, *repositories.CASES)}
+CASES: dict[str, Case] = {
+    case.name: case for case in (*entries_transformers.CASES, *entries_packages.CASES, *repositories.CASES)
+}
 
 VALUE_LIMIT = 1e-5
 GRADIENT_LIMIT = 1e-4
@@ -60,6 +62,7 @@ def measure(case: Case, *, dtype: torch.dtype = torch.float32, gradients: bool =
         "package": case.package,
         "form": case.form,
         "sites": case.sites,
+        "rightly_kept": case.kept,
         "dtype": str(dtype).removeprefix("torch."),
         "failures": {},
         "wrong": {},

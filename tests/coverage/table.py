@@ -96,7 +96,9 @@ def markdown(results: Row) -> str:
         f"with torch {versions['torch']} on {results['device']}; the raw data, with the source line of every site "
         f"that was left, are in [benchmarks/{file}](benchmarks/{file}). "
         "`tests/coverage/requirements.txt` installs the packages.",
-        _totals({"transformers": own, "other packages": others, "repositories": repositories, "all": rows}, single=single),
+        _totals(
+            {"transformers": own, "other packages": others, "repositories": repositories, "all": rows}, single=single
+        ),
         _LEGEND.format(errors=_SINGLE if single else _HALF),
         "## transformers",
         _models(own, with_package=False),
@@ -116,6 +118,8 @@ def markdown(results: Row) -> str:
 
 _LEGEND = """\
 - **sites**: the attentions that the model has, counted by hand from its configuration.
+- **of these no rewrite can serve**: counted for repositories alone: the weights are stored, returned or read elsewhere,
+  the scores are no products of queries and keys, or Dynamo ends the graph between them (`tests/coverage/repositories`).
 - **rewritten**: how many of them are rewritten in inference, without gradients. What is kept where gradients are taken
   is listed under [What was not rewritten](#what-was-not-rewritten), after "with gradients".
 {errors}
@@ -160,7 +164,9 @@ def _totals(groups: dict[str, list[Row]], *, single: bool) -> str:
     lines: _Lines = {
         "models": lambda rows: str(len(rows)),
         "sites": lambda rows: str(sum(row["sites"] for row in rows)),
+        "of these no rewrite can serve": lambda rows: str(_sum(rows, "rightly_kept")),
         "rewritten": lambda rows: share(rows, "rewritten"),
+        "rewritten of the others": lambda rows: _share_of_others(rows),
         "fused by Inductor's own pass": lambda rows: share(rows, "inductor"),
         "models rewritten in full": lambda rows: str(sum(row.get("rewritten") == row["sites"] for row in rows)),
         **(limits if single else judged),
@@ -168,6 +174,13 @@ def _totals(groups: dict[str, list[Row]], *, single: bool) -> str:
     }
     cells = [[title, *(count(rows) for rows in groups.values())] for title, count in lines.items()]
     return table(["", *groups], cells)
+
+
+def _share_of_others(rows: list[Row]) -> str:
+    """The share of what can be rewritten at all; what is rewritten of the rest is not counted."""
+    others = _sum(rows, "sites") - _sum(rows, "rightly_kept")
+    found = sum(min(row.get("rewritten") or 0, row["sites"] - row.get("rightly_kept", 0)) for row in rows)
+    return f"{found} ({found / others:.1%})" if others else "-"
 
 
 def _sum(rows: list[Row], key: str) -> int:
