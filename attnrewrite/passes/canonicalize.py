@@ -446,7 +446,7 @@ def _kept_by_all(terms: list[Term], kept: Sequence[Formula | None]) -> Formula |
 
 
 def _kept_by_last_fills(terms: list[Term], kept: Sequence[Formula | None]) -> Formula | None:
-    """Condition under which no fill masks the score that nothing of unknown size follows; None if there is no such fill.
+    """Condition under which no fill masks the score, of those that nothing of unknown size follows; None if none does.
 
     Outside of it the weight is zero, whatever was added before, if the row attends a key.
     """
