@@ -33,9 +33,11 @@ from attnrewrite.torch_private import operator_name
 
 __all__ = [
     "BOUNDED",
+    "CLAMPS",
     "FLOATING",
     "ScoreWalk",
     "assigned_mask",
+    "bounds_of",
     "is_narrower",
     "leads_to_product",
     "node_in_words",
@@ -183,8 +185,8 @@ def _bounds_nothing(node: fx.Node, layout: Layout, context: _WalkContext) -> boo
     The highest of them is zero, and what lies below the lower bound has a weight of zero on both sides of it.
     """
     current: Any = node
-    while is_tensor(current) and current.target in _CLAMPS:
-        low, high = _bounds_of(current)
+    while is_tensor(current) and current.target in CLAMPS:
+        low, high = bounds_of(current)
         if not (low is None or (isinstance(low, (int, float)) and low <= UNDERFLOW)):
             return False
         if not (high is None or (isinstance(high, (int, float)) and high >= 0)):
@@ -198,11 +200,11 @@ def _bounds_nothing(node: fx.Node, layout: Layout, context: _WalkContext) -> boo
     return row_maximum(maximum, scores, layout, context, own_row=True) is not None
 
 
-_CLAMPS = (aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
+CLAMPS = (aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
 
 
-def _bounds_of(node: fx.Node) -> tuple[Any, Any]:
-    """The lowest and the highest number that one of ``_CLAMPS`` gives; None for no bound."""
+def bounds_of(node: fx.Node) -> tuple[Any, Any]:
+    """The lowest and the highest number that one of ``CLAMPS`` gives; None for no bound."""
     args: Any = node.args
     if node.target is aten.clamp.default:
         low = args[1] if len(args) > 1 else node.kwargs.get("min")
@@ -367,7 +369,7 @@ def _clamp_or_function(node: fx.Node, source: fx.Node) -> ScoreMod:
             )
         high = None
     else:
-        low, high = _bounds_of(node) if node.target in _CLAMPS else (None, math.inf)
+        low, high = bounds_of(node) if node.target in CLAMPS else (None, math.inf)
     lowest = torch.finfo(tensor(node).dtype).min  # Which lifts nothing but minus infinity, also in float16.
     if high is None and isinstance(low, (int, float)) and low <= max(ABSORBING, lowest):
         return Floor(as_stored(float(low), tensor(node).dtype), tensor(node).dtype)

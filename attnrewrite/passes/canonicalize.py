@@ -43,6 +43,7 @@ from attnrewrite.analysis.masks import (
     repeated_along,
     truth,
 )
+from attnrewrite.analysis.scores import CLAMPS, bounds_of
 from attnrewrite.analysis.values import (
     ABSORBED,
     ABSORBING,
@@ -597,11 +598,15 @@ _BOUNDED = (aten.tanh.default, aten.sigmoid.default, aten.clamp.default)
 
 
 def _read_function(mod: Elementwise, reading: _Reading) -> None:
-    """Reads an elementwise function. After a bounded one no score is infinite, so only later terms mask."""
+    """Reads an elementwise function. After a bounded one no score is infinite, so only later terms mask.
+
+    A bound from above alone leaves masked scores as they are.
+    """
     target: Any = mod.node.target
     name = operator_name(target)
-    low = mod.node.args[1] if len(mod.node.args) > 1 else mod.node.kwargs.get("min")
-    high = mod.node.args[2] if len(mod.node.args) > 2 else mod.node.kwargs.get("max")
+    low, high = bounds_of(mod.node) if target in CLAMPS else (None, None)
+    if target in CLAMPS and low is None and isinstance(high, (int, float)) and high >= 0:
+        return reading.take_function(f"{name} of the scores needs a kernel with a score_mod")
     unbounded = target is aten.clamp.default and not (isinstance(low, (int, float)) and math.isfinite(low))
     masks = bool(reading.terms) or reading.bounded > 0
     if reading.terms and (target not in _BOUNDED or unbounded):

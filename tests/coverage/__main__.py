@@ -23,6 +23,13 @@ ROOT = Path(__file__).parents[2]
 
 
 @click.command()
+@click.option(
+    "--group",
+    type=click.Choice(["packages", "repositories"]),
+    default="packages",
+    show_default=True,
+    help="Models of packages, or attention as repositories that are no packages write it.",
+)
 @click.option("--only", multiple=True, metavar="NAME", type=click.Choice(sorted(CASES)), help="This model; repeatable.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Where the raw results go.")
 @click.option("--write", type=click.Path(path_type=Path), help="Where the Markdown page goes.")
@@ -34,6 +41,7 @@ ROOT = Path(__file__).parents[2]
 @click.option("--inductor/--no-inductor", default=True, show_default=True, help="What Inductor's own pass fuses.")
 @click.option("--timeout", default=400, show_default=True, help="Seconds for one model.")
 def main(
+    group: str,
     only: tuple[str, ...],
     json_file: Path | None,
     write: Path | None,
@@ -48,14 +56,14 @@ def main(
     With --only and a --json file that exists, the rows of the named models are replaced in it. A file holds one dtype.
     The last line says how many sites are rewritten and how many models are wrong.
     """
-    results = json.loads(from_json.read_text()) if from_json else empty(dtype)
+    results = json.loads(from_json.read_text()) if from_json else empty(dtype, group)
     if not from_json:
         old = json.loads(json_file.read_text())["rows"] if only and json_file and json_file.exists() else []
         console = Console(soft_wrap=True, highlight=False)
         start = time.perf_counter()
         torch.set_num_threads(1)  # A fork waits forever for threads of OpenMP that only its parent has.
         warm_up()
-        for name in only or CASES:
+        for name in only or [name for name, case in CASES.items() if case.group == group]:
             work = partial(measure, CASES[name], dtype=DTYPES[dtype], gradients=gradients, inductor=inductor)
             row = {**measured(name, dtype, work, timeout), "commit": results["commit"]}
             console.print(line(row), markup=False)
@@ -68,9 +76,9 @@ def main(
     click.echo(total(results))
 
 
-def empty(dtype: str) -> dict[str, Any]:
+def empty(dtype: str, group: str) -> dict[str, Any]:
     packages = {case.package for case in CASES.values()}
-    return {**describe(ROOT, "tests.coverage", packages), "dtype": dtype, "seconds": 0, "rows": []}
+    return {**describe(ROOT, "tests.coverage", packages), "dtype": dtype, "group": group, "seconds": 0, "rows": []}
 
 
 def measured(name: str, dtype: str, work: Callable[[], dict[str, Any]], timeout: int) -> dict[str, Any]:

@@ -32,8 +32,8 @@ class Case:
     why_kept: str = ""
 
     @property
-    def of_a_repository(self) -> bool:
-        return "/" in self.package
+    def group(self) -> str:
+        return "repositories" if "/" in self.package else "packages"
 
 
 def from_zoo(name: str, form: str, package: str = "transformers") -> Case:

@@ -75,51 +75,80 @@ def _dtype(results: Row) -> str:
 
 def markdown(results: Row) -> str:
     rows = results["rows"]
-    own = [row for row in rows if row["package"] == "transformers"]
-    repositories = [row for row in rows if "/" in row["package"]]
-    others = [row for row in rows if row["package"] != "transformers" and row not in repositories]
     versions = results["versions"]
     packages = ", ".join(
         f"{name} {versions[name]}" for name in sorted({row["package"] for row in rows} & set(versions))
     )
     dtype = _dtype(results)
     single = dtype == "float32"
-    file = "coverage_cpu.json" if single else f"coverage_{dtype}_cpu.json"
-    page = "coverage.md" if single else f"coverage_{dtype}.md"
-    option = "" if single else f"--dtype {dtype} "
+    of_packages = results.get("group", "packages") == "packages"
+    name = "coverage" + ("" if of_packages else "_repositories") + ("" if single else f"_{dtype}")
+    options = ("" if of_packages else "--group repositories ") + ("" if single else f"--dtype {dtype} ")
+    title = "Coverage" + ("" if of_packages else " of repositories") + ("" if single else f" in {dtype}")
     parts = [
-        "# Coverage" if single else f"# Coverage in {dtype}",
-        "Real model classes in small configurations with random weights, with the attention code that they have when "
-        "no fused kernel is asked for: what is rewritten in inference, and whether it is right. The tables are written "
-        "by",
-        f"```\npython -m tests.coverage {option}--json docs/benchmarks/{file} --write docs/{page}\n```",
+        f"# {title}",
+        f"{_PACKAGES if of_packages else _REPOSITORIES} The tables are written by",
+        f"```\npython -m tests.coverage {options}--json docs/benchmarks/{name}_cpu.json --write docs/{name}.md\n```",
         f"with torch {versions['torch']} on {results['device']}; the raw data, with the source line of every site "
-        f"that was left, are in [benchmarks/{file}](benchmarks/{file}). "
-        "`tests/coverage/requirements.txt` installs the packages.",
-        _totals(
-            {"transformers": own, "other packages": others, "repositories": repositories, "all": rows}, single=single
-        ),
-        _LEGEND.format(errors=_SINGLE if single else _HALF),
-        "## transformers",
-        _models(own, with_package=False),
-        "## Other packages",
-        _models(others, with_package=True),
-        "## Repositories",
-        "Attention of code that is no package, written anew after the repository that is named: its operators, in its "
-        "order.",
-        _models(repositories, with_package=True),
+        f"that was left, are in [benchmarks/{name}_cpu.json](benchmarks/{name}_cpu.json)."
+        + (" `tests/coverage/requirements.txt` installs the packages." if of_packages else ""),
+        *(_tables_of_packages(rows, single=single) if of_packages else _tables_of_repositories(rows, single=single)),
         "## What was not rewritten",
         _left(rows),
         "## Versions",
-        f"Python {results['python']}, torch {versions['torch']}, {packages}.",
+        f"Python {results['python']}, torch {versions['torch']}{f', {packages}' * bool(packages)}.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
+_PACKAGES = (
+    "Real model classes in small configurations with random weights, with the attention code that they have when no "
+    "fused kernel is asked for: what is rewritten in inference, and whether it is right."
+)
+_REPOSITORIES = (
+    "Attention of code that is no package, in small modules written anew after the repository that is named, with its "
+    "operators in its order: what is rewritten in inference, and whether it is right."
+)
+
+
+def _tables_of_packages(rows: list[Row], *, single: bool) -> list[str]:
+    own = [row for row in rows if row["package"] == "transformers"]
+    others = [row for row in rows if row["package"] != "transformers"]
+    return [
+        _totals({"transformers": own, "other packages": others, "all": rows}, {}, single=single),
+        _legend(single=single),
+        "## transformers",
+        _models(own, with_package=False),
+        "## Other packages",
+        _models(others, with_package=True),
+    ]
+
+
+def _tables_of_repositories(rows: list[Row], *, single: bool) -> list[str]:
+    others: _Lines = {
+        "attentions that no rewrite can serve": lambda rows: str(_sum(rows, "rightly_kept")),
+        "rewritten of the others": _share_of_others,
+    }
+    return [
+        _totals({"repositories": rows}, others, single=single),
+        f"{_KEPT}\n{_legend(single=single)}",
+        "## Modules",
+        _models(rows, with_package=True),
+    ]
+
+
+_KEPT = """\
+- **attentions that no rewrite can serve**: their weights are stored, returned or read elsewhere, their scores are no
+  products of queries and keys, or Dynamo ends the graph between the products; `tests/coverage/repositories` has the
+  list."""
+
+
+def _legend(*, single: bool) -> str:
+    return _LEGEND.format(errors=_SINGLE if single else _HALF)
+
+
 _LEGEND = """\
 - **sites**: the attentions that the model has, counted by hand from its configuration.
-- **of these no rewrite can serve**: counted for repositories alone: the weights are stored, returned or read elsewhere,
-  the scores are no products of queries and keys, or Dynamo ends the graph between them (`tests/coverage/repositories`).
 - **rewritten**: how many of them are rewritten in inference, without gradients. What is kept where gradients are taken
   is listed under [What was not rewritten](#what-was-not-rewritten), after "with gradients".
 {errors}
@@ -141,7 +170,9 @@ _HALF = """\
   what two roundings differ by (`attnrewrite/numerics/judge.py`)."""
 
 
-def _totals(groups: dict[str, list[Row]], *, single: bool) -> str:
+def _totals(groups: dict[str, list[Row]], more: _Lines, *, single: bool) -> str:
+    """``more``: further lines, behind that of what is rewritten."""
+
     def share(rows: list[Row], key: str) -> str:
         sites = sum(row["sites"] for row in rows)
         count = _sum(rows, key)
@@ -164,9 +195,8 @@ def _totals(groups: dict[str, list[Row]], *, single: bool) -> str:
     lines: _Lines = {
         "models": lambda rows: str(len(rows)),
         "sites": lambda rows: str(sum(row["sites"] for row in rows)),
-        "of these no rewrite can serve": lambda rows: str(_sum(rows, "rightly_kept")),
         "rewritten": lambda rows: share(rows, "rewritten"),
-        "rewritten of the others": lambda rows: _share_of_others(rows),
+        **more,
         "fused by Inductor's own pass": lambda rows: share(rows, "inductor"),
         "models rewritten in full": lambda rows: str(sum(row.get("rewritten") == row["sites"] for row in rows)),
         **(limits if single else judged),
