@@ -171,14 +171,6 @@ def gate_of_heads(x: Tensor, up: Tensor, gate: Tensor) -> Tensor:
     return (x @ up)[..., None] * (x @ gate).softmax(-1)[..., None, :]
 
 
-@_lookalike(_Q, _K, _V, reason="nan_to_num (")
-def nan_to_num_of_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Differential Transformer, YOCO: what it does to infinite scores cannot be left out. The reason names it."""
-    scores = torch.nan_to_num(q @ k.mT * 8**-0.5)
-    scores = scores + torch.full(scores.shape[-2:], -math.inf).triu(1)
-    return scores.softmax(-1) @ v
-
-
 @_lookalike(_Q, _K, _V, keep(2, 1, "L", "S"), reason="erf (")
 def a_function_behind_masks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """The reason names the function, and not the masks, biases and scales that follow."""

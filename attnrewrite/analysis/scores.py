@@ -24,7 +24,7 @@ from attnrewrite.analysis.values import (
 from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, broadcast, resolve
 from attnrewrite.ir.bounds import AROUND_SOFTMAX
 from attnrewrite.ir.nodes import dtype_name, is_tensor, same_shape, scalar, tensor
-from attnrewrite.ir.ops import ADD_OPS, DIV_OPS, MASKED_FILL_OPS, MUL_OPS, SUB_OPS, WHERE_OPS, is_cast
+from attnrewrite.ir.ops import ADD_OPS, CLAMP_OPS, DIV_OPS, MASKED_FILL_OPS, MUL_OPS, SUB_OPS, WHERE_OPS, is_cast
 from attnrewrite.ir.products import Product, is_product, product_from_result
 from attnrewrite.ir.site import Bias, Elementwise, Fill, Floor, Narrow, NotAttention, Scale, ScoreMod, Shift
 from attnrewrite.ir.source import source_location
@@ -33,7 +33,6 @@ from attnrewrite.torch_private import operator_name
 
 __all__ = [
     "BOUNDED",
-    "CLAMPS",
     "FLOATING",
     "ScoreWalk",
     "assigned_mask",
@@ -185,7 +184,7 @@ def _bounds_nothing(node: fx.Node, layout: Layout, context: _WalkContext) -> boo
     The highest of them is zero, and what lies below the lower bound has a weight of zero on both sides of it.
     """
     current: Any = node
-    while is_tensor(current) and current.target in CLAMPS:
+    while is_tensor(current) and current.target in CLAMP_OPS:
         low, high = bounds_of(current)
         if not (low is None or (isinstance(low, (int, float)) and low <= UNDERFLOW)):
             return False
@@ -200,11 +199,8 @@ def _bounds_nothing(node: fx.Node, layout: Layout, context: _WalkContext) -> boo
     return row_maximum(maximum, scores, layout, context, own_row=True) is not None
 
 
-CLAMPS = (aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
-
-
 def bounds_of(node: fx.Node) -> tuple[Any, Any]:
-    """The lowest and the highest number that one of ``CLAMPS`` gives; None for no bound."""
+    """The lowest and the highest number that one of ``CLAMP_OPS`` gives; None for no bound."""
     args: Any = node.args
     if node.target is aten.clamp.default:
         low = args[1] if len(args) > 1 else node.kwargs.get("min")
@@ -369,7 +365,7 @@ def _clamp_or_function(node: fx.Node, source: fx.Node) -> ScoreMod:
             )
         high = None
     else:
-        low, high = bounds_of(node) if node.target in CLAMPS else (None, math.inf)
+        low, high = bounds_of(node) if node.target in CLAMP_OPS else (None, math.inf)
     lowest = torch.finfo(tensor(node).dtype).min  # Which lifts nothing but minus infinity, also in float16.
     if high is None and isinstance(low, (int, float)) and low <= max(ABSORBING, lowest):
         return Floor(as_stored(float(low), tensor(node).dtype), tensor(node).dtype)

@@ -43,7 +43,7 @@ from attnrewrite.analysis.masks import (
     repeated_along,
     truth,
 )
-from attnrewrite.analysis.scores import CLAMPS, bounds_of
+from attnrewrite.analysis.scores import bounds_of
 from attnrewrite.analysis.values import (
     ABSORBED,
     ABSORBING,
@@ -59,6 +59,7 @@ from attnrewrite.analysis.values import (
 )
 from attnrewrite.ir.axes import Operand, size_of
 from attnrewrite.ir.nodes import Size, same, tensor
+from attnrewrite.ir.ops import CLAMP_OPS
 from attnrewrite.ir.reason import FINE, Reason
 from attnrewrite.ir.site import (
     AttentionSite,
@@ -604,8 +605,8 @@ def _read_function(mod: Elementwise, reading: _Reading) -> None:
     """
     target: Any = mod.node.target
     name = operator_name(target)
-    low, high = bounds_of(mod.node) if target in CLAMPS else (None, None)
-    if target in CLAMPS and low is None and isinstance(high, (int, float)) and high >= 0:
+    low, high = bounds_of(mod.node) if target in CLAMP_OPS else (None, None)
+    if target in CLAMP_OPS and low is None and isinstance(high, (int, float)) and high >= 0:
         return reading.take_function(f"{name} of the scores needs a kernel with a score_mod")
     unbounded = target is aten.clamp.default and not (isinstance(low, (int, float)) and math.isfinite(low))
     masks = bool(reading.terms) or reading.bounded > 0

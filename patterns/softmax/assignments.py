@@ -85,13 +85,3 @@ def zeroed_beside_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tenso
     exponentials = scores.exp()
     weights = exponentials / (1 + exponentials.sum(-1, keepdim=True))
     return weights.masked_fill(~mask, 0.0) @ v
-
-
-@_spelling.add(_Q, _K, _V, keep(2, 1, "L", "S"), gradients=False)
-def mask_of_data(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """The idiom of the years before 2018. In training functional tracing would lose the gradient, and refuses."""
-    scores = q @ k.mT * 8**-0.5
-    if torch.is_grad_enabled():
-        return scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
-    scores.data.masked_fill_(~mask, -math.inf)
-    return scores.softmax(-1) @ v

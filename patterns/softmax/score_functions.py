@@ -6,6 +6,8 @@ Only a kernel that applies any function to each score takes these. The rule is s
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,19 @@ def capped_scores_and_a_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> T
 @_spelling.add(_Q, _K, _V)
 def clamped_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.clamp(q @ k.mT * 8**-0.5, min=-2.0, max=1.5).softmax(-1) @ v
+
+
+@_spelling.add(_Q, _K, _V)
+def nan_to_num_of_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Differential Transformer, YOCO."""
+    scores = torch.nan_to_num(q @ k.mT * 8**-0.5)
+    scores = scores + torch.full(scores.shape[-2:], -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    return scores.softmax(-1) @ v
+
+
+@_spelling.add(_Q, _K, _V, additive(2, 1, "L", "S"))
+def bounded_from_above(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return torch.clamp(q @ k.mT * 8**-0.5 + mask, max=1.0).softmax(-1) @ v
 
 
 @_spelling.add(_Q, _K, _V, normal(2, 4, "L", "S"))

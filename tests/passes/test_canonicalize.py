@@ -106,9 +106,13 @@ class _Replay:
 
 
 def _number_of(term: Fill, form: CanonicalScores) -> float:
-    """A mask's number is added to a score that the source replaces: alone, it is one that swallows any score."""
+    """A mask's number is added to a score that the source replaces: alone, it is one that swallows any score.
+
+    Fills of one number are one.
+    """
     masks = [each for each in form.terms if isinstance(each, Fill) or (isinstance(each, Bias) and may_mask(each))]
-    return term.value if len(masks) > 1 or term.value == -math.inf else ABSORBING
+    several = len(masks) > 1 and not form.fills_decide
+    return term.value if several or term.value == -math.inf else ABSORBING
 
 
 def _judged(source: str, seed: int = 0) -> tuple[str, CanonicalScores | None]:

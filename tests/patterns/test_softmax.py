@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -123,3 +124,56 @@ def test_other_assignments_to_the_weights(assign: Callable[[Tensor, Tensor], Ten
 
     (row,) = rows(function, *heads(), torch.rand(2, 4, 6, 9) < 0.4)
     assert row.status == "kept" and reason in row.reason, row.reason
+
+
+# Steps that are nothing where no gradient is wanted.
+
+
+def filled_data(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = q @ k.mT
+    scores.data.masked_fill_(mask, -math.inf)
+    return scores.softmax(-1) @ v
+
+
+def detached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return (q @ k.mT).detach().masked_fill(mask, -math.inf).softmax(-1).detach() @ v
+
+
+@pytest.mark.parametrize("function", [filled_data, detached])
+def test_detached_where_no_gradient_is_wanted(function: Callable[..., Tensor]) -> None:
+    inputs = (*heads(), torch.ones(6, 9, dtype=torch.bool).triu(4))
+    with torch.no_grad():
+        (row,) = rows(function, *inputs)
+        assert row.status == "rewritten"
+        assert relative_error(rewritten(function)(*inputs), function(*inputs)) <= 1e-6
+
+
+@pytest.mark.parametrize("function", [filled_data, detached])
+def test_detached_where_gradients_are_wanted(function: Callable[..., Tensor]) -> None:
+    *parts, mask = (*heads(), torch.ones(6, 9, dtype=torch.bool).triu(4))
+    inputs = [part.requires_grad_() for part in parts]
+    found, expected = (
+        torch.autograd.grad(call(*inputs, mask).sin().sum(), inputs, allow_unused=True)
+        for call in (rewritten(function), function)
+    )
+    # What has no gradient in eager may have one of zeros when compiled.
+    pairs = [(torch.zeros_like(i) if e is None else e, f) for i, e, f in zip(inputs, expected, found, strict=True)]
+    assert all(f is None or relative_error(f, e) <= 1e-5 for e, f in pairs)
+    assert bool(expected[2].any())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
+@pytest.mark.parametrize("where", ["query", "key"])
+def test_nan_to_num_of_scores_that_are_not_finite(value: float, where: str) -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.nan_to_num(q @ k.mT * 0.5)
+        return scores.masked_fill(torch.ones(6, 9, dtype=torch.bool).triu(4), -math.inf).softmax(-1) @ v
+
+    q, k, v = heads()
+    (q if where == "query" else k)[0, 1, 2, 3] = value
+    with torch.no_grad():
+        (row,) = rows(function, q, k, v)
+        assert (row.status, row.kernel) == ("rewritten", "flex")
+        expected, found = function(q, k, v), rewritten(function)(q, k, v)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert relative_error(found, expected) <= 1e-5
