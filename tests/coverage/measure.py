@@ -90,7 +90,7 @@ def measure(case: Case, *, dtype: torch.dtype = torch.float32, gradients: bool =
             if name == "rewrite":
                 return row
         except Exception as error:  # noqa: BLE001 - Any failure of a model is a result.
-            row["failures"][name] = f"{type(error).__name__}: {str(error).strip()[:2000]}"
+            row["failures"][name] = _relative(f"{type(error).__name__}: {str(error).strip()[:2000]}")
         row.setdefault("seconds", {})[name] = round(time.perf_counter() - start, 1)
     return row
 
