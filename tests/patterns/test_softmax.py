@@ -177,3 +177,58 @@ def test_nan_to_num_of_scores_that_are_not_finite(value: float, where: str) -> N
         expected, found = function(q, k, v), rewritten(function)(q, k, v)
     assert torch.equal(found.isnan(), expected.isnan())
     assert relative_error(found, expected) <= 1e-5
+
+
+# Assignments by indices.
+
+
+@pytest.mark.parametrize("offset", [-3, 0, 1, 4])
+@pytest.mark.parametrize("triangle", [torch.triu_indices, torch.tril_indices])
+def test_assigned_by_the_indices_of_a_triangle(triangle: Callable[..., Tensor], offset: int) -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT
+        rows_, columns = triangle(q.shape[-2], k.shape[-2], offset)
+        scores[..., rows_, columns] = -math.inf
+        return scores.softmax(-1) @ v
+
+    (row,) = rows(function, *heads())
+    assert row.status == "rewritten"
+    expected, found = function(*heads()), rewritten(function)(*heads())
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert relative_error(found.nan_to_num(), expected.nan_to_num()) <= 1e-6
+
+
+def columns_of_some_rows(s: Tensor, places: Tensor) -> None:
+    s[:, :, places[:, None], places] = -1e9
+
+
+def pairs(s: Tensor, places: Tensor) -> None:
+    s[..., places, places.flip(0)] = -math.inf
+
+
+def from_behind(s: Tensor, places: Tensor) -> None:
+    s[..., -1 - places, places] = torch.tensor(-1e30)
+
+
+def whole_heads(s: Tensor, places: Tensor) -> None:
+    s[:, places] = 0.5
+
+
+@pytest.mark.parametrize("assign", [columns_of_some_rows, pairs, from_behind, whole_heads])
+@pytest.mark.parametrize("grad", [False, True])
+def test_assigned_by_indices_that_are_inputs(assign: Callable[..., None], grad: bool) -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, places: Tensor) -> Tensor:
+        scores = (q @ k.mT).clone()
+        assign(scores, places)
+        return scores.softmax(-1) @ v
+
+    q, k, v = (part.requires_grad_(grad) for part in heads())
+    places = torch.tensor([0, 2, 3, 2])
+    with torch.set_grad_enabled(grad):
+        if assign is not whole_heads:
+            assert [row.status for row in rows(function, q, k, v, places)] == ["rewritten"]
+        expected, found = function(q, k, v, places), rewritten(function)(q, k, v, places)
+    assert relative_error(found, expected) <= 1e-6
+    if grad:
+        ours, eagers = (torch.autograd.grad(each.sin().sum(), (q, k, v)) for each in (found, expected))
+        assert all(relative_error(f, e) <= 1e-5 for f, e in zip(ours, eagers, strict=True))
