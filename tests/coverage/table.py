@@ -25,7 +25,9 @@ def reasons(row: Row) -> list[str]:
         breaks = "".join(f"; graph break: {text}" for text in row["graph_breaks"])
         texts.append(f"{missing} x not found{breaks}")
     texts += [f"with gradients: {text}" for text in _only_with_gradients(row)]
-    texts += [f"{step} failed: {' '.join(reason.split())}" for step, reason in row["failures"].items()]
+    for step, reason in row["failures"].items():
+        said, _, _ = " ".join(reason.split()).partition(" While executing")
+        texts.append(f"{step} failed: {said}")
     texts += [f"{step}: {' '.join(reason.split())}" for step, reason in row.get("does_not_run", {}).items()]
     texts += [f"wrong {what}: {text}" for what, text in row.get("wrong", {}).items()]
     return texts
