@@ -373,6 +373,9 @@ def _clamp_or_function(node: fx.Node, source: fx.Node) -> ScoreMod:
         raise NotAttention(
             f"{node_in_words(node)} applies a function to the scores whose other arguments are not plain numbers"
         )
+    numbers = [*args[1:], *node.kwargs.values()]
+    if node.target is aten.nan_to_num.default and not all(n is None or math.isfinite(n) for n in numbers):
+        raise NotAttention(f"{node_in_words(node)} puts infinities or NaN in the place of scores")
     return Elementwise(node)
 
 

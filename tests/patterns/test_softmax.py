@@ -232,3 +232,12 @@ def test_assigned_by_indices_that_are_inputs(assign: Callable[..., None], grad: 
     if grad:
         ours, eagers = (torch.autograd.grad(each.sin().sum(), (q, k, v)) for each in (found, expected))
         assert all(relative_error(f, e) <= 1e-5 for f, e in zip(ours, eagers, strict=True))
+
+
+def test_nan_to_num_that_masks_is_left() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.nan_to_num(q @ k.mT, nan=-math.inf).softmax(-1) @ v
+
+    with torch.no_grad():
+        (row,) = rows(function, *heads())
+    assert row.status == "kept" and "puts infinities or NaN in the place of scores" in row.reason
