@@ -325,11 +325,29 @@ def _shape_of_other(target: Any) -> Callable[[fx.GraphModule, fx.Node], None]:
 
 
 def _without_gradients(ir: fx.GraphModule, node: fx.Node) -> None:
-    """Removes ``detach`` of what was computed, such as that of ``scores.data.masked_fill_``."""
+    """Removes ``detach`` of scores or weights, such as that of ``scores.data.masked_fill_``.
+
+    One that an output, or an input that is updated, may be made of stays: it decides which tensors are one object.
+    """
     source: Any = node.args[0]
-    if source.op == "call_function":
+    ends = _MATRIX_PRODUCTS | _SOFTMAX
+    between = all(_reaches(node, step, ends) for step in (lambda n: n.all_input_nodes, lambda n: list(n.users)))
+    if source.op == "call_function" and between and not _leads_out(node):
         node.replace_all_uses_with(source)
         ir.graph.erase_node(node)
+
+
+def _leads_out(node: fx.Node) -> bool:
+    """Whether views and elementwise steps lead to an output, or into an input."""
+    pending, seen = [node], {node}
+    while pending:
+        for user in pending.pop().users:
+            if user.op == "output" or has_effect(user) or len(seen) > STEPS_OF_SCORES:
+                return True
+            if user not in seen and _is_step(user):
+                seen.add(user)
+                pending.append(user)
+    return False
 
 
 def _assigned_by_numbers(ir: fx.GraphModule, node: fx.Node) -> None:

@@ -241,3 +241,17 @@ def test_nan_to_num_that_masks_is_left() -> None:
     with torch.no_grad():
         (row,) = rows(function, *heads())
     assert row.status == "kept" and "puts infinities or NaN in the place of scores" in row.reason
+
+
+def test_detached_outputs_are_objects_of_their_own() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        scores = q @ k.mT
+        result = scores.softmax(-1) @ v
+        q.mul_(2)
+        return scores.detach(), result, result.detach(), q.detach()
+
+    q, k, v = heads()
+    q.requires_grad_()
+    with torch.no_grad():
+        scores, result, other, query = rewritten(function)(q, k, v)
+    assert result is not other and query is not q and not query.requires_grad and not scores.requires_grad
