@@ -244,8 +244,9 @@ def _reaches(start: fx.Node, neighbors: Callable[[fx.Node], Iterable[fx.Node]], 
 
 
 def _is_step(node: fx.Node) -> bool:
-    named = CAST_OPS | SCATTER_OPS | MASKED_FILL_OPS  # Fills do not say that they are elementwise.
-    return is_view(node) or node.target in named or is_elementwise(node)
+    # Fills do not say that they are elementwise.
+    named = node.target in CAST_OPS or node.target in SCATTER_OPS or node.target in MASKED_FILL_OPS
+    return named or is_view(node) or is_elementwise(node)
 
 
 def _step_on_a_part(ir: fx.GraphModule, node: fx.Node) -> None:
@@ -338,13 +339,13 @@ def _without_gradients(ir: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _leads_out(node: fx.Node) -> bool:
-    """Whether views and elementwise steps lead to an output, or into an input."""
+    """Whether anything but a softmax or a matrix product leads to an output, or into an input."""
     pending, seen = [node], {node}
     while pending:
         for user in pending.pop().users:
             if user.op == "output" or has_effect(user) or len(seen) > STEPS_OF_SCORES:
                 return True
-            if user not in seen and _is_step(user):
+            if user not in seen and user.target not in _MATRIX_PRODUCTS | _SOFTMAX:
                 seen.add(user)
                 pending.append(user)
     return False
@@ -365,7 +366,7 @@ def _assigned_by_numbers(ir: fx.GraphModule, node: fx.Node) -> None:
     builder = Builder(ir, before=node, like=node)
     kind = {"dtype": torch.bool, "device": tensor(value).device, "pin_memory": False}
     shape = tensor(value).shape[first : len(indices)]
-    mask = _triangle(indices[first:], shape, builder)
+    mask = _triangle(indices[first:], shape, builder, tensor(value).device)
     if mask is None:
         nothing = builder.call(aten.full.default, list(shape), False, **kind)
         true = builder.call(aten.full.default, [], True, **kind)
@@ -373,8 +374,13 @@ def _assigned_by_numbers(ir: fx.GraphModule, node: fx.Node) -> None:
     node.args = (value, [*indices[:first], mask], number)
 
 
-def _triangle(indices: Sequence[fx.Node], shape: Sequence[Any], builder: Builder) -> fx.Node | None:
-    """The mask of ``rows, columns = torch.triu_indices(*shape, offset)``; None if the indices are others."""
+def _triangle(
+    indices: Sequence[fx.Node], shape: Sequence[Any], builder: Builder, device: torch.device
+) -> fx.Node | None:
+    """The mask of ``rows, columns = torch.triu_indices(*shape, offset)``; None if the indices are others.
+
+    Indices may lie on the CPU beside scores on a GPU; a mask lies on ``device``, where they are.
+    """
     parts = [taken_from(index) for index in indices]
     if len(parts) != 2 or not all(part is not None and part.selected and part.dim == 0 for part in parts):
         return None
@@ -385,7 +391,6 @@ def _triangle(indices: Sequence[fx.Node], shape: Sequence[Any], builder: Builder
         return None
     if not same_shape([argument_of(whole, place, "", None) for place in (0, 1)], shape):
         return None
-    device = tensor(whole).device
     row, column = (builder.call(aten.arange.default, size, device=device, pin_memory=False) for size in shape)
     apart = builder.call(aten.sub.Tensor, column, builder.call(aten.unsqueeze.default, row, 1))
     return builder.call(compare, apart, argument_of(whole, 2, "offset", 0))

@@ -450,14 +450,17 @@ def _kept_by_all(terms: list[Term], kept: Sequence[Formula | None]) -> Formula |
 def _kept_by_last_fills(terms: list[Term], kept: Sequence[Formula | None]) -> Formula | None:
     """Condition under which no fill masks the score, of those that nothing of unknown size follows; None if none does.
 
-    Outside of it the weight is zero, whatever was added before, if the row attends a key.
+    Outside of it the weight is zero, whatever was added before, if the row attends a key. A fill of ordinary size may
+    take the place of what was filled before it.
     """
     known: list[Formula] = []
     for term, formula in zip(reversed(terms), reversed(kept), strict=True):
         ordinary = all(value == -math.inf or _is_ordinary(value) for value in _values(term))
         if isinstance(term, Bias) and (term.scales or not ordinary):
             break
-        if isinstance(term, Fill) and formula is not None and term.value <= FAR_BELOW:
+        if isinstance(term, Fill) and term.value > FAR_BELOW:
+            break
+        if isinstance(term, Fill) and formula is not None:
             known.append(formula)
     return conjunction(known) if known else None
 

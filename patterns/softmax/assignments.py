@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from attnrewrite.patterns.sample_inputs import Specimens, keep, learned, normal
+from attnrewrite.patterns.sample_inputs import Specimens, keep, normal
 
 __all__ = ["SPECIMENS"]
 
@@ -58,30 +58,3 @@ def mask_made_without_gradients(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = torch.triu(torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device), diagonal=1)
     scores.masked_fill_(mask, -math.inf)
     return (8**-0.5 * scores).softmax(-1) @ v
-
-
-@_spelling.add(_Q, _K, _V, learned(1, 4, 1, 1))
-def merged_heads_less_their_maximum(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
-    """Heads are folded into the batch only around a softmax by hand."""
-    scores = (q @ k.mT * temperature).flatten(0, 1)
-    exponentials = (scores - scores.amax(-1, keepdim=True)).exp()
-    weights = exponentials / exponentials.sum(-1, keepdim=True)
-    return weights.view(2, 4, q.shape[2], k.shape[2]) @ v
-
-
-@_spelling.add(_Q, _K, _V)
-def bounded_below_its_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The attention between words and image regions of GLIP and Grounding DINO."""
-    scores = q @ k.mT * 8**-0.5
-    scores = scores - torch.max(scores, dim=-1, keepdim=True)[0]
-    scores = torch.clamp(torch.clamp(scores, min=-50000), max=50000)
-    return scores.softmax(-1) @ v
-
-
-@_spelling.add(_Q, _K, _V, learned(2, 4, "L", "S"), keep(2, 1, "L", "S"))
-def zeroed_beside_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
-    """Softmax plus one, whose masked weights are zero before they are set to zero."""
-    scores = (q @ k.mT * 8**-0.5 + bias).masked_fill(~mask, -math.inf)
-    exponentials = scores.exp()
-    weights = exponentials / (1 + exponentials.sum(-1, keepdim=True))
-    return weights.masked_fill(~mask, 0.0) @ v

@@ -15,11 +15,9 @@ from rich.console import Console
 
 from tests.coverage.apart import apart
 from tests.coverage.machine import describe
-from tests.coverage.measure import CASES, measure, warm_up
+from tests.coverage.measure import CASES, ROOT, measure, warm_up
 from tests.coverage.precision import DTYPES
 from tests.coverage.table import line, markdown, total
-
-ROOT = Path(__file__).parents[2]
 
 
 @click.command()
@@ -56,6 +54,8 @@ def main(
     With --only and a --json file that exists, the rows of the named models are replaced in it. A file holds one dtype.
     The last line says how many sites are rewritten and how many models are wrong.
     """
+    for other in {CASES[name].group for name in only} - {group}:
+        raise click.UsageError(f"--only names models of another group: add --group {other}")
     results = json.loads(from_json.read_text()) if from_json else empty(dtype, group)
     if not from_json:
         old = json.loads(json_file.read_text())["rows"] if only and json_file and json_file.exists() else []

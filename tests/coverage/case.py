@@ -18,8 +18,8 @@ class Case:
     """``build`` makes the model, ``inputs`` its keyword arguments; ``package`` is the name that pip knows.
 
     ``sites`` says how many attentions the model has, counted from its configuration and not from what is found;
-    ``kept`` of them no rewrite can serve, for the reason ``why_kept``. A
-    package with a slash is a repository on GitHub, whose idiom is written anew here.
+    ``kept`` of them no rewrite can serve, for the reason ``why_kept``. A package with a slash is a repository on
+    GitHub, whose idiom is written anew here.
     """
 
     name: str

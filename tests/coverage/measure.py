@@ -27,6 +27,7 @@ from tests.support.helpers import outputs, rewritten
 __all__ = [
     "CASES",
     "GRADIENT_LIMIT",
+    "ROOT",
     "VALUE_LIMIT",
     "compare_gradients",
     "counts",
@@ -44,7 +45,7 @@ CASES: dict[str, Case] = {
     case.name: case for case in (*entries_transformers.CASES, *entries_packages.CASES, *repositories.CASES)
 }
 
-_ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 
 VALUE_LIMIT = 1e-5
 GRADIENT_LIMIT = 1e-4
@@ -66,6 +67,7 @@ def measure(case: Case, *, dtype: torch.dtype = torch.float32, gradients: bool =
         "form": case.form,
         "sites": case.sites,
         "rightly_kept": case.kept,
+        "why_kept": case.why_kept,
         "dtype": str(dtype).removeprefix("torch."),
         "failures": {},
         "wrong": {},
@@ -186,7 +188,7 @@ def counts(graphs: list[GraphReport]) -> Row:
 
 def _relative(text: str) -> str:
     """Paths of installed files, from their package on, and of this repository's, from its root on."""
-    return re.sub(r"[^\s(,]*site-packages/", "", text).replace(f"{_ROOT}/", "")
+    return re.sub(r"[^\s(,]*site-packages/", "", text).replace(f"{ROOT}/", "")
 
 
 def relative_error(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:

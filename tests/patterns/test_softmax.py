@@ -255,3 +255,19 @@ def test_detached_outputs_are_objects_of_their_own() -> None:
     with torch.no_grad():
         scores, result, other, query = rewritten(function)(q, k, v)
     assert result is not other and query is not q and not query.requires_grad and not scores.requires_grad
+
+
+@pytest.mark.parametrize("filled", [0.0, -5.0])
+def test_a_later_fill_may_open_what_was_masked(filled: float) -> None:
+    """A key that an ordinary number is filled in for has a weight, which the mask before it still sets to zero."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor, other: Tensor) -> Tensor:
+        exponentials = ((q @ k.mT * 0.3 + bias).masked_fill(mask, -math.inf).masked_fill(other, filled)).exp()
+        return (exponentials / (1 + exponentials.sum(-1, keepdim=True))).masked_fill(mask, 0.0) @ v
+
+    generator = torch.Generator().manual_seed(1)
+    mask, other = (torch.rand(6, 9, generator=generator) < 0.5 for _ in range(2))
+    inputs = (*heads(), torch.randn(4, 6, 9, generator=generator), mask, other)
+    assert bool((mask & other).any())
+    with torch.no_grad():
+        assert relative_error(rewritten(function)(*inputs), function(*inputs)) <= 1e-5
