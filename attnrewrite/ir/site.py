@@ -98,6 +98,8 @@ class Fill:
 
     ``multiplied``: the source multiplies by zeros and ones instead, which lets NaN through, also in gradients.
     ``rescaled``: as a bias's; the value is minus infinity then.
+    ``scaled``: a tensor multiplies what was filled in. If its sign and size are not known, the score may be anything
+    then, and only a fill of minus infinity is sure to mask.
     """
 
     condition: Operand
@@ -106,6 +108,7 @@ class Fill:
     invert: bool = False
     multiplied: bool = False
     rescaled: tuple[float, ...] = ()
+    scaled: bool = False
 
 
 @dataclass(frozen=True)

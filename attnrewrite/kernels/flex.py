@@ -26,7 +26,7 @@ from attnrewrite.ir.nodes import is_tensor, same, tensor
 from attnrewrite.ir.site import Bias, CanonicalAttention, Elementwise, Fill, Floor, Lift, Narrow, Scale, Shift
 from attnrewrite.kernels.common.base import Kernel
 from attnrewrite.kernels.common.keep_mask import KeepMask
-from attnrewrite.kernels.common.layout import KernelLayout, lay_out, padded
+from attnrewrite.kernels.common.layout import KernelLayout, lay_out, padded, padded_to
 from attnrewrite.kernels.common.library_kernel import RUN_ON
 from attnrewrite.kernels.common.limits import Asked, Capability, Limits, capability_of
 from attnrewrite.kernels.common.mask import Mask
@@ -86,8 +86,8 @@ class Flex(Kernel):
             return Verdict.no(f"was never tested on {site.device.type}")
         else:
             widths = [axis.size for axis in (*site.feature_axes, *site.value_axes)]
-            if any(not isinstance(width, int) for width in widths) or _has_small_head(site):
-                return Verdict.no(f"takes head sizes from {FLEX_SMALLEST_HEAD} on")
+            if any(not isinstance(width, int) for width in widths):
+                return Verdict.no("takes head sizes that are numbers, and no symbols")
         if site.dropout:
             return Verdict.no("FlexAttention has no dropout")
         if site.device.type == "cuda" and not all(map(_indexed_in_32_bits, _read_by_position(site))):
@@ -200,18 +200,24 @@ class Flex(Kernel):
             **_stages_that_fit(site, call),
             **self.kernel_options,
         }
-        query, _, value = call.operands
+        query, key, value = call.operands
+        features = tensor(value).shape[-1]
+        if site.device.type == "cuda":
+            query, key, value = (_wide_enough(builder, operand) for operand in call.operands)
         output = _output_like(query, value)
         rows = output.new_empty(output.shape[:-1], dtype=torch.float32)
         module = builder.submodule("score_mod", call.score_mod)
         blocks = call.blocks.as_argument(builder)
         result = builder.insert(
             torch.ops.higher_order.flex_attention,
-            (*call.operands, module, blocks, call.scale, options, call.buffers, call.blocks.buffers),
+            (query, key, value, module, blocks, call.scale, options, call.buffers, call.blocks.buffers),
             {},
             (output, rows, rows),
         )
-        return builder.insert(operator.getitem, (result, 0), {}, output)
+        attended = builder.insert(operator.getitem, (result, 0), {}, output)
+        if same(tensor(value).shape[-1], features):
+            return attended
+        return builder.call(aten.slice.Tensor, attended, -1, 0, features)
 
 
 class FlexFlash(Flex):
@@ -454,9 +460,10 @@ def _is_symbolic(factor: Any) -> bool:
     return not isinstance(factor, (int, float, Operand)) and not (isinstance(factor, fx.Node) and is_tensor(factor))
 
 
-def _has_small_head(site: CanonicalAttention) -> bool:
-    sizes = [math.prod(int(axis.size) for axis in axes) for axes in (site.feature_axes, site.value_axes)]
-    return any(size < FLEX_SMALLEST_HEAD for size in sizes)
+def _wide_enough(builder: Builder, operand: fx.Node) -> fx.Node:
+    """The operand with features of zeros up to the fewest that the kernel takes: products and results stay the same."""
+    narrow = tensor(operand).shape[-1] < FLEX_SMALLEST_HEAD
+    return padded_to(builder, operand, -1, FLEX_SMALLEST_HEAD) if narrow else operand
 
 
 @functools.cache

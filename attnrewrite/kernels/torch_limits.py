@@ -256,8 +256,8 @@ CUDNN = Limits(
 FLEX = Limits(
     devices=("cpu", "cuda"),
     dtypes=(torch.bfloat16, torch.float16, torch.float32),
-    heads=HeadSizes(smallest=FLEX_SMALLEST_HEAD),
-    value_heads=HeadSizes(smallest=FLEX_SMALLEST_HEAD),
+    heads=HeadSizes(),
+    value_heads=HeadSizes(),
     masks="additive",
     mask_gradient=True,
     alignments=("first", "last"),
@@ -267,7 +267,7 @@ FLEX = Limits(
     backward=True,
     rules=(
         LimitRule(
-            "on the CPU: any head size, no backward pass, and AVX2",
+            "on the CPU: no backward pass, and AVX2",
             None,
             f"{_FLEX_CPU}#L98-L103",
         ),
@@ -275,8 +275,8 @@ FLEX = Limits(
     sources={
         "devices": f"{_FLEX_CUDA}#L154-L163, {_FLEX_CPU}",
         "dtypes": f"{_FLEX_CPU}#L265",
-        "heads": f"{_FLEX_CUDA}#L155-L162: tl.dot takes 16 and more",
-        "value_heads": f"{_FLEX_CUDA}#L155-L162: tl.dot takes 16 and more",
+        "heads": f"{_FLEX_CUDA}#L155-L162: tl.dot takes 16 and more, up to which they are padded",
+        "value_heads": f"{_FLEX_CUDA}#L155-L162: tl.dot takes 16 and more, up to which they are padded",
         **dict.fromkeys(
             ("masks", "alignments", "window", "softcap"),
             f"{_FLEX}#L2168: score_mod, any function of a score and of its place",

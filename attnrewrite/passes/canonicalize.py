@@ -161,7 +161,7 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     """
     positions = Positions(site.query_axes, site.key_axes)
     reading = _read_mods(site, positions)
-    formulas = [kept_where(term, positions) if isinstance(term, (Bias, Fill)) else None for term in reading.terms]
+    formulas = [kept_where(term, positions) if _masks_by_formula(term) else None for term in reading.terms]
     # What has a gradient keeps it, be it zero: an optimizer lets a parameter decay whose gradient is zero, and leaves
     # one alone that has none.
     graded = [site.differentiable and isinstance(term, Bias) and _may_have_gradient(term) for term in reading.terms]
@@ -214,6 +214,11 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
         repeated_along=tuple(filter(None, (repeated_along(term, positions) for term in masks))),
         inexpressible=inexpressible,
     )
+
+
+def _masks_by_formula(term: Term) -> TypeGuard[Bias | Fill]:
+    """Whether what the term masks is told by its own formula alone."""
+    return isinstance(term, Bias) or (isinstance(term, Fill) and not (term.scaled and math.isfinite(term.value)))
 
 
 def _attended(
@@ -533,8 +538,10 @@ def _read_scale(mod: Scale, site: AttentionSite, reading: _Reading) -> None:
         assert isinstance(mod.factor, Operand)
         if mod.divide or not possible_values(mod.factor.node) <= {0.0, 1.0}:
             reading.take_function("the scores are multiplied by a tensor with query and key positions")
-            if terms:
+            if any(isinstance(term, (Bias, Floor)) for term in terms):
                 reading.overflows = Reason("a tensor scales masked scores")
+            reading.makes_nan |= _may_be_infinite(terms)
+            _scale_fills(reading)
         elif any(value in (ValueKind.ANY, -math.inf) for term in terms for value in _values(term)):
             raise NotAttention("scores that may be -inf are multiplied by zeros, which gives NaN")
         else:
@@ -800,8 +807,7 @@ def _place_factor(mod: Scale, site: AttentionSite, reading: _Reading) -> bool:
         reading.makes_nan = True
     if any(not isinstance(term, Bias) for term in terms):
         reading.take_function("a tensor scales the scores after a mask was applied")
-        if any(isinstance(term, Fill) and math.isfinite(term.value) for term in terms):
-            reading.overflows = Reason("a tensor scales masked scores")
+        _scale_fills(reading)
         return True
     if _is_rescaled(terms) or _added_masks_may_overflow(terms):
         reading.overflows = Reason(_SUM_SCALED)
@@ -809,6 +815,19 @@ def _place_factor(mod: Scale, site: AttentionSite, reading: _Reading) -> bool:
     (reading.query_factors if axes <= set(site.query.axes) else reading.key_factors).append(mod)
     reading.softcap = None
     return True
+
+
+def _scale_fills(reading: _Reading) -> None:
+    """What a tensor does to numbers that were filled in: the kernel that repeats the steps gives what they become."""
+    terms = reading.terms
+    if any(isinstance(term, Fill) and -math.inf < term.value < _LEAST_SCALED for term in terms):
+        # A row of them may become minus infinity, which is NaN in the source and zero in the kernel.
+        reading.overflows = Reason("a tensor scales masked scores")
+    terms[:] = [replace(term, scaled=True) if isinstance(term, Fill) else term for term in terms]
+
+
+_LEAST_SCALED = -(2.0**64)
+"""A finite fill that is not lower stays finite under any factor that a tensor is expected to hold."""
 
 
 @dataclass(frozen=True)

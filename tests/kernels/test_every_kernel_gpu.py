@@ -94,7 +94,7 @@ def test_cases(name: str, case: str, dtype: torch.dtype) -> None:
 
 SHAPES = [
     # batch, heads, key heads, queries, keys, head size, causal
-    *((2, 4, 4, 200, 200, size, causal) for size in (40, 64, 80, 128, 160, 256) for causal in (False, True)),
+    *((2, 4, 4, 200, 200, size, causal) for size in (4, 12, 40, 64, 80, 128, 160, 256) for causal in (False, True)),
     *((2, 4, 4, 200, keys, 64, False) for keys in (1, 77, 128, 500, 512)),
     *((2, 8, 2, 192, 192, 64, causal) for causal in (False, True)),
     (1, 4, 4, 1, 256, 64, False),

@@ -354,12 +354,8 @@ CONSTRAINTS = {
     "flex: training": Constraint(
         "flex", TRAIN, TRAIN._replace(place="cpu"), "no backward pass on the CPU (run it under torch.no_grad())"
     ),
-    "flex: head size": Constraint("flex", Case(), Case(sizes=Sizes(width=8)), "takes head sizes from 16 on"),
-    "flex: head size on the CPU": Constraint(
-        "flex", Case(sizes=Sizes(width=8), place="cpu"), Case(sizes=Sizes(value_width=8)), "takes head sizes from 16 on"
-    ),
     "flex: a symbolic head size": Constraint(
-        "flex", Case(dynamic=(2,)), Case(dynamic=(3,)), "takes head sizes from 16 on"
+        "flex", Case(sizes=Sizes(width=8, value_width=8)), Case(dynamic=(3,)), "takes head sizes that are numbers"
     ),
     "flex: a call": Constraint(
         "flex",

@@ -271,3 +271,39 @@ def test_a_later_fill_may_open_what_was_masked(filled: float) -> None:
     assert bool((mask & other).any())
     with torch.no_grad():
         assert relative_error(rewritten(function)(*inputs), function(*inputs)) <= 1e-5
+
+
+# Tensors that scale what was filled in.
+
+_SIGNS = [
+    torch.tensor([-1.0, 0.5, 0.0, 2.0]).view(4, 1, 1),
+    torch.tensor([1.0, -1.0, 0.0, 0.3, 2.0, -0.1]).view(6, 1),
+    torch.tensor([1.0, -1.0, 0.0, 0.3, 2.0, -0.1, 1.0, 3.0, 1.0]),
+    torch.linspace(-1, 1, 54).view(6, 9),
+]
+
+
+@pytest.mark.parametrize("factor", _SIGNS, ids=["heads", "queries", "keys", "both"])
+@pytest.mark.parametrize("filled", [-1e9, -math.inf])
+@pytest.mark.parametrize("after", ["nothing", "zeroed", "NaN replaced"])
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_fill_that_a_tensor_of_any_sign_scales(factor: Tensor, filled: float, after: str, dead: bool) -> None:
+    """Times a negative number it masks no longer: the key has all of the weight."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, factor: Tensor, given: Tensor) -> Tensor:
+        mask = given if dead else torch.ones(6, 9, dtype=torch.bool).triu(1)
+        weights = ((q @ k.mT).masked_fill(mask, filled) * factor).softmax(-1)
+        if after == "zeroed":
+            weights = weights.masked_fill(mask, 0.0)
+        return (weights.nan_to_num() if after == "NaN replaced" else weights) @ v
+
+    given = torch.rand(6, 9, generator=torch.Generator().manual_seed(2)) < 0.5
+    given[1] = True
+    inputs = (*heads(), factor, given)
+    with torch.no_grad():
+        (row,) = rows(function, *inputs)
+        expected, result = function(*inputs), rewritten(function)(*inputs)
+    assert torch.equal(result.isnan(), expected.isnan())
+    assert relative_error(result.nan_to_num(), expected.nan_to_num()) <= 1e-5
+    if filled == -1e9 and after != "zeroed":
+        assert row.status == "rewritten", row.reason
