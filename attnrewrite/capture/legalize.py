@@ -3,8 +3,6 @@
 ``x.fill_diagonal_(value)`` is traced as ``as_strided``, and updates through ``as_strided`` cannot be made functional,
 so no backend built on AOTAutograd compiles it. ``x.diagonal().fill_(value)`` writes the same entries.
 
-``x.data`` is traced as ``x`` itself, so that gradients would flow through it. ``x.detach()`` is the same tensor.
-
 ``torch.einsum`` returns a permuted view of the matrix that it computed. An update in place is replayed on that matrix,
 and where the dimensions do not fold back into it ("Cannot view a tensor with shape ..."), no such backend compiles it
 either. A copy of the result has no matrix behind it; nobody else can have the result, so nobody sees the copy.
@@ -23,7 +21,7 @@ from attnrewrite.capture.support import has_storage, storage_of, updated_in_plac
 from attnrewrite.capture.vmap import holds_vmap
 from attnrewrite.ir.nodes import copy_attributes, same
 
-__all__ = ["legalized"]
+__all__ = ["legalized", "with_data_detached"]
 
 
 def legalized(gm: fx.GraphModule) -> fx.GraphModule:
@@ -36,24 +34,36 @@ def legalized(gm: fx.GraphModule) -> fx.GraphModule:
     return gm if holds_vmap(gm) else _replaced(gm) or gm
 
 
-def _replaced(gm: fx.GraphModule) -> fx.GraphModule | None:
-    """The copy with the calls replaced; None if there are none."""
+def with_data_detached(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of ``gm`` with ``x.detach()`` in place of ``x.data``; ``gm`` itself if it has none.
+
+    ``x.data`` is traced as ``x`` itself, so that gradients would flow through it. It is for tracing alone: an update of
+    ``x.data`` is hidden from autograd's version counter, and one of ``x.detach()`` is not.
+
+    Args:
+        gm: a graph made by Dynamo. It is not changed.
+    """
+    return _replaced(gm, data=True) or gm
+
+
+def _replaced(gm: fx.GraphModule, data: bool = False) -> fx.GraphModule | None:
+    """The copy with the calls replaced, or with ``data`` the attribute alone; None if there are none."""
     children = {
         name: copy
         for name, child in gm.named_children()
-        if isinstance(child, fx.GraphModule) and (copy := _replaced(child)) is not None
+        if isinstance(child, fx.GraphModule) and (copy := _replaced(child, data)) is not None
     }
-    calls = {node for node in gm.graph.nodes if _fills_diagonal(node)}
-    data = {node for node in gm.graph.nodes if getattr(node.target, "__name__", "") == "_get_data_attr"}
-    updated = _updated_products(gm.graph)
-    if not calls and not updated and not children and not data:
+    calls = set() if data else {node for node in gm.graph.nodes if _fills_diagonal(node)}
+    read = {node for node in gm.graph.nodes if data and getattr(node.target, "__name__", "") == "_get_data_attr"}
+    updated = set() if data else _updated_products(gm.graph)
+    if not calls and not updated and not children and not read:
         return None
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         if node in calls:
             copies[node] = _with_diagonal(graph, node, copies.__getitem__)
-        elif node in data:
+        elif node in read:
             copies[node] = graph.call_method("detach", (copies[node.args[0]],))
             copies[node].meta = {**node.meta}
             copy_attributes(node, copies[node])

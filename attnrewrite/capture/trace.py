@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from attnrewrite.capture.autocast import AutocastRegions
 from attnrewrite.capture.convention import restore_calling_convention
+from attnrewrite.capture.legalize import with_data_detached
 from attnrewrite.capture.normalize import normalize
 from attnrewrite.capture.opaque import OpaqueCalls
 from attnrewrite.capture.prepare import prepared_graph
@@ -64,7 +65,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     Raises:
         CaptureError: functional tracing cannot express the graph. Nothing was changed.
     """
-    gm = _without_vmap(gm)
+    gm = with_data_detached(_without_vmap(gm))
     _refuse_function_transforms(gm)
     if torch.is_grad_enabled():
         _refuse_what_autograd_does_not_see(gm)

@@ -32,6 +32,7 @@ __all__ = [
     "MaskedRows",
     "Narrow",
     "NotAttention",
+    "Raise",
     "Reach",
     "Scale",
     "ScoreMod",
@@ -132,6 +133,23 @@ class Shift:
 
     by_maximum: bool = False
     needs_finite: bool = False
+
+
+@dataclass(frozen=True)
+class Raise:
+    """The maximum of the row is subtracted, between the terms of a mask or where they are rounded.
+
+    Softmax cancels it, but for a row that the terms before have masked as a whole: the keys that they masked alike are
+    alike again, and the terms after decide which of them the row attends.
+
+    ``absorbed``: a number at or below this takes the scores' digits, so that nothing of them is left in such a row.
+    ``factor``: what all terms before are multiplied by afterwards.
+    ``rounded_to``: the dtype that the masked scores are rounded to before; None if they are not.
+    """
+
+    absorbed: float
+    factor: float = 1.0
+    rounded_to: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -264,7 +282,8 @@ class CanonicalScores:
         query_factors, key_factors: factors (or, with ``divide``, divisors) to apply to query and key beforehand.
         value_mods: what to do to the value beforehand.
         output_mods: what to do to the output afterwards.
-        terms: biases, fills and floors, in the order in which they apply; each factor includes all scaling after it.
+        terms: biases, fills, floors and raises, in the order in which they apply; each factor includes all scaling
+            after it, up to a raise.
         dtype: the dtype in which the source adds the terms.
         rounded_to: the narrower dtype that the masked scores are rounded to in the end; None if there is none.
         attended: the proof, in words, that every row keeps a key; None if there is none.
@@ -292,7 +311,7 @@ class CanonicalScores:
     scale: float | None
     query_factors: tuple[Scale, ...]
     key_factors: tuple[Scale, ...]
-    terms: tuple[Bias | Fill | Floor, ...]
+    terms: tuple[Bias | Fill | Floor | Raise, ...]
     dtype: torch.dtype
     attended: str | None
     masked_rows: MaskedRows

@@ -23,7 +23,7 @@ from attnrewrite.analysis.values import ABSORBING, constant_value
 from attnrewrite.ir.axes import Dim, Operand
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import is_tensor, same, tensor
-from attnrewrite.ir.site import Bias, CanonicalAttention, Elementwise, Fill, Floor, Lift, Narrow, Scale, Shift
+from attnrewrite.ir.site import Bias, CanonicalAttention, Elementwise, Fill, Floor, Lift, Narrow, Raise, Scale, Shift
 from attnrewrite.kernels.common.base import Kernel
 from attnrewrite.kernels.common.keep_mask import KeepMask
 from attnrewrite.kernels.common.layout import KernelLayout, lay_out, padded, padded_to
@@ -107,6 +107,8 @@ class Flex(Kernel):
             )
         if site.rounds_rows and scores.masked_rows.may_occur:
             return Verdict.no("what the source gives a row without a key depends on rounding here")
+        if any(isinstance(term, Raise) for term in scores.terms):
+            return Verdict.no("the maximum of the row is subtracted between masks, and a score_mod sees one score")
         if any(isinstance(mod, Scale) and _is_symbolic(mod.factor) for mod in site.mods):
             return Verdict.no("a factor of the scores is a symbolic number, which a score_mod does not take")
         if site.sink is not None and not all(isinstance(axis.size, int) for axis in site.key_axes):

@@ -17,7 +17,7 @@ from attnrewrite.analysis.values import FAR_BELOW, ORDINARY, ValueKind, as_store
 from attnrewrite.ir.axes import Operand, size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import same, tensor
-from attnrewrite.ir.site import Bias, CanonicalAttention, Fill, Lift
+from attnrewrite.ir.site import Bias, CanonicalAttention, Fill, Lift, Raise
 from attnrewrite.kernels.common.base import Kernel
 from attnrewrite.kernels.common.layout import KernelLayout, padded, with_unit_stride
 from attnrewrite.kernels.common.limits import Capability, Limits, capability_of
@@ -105,6 +105,11 @@ class TorchSDPA(Kernel):
                 f"the sink is in {site.sink.dtype}, and the kernels on this device round it to {site.compute_dtype}"
             )
         for term in site.scores.terms:
+            if isinstance(term, Raise) and site.compute_dtype is torch.float16:
+                return Verdict.no(
+                    "the maximum of the row is subtracted between masks, and what is left of them leaves the range of "
+                    "float16"
+                )
             if isinstance(term, Bias) and _is_rounded(term, site):
                 return Verdict.no(
                     f"the bias is added in {term.dtype}, and the kernels on this device round it to "

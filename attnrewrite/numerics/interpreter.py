@@ -26,6 +26,7 @@ from attnrewrite.ir.site import (
     Floor,
     MaskedRows,
     Narrow,
+    Raise,
     Scale,
     Shift,
     WeightMod,
@@ -168,11 +169,18 @@ class _Reader:
             elif isinstance(term, Fill):
                 condition = self._filled(term)
                 added, dropped = torch.where(condition, term.value, added), dropped | condition
+            elif isinstance(term, Raise):
+                added = added.to(term.rounded_to).double() if term.rounded_to else added
+                highest = self.highest(added).clamp(max=0.0)
+                alike = (highest <= term.absorbed) | (self.total((~dropped).double()) == 0)
+                added, dropped = (added - highest) * term.factor, dropped | alike
             else:
                 low = added < term.value
                 added, dropped = torch.where(low, term.value, added), dropped | low
             for factor in getattr(term, "rescaled", ()):
                 added = added * factor
+        # The maximum of a row of minus infinity, less itself.
+        added = torch.where(self.total(added.isnan().double()) > 0, -math.inf, added)
         if scores.is_causal:
             later = self._position(self._site.key_axes) > self._position(self._site.query_axes)
             added, dropped = torch.where(later, -math.inf, added), dropped | later

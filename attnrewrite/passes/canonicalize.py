@@ -74,6 +74,7 @@ from attnrewrite.ir.site import (
     MaskedRows,
     Narrow,
     NotAttention,
+    Raise,
     Scale,
     ScoreMod,
     Shift,
@@ -88,7 +89,7 @@ __all__ = ["canonical_scores", "canonicalized"]
 
 aten = torch.ops.aten
 
-Term = Bias | Fill | Floor
+Term = Bias | Fill | Floor | Raise
 
 
 @dataclass
@@ -172,10 +173,13 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     ]
     biases = [isinstance(term, Bias) for term, _ in counting]
     counting = [pair for place, pair in enumerate(counting) if any(biases[:place]) or not isinstance(pair[0], Floor)]
+    _require_no_counterweight([term for term, _ in counting])
+    attended = _attended(site, reading, [term for term, _ in counting], positions, policy)
+    if attended is not None:
+        counting = [pair for pair in counting if not isinstance(pair[0], Raise)]
     terms, kept = [term for term, _ in counting], [formula for _, formula in counting]
-    _require_no_counterweight(terms)
-    attended = _attended(site, reading, terms, positions, policy)
-    dtype = min((term.dtype for term in terms), key=lambda dtype: dtype.itemsize, default=site.softmax_dtype)
+    dtypes = [term.dtype for term in terms if not isinstance(term, Raise)]
+    dtype = min(dtypes, key=lambda dtype: dtype.itemsize, default=site.softmax_dtype)
     inexpressible, refused = reading.inexpressible, FINE
     if attended is None:
         terms = _terms_for_rows_without_key(site, terms)
@@ -186,6 +190,7 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     masked_rows = _rows_without_key(site, terms) if attended is None else MaskedRows.NONE
     certain = _kept_by_last_fills(terms, kept) if masked is None and not masked_rows.may_occur else masked
     value_mods, output_mods, masked_rows = _placed_weight_mods(site, positions, certain, masked_rows)
+    _require_raised_rows(terms, bool(inexpressible), masked_rows, site)
     nan_gradients = attended is None and _gradients_are_nan(site, terms)
     lift = _lift(site, terms, nan_gradients) if attended is None else Lift.NONE
     nan_gradients = nan_gradients or (lift is not Lift.NONE and _mask_gradient_is_nan(site, terms))
@@ -201,7 +206,7 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
         rounded_to=reading.rounded_to,
         attended=attended,
         masked_rows=masked_rows,
-        fills_decide=not (site.fused or inexpressible or site.sink is not None or attended) and _only_fills_mask(terms),
+        fills_decide=_fills_decide(site, terms, attended is not None or bool(inexpressible)),
         lift=Lift.NONE if refused or (inexpressible and not reading.softcap) else lift,
         nan_gradients=nan_gradients,
         is_causal=site.is_causal or becomes_causal,
@@ -213,6 +218,43 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
         structure=_structure(site, terms, kept, positions),
         repeated_along=tuple(filter(None, (repeated_along(term, positions) for term in masks))),
         inexpressible=inexpressible,
+    )
+
+
+def _fills_decide(site: AttentionSite, terms: Sequence[Term], decided: bool) -> bool:
+    return not (site.fused or site.sink is not None or decided or _is_raised(terms)) and _only_fills_mask(terms)
+
+
+def _is_raised(terms: Sequence[Term]) -> bool:
+    return any(isinstance(term, Raise) for term in terms)
+
+
+def _require_raised_rows(
+    terms: Sequence[Term], inexpressible: bool, masked_rows: MaskedRows, site: AttentionSite
+) -> None:
+    """
+    Raises:
+        NotAttention: a row is raised between two masks where more than its mask depends on that.
+    """
+    if not _is_raised(terms):
+        return
+    beside = site.sink is not None or any(isinstance(term, Floor) for term in terms)
+    if inexpressible or site.differentiable or beside or masked_rows.is_zero_unless_nan:
+        rounded = {term.rounded_to for term in terms if isinstance(term, Raise)} - {None}
+        raise NotAttention(_without_key(_rounded(rounded.pop()) if rounded else Reason(_CHANGED_LATER)))
+
+
+def _rounded(dtype: torch.dtype | None) -> Reason:
+    return Reason(f"masked scores are rounded to {dtype}".replace("torch.", ""))
+
+
+_CHANGED_LATER = "masked scores are changed further after their maximum was subtracted"
+
+
+def _without_key(reason: Reason) -> str:
+    return (
+        f"{reason}, which changes the result of a row without a key, and such a row cannot be ruled out (if none "
+        "occurs, set options={'assume_attended_rows': True})"
     )
 
 
@@ -254,10 +296,7 @@ def _attended(
     if reading.lifted and (site.underflows or site.rounds_rows):
         overflows = Reason("the exponential is taken of masked scores whose maximum was subtracted before")
     if attended is None and overflows:
-        raise NotAttention(
-            f"{overflows}, which changes the result of a row without a key, and such a row cannot be ruled out (if "
-            "none occurs, set options={'assume_attended_rows': True})"
-        )
+        raise NotAttention(_without_key(overflows))
     return attended
 
 
@@ -347,7 +386,8 @@ def _terms_for_rows_without_key(site: AttentionSite, terms: list[Term]) -> list[
 
 def _rows_without_key(site: AttentionSite, terms: list[Term]) -> MaskedRows:
     """The source's weights in a row whose keys are all masked, before weight mods."""
-    infinite = _may_be_infinite(terms) or _sum_may_overflow(terms)
+    rounded = any(isinstance(term, Raise) and term.rounded_to for term in terms)
+    infinite = rounded or _may_be_infinite(terms) or _sum_may_overflow(terms)
     floored = bool(terms) and isinstance(terms[-1], Floor)
     if not site.underflows and (floored or not infinite):
         return MaskedRows.MEAN_OF_VALUE
@@ -453,17 +493,20 @@ def _kept_by_all(terms: list[Term], kept: Sequence[Formula | None]) -> Formula |
 
 
 def _kept_by_last_fills(terms: list[Term], kept: Sequence[Formula | None]) -> Formula | None:
-    """Condition under which no fill masks the score, of those that nothing of unknown size follows; None if none does.
+    """Condition under which no fill masks the score, of those that stay as low as they were; None if none does.
 
     Outside of it the weight is zero, whatever was added before, if the row attends a key. A fill of ordinary size may
-    take the place of what was filled before it.
+    take the place of what was filled before it. Whatever is added to minus infinity leaves it what it is.
     """
     known: list[Formula] = []
+    unknown_follows = False
     for term, formula in zip(reversed(terms), reversed(kept), strict=True):
         ordinary = all(value == -math.inf or _is_ordinary(value) for value in _values(term))
         if isinstance(term, Bias) and (term.scales or not ordinary):
+            unknown_follows = True
+        if isinstance(term, Fill) and (term.value > FAR_BELOW or (unknown_follows and term.value != -math.inf)):
             break
-        if isinstance(term, Fill) and term.value > FAR_BELOW:
+        if isinstance(term, (Floor, Raise)) and unknown_follows:
             break
         if isinstance(term, Fill) and formula is not None:
             known.append(formula)
@@ -477,12 +520,12 @@ def _read_mods(site: AttentionSite, positions: Positions) -> _Reading:
     for mod in site.mods:
         in_range = in_range and _stays_in_range(mod, site.compute_dtype)
         if reading.lifted and not _stays_lifted(mod, reading):
-            reading.overflows = Reason("masked scores are changed further after their maximum was subtracted")
+            _read_after_maximum(mod, reading, site)
+        if reading.narrowed and isinstance(mod, (Bias, Fill)):
+            reading.overflows = reading.narrowed
         if isinstance(mod, Elementwise):
             _read_function(mod, reading)
         elif isinstance(mod, Bias):
-            if reading.narrowed:
-                reading.overflows = reading.narrowed
             merged = _fill_of_product(terms[-1], mod, positions) if terms else None
             if merged is not None:
                 terms[-1] = merged
@@ -492,6 +535,8 @@ def _read_mods(site: AttentionSite, positions: Positions) -> _Reading:
             terms.append(_of_half_scores(mod, site.compute_dtype) if in_range else mod)
         elif isinstance(mod, Floor):
             _read_floor(terms, mod)
+            if _is_raised(terms):
+                reading.overflows = Reason(_CHANGED_LATER)
         elif isinstance(mod, Narrow):
             _read_narrow(mod, reading, site)
         elif isinstance(mod, Shift):
@@ -505,6 +550,10 @@ def _read_mods(site: AttentionSite, positions: Positions) -> _Reading:
         # overflow.
         reading.scale = -reading.scale
         reading.query_factors.append(Scale(-1.0))
+    elif reading.scale == 0:
+        # PyTorch's CPU kernel scales after it masks: 0 * -inf is NaN there.
+        reading.scale = 1.0
+        reading.query_factors.append(Scale(0.0))
     if any(isinstance(term, _Multiplied) for term in terms):
         if any(isinstance(term, _Multiplied) and term.after_shift for term in terms):
             raise NotAttention("shifted scores are multiplied by a mask, and softmax still counts the masked zeros")
@@ -620,6 +669,8 @@ def _read_function(mod: Elementwise, reading: _Reading) -> None:
         return reading.take_function(f"{name} of the scores needs a kernel with a score_mod")
     unbounded = target is aten.clamp.default and not (isinstance(low, (int, float)) and math.isfinite(low))
     masks = bool(reading.terms) or reading.bounded > 0
+    if _is_raised(reading.terms):
+        reading.overflows = Reason(_CHANGED_LATER)
     if reading.terms and (target not in _BOUNDED or unbounded):
         raise NotAttention(f"{name} is applied to scores that were masked before")
     caps = target is aten.tanh.default and not (reading.terms or reading.inexpressible)
@@ -630,6 +681,17 @@ def _read_function(mod: Elementwise, reading: _Reading) -> None:
     if masks and target in _BOUNDED:
         bounds = (low, high) if target is aten.clamp.default else (1.0,)
         reading.bounded = max(abs(float(bound)) for bound in bounds if isinstance(bound, (int, float)))
+
+
+def _read_after_maximum(mod: ScoreMod, reading: _Reading, site: AttentionSite) -> None:
+    """Reads what follows after the maximum of masked scores was subtracted, before it is read as a term."""
+    counted = site.underflows or site.rounds_rows
+    if not isinstance(mod, (Bias, Fill)) or site.differentiable or reading.inexpressible or counted:
+        reading.overflows = Reason(_CHANGED_LATER)
+        return
+    float32 = site.softmax_dtype is torch.float32 and not site.in_half
+    reading.terms.append(Raise(FAR_BELOW if float32 else ABSORBED))
+    reading.lifted = ""
 
 
 def _stays_lifted(mod: ScoreMod, reading: _Reading) -> bool:
@@ -649,6 +711,8 @@ def _stays_lifted(mod: ScoreMod, reading: _Reading) -> bool:
 
 def _may_overflow(term: Term, number: float) -> bool:
     """Whether a finite term may become infinite when it is multiplied by ``number``, after its own scales."""
+    if isinstance(term, Raise):
+        return False
     if not isinstance(term, Bias):
         return math.isfinite(term.value) and not math.isfinite(as_stored(term.value * number, term.dtype))
     factor = term.factor * number
@@ -660,6 +724,8 @@ def _may_overflow(term: Term, number: float) -> bool:
 
 
 def _may_mask(term: Term) -> bool:
+    if isinstance(term, Raise):
+        return False
     return may_mask(term) if isinstance(term, Bias) else term.value < -ORDINARY
 
 
@@ -692,8 +758,8 @@ def _read_narrow(mod: Narrow, reading: _Reading, site: AttentionSite) -> None:
     terms[:] = [
         replace(term, value=as_stored(term.value, mod.dtype)) if isinstance(term, Fill) else term for term in terms
     ]
-    rounded = Reason(f"masked scores are rounded to {mod.dtype}".replace("torch.", ""))
-    if reading.inexpressible and terms:
+    rounded = _rounded(mod.dtype)
+    if (reading.inexpressible and terms) or _is_raised(terms):
         reading.overflows = rounded
     if any(isinstance(term, Floor) or (isinstance(term, Bias) and may_mask(term)) for term in terms):
         resolved = any(
@@ -701,8 +767,12 @@ def _read_narrow(mod: Narrow, reading: _Reading, site: AttentionSite) -> None:
             for term in terms
             for value in _values(term)
         )
-        if mod.dtype.itemsize < 4 or resolved or any(_overflows(term, mod.dtype) for term in terms):
+        counted = site.differentiable or site.underflows or site.rounds_rows
+        if mod.dtype.itemsize < 4 or (counted and (resolved or any(_overflows(term, mod.dtype) for term in terms))):
             reading.overflows = rounded
+        elif resolved or any(_overflows(term, mod.dtype) for term in terms):
+            terms.append(Raise(FAR_BELOW, rounded_to=mod.dtype))
+            reading.narrowed = rounded
         else:
             # No score is large enough to matter here: the mask, rounded as a whole, is infinite where the scores are.
             reading.narrowed, reading.rounded_to = rounded, mod.dtype
@@ -728,6 +798,10 @@ def _read_floor(terms: list[Term], floor: Floor) -> None:
 def _scale_terms(number: float, reading: _Reading, dtype: torch.dtype | None) -> None:
     """Scales the terms by a number, each by itself; as a sum where that may overflow before it is scaled down."""
     terms = reading.terms
+    raises = [place for place, term in enumerate(terms) if isinstance(term, Raise)]
+    if raises:
+        _scale_after_raise(number, reading, dtype, raises[-1])
+        return
     if any(isinstance(term, Bias) and _outgrows(term, number, dtype) for term in terms):
         reading.overflows = Reason("masks are added in one dtype and scaled in a wider one, which holds larger numbers")
     if _is_rescaled(terms) or (0 < number < 1 and _added_masks_may_overflow(terms)):
@@ -737,6 +811,19 @@ def _scale_terms(number: float, reading: _Reading, dtype: torch.dtype | None) ->
             return
         reading.overflows = Reason(_SUM_SCALED)
     terms[:] = [_scaled(term, number, dtype) for term in terms]
+
+
+def _scale_after_raise(number: float, reading: _Reading, dtype: torch.dtype | None, place: int) -> None:
+    """Scales what the terms had become when their maximum was subtracted as a whole, and each later term by itself."""
+    raised, later = reading.terms[place], _Reading(terms=reading.terms[place + 1 :])
+    assert isinstance(raised, Raise)
+    _scale_terms(number, later, dtype)
+    reading.overflows = later.overflows or reading.overflows
+    if number <= 0:
+        reading.overflows = Reason(_CHANGED_LATER)
+    elif number < 1 and _added_masks_may_overflow(reading.terms):
+        reading.overflows = Reason(_SUM_SCALED)
+    reading.terms[place:] = [replace(raised, factor=raised.factor * number), *later.terms]
 
 
 def _outgrows(term: Bias, number: float, dtype: torch.dtype | None) -> bool:
@@ -750,7 +837,7 @@ def _outgrows(term: Bias, number: float, dtype: torch.dtype | None) -> bool:
 
 def _is_rescaled(terms: Sequence[Term]) -> bool:
     """Whether the sum of the terms was formed, and may have overflowed, before it was scaled."""
-    return any(not isinstance(term, Floor) and term.rescaled for term in terms)
+    return any(isinstance(term, (Bias, Fill)) and term.rescaled for term in terms)
 
 
 def _fills_with_infinity(term: Term) -> TypeGuard[Fill]:
@@ -963,6 +1050,8 @@ def _structure(
 
 
 def _values(term: Term) -> list[object]:
+    if isinstance(term, Raise):
+        return [0.0]
     if isinstance(term, (Fill, Floor)):
         return [term.value]
     values = [term.of(value) if isinstance(value, float) else value for value in possible_values(term.operand.node)]
@@ -988,7 +1077,7 @@ def _only_fills_mask(terms: list[Term]) -> bool:
 
 def _sum_may_overflow(terms: Sequence[Term]) -> bool:
     """Whether the sum of two terms may be -inf, each as low as the dtype goes."""
-    added = [replace(term, rescaled=()) for term in terms if not isinstance(term, Floor)]
+    added = [replace(term, rescaled=()) for term in terms if isinstance(term, (Bias, Fill))]
     return sum(_is_low(term) for term in added) > 1
 
 

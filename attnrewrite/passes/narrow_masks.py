@@ -21,7 +21,7 @@ from attnrewrite.ir.builder import Builder, Written
 from attnrewrite.ir.graph_view import GraphView
 from attnrewrite.ir.nodes import is_tensor, same, same_shape, tensor
 from attnrewrite.ir.ops import FILLED_OPS, is_cast, is_pointwise
-from attnrewrite.ir.site import Bias, CanonicalAttention, Fill, Floor
+from attnrewrite.ir.site import Bias, CanonicalAttention, Fill, Floor, Raise
 from attnrewrite.ir.views import permutation_of
 from attnrewrite.torch_private import is_erased
 
@@ -62,7 +62,7 @@ def with_narrow_masks(site: CanonicalAttention, view: GraphView, written: Writte
     def change(operand: Operand) -> Operand:
         return narrowed.get(operand.resolved(), operand)
 
-    terms: list[Bias | Fill | Floor] = []
+    terms: list[Bias | Fill | Floor | Raise] = []
     for term in site.scores.terms:
         if isinstance(term, Bias):
             terms.append(replace(term, operand=change(term.operand)))

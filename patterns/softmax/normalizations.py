@@ -294,3 +294,28 @@ def zeroed_beside_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tenso
     exponentials = scores.exp()
     weights = exponentials / (1 + exponentials.sum(-1, keepdim=True))
     return weights.masked_fill(~mask, 0.0) @ v
+
+
+# Masks on both sides of a maximum: a row that the first masks as a whole is raised, and the second decides.
+
+
+@_spelling.add(_Q, _K, _V, keep(2, 1, "L", "S"), keep(2, 1, "L", "S"))
+def filled_before_and_after_its_maximum(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, mask: Tensor) -> Tensor:
+    scores = (q @ k.mT * 8**-0.5).masked_fill(~padding, torch.finfo(q.dtype).min)
+    scores = scores - scores.amax(-1, keepdim=True)
+    return scores.masked_fill(~mask, torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
+@_spelling.add(_Q, _K, _V, additive(2, 1, "L", "S"), keep(2, 1, "L", "S"))
+def masked_before_and_after_its_maximum(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    scores = q @ k.mT * 8**-0.5 + bias
+    scores = (scores - scores.amax(-1, keepdim=True)) * 0.5
+    return scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
+
+
+@_spelling.add(_Q, _K, _V, keep(2, 1, "L", "S"), learned(4, "L", "S"))
+def zeroed_before_a_bias_beside_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
+    """What is added to minus infinity leaves it what it is."""
+    exponentials = ((q @ k.mT * 8**-0.5).masked_fill(~mask, -math.inf) + bias).exp()
+    weights = exponentials / (1 + exponentials.sum(-1, keepdim=True))
+    return weights.masked_fill(~mask, 0.0) @ v

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.against_eager import prepared, run, truth, wrong
 from tests.support.helpers import gradients, relative_error, rewritten, rows
 
 
@@ -307,3 +308,102 @@ def test_a_fill_that_a_tensor_of_any_sign_scales(factor: Tensor, filled: float, 
     assert relative_error(result.nan_to_num(), expected.nan_to_num()) <= 1e-5
     if filled == -1e9 and after != "zeroed":
         assert row.status == "rewritten", row.reason
+
+
+# Masks before and after a subtracted maximum, and before a cast.
+
+
+def _dead() -> tuple[Tensor, Tensor]:
+    """Two masks: rows that the first, the second, both, or only both together mask as a whole."""
+    generator = torch.Generator().manual_seed(3)
+    first, second = (torch.rand(2, 1, 6, 9, generator=generator) < 0.4 for _ in range(2))
+    first[:, :, 1] = second[:, :, 2] = True
+    first[:, :, 3] = second[:, :, 3] = True
+    first[:, :, 4], second[:, :, 4] = torch.arange(9) < 4, torch.arange(9) >= 4
+    return first, second
+
+
+def _filled(scores: Tensor, mask: Tensor, low: float) -> Tensor:
+    return scores.masked_fill(mask, low)
+
+
+def _added(scores: Tensor, mask: Tensor, low: float) -> Tensor:
+    return scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask, low)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("ways", [(_filled, _filled), (_filled, _added), (_added, _filled), (_added, _added)])
+@pytest.mark.parametrize("infinite", [(False, False), (True, False), (False, True)])
+def test_masks_on_both_sides_of_a_maximum(
+    dtype: torch.dtype, ways: tuple[Callable[..., Tensor], ...], infinite: tuple[bool, bool]
+) -> None:
+    lows = [-math.inf if each else torch.finfo(dtype).min for each in infinite]
+
+    def function(q: Tensor, k: Tensor, v: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        scores = ways[0](q @ k.mT * 0.3, first, lows[0])
+        scores = (scores - scores.amax(-1, keepdim=True)) * 0.5
+        return ways[1](scores, second, lows[1]).softmax(-1) @ v
+
+    call = (*heads(), *_dead())
+    with torch.no_grad():
+        inputs = prepared(call, dtype, gradients=False)
+        (row,) = rows(function, *inputs)
+        own, new = run(function, inputs, gradients=False), run(rewritten(function), inputs, gradients=False)
+        exact = truth(function, call, dtype, gradients=False, device="cpu")
+    assert row.status == "rewritten" or "two masks may add up to minus infinity" in row.reason, row.reason
+    assert not wrong(dtype, new, own, exact)
+
+
+@pytest.mark.parametrize("low", [-math.inf, -1e9, torch.finfo(torch.float64).min])
+@pytest.mark.parametrize("given", [False, True])
+def test_masked_scores_that_are_rounded(low: float, given: bool) -> None:
+    """What float64 holds beside a score, float32 does not, or calls infinite."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, numbers: Tensor) -> Tensor:
+        scores = q @ k.mT * 0.3 + (numbers if given else mask.to(q.dtype) * low if math.isfinite(low) else numbers)
+        return scores.float().softmax(-1).to(q.dtype) @ v
+
+    mask, _ = _dead()
+    numbers = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(mask, low)
+    inputs = (*(part.double() for part in heads()), mask, numbers)
+    with torch.no_grad():
+        (row,) = rows(function, *inputs)
+        assert row.status == "rewritten", row.reason
+        expected, result = function(*inputs), rewritten(function)(*inputs)
+    assert torch.equal(result.isnan(), expected.isnan())
+    assert relative_error(result.nan_to_num(), expected.nan_to_num()) <= 1e-5
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("call", [False, True])
+def test_a_scale_of_zero_under_a_causal_mask(grad: bool, call: bool) -> None:
+    """PyTorch's CPU kernel masks before it scales, and 0 * -inf is NaN."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keep = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+        if call:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=0.0)
+        return (q @ k.mT * 0.0).masked_fill(~keep, -math.inf).softmax(-1) @ v
+
+    inputs = [part.requires_grad_(grad) for part in heads(9, 9)]
+    assert relative_error(rewritten(function)(*inputs), function(*inputs)) <= 1e-5
+
+
+@pytest.mark.parametrize("way", ["added", "added beside a bias", "multiplied"])
+@pytest.mark.parametrize("low", [-1e4, -1e9])
+def test_exponentials_that_an_added_mask_makes_zero(way: str, low: float) -> None:
+    """0 / 0 is NaN, and NaN is replaced."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
+        masked = mask.to(q.dtype)
+        scores = (q @ k.mT * 0.3) * (1 - masked) if way == "multiplied" else q @ k.mT * 0.3
+        scores = scores + masked * low
+        exponentials = (scores + bias if way == "added beside a bias" else scores).exp()
+        return torch.nan_to_num(exponentials / exponentials.sum(-1, keepdim=True)) @ v
+
+    mask, _ = _dead()
+    inputs = (*heads(), mask, torch.randn(4, 6, 9, generator=torch.Generator().manual_seed(4)))
+    with torch.no_grad():
+        expected, result = function(*inputs), rewritten(function)(*inputs)
+    assert bool((expected[:, :, 1] == 0).all())
+    assert relative_error(result, expected) <= 1e-5

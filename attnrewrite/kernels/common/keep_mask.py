@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.values import ABSORBING, ValueKind, is_far_below, is_ordinary, possible_values
-from attnrewrite.ir.site import Bias, CanonicalAttention, Fill, Floor, Lift, MaskedRows
+from attnrewrite.ir.site import Bias, CanonicalAttention, Fill, Floor, Lift, MaskedRows, Raise
 from attnrewrite.kernels.common.layout import KernelLayout
 from attnrewrite.kernels.common.mask import Mask
 from attnrewrite.kernels.common.verdict import Refusal
@@ -93,7 +93,9 @@ def _not_restored(site: CanonicalAttention) -> str:
     return f"a row may have no key, and this kernel cannot give it what the source does ({rows})"
 
 
-def _is_ordinary_or_infinite(term: Bias | Fill | Floor) -> bool:
+def _is_ordinary_or_infinite(term: Bias | Fill | Floor | Raise) -> bool:
+    if isinstance(term, Raise):
+        return False
     if not isinstance(term, Bias):
         return term.value == -math.inf
     values = [term.of(value) if isinstance(value, float) else value for value in possible_values(term.operand.node)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from attnrewrite.analysis.values import ABSORBED, ABSORBING, FAR_BELOW, UNDERFLO
 from attnrewrite.ir.axes import Dim, Operand, size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import same, tensor
-from attnrewrite.ir.site import Bias, CanonicalAttention, Fill, Floor, Lift, MaskedRows, Zero
+from attnrewrite.ir.site import Bias, CanonicalAttention, Fill, Floor, Lift, MaskedRows, Raise, Zero
 from attnrewrite.kernels.common.layout import KernelLayout, lay_out, modified, padded
 from attnrewrite.kernels.common.row_gradients import ABSORBED_ROWS, NAN_ROWS
 
@@ -120,16 +121,11 @@ class Mask:
         call = self._builder.call
         total: fx.Node | None = None
         self._after_fill = None
-        wide = self._dtype
-        if self._site.scores.rounded_to is not None:
-            # Rounded once, at the end, as the source rounds its masked scores.
-            wide = max((wide, *(term.dtype for term in self._terms)), key=lambda dtype: dtype.itemsize)
-        elif self._lift is not Lift.NONE and wide.itemsize < 4:
-            # Sums of masks leave the range of float16 before they are lifted.
-            wide = torch.float32
+        wide = self._replay_dtype
         rescaled: tuple[float, ...] = ()
-        for term in self._terms:
-            total, rescaled = self._rescaled(total, rescaled, () if isinstance(term, Floor) else term.rescaled)
+        for place, term in enumerate(self._terms):
+            own = term.rescaled if isinstance(term, (Bias, Fill)) else ()
+            total, rescaled = self._rescaled(total, rescaled, own)
             if isinstance(term, Bias):
                 bias = self._cast(self._laid_out(term.operand), wide)
                 for scale in term.scales:
@@ -147,6 +143,10 @@ class Mask:
                 assert total is not None
                 total = call(aten.clamp.default, total, term.value if self._counts else max(term.value, ABSORBING))
                 continue
+            if isinstance(term, Raise):
+                assert total is not None
+                total = self._raised(total, term, self._terms[:place])
+                continue
             self._after_fill = None
             condition = self._condition(term.condition)
             value = self._fill_value(term)
@@ -162,7 +162,54 @@ class Mask:
             self._after_fill = self._cast(self._after_fill)
         if self._site.scores.rounded_to is not None:
             total = self._cast(total, self._site.scores.rounded_to)
+        if self._is_raised:
+            # Where a maximum of minus infinity was subtracted from itself, and no fill took the place of that.
+            lost = call(aten.any.dim, call(aten.isnan.default, total), -1, True)
+            total = call(aten.where.ScalarSelf, lost, -math.inf, total)
         return total
+
+    @property
+    def _is_raised(self) -> bool:
+        return any(isinstance(term, Raise) for term in self._terms)
+
+    def _raised(self, total: fx.Node, raised: Raise, before: Sequence[Bias | Fill | Floor | Raise]) -> fx.Node:
+        """What a row has been lowered by as a whole is taken back, and its scores are taken away where they were lost.
+
+        Rows of minus infinity become NaN.
+        """
+        call = self._builder.call
+        total = self._cast(total, raised.rounded_to) if raised.rounded_to else total
+        highest = call(aten.clamp.default, call(aten.amax.default, total, [-1], True), None, 0.0)
+        absorbed = call(aten.le.Scalar, highest, raised.absorbed)
+        filled = self._filled_rows(before)
+        for rows in (filled, self.absorbed_rows):
+            absorbed = absorbed if rows is None else call(aten.logical_or.default, absorbed, rows)
+        self.absorbed_rows = absorbed
+        total = call(aten.sub.Tensor, total, highest)
+        return total if raised.factor == 1 else call(aten.mul.Scalar, total, raised.factor)
+
+    def _filled_rows(self, terms: Sequence[Bias | Fill | Floor | Raise]) -> fx.Node | None:
+        """Rows in which a fill took the place of every score; None if there is no fill."""
+        call = self._builder.call
+        filled: fx.Node | None = None
+        for term in terms:
+            if isinstance(term, Fill):
+                condition = self._condition(term.condition)
+                condition = call(aten.logical_not.default, condition) if term.invert else condition
+                filled = condition if filled is None else call(aten.logical_or.default, filled, condition)
+        return None if filled is None else call(aten.all.dim, filled, -1, True)
+
+    @property
+    def _replay_dtype(self) -> torch.dtype:
+        wide = self._dtype
+        raises = [term for term in self._terms if isinstance(term, Raise)]
+        if self._site.scores.rounded_to is not None or any(term.rounded_to for term in raises):
+            # Rounded once, as the source rounds its masked scores.
+            dtypes = [term.dtype for term in self._terms if not isinstance(term, Raise)]
+            return max((wide, *dtypes), key=lambda dtype: dtype.itemsize)
+        # Sums of masks leave the range of float16 before they are lifted.
+        lifted = self._lift is not Lift.NONE or raises
+        return torch.float32 if lifted and wide.itemsize < 4 else wide
 
     def _rescaled(
         self, total: fx.Node | None, before: tuple[float, ...], after: tuple[float, ...]
@@ -188,7 +235,8 @@ class Mask:
     @property
     def _counts(self) -> bool:
         """Whether numbers count: which of its keys a row attends that all terms together mask depends on them."""
-        return sum(isinstance(term, Fill) or may_mask(term) for term in self._terms if not isinstance(term, Floor)) > 1
+        masks = [term for term in self._terms if isinstance(term, (Bias, Fill))]
+        return sum(isinstance(term, Fill) or may_mask(term) for term in masks) > 1
 
     def _fill_value(self, term: Fill) -> float:
         """A fill replaces the score, a mask is added to it: the number must swallow any score, and stay finite."""
@@ -305,14 +353,8 @@ class Mask:
         It is what a finite fill gives in the source, and no gradient reaches query and key there, as in the source.
         """
         call = self._builder.call
-        filled: fx.Node | None = None
-        for term in self._terms:
-            if isinstance(term, Fill):
-                condition = self._condition(term.condition)
-                condition = call(aten.logical_not.default, condition) if term.invert else condition
-                filled = condition if filled is None else call(aten.logical_or.default, filled, condition)
-        assert filled is not None and self.node is not None
-        self.opened_rows = call(aten.all.dim, filled, -1, True)
+        self.opened_rows = self._filled_rows(self._terms)
+        assert self.opened_rows is not None and self.node is not None
         if tensor(self.node).dtype is torch.bool:
             self.node = call(aten.logical_or.default, self.node, self.opened_rows)
         else:
@@ -330,8 +372,9 @@ class Mask:
         if site.rounds_rows and rows.may_occur:
             output = call(aten.mul.Tensor, output, self._keys_where_rounded(site.compute_dtype))
         if rows is MaskedRows.ZERO_WHERE_NAN:
-            # Rows that minus infinity masks are zero with every kernel, unless they were opened.
-            if self._lift is not Lift.NONE:
+            # Rows that minus infinity masks are zero with every kernel, unless they were opened; those in which finite
+            # numbers make all exponentials zero are not.
+            if self._lift is not Lift.NONE or (site.underflows and self.opened_rows is None):
                 return call(aten.where.ScalarSelf, self._rows_without_key(self._infinite), 0.0, output)
             infinite = any(isinstance(term, Fill) and term.value == -math.inf for term in self._terms)
             if self.opened_rows is None or not infinite:
@@ -445,7 +488,9 @@ def _key_length(site: CanonicalAttention) -> int | torch.SymInt:
     return size_of(site.key_axes)
 
 
-def _may_be_below_absorbing(term: Bias | Fill | Floor) -> bool:
+def _may_be_below_absorbing(term: Bias | Fill | Floor | Raise) -> bool:
+    if isinstance(term, Raise):
+        return False
     if not isinstance(term, Bias):
         return -math.inf < term.value < ABSORBING
     return any(
