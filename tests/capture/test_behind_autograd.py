@@ -51,6 +51,13 @@ def updated_through_data(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return result
 
 
+def saved_weights_updated_through_data(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax and the product have saved the weights, and their version is not counted."""
+    weights = (q @ k.mT).softmax(-1)
+    weights.data.mul_(2)
+    return weights @ v
+
+
 def updated_through_a_view(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scaled = k * 2
     scaled.detach()[:, :, 0] = 0
@@ -96,6 +103,7 @@ READ: tuple[Attend, ...] = (
 LEFT: tuple[Attend, ...] = (
     clamped_without_gradients,
     updated_through_data,
+    saved_weights_updated_through_data,
     updated_through_a_view,
     inference_mode,
 )
