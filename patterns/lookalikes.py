@@ -220,7 +220,13 @@ def sharpened_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1).pow(2) @ v
 
 
-@_lookalike(_Q, _K, _V, gradients=False, reason=_BETWEEN)
+@_lookalike(_Q, _K, _V, normal(2, 4, "L", 1), reason=_BETWEEN)
+def number_added_to_weights(q: Tensor, k: Tensor, v: Tensor, number: Tensor) -> Tensor:
+    """The same for all keys of a query, so that it is no matrix that can be multiplied with the values."""
+    return ((q @ k.transpose(-2, -1) / 8**0.5).softmax(-1) + number) @ v
+
+
+@_lookalike(_Q, _K, _V, gradients=False, reason=_READ_TWICE)
 def straight_through(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     soft = (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1)
     hard = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)

@@ -107,3 +107,14 @@ def differential_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q1, q2 = q.chunk(2, -1)
     k1, k2 = k.chunk(2, -1)
     return ((q1 @ k1.mT).softmax(-1) - 0.8 * (q2 @ k2.mT).softmax(-1)) @ v
+
+
+@_spelling.add(_Q, _K, _V, keep(2, 1, 1, "S"), normal(2, 1, "L", "S"), keep(2, 1, "L", "S", dtype=torch.float32))
+def mixed_with_given_matrices(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, distances: Tensor, adjacency: Tensor
+) -> Tensor:
+    """Molecule Attention Transformer: weights of distances and of bonds beside those of the scores."""
+    scores = (q @ k.mT * 8**-0.5).masked_fill(~mask, -1e12)
+    adjacency = adjacency / (adjacency.sum(-1, keepdim=True) + 1e-6)
+    weights = 0.3 * scores.softmax(-1) + 0.3 * distances.softmax(-1) + 0.4 * adjacency.repeat(1, 4, 1, 1)
+    return weights @ v

@@ -290,6 +290,62 @@ def test_one_attention_among_the_terms() -> None:
     assert relative_error(rewritten(attend)(*inputs), attend(*inputs)) <= 1e-5
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 6, 7), (3, 1, 7), (6, 7), (1, 7)])
+def test_a_given_matrix_among_the_terms(shape: tuple[int, ...]) -> None:
+    """It is multiplied with the value as it is, and its gradient comes from there."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+        return (0.5 * given - (q @ k.mT).softmax(-1)) @ v
+
+    check(attend, *operands(6, 7, 7), torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+
+
+def test_a_given_matrix_beside_slices_of_one_softmax() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+        first, second = (q @ k.mT).softmax(-1).unbind(1)
+        return (first - 0.5 * second + given[:, :7]) @ v
+
+    check(attend, *halves(), torch.randn(6, 9))
+
+
+def test_a_given_matrix_beside_weights_with_a_sink() -> None:
+    """The column of the sink is cut off, and then the weights have the shape of the matrix."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, given: Tensor) -> Tensor:
+        scores = torch.cat([q @ k.mT, sink.expand(2, 3, 6, 1)], -1)
+        return (scores.softmax(-1)[..., :-1] + given) @ v
+
+    check(attend, *operands(6, 7, 7), torch.randn(3, 1, 1), torch.randn(6, 7))
+
+
+def test_a_given_matrix_beside_a_row_without_a_key() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, given: Tensor) -> Tensor:
+        return ((q @ k.mT).masked_fill(mask, -math.inf).softmax(-1) + given) @ v
+
+    mask = torch.zeros(6, 7, dtype=torch.bool)
+    mask[2], mask[3, 4:] = True, True
+    inputs = [*operands(6, 7, 7), mask, torch.randn(6, 7)]
+    assert [row.status for row in rows(attend, *inputs)] == ["rewritten"]
+    torch._dynamo.reset()
+    assert relative_error(rewritten(attend)(*inputs), attend(*inputs)) <= 1e-5
+
+
+def given_per_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    first, second = (q @ k.mT).softmax(-1).unbind(1)
+    return (first - second + q[:, 0, :, :, :1]) @ v
+
+
+def given_before_an_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q[:, 0] @ k[:, 0].mT).softmax(-1) + k[:, 0, :, :6, :7].mean((0, 1))
+    return torch.einsum("bhls,bhsd->bhld", weights, v)
+
+
+def given_by_the_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What is added is computed from the weights, which must exist for it."""
+    weights = (q[:, 0] @ k[:, 0].mT).softmax(-1)
+    return (weights + weights.square()) @ v
+
+
 def factor_per_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     first, second = (q @ k.mT).softmax(-1).unbind(1)
     return (first - k[:, 0, :, :, 0].unsqueeze(-2) * second) @ v
@@ -329,6 +385,9 @@ def something_added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (factor_per_key, "not known to be all equal slices"),
         (dropped_as_one, "between softmax and"),
         (something_added, "between softmax and"),
+        (given_per_query, "between softmax and"),
+        (given_before_an_einsum, "added up before an einsum"),
+        (given_by_the_weights, "read more than once"),
     ],
 )
 def test_sums_that_stay(function: Attend, reason: str) -> None:
