@@ -268,6 +268,14 @@ def relative_values(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tenso
     return weights @ v + torch.einsum("bhls,lsd->bhld", weights, positions)
 
 
+@_lookalike(_Q, _K, _V, learned("L", "S"), learned("L", "S"), reason="something else reads as well")
+def two_biases_and_the_scores_returned(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, other: Tensor
+) -> tuple[Tensor, Tensor]:
+    scores = q @ k.transpose(-2, -1) / 8**0.5
+    return torch.cat([scores + bias, scores + other]).softmax(-1) @ torch.cat([v, v]), scores
+
+
 @_lookalike(_Q, _K, _V, reason=_READ_TWICE, dynamic=False)
 def keys_chosen_by_score(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.transpose(-2, -1) / 8**0.5

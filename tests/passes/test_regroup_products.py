@@ -198,6 +198,67 @@ def test_a_sink_that_is_a_product() -> None:
     check(attend, *operands(6, 7, 7, 1))
 
 
+# Scores in several parts.
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_scores_in_parts_that_are_no_keys(dim: int) -> None:
+    """Batches, heads, or queries: each part has operands and a bias of its own."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, other: Tensor) -> Tensor:
+        queries, keys = q.chunk(2, dim), k.mT.chunk(2, dim) if dim < 2 else (k.mT,) * 2
+        parts = [a @ b * 0.3 - c for a, b, c in zip(queries, keys, (bias, other), strict=True)]
+        return torch.cat(parts, dim).softmax(-1) @ v
+
+    check(attend, *operands(6, 7, 7, batch=(2, 4)), *(torch.randn(7) for _ in range(2)))
+
+
+def test_scores_of_one_product_under_two_biases() -> None:
+    """What was added to the one product has batches, and counts for both."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, shared: Tensor, bias: Tensor, other: Tensor) -> Tensor:
+        scores = q @ k.mT * 0.3 + shared
+        weights = torch.cat([scores + bias, scores + other]).softmax(-1)
+        return weights @ torch.cat([v, v.flip(-1)])
+
+    biases = torch.randn(2, 1, 6, 7), torch.randn(3, 1, 7), torch.randn(3, 1, 7)
+    check(attend, *operands(6, 7, 7), *biases)
+
+
+def test_a_key_that_is_broadcast_along_the_parts() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, other: Tensor) -> Tensor:
+        scores = q @ k[:1].mT
+        return torch.cat([scores + bias, scores + other]).softmax(-1) @ v[:1]
+
+    check(attend, *operands(6, 7, 7), torch.randn(6, 7), torch.randn(6, 7))
+
+
+def keys_of_different_batches(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, other: Tensor) -> Tensor:
+    return torch.cat([q @ k[:1].mT + bias, q @ k[1:].mT + other]).softmax(-1) @ v[:1]
+
+
+def biases_of_different_shapes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, other: Tensor) -> Tensor:
+    scores = q @ k.mT
+    return torch.cat([scores + bias, scores + other[:1]]).softmax(-1) @ v[:1]
+
+
+def one_part_is_bounded(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, other: Tensor) -> Tensor:
+    scores = q @ k.mT
+    return torch.cat([scores + bias, (scores + other).clamp(max=1.0)]).softmax(-1) @ v[:1]
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (keys_of_different_batches, "along a dimension that an operand is broadcast to"),
+        (biases_of_different_shapes, "computed in different ways"),
+        (one_part_is_bounded, "computed in different ways"),
+    ],
+)
+def test_scores_in_parts_that_stay(function: Attend, reason: str) -> None:
+    check_kept(function, *operands(6, 7, 7), torch.randn(6, 7), torch.randn(6, 7), reason=reason)
+
+
 # Sums of weights.
 
 
