@@ -248,6 +248,17 @@ def weights_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return weights @ v, weights
 
 
+@_lookalike(_Q, _K, _V, reason=_BETWEEN)
+def batch_norm_of_the_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """In training batch norm takes the mean and deviation of all scores that there are."""
+    return F.batch_norm(q @ k.transpose(-2, -1), None, None, training=True).softmax(-1) @ v
+
+
+@_lookalike(_Q, _K, _V, reason=_BETWEEN)
+def scores_summed_over_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1)).sum(1, keepdim=True).softmax(-1) @ v
+
+
 @_lookalike(_Q, _K, _V, reason=_READ_TWICE)
 def scores_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """RealFormer: the next layer adds them to its own."""

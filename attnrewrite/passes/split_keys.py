@@ -44,6 +44,7 @@ from attnrewrite.passes.regrouping import (
     in_order,
     piece_of,
     require_one_dtype,
+    softmaxes_of,
 )
 
 __all__ = ["joined_scores", "joined_values"]
@@ -142,7 +143,7 @@ def joined_scores(
     parts: list[fx.Node] = list(args[0])
     if not all(tensor(part).dim() == rank and leads_to_product(part, {}) for part in parts):
         return None
-    readers = _softmaxes_of(node, weights)
+    readers = softmaxes_of(node, weights)
     if not readers or any(map(_is_taken_apart, readers)):
         # Weights in parts have been joined before; what is left are those of a sink, which is a part without a value.
         return None
@@ -200,20 +201,6 @@ def _require_no_other_readers(steps: Sequence[Sequence[fx.Node]], node: fx.Node)
         raise NotRegrouped(
             "the scores are concatenated from parts that something else reads as well, so they must exist in memory"
         )
-
-
-def _softmaxes_of(scores: fx.Node, weights: Weights) -> set[fx.Node]:
-    """The softmaxes that the scores go into by elementwise steps and views."""
-    pending, seen, found = [scores], {scores}, set()
-    for node in pending:
-        for user in node.users:
-            if user in weights.nodes:
-                found.add(user)
-            passes = user not in seen and (is_elementwise(user) or is_view(user) or is_cast(user))
-            if passes and AROUND_SOFTMAX.allows(len(seen)):
-                seen.add(user)
-                pending.append(user)
-    return found
 
 
 def _is_taken_apart(weights: fx.Node) -> bool:

@@ -259,6 +259,95 @@ def test_scores_in_parts_that_stay(function: Attend, reason: str) -> None:
     check_kept(function, *operands(6, 7, 7), torch.randn(6, 7), torch.randn(6, 7), reason=reason)
 
 
+# Plain steps in another form.
+
+
+def normalized(affine: bool, training: bool = False, dtype: torch.dtype = torch.float32) -> torch.nn.BatchNorm2d:
+    norm = torch.nn.BatchNorm2d(3, affine=affine, dtype=dtype).train(training)
+    with torch.no_grad():
+        assert norm.running_mean is not None and norm.running_var is not None
+        norm.running_mean.copy_(torch.tensor([-3.0, 0.0, 2.0]))
+        norm.running_var.copy_(torch.tensor([0.5, 4.0, 9.0]))
+        for value in norm.parameters():
+            value.copy_(torch.tensor([1.5, -0.5, 2.0]))
+    return norm
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_of_the_scores(affine: bool) -> None:
+    """The factor of a head may be negative."""
+    norm = normalized(affine)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (norm(q @ k.mT) * 0.5).softmax(-1) @ v
+
+    check(attend, *operands(6, 7, 7))
+
+
+def test_a_mask_behind_a_batch_norm_of_the_scores() -> None:
+    norm = normalized(affine=True)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        future = torch.ones(6, 7, dtype=torch.bool).triu(2)
+        return norm(q @ k.mT).masked_fill(future, -math.inf).softmax(-1) @ v
+
+    inputs = operands(6, 7, 7)
+    with torch.no_grad():
+        assert [row.status for row in rows(attend, *inputs)] == ["rewritten"]
+        torch._dynamo.reset()
+        assert relative_error(rewritten(attend)(*inputs), attend(*inputs)) <= 1e-5
+
+
+def test_gradients_of_a_batch_norm_of_the_scores() -> None:
+    """The weight has its gradient, and the bias one of zeros but for rounding; the statistics have none."""
+
+    def trained(compiled: bool) -> tuple[Tensor | None, ...]:
+        norm = normalized(affine=True)
+        q, k, v = operands(6, 7, 7)
+
+        def attend(q: Tensor) -> Tensor:
+            return norm(q @ k.mT).softmax(-1) @ v
+
+        function = rewritten(attend, "aot_eager") if compiled else attend
+        torch._dynamo.reset()
+        function(q.requires_grad_()).square().sum().backward()
+        return q.grad, norm.weight.grad, norm.bias.grad
+
+    (*own, bias), (*expected, other) = trained(True), trained(False)
+    assert relative_error(own, expected) <= 1e-4
+    assert bias is not None and other is not None
+    assert bias.abs().max() <= 1e-4 and other.abs().max() <= 1e-4
+
+
+def test_a_sum_over_a_dimension_of_one() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q @ k.mT).unsqueeze(1)
+        return (scores.sum(1, keepdim=True) * 0.5).sum((1,)).softmax(-1) @ v
+
+    check(attend, *operands(6, 7, 7))
+
+
+def test_steps_that_stay() -> None:
+    """Statistics of the batch, half precision, and scores that something else reads."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, norm: torch.nn.BatchNorm2d) -> Tensor:
+        return norm(q @ k.mT).softmax(-1) @ v
+
+    def in_training(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, normalized(affine=False, training=True))
+
+    half = normalized(affine=True, dtype=torch.bfloat16)
+    check_kept(in_training, *operands(6, 7, 7), reason="between softmax and")
+    inputs = [value.bfloat16() for value in operands(6, 7, 7)]
+    check_kept(lambda q, k, v: attend(q, k, v, half), *inputs, reason="batch norm in half precision")
+
+    def returned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = normalized(affine=False)(q @ k.mT).unsqueeze(0).sum(0)
+        return scores.softmax(-1) @ v + scores.mean()
+
+    check_kept(returned, *operands(6, 7, 7), reason="read more than once")
+
+
 # Sums of weights.
 
 
