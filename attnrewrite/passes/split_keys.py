@@ -70,6 +70,7 @@ def joined_values(
     leaves = _addends(node)
     products = [contraction for leaf in leaves if (contraction := contraction_of(leaf)) is not None]
     if len(products) < len(leaves):
+        _require_no_parts_behind_views(leaves, weights, softmaxes)
         return None
     found = _parts_of_weights(products, weights)
     if found is None:
@@ -95,6 +96,32 @@ def joined_values(
     pair = (whole, joined) if place == 0 else (joined, whole)
     new = builder.call(first.node.target, *first.arguments(*pair))
     return Found(new, (new,))
+
+
+def _require_no_parts_behind_views(leaves: Sequence[fx.Node], weights: Weights, softmaxes: set[fx.Node]) -> None:
+    """Raises:
+    NotRegrouped: the leaves are products with parts of weights, some of them in another shape.
+    """
+    sources: set[fx.Node] = set()
+    for leaf in leaves:
+        product = contraction_of(_past_views(leaf))
+        taken = [piece_of(_past_views(operand)) for operand in product.operands] if product is not None else []
+        found = {part.source for part in taken if part is not None and part.source in weights.nodes}
+        if not found:
+            return
+        sources |= found
+    if len(sources) == 1 and len(leaves) > 1:
+        softmaxes |= sources
+        raise NotRegrouped(
+            "parts of the attention weights are multiplied with values in different shapes, such as those for all "
+            "queries and those for each block of queries"
+        )
+
+
+def _past_views(node: fx.Node) -> fx.Node:
+    while is_tensor(node) and node.op == "call_function" and is_view(node) and piece_of(node) is None:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _addends(node: fx.Node) -> list[fx.Node]:
@@ -183,11 +210,14 @@ def _joined_operands(
     if letter not in letters:
         return operands[0]
     own = letters.index(letter)
-    if shared and same(tensor(operands[0]).shape[own], 1) and letter in first.letters[1 - place]:
-        return operands[0]  # It is broadcast along the parts.
-    for product, operand in zip(products, operands, strict=True):
-        if not same(tensor(operand).shape[own], tensor(product.node).shape[dim]):
-            raise NotRegrouped("the scores are concatenated along a dimension that an operand is broadcast to")
+    fits = [
+        same(tensor(operand).shape[own], tensor(product.node).shape[dim])
+        for product, operand in zip(products, operands, strict=True)
+    ]
+    if not all(fits):
+        if shared and same(tensor(operands[0]).shape[own], 1):
+            return operands[0]  # It is broadcast along the parts.
+        raise NotRegrouped("the scores are concatenated along a dimension that an operand is broadcast to")
     single = any(_has_single_row(first, each) for each in (0, 1) if each != place or letter in first.letters[1 - each])
     return _joined(operands, own, single, builder, view)
 

@@ -152,6 +152,17 @@ def test_values_of_different_batches() -> None:
     check_kept(attend, *operands(6, 11, 7, 4), reason="differ in more than their number")
 
 
+def test_values_of_blocks_of_queries() -> None:
+    """CogView: some keys are those of all queries, and others those of a block."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, of_blocks: Tensor) -> Tensor:
+        weights = (q @ k.mT).softmax(-1)
+        blocks = weights[..., 7:].view(2, 3, 2, 3, 4) @ of_blocks.view(2, 3, 2, 4, 8)
+        return weights[..., :7] @ v + blocks.view(2, 3, 6, 8)
+
+    check_kept(attend, *operands(6, 11, 7, 8), reason="each block of queries")
+
+
 def test_parts_of_two_softmaxes() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, more_v: Tensor) -> Tensor:
         first, second = (q @ k.mT).softmax(-1), (q @ k.mT * 2).softmax(-1)
@@ -231,6 +242,14 @@ def test_a_key_that_is_broadcast_along_the_parts() -> None:
         return torch.cat([scores + bias, scores + other]).softmax(-1) @ v[:1]
 
     check(attend, *operands(6, 7, 7), torch.randn(6, 7), torch.randn(6, 7))
+
+
+def test_scores_in_parts_of_one_batch() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, other: Tensor) -> Tensor:
+        scores = q @ k.mT
+        return torch.cat([scores + bias, scores + other]).softmax(-1) @ v
+
+    check(attend, *operands(6, 7, 7, batch=(1, 3)), torch.randn(6, 7), torch.randn(6, 7))
 
 
 def keys_of_different_batches(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, other: Tensor) -> Tensor:
