@@ -298,7 +298,8 @@ def test_batch_norm_of_the_scores(affine: bool) -> None:
     norm = normalized(affine)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (norm(q @ k.mT) * 0.5).softmax(-1) @ v
+        result: Tensor = (norm(q @ k.mT) * 0.5).softmax(-1) @ v
+        return result
 
     check(attend, *operands(6, 7, 7))
 
@@ -308,7 +309,8 @@ def test_a_mask_behind_a_batch_norm_of_the_scores() -> None:
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         future = torch.ones(6, 7, dtype=torch.bool).triu(2)
-        return norm(q @ k.mT).masked_fill(future, -math.inf).softmax(-1) @ v
+        result: Tensor = norm(q @ k.mT).masked_fill(future, -math.inf).softmax(-1) @ v
+        return result
 
     inputs = operands(6, 7, 7)
     with torch.no_grad():
@@ -325,7 +327,8 @@ def test_gradients_of_a_batch_norm_of_the_scores() -> None:
         q, k, v = operands(6, 7, 7)
 
         def attend(q: Tensor) -> Tensor:
-            return norm(q @ k.mT).softmax(-1) @ v
+            result: Tensor = norm(q @ k.mT).softmax(-1) @ v
+            return result
 
         function = rewritten(attend, "aot_eager") if compiled else attend
         torch._dynamo.reset()
@@ -350,7 +353,8 @@ def test_steps_that_stay() -> None:
     """Statistics of the batch, half precision, and scores that something else reads."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, norm: torch.nn.BatchNorm2d) -> Tensor:
-        return norm(q @ k.mT).softmax(-1) @ v
+        result: Tensor = norm(q @ k.mT).softmax(-1) @ v
+        return result
 
     def in_training(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, normalized(affine=False, training=True))
@@ -362,7 +366,8 @@ def test_steps_that_stay() -> None:
 
     def returned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = normalized(affine=False)(q @ k.mT).unsqueeze(0).sum(0)
-        return scores.softmax(-1) @ v + scores.mean()
+        result: Tensor = scores.softmax(-1) @ v + scores.mean()
+        return result
 
     check_kept(returned, *operands(6, 7, 7), reason="read more than once")
 
