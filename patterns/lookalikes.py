@@ -220,7 +220,13 @@ def sharpened_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1).pow(2) @ v
 
 
-@_lookalike(_Q, _K, _V, gradients=False, reason=_BETWEEN)
+@_lookalike(_Q, _K, _V, normal(2, 4, "L", 1), reason=_BETWEEN)
+def number_added_to_weights(q: Tensor, k: Tensor, v: Tensor, number: Tensor) -> Tensor:
+    """The same for all keys of a query, so that it is no matrix that can be multiplied with the values."""
+    return ((q @ k.transpose(-2, -1) / 8**0.5).softmax(-1) + number) @ v
+
+
+@_lookalike(_Q, _K, _V, gradients=False, reason=_READ_TWICE)
 def straight_through(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     soft = (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1)
     hard = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
@@ -242,6 +248,17 @@ def weights_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return weights @ v, weights
 
 
+@_lookalike(_Q, _K, _V, reason=_BETWEEN)
+def batch_norm_of_the_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """In training batch norm takes the mean and deviation of all scores that there are."""
+    return F.batch_norm(q @ k.transpose(-2, -1), None, None, training=True).softmax(-1) @ v
+
+
+@_lookalike(_Q, _K, _V, reason=_BETWEEN)
+def scores_summed_over_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1)).sum(1, keepdim=True).softmax(-1) @ v
+
+
 @_lookalike(_Q, _K, _V, reason=_READ_TWICE)
 def scores_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """RealFormer: the next layer adds them to its own."""
@@ -260,6 +277,14 @@ def relative_values(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tenso
     """Shaw et al.: the weights also weigh vectors of relative positions."""
     weights = (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1)
     return weights @ v + torch.einsum("bhls,lsd->bhld", weights, positions)
+
+
+@_lookalike(_Q, _K, _V, learned("L", "S"), learned("L", "S"), reason="something else reads as well")
+def two_biases_and_the_scores_returned(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, other: Tensor
+) -> tuple[Tensor, Tensor]:
+    scores = q @ k.transpose(-2, -1) / 8**0.5
+    return torch.cat([scores + bias, scores + other]).softmax(-1) @ torch.cat([v, v]), scores
 
 
 @_lookalike(_Q, _K, _V, reason=_READ_TWICE, dynamic=False)

@@ -47,6 +47,7 @@ __all__ = [
     "SCATTER_OPS",
     "SOFTMAX_OPS",
     "SPLIT_OPS",
+    "STORED_NORM_OPS",
     "SUB_OPS",
     "TRIANGLE_OPS",
     "VIEW_OPS",
@@ -176,6 +177,9 @@ CONVOLUTION_OPS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv
 PROJECTION_OPS = CONVOLUTION_OPS | {aten.linear.default, aten.addmm.default}
 NORM_OPS = frozenset({aten.layer_norm.default, aten.group_norm.default, aten.rms_norm.default})
 """Normalizations of a tensor's entries by their own mean or size, but not over a batch."""
+
+STORED_NORM_OPS = frozenset({aten._native_batch_norm_legit_no_training.default})
+"""Batch norm with stored statistics; the first result is the normalized tensor."""
 
 ZEROS_OPS = frozenset({aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default})
 ONES_OPS = frozenset({aten.ones.default, aten.ones_like.default, aten.new_ones.default})

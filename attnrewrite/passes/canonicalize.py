@@ -587,6 +587,8 @@ def _read_scale(mod: Scale, site: AttentionSite, reading: _Reading) -> None:
         assert isinstance(mod.factor, Operand)
         if mod.divide or not possible_values(mod.factor.node) <= {0.0, 1.0}:
             reading.take_function("the scores are multiplied by a tensor with query and key positions")
+            # A bias that masks nothing is a part of the scores from here on.
+            terms[:] = [term for term in terms if not _is_part_of_scores(term)]
             if any(isinstance(term, (Bias, Floor)) for term in terms):
                 reading.overflows = Reason("a tensor scales masked scores")
             reading.makes_nan |= _may_be_infinite(terms)
@@ -1060,6 +1062,12 @@ def _values(term: Term) -> list[object]:
 
 def _is_ordinary(value: object) -> bool:
     return isinstance(value, (float, ValueKind)) and is_ordinary(value)
+
+
+def _is_part_of_scores(term: Term) -> bool:
+    """Whether a term is added that neither masks nor outweighs a mask."""
+    large = any(isinstance(value, float) and value > ORDINARY for value in _values(term))
+    return isinstance(term, Bias) and not may_mask(term) and not large
 
 
 def _lowest(value: object) -> float:

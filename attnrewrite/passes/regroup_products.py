@@ -1,7 +1,8 @@
 """Sums of products with parts of the weights, or with sums of weights, as products with the weights themselves.
 
-Keys in several parts (:mod:`attnrewrite.passes.split_keys`) and sums of attention weights
-(:mod:`attnrewrite.passes.weight_sums`) get the form in which patterns read attention, before these look at the graph.
+Keys in several parts (:mod:`attnrewrite.passes.split_keys`), sums of attention weights
+(:mod:`attnrewrite.passes.weight_sums`) and plain steps in another form (:mod:`attnrewrite.passes.plain_steps`) get the
+form in which patterns read attention, before these look at the graph.
 Where no kernel takes an attention in the end, the source's form is put back.
 """
 
@@ -20,6 +21,7 @@ from attnrewrite.ir.nodes import is_tensor, same_shape, tensor
 from attnrewrite.ir.ops import ADD_OPS
 from attnrewrite.ir.products import contraction_of
 from attnrewrite.ir.reason import Reason
+from attnrewrite.passes.plain_steps import may_be_plain, plain_step
 from attnrewrite.passes.regrouping import Found, NotRegrouped, Weights, require_one_region
 from attnrewrite.passes.saved_nodes import SavedNode
 from attnrewrite.passes.splice import latest, remove_unused, replace_node
@@ -112,10 +114,11 @@ def regroup_products(view: GraphView, replaced: dict[fx.Node, fx.Node]) -> Regro
 
 
 def _may_have_new_form(node: fx.Node) -> bool:
-    """Whether the node is of the kinds that are looked at: a sum, a concatenation, a product."""
+    """Whether the node is of the kinds that are looked at: a sum, a concatenation, a product, a plain step."""
     if node.op != "call_function" or not is_tensor(node):
         return False
-    return node.target in ADD_OPS or node.target is aten.cat.default or contraction_of(node) is not None
+    added = node.target in ADD_OPS or node.target is aten.cat.default
+    return added or contraction_of(node) is not None or may_be_plain(node)
 
 
 def _new_form(
@@ -125,6 +128,7 @@ def _new_form(
         joined_values(node, builder, view, weights, softmaxes)
         or joined_scores(node, builder, view, weights, softmaxes)
         or sum_of_attentions(node, builder, weights, softmaxes)
+        or plain_step(node, builder, weights, softmaxes)
     )
     if found is not None:
         require_one_region(node, builder, view)

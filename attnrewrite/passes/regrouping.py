@@ -14,7 +14,7 @@ from attnrewrite.ir.bounds import AROUND_SOFTMAX
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.graph_view import GraphView
 from attnrewrite.ir.nodes import Size, checkpoint_of, is_tensor, same, same_shape, tensor
-from attnrewrite.ir.ops import COPY_OPS, MASKED_FILL_OPS, MUL_OPS, WHERE_OPS, is_cast, is_view
+from attnrewrite.ir.ops import COPY_OPS, MASKED_FILL_OPS, MUL_OPS, WHERE_OPS, is_cast, is_elementwise, is_view
 from attnrewrite.ir.spans import Span, Taken, taken_from
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "piece_of",
     "require_one_dtype",
     "require_one_region",
+    "softmaxes_of",
 ]
 
 aten = torch.ops.aten
@@ -79,6 +80,20 @@ def _sources(node: fx.Node) -> Sequence[Any]:
         return tuple(arg for arg in args[:2] if is_tensor(arg))
     passes = is_cast(node) or is_view(node) or node.target in COPY_OPS or node.target in MASKED_FILL_OPS
     return (args[0],) if passes or node.target in (aten.dropout.default, aten.nan_to_num.default) else ()
+
+
+def softmaxes_of(scores: fx.Node, weights: Weights) -> set[fx.Node]:
+    """The softmaxes that the scores go into by elementwise steps and views."""
+    pending, seen, found = [scores], {scores}, set()
+    for node in pending:
+        for user in node.users:
+            if user in weights.nodes:
+                found.add(user)
+            passes = user not in seen and (is_elementwise(user) or is_view(user) or is_cast(user))
+            if passes and AROUND_SOFTMAX.allows(len(seen)):
+                seen.add(user)
+                pending.append(user)
+    return found
 
 
 def piece_of(node: Any) -> Taken | None:

@@ -3,7 +3,10 @@
     cat([q @ a.mT, q @ b.mT], -1)       =   q @ cat([a, b]).mT
     w[..., :n] @ x + w[..., n:] @ y     =   w @ cat([x, y])
 
-Parts of the weights must cover all keys exactly once, in any order.
+Parts of the weights must cover all keys exactly once, in any order. Scores may be concatenated along their batches,
+heads or queries as well, such as those under two masks:
+
+    cat([s + a, s + b])                 =   cat([q, q]) @ cat([k, k]).mT + cat([a, b])        s = q @ k.mT
 """
 
 from __future__ import annotations
@@ -18,8 +21,19 @@ from attnrewrite.analysis.scores import leads_to_product
 from attnrewrite.ir.bounds import AROUND_SOFTMAX
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.graph_view import GraphView
-from attnrewrite.ir.nodes import is_tensor, same, same_shape, scalar, tensor
-from attnrewrite.ir.ops import ADD_OPS, DIV_OPS, MUL_OPS, PIECE_OPS, is_cast, is_elementwise, is_view, same_argument
+from attnrewrite.ir.nodes import Size, is_tensor, same, same_shape, scalar, tensor
+from attnrewrite.ir.ops import (
+    ADD_OPS,
+    DIV_OPS,
+    MASKED_FILL_OPS,
+    MUL_OPS,
+    PIECE_OPS,
+    SUB_OPS,
+    is_cast,
+    is_elementwise,
+    is_view,
+    same_argument,
+)
 from attnrewrite.ir.products import Contraction, contraction_of
 from attnrewrite.ir.spans import Taken
 from attnrewrite.ir.views import permutation_of
@@ -30,6 +44,7 @@ from attnrewrite.passes.regrouping import (
     in_order,
     piece_of,
     require_one_dtype,
+    softmaxes_of,
 )
 
 __all__ = ["joined_scores", "joined_values"]
@@ -55,6 +70,7 @@ def joined_values(
     leaves = _addends(node)
     products = [contraction for leaf in leaves if (contraction := contraction_of(leaf)) is not None]
     if len(products) < len(leaves):
+        _require_no_parts_behind_views(leaves, weights, softmaxes)
         return None
     found = _parts_of_weights(products, weights)
     if found is None:
@@ -80,6 +96,32 @@ def joined_values(
     pair = (whole, joined) if place == 0 else (joined, whole)
     new = builder.call(first.node.target, *first.arguments(*pair))
     return Found(new, (new,))
+
+
+def _require_no_parts_behind_views(leaves: Sequence[fx.Node], weights: Weights, softmaxes: set[fx.Node]) -> None:
+    """Raises:
+    NotRegrouped: the leaves are products with parts of weights, some of them in another shape.
+    """
+    sources: set[fx.Node] = set()
+    for leaf in leaves:
+        product = contraction_of(_past_views(leaf))
+        taken = [piece_of(_past_views(operand)) for operand in product.operands] if product is not None else []
+        found = {part.source for part in taken if part is not None and part.source in weights.nodes}
+        if not found:
+            return
+        sources |= found
+    if len(sources) == 1 and len(leaves) > 1:
+        softmaxes |= sources
+        raise NotRegrouped(
+            "parts of the attention weights are multiplied with values in different shapes, such as those for all "
+            "queries and those for each block of queries"
+        )
+
+
+def _past_views(node: fx.Node) -> fx.Node:
+    while is_tensor(node) and node.op == "call_function" and is_view(node) and piece_of(node) is None:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _addends(node: fx.Node) -> list[fx.Node]:
@@ -114,7 +156,7 @@ def _parts_of_weights(
 def joined_scores(
     node: fx.Node, builder: Builder, view: GraphView, weights: Weights, softmaxes: set[fx.Node]
 ) -> Found | None:
-    """``cat([q @ a.mT, q @ b.mT], -1)`` as one product, and then what is done to all parts alike; else None.
+    """``cat([q @ a.mT, q @ b.mT], dim)`` as one product, and then what is done to all parts alike; else None.
 
     Raises:
         NotRegrouped: the concatenation stays as it is.
@@ -126,11 +168,9 @@ def joined_scores(
     along: Any = args[1] if len(args) > 1 else node.kwargs.get("dim", 0)
     dim = int(along) % rank
     parts: list[fx.Node] = list(args[0])
-    if len({*parts}) < len(parts) or not all(
-        tensor(part).dim() == rank and leads_to_product(part, {}) for part in parts
-    ):
+    if not all(tensor(part).dim() == rank and leads_to_product(part, {}) for part in parts):
         return None
-    readers = _softmaxes_of(node, weights)
+    readers = softmaxes_of(node, weights)
     if not readers or any(map(_is_taken_apart, readers)):
         # Weights in parts have been joined before; what is left are those of a sink, which is a part without a value.
         return None
@@ -142,36 +182,55 @@ def joined_scores(
     products = [contraction for part in parts if (contraction := contraction_of(part)) is not None]
     if len(products) < len(parts):
         raise NotRegrouped("the scores are concatenated from parts that are computed in different ways")
-    (first, *others) = products
-    letter = first.out[dim]
-    place = 1 if letter in first.letters[1] else 0
-    query = first.operands[1 - place]
-    alike = all(first.is_like(other) and other.operands[1 - place] is query for other in others)
-    if letter in first.letters[1 - place] or not alike:
-        raise NotRegrouped("the scores are concatenated from products that do not share their query")
     require_one_dtype(parts)
-    keys = [product.operands[place] for product in products]
-    single = _has_single_row(first, 1 - place)
-    joined = _joined(keys, first.letters[place].index(letter), single, builder, view)
-    pair = (query, joined) if place == 1 else (joined, query)
-    new = product = builder.call(first.node.target, *first.arguments(*pair))
+    first, letter = products[0], products[0].out[dim]
+    if letter in first.letters[0] and letter in first.letters[1]:
+        _require_no_other_readers([*steps, parts], node)
+    pair = [_joined_operands(products, place, dim, builder, view) for place in (0, 1)]
+    new = product = builder.call(first.node.target, *first.arguments(pair[0], pair[1]))
     for step in steps:
         new = _repeated(step, new, dim - rank, builder)
     return Found(new, (product,))
 
 
-def _softmaxes_of(scores: fx.Node, weights: Weights) -> set[fx.Node]:
-    """The softmaxes that the scores go into by elementwise steps and views."""
-    pending, seen, found = [scores], {scores}, set()
-    for node in pending:
-        for user in node.users:
-            if user in weights.nodes:
-                found.add(user)
-            passes = user not in seen and (is_elementwise(user) or is_view(user) or is_cast(user))
-            if passes and AROUND_SOFTMAX.allows(len(seen)):
-                seen.add(user)
-                pending.append(user)
-    return found
+def _joined_operands(
+    products: Sequence[Contraction], place: int, dim: int, builder: Builder, view: GraphView
+) -> fx.Node:
+    """The operand of the product of the whole, whose parts are those of ``products``; ``dim`` is one of the result.
+
+    Raises:
+        NotRegrouped: the operands cannot be concatenated so that their product is the concatenation.
+    """
+    first = products[0]
+    letter, letters = first.out[dim], first.letters[place]
+    operands = [product.operands[place] for product in products]
+    shared = all(operand is operands[0] for operand in operands)
+    if not all(map(first.is_like, products)) or not (shared or letter in letters):
+        raise NotRegrouped("the scores are concatenated from products that do not share their query")
+    if letter not in letters:
+        return operands[0]
+    own = letters.index(letter)
+    fits = [
+        same(tensor(operand).shape[own], tensor(product.node).shape[dim])
+        for product, operand in zip(products, operands, strict=True)
+    ]
+    if not all(fits):
+        if shared and same(tensor(operands[0]).shape[own], 1):
+            return operands[0]  # It is broadcast along the parts.
+        raise NotRegrouped("the scores are concatenated along a dimension that an operand is broadcast to")
+    single = any(_has_single_row(first, each) for each in (0, 1) if each != place or letter in first.letters[1 - each])
+    return _joined(operands, own, single, builder, view)
+
+
+def _require_no_other_readers(steps: Sequence[Sequence[fx.Node]], node: fx.Node) -> None:
+    """Raises:
+    NotRegrouped: what leads to ``node`` by ``steps`` is read elsewhere as well.
+    """
+    own = {each for step in steps for each in step} | {node}
+    if any(user not in own for each in own - {node} for user in each.users):
+        raise NotRegrouped(
+            "the scores are concatenated from parts that something else reads as well, so they must exist in memory"
+        )
 
 
 def _is_taken_apart(weights: fx.Node) -> bool:
@@ -188,7 +247,7 @@ def _is_taken_apart(weights: fx.Node) -> bool:
     return False
 
 
-_LIKE_STEPS = MUL_OPS | DIV_OPS | ADD_OPS
+_LIKE_STEPS = MUL_OPS | DIV_OPS | ADD_OPS | SUB_OPS | MASKED_FILL_OPS
 
 
 def _sources_of_like_steps(parts: Sequence[fx.Node], dim: int) -> list[fx.Node] | None:
@@ -205,7 +264,9 @@ def _sources_of_like_steps(parts: Sequence[fx.Node], dim: int) -> list[fx.Node] 
         alike = all(same_argument(part.args[1:], args[1:]) for part in parts)
     else:
         alike = (
-            first.target in _LIKE_STEPS and len(args) == 2 and _are_like([part.args[1] for part in parts], parts, dim)
+            first.target in _LIKE_STEPS
+            and all(same_argument(part.args[2:], args[2:]) for part in parts)
+            and _are_like([part.args[1] for part in parts], parts, dim)
         )
     sources = [part.args[0] for part in parts]
     alike = alike and all(
@@ -222,20 +283,47 @@ def _are_like(others: Sequence[Any], parts: Sequence[fx.Node], dim: int) -> bool
     if not all(map(is_tensor, others)):
         return False
     from_last = dim - tensor(parts[0]).dim()
-    if all(other is others[0] for other in others):
-        return tensor(others[0]).dim() < -from_last or same(tensor(others[0]).shape[from_last], 1)
-    return all(
-        tensor(other).dim() >= -from_last and same(tensor(other).shape[from_last], tensor(part).shape[from_last])
-        for other, part in zip(others, parts, strict=True)
-    ) and _fit_along(others, from_last)
+    return _is_broadcast(others, from_last) or _shapes_along(others, parts, from_last) is not None
+
+
+def _is_broadcast(others: Sequence[Any], from_last: int) -> bool:
+    """Whether ``others`` are one, of which all entries along the concatenation are the same."""
+    if any(other is not others[0] for other in others):
+        return False
+    return tensor(others[0]).dim() < -from_last or same(tensor(others[0]).shape[from_last], 1)
+
+
+def _shapes_along(others: Sequence[fx.Node], parts: Sequence[fx.Node], from_last: int) -> list[list[Size]] | None:
+    """The shapes in which ``others`` have as many entries as ``parts`` where those are concatenated.
+
+    None if they could not be concatenated then.
+    """
+    rank = max(-from_last, *(tensor(other).dim() for other in others))
+    shapes: list[list[Size]] = []
+    for other, part in zip(others, parts, strict=True):
+        shape: list[Size] = [*[1] * (rank - tensor(other).dim()), *tensor(other).shape]
+        if not same(shape[from_last], tensor(part).shape[from_last]):
+            if not same(shape[from_last], 1):
+                return None
+            shape[from_last] = tensor(part).shape[from_last]
+        shapes.append(shape)
+    rests = [[*shape[:from_last], *shape[rank + from_last + 1 :]] for shape in shapes]
+    alike = all(same_shape(rest, rests[0]) for rest in rests)
+    return shapes if alike and len({tensor(other).dtype for other in others}) == 1 else None
 
 
 def _repeated(step: Sequence[fx.Node], new: fx.Node, from_last: int, builder: Builder) -> fx.Node:
     """What is done to each part of the scores, done to all of them."""
     others: list[Any] = [node.args[1] for node in step] if not is_cast(step[0]) else []
     target, rest = step[0].target, step[0].args[1:]
-    if any(other is not others[0] for other in others if is_tensor(other)):
-        rest = (builder.call(aten.cat.default, others, from_last),)
+    if is_tensor(others[0] if others else None) and not _is_broadcast(others, from_last):
+        shapes = _shapes_along(others, step, from_last)
+        assert shapes is not None
+        wide = [
+            other if same_shape(tensor(other).shape, shape) else builder.call(aten.expand.default, other, shape)
+            for other, shape in zip(others, shapes, strict=True)
+        ]
+        rest = (builder.call(aten.cat.default, wide, from_last), *rest[1:])
     return builder.call(target, new, *rest, **step[0].kwargs)
 
 

@@ -3,7 +3,8 @@
     (w1 - c * w2) @ v   =   w1 @ v - c * (w2 @ v)
 
 ``c`` is a number, or a tensor that is the same for all keys. Where the weights are slices of one softmax, the product
-of the whole comes first, and its result is sliced instead.
+of the whole comes first, and its result is sliced instead. A term that is no attention weights, such as a matrix of
+neighbors, is multiplied as it is.
 """
 
 from __future__ import annotations
@@ -47,30 +48,31 @@ def sum_of_attentions(node: fx.Node, builder: Builder, weights: Weights, softmax
         return None
     for place in (0, 1):
         total = _Sum(product.operands[place], weights)
-        if len(total.leaves) > 1:
+        if total.leaves and len(total.leaves) + len(total.given) > 1:
             break
     else:
         return None
     softmaxes.update(total.leaves.values())
-    require_one_dtype([*total.leaves, *total.nodes, node])
+    leaves = [*total.leaves, *total.given]
+    require_one_dtype([*leaves, *total.nodes, node])
     if tensor(node).dtype.itemsize < 4:
         raise NotRegrouped(
             "attention weights are added up in half precision, where the sum of their attentions would be rounded more "
             "than the source's"
         )
     is_matrix = node.target in MATRIX_OPS and place == 0 and tensor(node).dim() == tensor(total.node).dim()
-    broadcast = not all(same_shape(tensor(leaf).shape, tensor(total.node).shape) for leaf in total.leaves)
+    broadcast = not all(same_shape(tensor(leaf).shape, tensor(total.node).shape) for leaf in leaves)
     if (total.has_tensors or broadcast) and not is_matrix:
         raise NotRegrouped("attention weights are broadcast, or scaled by a tensor, and added up before an einsum")
-    taken = [piece_of(leaf) for leaf in total.leaves]
-    if not any(taken):
+    results = {leaf: _product(product, place, leaf, builder, broadcast) for leaf in total.given}
+    if len(total.leaves) == 1 or not any(map(piece_of, total.leaves)):
         products = {leaf: _product(product, place, leaf, builder, broadcast) for leaf in total.leaves}
-        new = total.rebuilt(total.node, products, builder)
+        new = total.rebuilt(total.node, results | products, builder)
         return Found(new, tuple(products.values()))
     if not is_matrix:
         raise NotRegrouped("slices of attention weights are added up before an einsum")
-    whole, results = _of_whole(product, [*total.leaves], builder)
-    new = total.rebuilt(total.node, results, builder)
+    whole, slices = _of_whole(product, [*total.leaves], builder)
+    new = total.rebuilt(total.node, results | slices, builder)
     return Found(new, (whole,))
 
 
@@ -80,6 +82,7 @@ class _Sum:
     Attributes:
         node: the node of the sum.
         leaves: the weights that are added up, each with its softmax.
+        given: the other matrices that are added to them.
         nodes: the nodes that add and scale.
         has_tensors: whether a factor is a tensor of more than one entry.
     """
@@ -87,24 +90,24 @@ class _Sum:
     def __init__(self, node: fx.Node, weights: Weights) -> None:
         self.node = node
         self.leaves: dict[fx.Node, fx.Node] = {}
+        self.given: list[fx.Node] = []
         self.nodes: list[fx.Node] = []
         self.has_tensors = False
         self._weights = weights
         self._sums: dict[fx.Node, bool] = {}
-        if not self._read(node):
-            self.leaves = {}
+        self._read(node)
 
-    def _read(self, node: Any) -> bool:
-        """Reads a term; False if it has other terms than attention weights."""
+    def _read(self, node: fx.Node) -> None:
         softmax = self._weights.behind(node)
         terms = self._terms(node)
-        if terms is None:
-            if softmax is None:
-                return False
+        if terms is not None:
+            self.nodes.append(node)
+            for term in terms:
+                self._read(term)
+        elif softmax is not None:
             self.leaves[node] = softmax
-            return True
-        self.nodes.append(node)
-        return all(map(self._read, terms))
+        elif node not in self.given:
+            self.given.append(node)
 
     def _terms(self, node: Any) -> list[fx.Node] | None:
         """What a node adds up, or scales; None if it does neither in a way that can be done to attentions."""
@@ -114,8 +117,8 @@ class _Sum:
         if node.target is aten.neg.default:
             return [args[0]]
         if node.target in ADD_OPS | SUB_OPS and scalar(node.kwargs.get("alpha", 1)):
-            both = all(is_tensor(arg) and self._is_sum(arg) for arg in args[:2])
-            return [*args[:2]] if both and len(args) == 2 else None
+            both = len(args) == 2 and all(is_tensor(arg) and self._is_matrix(arg) for arg in args)
+            return [*args] if both and any(map(self._is_sum, args)) else None
         if node.kwargs or node.target not in MUL_OPS | DIV_OPS:
             return None
         scaled, factor = args[:2]
@@ -124,12 +127,16 @@ class _Sum:
         return [scaled] if is_tensor(scaled) and self._is_sum(scaled) and self._is_factor(factor) else None
 
     def _is_sum(self, node: fx.Node) -> bool:
+        """Whether a node is attention weights, or a sum that has some."""
         if node not in self._sums:
-            shape, whole = tensor(node).shape, tensor(self.node).shape
-            shaped = 2 <= len(shape) <= len(whole) and same(shape[-1], whole[-1])
-            found = shaped and (self._weights.behind(node) is not None or self._terms(node) is not None)
-            self._sums[node] = found
+            found = self._weights.behind(node) is not None or self._terms(node) is not None
+            self._sums[node] = self._is_matrix(node) and found
         return self._sums[node]
+
+    def _is_matrix(self, node: fx.Node) -> bool:
+        """Whether a node has an entry for each key."""
+        shape, whole = tensor(node).shape, tensor(self.node).shape
+        return 2 <= len(shape) <= len(whole) and same(shape[-1], whole[-1])
 
     def _is_factor(self, factor: Any) -> bool:
         """Whether a factor is the same for all keys, which are the last dimension unless it is a single number."""

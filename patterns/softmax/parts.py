@@ -1,7 +1,7 @@
 """Specimens of softmax attention whose weights are taken apart or added up before they are multiplied.
 
-Keys in several parts, as of a cache and new ones, are attended as one. A sum of weights times a value is the same sum
-of attentions.
+Keys in several parts, as of a cache and new ones, are attended as one, and so are heads. A sum of weights times a
+value is the same sum of attentions.
 """
 
 from __future__ import annotations
@@ -61,6 +61,29 @@ def three_parts(q: Tensor, k: Tensor, v: Tensor, more_k: Tensor, more_v: Tensor)
     return third @ more_v + first @ v[:, :, :5] + second @ v[:, :, 5:]
 
 
+# Scores in several parts.
+
+
+@_spelling.add(normal(4, "L", 8), normal(4, "S", 8), normal(4, "S", 8), keep("S", dtype=torch.float32))
+def foreground_and_background(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """MasaCtrl: the same scores under a mask and its complement are twice the heads."""
+    scores = torch.einsum("h i d, h j d -> h i j", q, k) * 8**-0.5
+    background = scores + mask.masked_fill(mask == 1, torch.finfo(q.dtype).min)
+    foreground = scores + mask.masked_fill(mask == 0, torch.finfo(q.dtype).min)
+    weights = torch.cat([foreground, background], dim=0).softmax(-1)
+    return torch.einsum("h i j, h j d -> h i d", weights, torch.cat([v] * 2))
+
+
+@_spelling.add(_Q, _K, _V, keep(2, 1, "L", "S"), keep(2, 1, 1, "S"))
+def heads_under_two_masks(q: Tensor, k: Tensor, v: Tensor, near: Tensor, all_over: Tensor) -> Tensor:
+    first, second = q.chunk(2, 1)
+    key, more = k.chunk(2, 1)
+    masks = (near, near & all_over)
+    products = (first @ key.mT, second @ more.mT)
+    parts = [scores.masked_fill(~mask, -math.inf) for scores, mask in zip(products, masks, strict=True)]
+    return (torch.cat(parts, 1) * 8**-0.5).softmax(-1) @ v
+
+
 # Sums of weights.
 
 
@@ -107,3 +130,14 @@ def differential_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q1, q2 = q.chunk(2, -1)
     k1, k2 = k.chunk(2, -1)
     return ((q1 @ k1.mT).softmax(-1) - 0.8 * (q2 @ k2.mT).softmax(-1)) @ v
+
+
+@_spelling.add(_Q, _K, _V, keep(2, 1, 1, "S"), normal(2, 1, "L", "S"), keep(2, 1, "L", "S", dtype=torch.float32))
+def mixed_with_given_matrices(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, distances: Tensor, adjacency: Tensor
+) -> Tensor:
+    """Molecule Attention Transformer: weights of distances and of bonds beside those of the scores."""
+    scores = (q @ k.mT * 8**-0.5).masked_fill(~mask, -1e12)
+    adjacency = adjacency / (adjacency.sum(-1, keepdim=True) + 1e-6)
+    weights = 0.3 * scores.softmax(-1) + 0.3 * distances.softmax(-1) + 0.4 * adjacency.repeat(1, 4, 1, 1)
+    return weights @ v

@@ -58,6 +58,14 @@ def scores_times_matrix(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor
     return (q @ k.transpose(-2, -1) * gate).softmax(-1) @ v
 
 
+@_spelling.add(_Q, _K, _V, keep(2, 1, "L", "S", dtype=torch.float32), gradients=False)
+def biased_and_multiplied_by_a_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """GLM: scores with their biases times a mask that is an input, less 1e4 where it is zero."""
+    queries, keys = (torch.arange(t.shape[2], device=q.device, dtype=q.dtype) for t in (q, k))
+    scores = q @ k.transpose(-2, -1) / 8**0.5 - (queries[:, None] - keys).abs() / 4
+    return (torch.mul(scores, mask) - 10000.0 * (1.0 - mask)).softmax(-1) @ v
+
+
 @_spelling.add(_Q, _K, _V, keep(2, 1, "L", "S"))
 def multiplied_by_zeros_and_ones(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """A masked score is 0 here, and takes part."""

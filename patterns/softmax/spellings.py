@@ -605,3 +605,13 @@ def sinks_by_concat(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
     scores = q @ k.mT * 8**-0.5
     column = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
     return torch.concat([scores, column], dim=-1).softmax(-1)[..., :-1] @ v
+
+
+@_spelling.add(_Q, _K, _V, learned(4))
+def batch_norm_of_scores(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+    """Axial attention (Medical Transformer): stored statistics of each head, and a sum over one kind of scores."""
+    mean, variance = (torch.linspace(low, 2.0, 4, dtype=q.dtype, device=q.device) for low in (-1.0, 0.5))
+    scores = F.batch_norm(torch.einsum("bgic,bgjc->bgij", q, k), mean, variance, 1.0 + weight, mean / 2)
+    batch, heads, queries, keys = scores.shape
+    scores = scores.reshape(batch, 1, heads, queries, keys).sum(dim=1)
+    return torch.einsum("bgij,bgjc->bgic", scores.softmax(-1), v)

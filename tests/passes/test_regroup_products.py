@@ -152,6 +152,17 @@ def test_values_of_different_batches() -> None:
     check_kept(attend, *operands(6, 11, 7, 4), reason="differ in more than their number")
 
 
+def test_values_of_blocks_of_queries() -> None:
+    """CogView: some keys are those of all queries, and others those of a block."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, of_blocks: Tensor) -> Tensor:
+        weights = (q @ k.mT).softmax(-1)
+        blocks = weights[..., 7:].view(2, 3, 2, 3, 4) @ of_blocks.view(2, 3, 2, 4, 8)
+        return weights[..., :7] @ v + blocks.view(2, 3, 6, 8)
+
+    check_kept(attend, *operands(6, 11, 7, 8), reason="each block of queries")
+
+
 def test_parts_of_two_softmaxes() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, more_v: Tensor) -> Tensor:
         first, second = (q @ k.mT).softmax(-1), (q @ k.mT * 2).softmax(-1)
@@ -196,6 +207,169 @@ def test_a_sink_that_is_a_product() -> None:
         return scores.softmax(-1)[..., :-1] @ v
 
     check(attend, *operands(6, 7, 7, 1))
+
+
+# Scores in several parts.
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_scores_in_parts_that_are_no_keys(dim: int) -> None:
+    """Batches, heads, or queries: each part has operands and a bias of its own."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, other: Tensor) -> Tensor:
+        queries, keys = q.chunk(2, dim), k.mT.chunk(2, dim) if dim < 2 else (k.mT,) * 2
+        parts = [a @ b * 0.3 - c for a, b, c in zip(queries, keys, (bias, other), strict=True)]
+        return torch.cat(parts, dim).softmax(-1) @ v
+
+    check(attend, *operands(6, 7, 7, batch=(2, 4)), *(torch.randn(7) for _ in range(2)))
+
+
+def test_scores_of_one_product_under_two_biases() -> None:
+    """What was added to the one product has batches, and counts for both."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, shared: Tensor, bias: Tensor, other: Tensor) -> Tensor:
+        scores = q @ k.mT * 0.3 + shared
+        weights = torch.cat([scores + bias, scores + other]).softmax(-1)
+        return weights @ torch.cat([v, v.flip(-1)])
+
+    biases = torch.randn(2, 1, 6, 7), torch.randn(3, 1, 7), torch.randn(3, 1, 7)
+    check(attend, *operands(6, 7, 7), *biases)
+
+
+def test_a_key_that_is_broadcast_along_the_parts() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, other: Tensor) -> Tensor:
+        scores = q @ k[:1].mT
+        return torch.cat([scores + bias, scores + other]).softmax(-1) @ v[:1]
+
+    check(attend, *operands(6, 7, 7), torch.randn(6, 7), torch.randn(6, 7))
+
+
+def test_scores_in_parts_of_one_batch() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, other: Tensor) -> Tensor:
+        scores = q @ k.mT
+        return torch.cat([scores + bias, scores + other]).softmax(-1) @ v
+
+    check(attend, *operands(6, 7, 7, batch=(1, 3)), torch.randn(6, 7), torch.randn(6, 7))
+
+
+def keys_of_different_batches(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, other: Tensor) -> Tensor:
+    return torch.cat([q @ k[:1].mT + bias, q @ k[1:].mT + other]).softmax(-1) @ v[:1]
+
+
+def biases_of_different_shapes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, other: Tensor) -> Tensor:
+    scores = q @ k.mT
+    return torch.cat([scores + bias, scores + other[:1]]).softmax(-1) @ v[:1]
+
+
+def one_part_is_bounded(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, other: Tensor) -> Tensor:
+    scores = q @ k.mT
+    return torch.cat([scores + bias, (scores + other).clamp(max=1.0)]).softmax(-1) @ v[:1]
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (keys_of_different_batches, "along a dimension that an operand is broadcast to"),
+        (biases_of_different_shapes, "computed in different ways"),
+        (one_part_is_bounded, "computed in different ways"),
+    ],
+)
+def test_scores_in_parts_that_stay(function: Attend, reason: str) -> None:
+    check_kept(function, *operands(6, 7, 7), torch.randn(6, 7), torch.randn(6, 7), reason=reason)
+
+
+# Plain steps in another form.
+
+
+def normalized(affine: bool, training: bool = False, dtype: torch.dtype = torch.float32) -> torch.nn.BatchNorm2d:
+    norm = torch.nn.BatchNorm2d(3, affine=affine, dtype=dtype).train(training)
+    with torch.no_grad():
+        assert norm.running_mean is not None and norm.running_var is not None
+        norm.running_mean.copy_(torch.tensor([-3.0, 0.0, 2.0]))
+        norm.running_var.copy_(torch.tensor([0.5, 4.0, 9.0]))
+        for value in norm.parameters():
+            value.copy_(torch.tensor([1.5, -0.5, 2.0]))
+    return norm
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_of_the_scores(affine: bool) -> None:
+    """The factor of a head may be negative."""
+    norm = normalized(affine)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result: Tensor = (norm(q @ k.mT) * 0.5).softmax(-1) @ v
+        return result
+
+    check(attend, *operands(6, 7, 7))
+
+
+def test_a_mask_behind_a_batch_norm_of_the_scores() -> None:
+    norm = normalized(affine=True)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        future = torch.ones(6, 7, dtype=torch.bool).triu(2)
+        result: Tensor = norm(q @ k.mT).masked_fill(future, -math.inf).softmax(-1) @ v
+        return result
+
+    inputs = operands(6, 7, 7)
+    with torch.no_grad():
+        assert [row.status for row in rows(attend, *inputs)] == ["rewritten"]
+        torch._dynamo.reset()
+        assert relative_error(rewritten(attend)(*inputs), attend(*inputs)) <= 1e-5
+
+
+def test_gradients_of_a_batch_norm_of_the_scores() -> None:
+    """The weight has its gradient, and the bias one of zeros but for rounding; the statistics have none."""
+
+    def trained(compiled: bool) -> tuple[Tensor | None, ...]:
+        norm = normalized(affine=True)
+        q, k, v = operands(6, 7, 7)
+
+        def attend(q: Tensor) -> Tensor:
+            result: Tensor = norm(q @ k.mT).softmax(-1) @ v
+            return result
+
+        function = rewritten(attend, "aot_eager") if compiled else attend
+        torch._dynamo.reset()
+        function(q.requires_grad_()).square().sum().backward()
+        return q.grad, norm.weight.grad, norm.bias.grad
+
+    (*own, bias), (*expected, other) = trained(True), trained(False)
+    assert relative_error(own, expected) <= 1e-4
+    assert bias is not None and other is not None
+    assert bias.abs().max() <= 1e-4 and other.abs().max() <= 1e-4
+
+
+def test_a_sum_over_a_dimension_of_one() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q @ k.mT).unsqueeze(1)
+        return (scores.sum(1, keepdim=True) * 0.5).sum((1,)).softmax(-1) @ v
+
+    check(attend, *operands(6, 7, 7))
+
+
+def test_steps_that_stay() -> None:
+    """Statistics of the batch, half precision, and scores that something else reads."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, norm: torch.nn.BatchNorm2d) -> Tensor:
+        result: Tensor = norm(q @ k.mT).softmax(-1) @ v
+        return result
+
+    def in_training(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, normalized(affine=False, training=True))
+
+    half = normalized(affine=True, dtype=torch.bfloat16)
+    check_kept(in_training, *operands(6, 7, 7), reason="between softmax and")
+    inputs = [value.bfloat16() for value in operands(6, 7, 7)]
+    check_kept(lambda q, k, v: attend(q, k, v, half), *inputs, reason="batch norm in half precision")
+
+    def returned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = normalized(affine=False)(q @ k.mT).unsqueeze(0).sum(0)
+        result: Tensor = scores.softmax(-1) @ v + scores.mean()
+        return result
+
+    check_kept(returned, *operands(6, 7, 7), reason="read more than once")
 
 
 # Sums of weights.
@@ -290,6 +464,62 @@ def test_one_attention_among_the_terms() -> None:
     assert relative_error(rewritten(attend)(*inputs), attend(*inputs)) <= 1e-5
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 6, 7), (3, 1, 7), (6, 7), (1, 7)])
+def test_a_given_matrix_among_the_terms(shape: tuple[int, ...]) -> None:
+    """It is multiplied with the value as it is, and its gradient comes from there."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+        return (0.5 * given - (q @ k.mT).softmax(-1)) @ v
+
+    check(attend, *operands(6, 7, 7), torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+
+
+def test_a_given_matrix_beside_slices_of_one_softmax() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+        first, second = (q @ k.mT).softmax(-1).unbind(1)
+        return (first - 0.5 * second + given[:, :7]) @ v
+
+    check(attend, *halves(), torch.randn(6, 9))
+
+
+def test_a_given_matrix_beside_weights_with_a_sink() -> None:
+    """The column of the sink is cut off, and then the weights have the shape of the matrix."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, given: Tensor) -> Tensor:
+        scores = torch.cat([q @ k.mT, sink.expand(2, 3, 6, 1)], -1)
+        return (scores.softmax(-1)[..., :-1] + given) @ v
+
+    check(attend, *operands(6, 7, 7), torch.randn(3, 1, 1), torch.randn(6, 7))
+
+
+def test_a_given_matrix_beside_a_row_without_a_key() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, given: Tensor) -> Tensor:
+        return ((q @ k.mT).masked_fill(mask, -math.inf).softmax(-1) + given) @ v
+
+    mask = torch.zeros(6, 7, dtype=torch.bool)
+    mask[2], mask[3, 4:] = True, True
+    inputs = [*operands(6, 7, 7), mask, torch.randn(6, 7)]
+    assert [row.status for row in rows(attend, *inputs)] == ["rewritten"]
+    torch._dynamo.reset()
+    assert relative_error(rewritten(attend)(*inputs), attend(*inputs)) <= 1e-5
+
+
+def given_per_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    first, second = (q @ k.mT).softmax(-1).unbind(1)
+    return (first - second + q[:, 0, :, :, :1]) @ v
+
+
+def given_before_an_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q[:, 0] @ k[:, 0].mT).softmax(-1) + k[:, 0, :, :6, :7].mean((0, 1))
+    return torch.einsum("bhls,bhsd->bhld", weights, v)
+
+
+def given_by_the_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What is added is computed from the weights, which must exist for it."""
+    weights = (q[:, 0] @ k[:, 0].mT).softmax(-1)
+    return (weights + weights.square()) @ v
+
+
 def factor_per_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     first, second = (q @ k.mT).softmax(-1).unbind(1)
     return (first - k[:, 0, :, :, 0].unsqueeze(-2) * second) @ v
@@ -329,6 +559,9 @@ def something_added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (factor_per_key, "not known to be all equal slices"),
         (dropped_as_one, "between softmax and"),
         (something_added, "between softmax and"),
+        (given_per_query, "between softmax and"),
+        (given_before_an_einsum, "added up before an einsum"),
+        (given_by_the_weights, "read more than once"),
     ],
 )
 def test_sums_that_stay(function: Attend, reason: str) -> None:

@@ -407,3 +407,23 @@ def test_exponentials_that_an_added_mask_makes_zero(way: str, low: float) -> Non
         expected, result = function(*inputs), rewritten(function)(*inputs)
     assert bool((expected[:, :, 1] == 0).all())
     assert relative_error(result, expected) <= 1e-5
+
+
+def test_scores_times_a_tensor_behind_a_bias() -> None:
+    """A learned bias is a part of the scores; one that is an input may mask them, and then may overflow."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+        return ((q @ k.mT * 0.3 + bias) * mask - 1e4 * (1.0 - mask)).softmax(-1) @ v
+
+    mask = torch.ones(6, 9).tril(3)
+    mask[2] = 0.0
+    given = torch.randn(4, 6, 9)
+    with torch.no_grad():
+        inputs = (*heads(), torch.nn.Parameter(given), mask)
+        (row,) = rows(function, *inputs)
+        assert row.status == "rewritten", row.reason
+        torch._dynamo.reset()
+        assert relative_error(rewritten(function)(*inputs), function(*inputs)) <= 1e-5
+        torch._dynamo.reset()
+        (row,) = rows(function, *heads(), given, mask)
+        assert row.status == "kept" and "a tensor scales masked scores" in row.reason
