@@ -16,7 +16,7 @@ from attnrewrite.analysis.entries import Cases, Entries, Unknown, expression_of,
 from attnrewrite.analysis.formulas import All, AtLeast, Formula, Known, Some, negation, parts, symbols
 from attnrewrite.analysis.values import ORDINARY, ValueKind, is_far_below, is_ordinary, possible_values
 from attnrewrite.ir.axes import Axis, Dim, Operand
-from attnrewrite.ir.site import Band, Bias, Fill, Reach, ScoreMod
+from attnrewrite.ir.site import Band, Bias, Fill, Raise, Reach, ScoreMod
 
 __all__ = [
     "Positions",
@@ -289,7 +289,7 @@ def _compares_entries(key: Any) -> bool:
 # Does every row keep a key?
 
 
-def attended_everywhere(mods: Sequence[ScoreMod], positions: Positions) -> str | None:
+def attended_everywhere(mods: Sequence[ScoreMod | Raise], positions: Positions) -> str | None:
     """The proof that every query row has a key that no mod masks; None if none was found.
 
     The proof is a witness in words, such as "key position = query position". Three are tried: the first key, the

@@ -221,7 +221,7 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     )
 
 
-def _fills_decide(site: AttentionSite, terms: Sequence[Term], decided: bool) -> bool:
+def _fills_decide(site: AttentionSite, terms: list[Term], decided: bool) -> bool:
     return not (site.fused or site.sink is not None or decided or _is_raised(terms)) and _only_fills_mask(terms)
 
 
@@ -871,6 +871,7 @@ def _scaled(term: Term, number: float, dtype: torch.dtype | None) -> Term:
         if large and abs(number) != 1:
             return term.scaled(Scale(number))
         return replace(term, factor=term.factor * number)
+    assert not isinstance(term, Raise)
     if number <= 0:
         raise NotAttention("a filled mask is multiplied by a number that is not positive")
     return replace(term, value=as_stored(term.value * number, _wider(term.dtype, dtype)))

@@ -78,6 +78,7 @@ class _Replay:
             elif isinstance(term, Floor):
                 total = total.clamp_min(term.value)
             else:
+                assert isinstance(term, Fill)
                 condition = self._laid_out(term.condition, self._grid) != 0
                 total = torch.where(condition != term.invert, _number_of(term, form), total)
         return total if form.rounded_to is None else total.to(form.rounded_to).double()

@@ -458,7 +458,7 @@ class Mask:
 
     def _rows_zeroed(self) -> fx.Node:
         """Rows without a key, whose weights the source sets to zero."""
-        if all(term.dtype.itemsize >= 4 for term in self._terms):
+        if all(isinstance(term, Raise) or term.dtype.itemsize >= 4 for term in self._terms):
             return self._rows_without_key()
         # Float16 masks with numbers that other scores may add up to.
         call = self._builder.call
