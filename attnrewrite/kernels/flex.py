@@ -422,13 +422,16 @@ def _flex_attention(
         score_mod: the source of ``forward(self, score, batch, head, query, key, *buffers)``. It is source and no
             function so that a graph with this call in it can be stored and run elsewhere.
     """
+    dtype = query.dtype
+    if dtype.itemsize < 4:
+        query, key, value = query.float(), key.float(), value.float()
     missing = _CPU_WIDTH - query.shape[-1]
     if missing > 0 and key.shape[-2] % _CPU_KEYS:
         query, key = (torch.nn.functional.pad(part, (0, missing)) for part in (query, key))
     # A dispatch mode may watch the operators of the code around this call; it must not see what is compiled here.
     unlimited = {"recompile_limit": 2**31, "accumulated_recompile_limit": 2**31}
     with disable_current_modes(), dynamo_config.patch(unlimited):
-        return _compiled(score_mod)(query, key, value, *buffers).contiguous()
+        return _compiled(score_mod)(query, key, value, *buffers).to(dtype).contiguous()
 
 
 @_flex_attention.register_fake

@@ -118,6 +118,15 @@ KNOWN_WRONG: tuple[KnownWrong, ...] = (
         avoided="query and key get features of zeros, up to 24",
     ),
     KnownWrong(
+        kernel="flex",
+        what="on a CPU, in half precision, the result is off by several times its size where the function of the scores "
+        "is a clamp",
+        source="https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_inductor/kernel/flex/flex_cpu.py: compiled by "
+        "Inductor it differs from flex_attention itself; tests/kernels/test_known_wrong.py shows it",
+        seen="torch 2.13, x86 CPU with AVX-512",
+        avoided="the kernel is called in float32, and its result is rounded",
+    ),
+    KnownWrong(
         kernel="native",
         what="on a CPU, without a mask, rows whose query is NaN or infinite are 0 in place of NaN where there are "
         "fewer keys than the kernel takes at once (16 of float32): the maximum of what is left over skips NaN",
