@@ -98,7 +98,7 @@ class Fill:
     """``where(condition, value, scores)``; with ``invert``, ``where(condition, scores, value)``.
 
     ``multiplied``: the source multiplies by zeros and ones instead, which lets NaN through, also in gradients.
-    ``rescaled``: as a bias's; the value is minus infinity then.
+    ``rescaled``: as a bias's; the value is minus infinity, or far below any score, then.
     ``scaled``: a tensor multiplies what was filled in. If its sign and size are not known, the score may be anything
     then, and only a fill of minus infinity is sure to mask.
     """

@@ -88,6 +88,13 @@ class Flex(Kernel):
             widths = [axis.size for axis in (*site.feature_axes, *site.value_axes)]
             if any(not isinstance(width, int) for width in widths):
                 return Verdict.no("takes head sizes that are numbers, and no symbols")
+            if site.differentiable and not site.for_inductor and any(map(_may_have_gradient, _read_by_position(site))):
+                # ``_maybe_new_buffer`` of sdpa_dense_backward asks the tensor, which requires none where it is computed:
+                # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_higher_order_ops/flex_attention.py
+                return Verdict.no(
+                    "without Inductor FlexAttention's backward pass loses the gradients of a bias or factor (use "
+                    "options={'inner_backend': 'inductor'})"
+                )
         if site.dropout:
             return Verdict.no("FlexAttention has no dropout")
         if site.device.type == "cuda" and not all(map(_indexed_in_32_bits, _read_by_position(site))):
@@ -319,6 +326,20 @@ def _read_by_position(site: CanonicalAttention) -> list[Operand]:
         elif isinstance(mod, Scale) and isinstance(mod.factor, Operand):
             operands.append(mod.factor)
     return operands
+
+
+def _may_have_gradient(operand: Operand) -> bool:
+    """Whether an input that requires a gradient leads to the operand."""
+    pending = [operand.node]
+    seen = set(pending)
+    for node in pending:
+        known = node.meta.get("example_value", node.meta.get("val"))
+        if node.op in ("placeholder", "get_attr") and getattr(known, "requires_grad", False):
+            return True
+        sources = [each for each in node.all_input_nodes if each not in seen]
+        seen.update(sources)
+        pending += sources
+    return False
 
 
 def _indexed_in_32_bits(operand: Operand) -> bool:

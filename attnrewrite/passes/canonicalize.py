@@ -239,6 +239,9 @@ def _require_raised_rows(
     if not _is_raised(terms):
         return
     beside = site.sink is not None or any(isinstance(term, Floor) for term in terms)
+    # Behind a maximum of minus infinity scores are NaN, for which a condition on minus infinity does not hold.
+    raises = [place for place, term in enumerate(terms) if isinstance(term, Raise) and not term.rounded_to]
+    beside |= site.nan_to_zero and bool(raises) and _may_be_infinite(terms[: raises[-1]])
     if inexpressible or site.differentiable or beside or masked_rows.is_zero_unless_nan:
         rounded = {term.rounded_to for term in terms if isinstance(term, Raise)} - {None}
         raise NotAttention(_without_key(_rounded(rounded.pop()) if rounded else Reason(_CHANGED_LATER)))
@@ -807,7 +810,7 @@ def _scale_terms(number: float, reading: _Reading, dtype: torch.dtype | None) ->
     if any(isinstance(term, Bias) and _outgrows(term, number, dtype) for term in terms):
         reading.overflows = Reason("masks are added in one dtype and scaled in a wider one, which holds larger numbers")
     if _is_rescaled(terms) or (0 < number < 1 and _added_masks_may_overflow(terms)):
-        sums = [term for term in terms if isinstance(term, Bias) or _fills_with_infinity(term)]
+        sums = [term for term in terms if isinstance(term, Bias) or _fills_far_below(term, number)]
         if number > 0 and len(sums) == len(terms):
             terms[:] = [replace(term, rescaled=(*term.rescaled, number)) for term in sums]
             return
@@ -842,8 +845,13 @@ def _is_rescaled(terms: Sequence[Term]) -> bool:
     return any(isinstance(term, (Bias, Fill)) and term.rescaled for term in terms)
 
 
-def _fills_with_infinity(term: Term) -> TypeGuard[Fill]:
-    return isinstance(term, Fill) and term.value == -math.inf
+def _fills_far_below(term: Term, number: float) -> TypeGuard[Fill]:
+    """Whether the term fills in a number that is far below any score, also when it has been scaled."""
+    if not isinstance(term, Fill):
+        return False
+    return term.value == -math.inf or (
+        term.dtype.itemsize >= 4 and term.value * math.prod(term.rescaled) * number <= ABSORBED
+    )
 
 
 def _added_masks_may_overflow(terms: Sequence[Term]) -> bool:

@@ -137,7 +137,7 @@ def mixed_with_given_matrices(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, distances: Tensor, adjacency: Tensor
 ) -> Tensor:
     """Molecule Attention Transformer: weights of distances and of bonds beside those of the scores."""
-    scores = (q @ k.mT * 8**-0.5).masked_fill(~mask, -1e12)
+    scores = (q @ k.mT * 8**-0.5).masked_fill(~mask, -math.inf)
     adjacency = adjacency / (adjacency.sum(-1, keepdim=True) + 1e-6)
     weights = 0.3 * scores.softmax(-1) + 0.3 * distances.softmax(-1) + 0.4 * adjacency.repeat(1, 4, 1, 1)
     return weights @ v

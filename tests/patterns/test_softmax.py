@@ -427,3 +427,24 @@ def test_scores_times_a_tensor_behind_a_bias() -> None:
         torch._dynamo.reset()
         (row,) = rows(function, *heads(), given, mask)
         assert row.status == "kept" and "a tensor scales masked scores" in row.reason
+
+
+@pytest.mark.parametrize("low", [-math.inf, torch.finfo(torch.float32).min, -1e9])
+@pytest.mark.parametrize("scale", [0.25, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fill_and_a_given_mask_whose_sum_is_scaled(low: float, scale: float, dtype: torch.dtype) -> None:
+    """The sum is minus infinity before it is scaled, or it is not: a row that both mask is NaN, or the mean."""
+    filled = torch.finfo(dtype).min
+
+    def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, numbers: Tensor) -> Tensor:
+        scores = (q @ k.mT * 0.3).masked_fill(mask, filled) + numbers
+        return (scores * scale).softmax(-1) @ v
+
+    first, second = _dead()
+    inputs = prepared((*heads(), first, torch.zeros(second.shape).masked_fill(second, low)), dtype, gradients=False)
+    with torch.no_grad():
+        (row,) = rows(function, *inputs)
+        expected, result = function(*inputs), rewritten(function)(*inputs)
+    assert row.status == "rewritten" or scale > 1, row.reason
+    assert torch.equal(result.isnan(), expected.isnan())
+    assert relative_error(result.nan_to_num(), expected.nan_to_num()) <= 1e-5
