@@ -57,8 +57,8 @@ def schema_of(target: Any) -> Any:
 
 
 def operator_name(target: Any) -> str:
-    """An operator's name without its namespace and overload, such as ``add``; ``str`` of other targets."""
-    return getattr(target, "_opname", None) or str(target)
+    """An operator's name without its namespace and overload, such as ``add``; the name of a function, or ``str`` of other targets."""
+    return getattr(target, "_opname", None) or getattr(target, "__name__", None) or str(target)
 
 
 def is_composite(target: torch._ops.OpOverload) -> bool:

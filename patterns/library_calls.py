@@ -280,7 +280,7 @@ class LibraryCall:
                     raise NotAttention(f"the overload {schema.overload_name} is not supported")
                 yield self._read(node, reader(call_arguments(node)), view)
             except NotAttention as reason:
-                yield NearMiss(self.name, node, str(reason), (node,))
+                yield NearMiss(self.name, node, str(reason), (node,), reason.node)
 
     def _read(self, node: fx.Node, call: _CallMeaning, view: GraphView) -> AttentionSite:
         result = _result(node)

@@ -42,7 +42,7 @@ class FusedCall:
             try:
                 yield self._read(node, view)
             except NotAttention as reason:
-                yield NearMiss(self.name, node, str(reason), (node,))
+                yield NearMiss(self.name, node, str(reason), (node,), reason.node)
 
     def _read(self, call: fx.Node, view: GraphView) -> AttentionSite:
         arguments = call_arguments(call)

@@ -26,7 +26,7 @@ from attnrewrite.ir.bounds import AROUND_SOFTMAX
 from attnrewrite.ir.nodes import dtype_name, is_tensor, same_shape, scalar, tensor
 from attnrewrite.ir.ops import ADD_OPS, CLAMP_OPS, DIV_OPS, MASKED_FILL_OPS, MUL_OPS, SUB_OPS, WHERE_OPS, is_cast
 from attnrewrite.ir.products import Product, is_product, product_from_result
-from attnrewrite.ir.site import Bias, Elementwise, Fill, Floor, Narrow, NotAttention, Scale, ScoreMod, Shift
+from attnrewrite.ir.site import Bias, Elementwise, Fill, Floor, Narrow, NotAttention, Scale, ScoreMod, Shift, blaming
 from attnrewrite.ir.source import source_location
 from attnrewrite.ir.views import is_layout_op, pull, push
 from attnrewrite.torch_private import operator_name
@@ -149,23 +149,28 @@ def _walk(node: fx.Node, layout: Layout, context: _WalkContext, plain: bool, bar
         bare: only views and casts do.
     """
     if is_product(node):
-        return _walk_from_product(node, layout, context)
+        with blaming(node):
+            return _walk_from_product(node, layout, context)
     if bare and _bounds_nothing(node, layout, context):
         source: Any = node.args[0]
         walk = _walk(source, layout, context, plain, bare)
         return replace(walk, nodes=(*walk.nodes, node))
     sources = [arg for arg in dict.fromkeys(sources_of_scores(node)) if leads_to_product(arg, context.memo)]
     if not sources:
+        stopping = _stopping(node)
         raise NotAttention(
-            f"{node_in_words(_stopping(node))} lies between softmax and the product of query and key, and is not an "
-            "operation on scores that can be rewritten"
+            f"{node_in_words(stopping)} lies between softmax and the product of query and key, and is not an "
+            "operation on scores that can be rewritten",
+            stopping,
         )
     walks: list[ScoreWalk] = []
     reasons: list[NotAttention] = []
     for source in sources:
         try:
-            mods, extra = _read_step(node, source, layout, context, plain)
-            before = _step_back(node, source, layout)
+            with blaming(node):
+                mods, extra = _read_step(node, source, layout, context, plain)
+                before = _step_back(node, source, layout)
+            mods = [replace(mod, written_at=node) for mod in mods]
             still_plain = plain and all(_keeps_constants(mod, context) for mod in mods)
             still_bare = bare and all(isinstance(mod, Narrow) for mod in mods)
             walk = _walk(source, before, context, still_plain, still_bare)
@@ -265,7 +270,7 @@ def _walk_from_product(node: fx.Node, layout: Layout, context: _WalkContext) -> 
         mods.append(Scale(_factor(product.factor)))
     if product.addend is not None:
         mods.append(Bias(product.addend, tensor(node).dtype, _number(product.addend_factor, node)))
-    return ScoreWalk(product, tuple(mods), product.nodes)
+    return ScoreWalk(product, tuple(replace(mod, written_at=node) for mod in mods), product.nodes)
 
 
 def _step_back(node: fx.Node, source: fx.Node, layout: Layout) -> Layout:
@@ -624,6 +629,6 @@ def _factor(value: Any) -> float | fx.Node:
 
 def node_in_words(node: fx.Node) -> str:
     """An operator in the words of the report: its name and the source line that called it."""
-    name = operator_name(node.target)
+    name = "the output of the graph" if node.op == "output" else operator_name(node.target)
     where = source_location(node)
     return f"{name} ({where.code!r}, {where})" if where else name

@@ -35,7 +35,7 @@ from attnrewrite.ir.ops import (
     is_cast,
 )
 from attnrewrite.ir.products import Product, factors_of, is_product, product_from_operand, product_of_factor
-from attnrewrite.ir.site import Fill, NotAttention, Scale, WeightMod, Zero
+from attnrewrite.ir.site import Fill, NotAttention, Scale, WeightMod, Zero, blaming
 from attnrewrite.ir.views import is_layout_op, push
 
 __all__ = ["Softmax", "WeightWalk", "every_softmax", "follow_weights", "split_sink"]
@@ -204,7 +204,8 @@ def _fills(top: _Exponentials, layout: Layout) -> list[Fill] | None:
         own = broadcast(layout, tensor(at).shape, tensor(condition).shape)
         if own is None:
             return None
-        fills.append(Fill(Operand(condition, own), -math.inf, tensor(at).dtype, multiplied, multiplied))
+        dtype = tensor(at).dtype
+        fills.append(Fill(Operand(condition, own), -math.inf, dtype, multiplied, multiplied, written_at=at))
     return fills
 
 
@@ -582,32 +583,46 @@ def _follow(
     if not users:
         raise NotAttention(
             "the attention weights are returned, and fused kernels never store them: turn that off "
-            "(output_attentions=False, need_weights=False)"
+            "(output_attentions=False, need_weights=False)",
+            node,
         )
     walks: list[WeightWalk] = []
     reasons: dict[fx.Node, NotAttention] = {}
     for user in users:
         try:
-            product = _product_with_value(user, node, layout)
-            if product is not None:
-                if sink_dim is not None:
-                    raise NotAttention("the column of the weights for the attention sink is multiplied with the value")
-                walks.append(replace(walk, weights=node, product=product, nodes=[*walk.nodes, *product.nodes[:-1]]))
-                continue
-            if not _may_pass(user, node):
-                raise NotAttention(_unreadable(user))
-            further = replace(walk, mods=[*walk.mods], nodes=[*walk.nodes, *tests, user])
-            if sink_dim is not None and user.target is aten.slice.Tensor:
-                walks += _follow(user, further, softmax, _without_sink(user, layout, sink_dim), None)
-            else:
-                walks += _follow(
-                    user, further, softmax, _step(user, node, layout, further, softmax, sink_dim), sink_dim
-                )
+            with blaming(user):
+                walks += _walks_past(user, node, walk, softmax, layout, sink_dim, tests)
         except NotAttention as reason:
             reasons[user] = reason
     if not walks:
         raise reasons[min(reasons, key=lambda user: steps_to_product(user, lambda each: each.users))]
     return walks
+
+
+def _walks_past(
+    user: fx.Node,
+    node: fx.Node,
+    walk: WeightWalk,
+    softmax: Softmax,
+    layout: Layout,
+    sink_dim: tuple[Dim, Dim, bool] | None,
+    tests: Sequence[fx.Node],
+) -> list[WeightWalk]:
+    """The walks that ``user`` ends or continues, one of those that read ``node``."""
+    product = _product_with_value(user, node, layout)
+    if product is not None:
+        if sink_dim is not None:
+            raise NotAttention("the column of the weights for the attention sink is multiplied with the value")
+        return [replace(walk, weights=node, product=product, nodes=[*walk.nodes, *product.nodes[:-1]])]
+    if not _may_pass(user, node):
+        raise NotAttention(_unreadable(user))
+    further = replace(walk, mods=[*walk.mods], nodes=[*walk.nodes, *tests, user])
+    if sink_dim is not None and user.target is aten.slice.Tensor:
+        return _follow(user, further, softmax, _without_sink(user, layout, sink_dim), None)
+    behind = _step(user, node, layout, further, softmax, sink_dim)
+    known = len(walk.mods)
+    further.mods[known:] = [replace(mod, written_at=user) for mod in further.mods[known:]]
+    return _follow(user, further, softmax, behind, sink_dim)
 
 
 def _product_with_value(user: fx.Node, node: fx.Node, layout: Layout) -> Product | None:

@@ -7,6 +7,7 @@ a head, a position or a feature, and an operand that is shared (GQA) or broadcas
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -39,16 +40,41 @@ __all__ = [
     "Shift",
     "WeightMod",
     "Zero",
+    "blaming",
     "scale_in_words",
 ]
 
 
 class NotAttention(Exception):
-    """Raised with the reason when a computation that looks like attention must be kept: it is a near miss."""
+    """Raised with the reason when a computation that looks like attention must be kept: it is a near miss.
+
+    ``node``: the operation that is in the way; None if it is not known, or if no single one is.
+    """
+
+    def __init__(self, reason: str, node: fx.Node | None = None) -> None:
+        super().__init__(reason)
+        self.node = node
+
+
+@contextlib.contextmanager
+def blaming(node: fx.Node | None) -> Iterator[None]:
+    """Whatever is refused within, and names no operation, is refused for ``node``."""
+    try:
+        yield
+    except NotAttention as refusal:
+        refusal.node = refusal.node or node
+        raise
 
 
 @dataclass(frozen=True)
-class Scale:
+class _Step:
+    """``written_at``: the operation of the source that does it, for reasons; two steps are alike without it."""
+
+    written_at: fx.Node | None = field(default=None, kw_only=True, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Scale(_Step):
     """``scores * factor``, or with ``divide``, ``scores / factor``, by a number, a symbolic number or a tensor.
 
     ``dtype``: what it is computed in; None for that of what is scaled.
@@ -60,11 +86,12 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Bias:
+class Bias(_Step):
     """``scores + factor * operand``, computed in ``dtype``; ``scales`` are applied to the operand first, in order.
 
     ``rescaled``: what the sum of this term and of those before it is multiplied by after that, in order. The sum may
     overflow before, so that the numbers are not factors of each term.
+    ``loosened``: a tensor multiplies the sum after that, so that the score may be anything.
     """
 
     operand: Operand
@@ -72,6 +99,7 @@ class Bias:
     factor: float = 1.0
     scales: tuple[Scale, ...] = ()
     rescaled: tuple[float, ...] = ()
+    loosened: bool = False
 
     def of(self, value: float) -> float | None:
         """What is added where the operand is ``value``, each step rounded to ``dtype``; None if a tensor scales it."""
@@ -94,13 +122,13 @@ def _stored(value: float, dtype: torch.dtype) -> float:
 
 
 @dataclass(frozen=True)
-class Fill:
+class Fill(_Step):
     """``where(condition, value, scores)``; with ``invert``, ``where(condition, scores, value)``.
 
     ``multiplied``: the source multiplies by zeros and ones instead, which lets NaN through, also in gradients.
     ``rescaled``: as a bias's; the value is minus infinity, or far below any score, then.
-    ``scaled``: a tensor multiplies what was filled in. If its sign and size are not known, the score may be anything
-    then, and only a fill of minus infinity is sure to mask.
+    ``loosened``: a tensor multiplies what was filled in, so that the score may be anything, and only a fill of minus
+    infinity is sure to mask.
     """
 
     condition: Operand
@@ -109,11 +137,11 @@ class Fill:
     invert: bool = False
     multiplied: bool = False
     rescaled: tuple[float, ...] = ()
-    scaled: bool = False
+    loosened: bool = False
 
 
 @dataclass(frozen=True)
-class Floor:
+class Floor(_Step):
     """``maximum(scores, value)`` with a value so low that only masked scores are below it."""
 
     value: float
@@ -121,7 +149,7 @@ class Floor:
 
 
 @dataclass(frozen=True)
-class Shift:
+class Shift(_Step):
     """Adds one number to all scores of a row, which softmax cancels.
 
     Attributes:
@@ -136,7 +164,7 @@ class Shift:
 
 
 @dataclass(frozen=True)
-class Raise:
+class Raise(_Step):
     """The maximum of the row is subtracted, between the terms of a mask or where they are rounded.
 
     Softmax cancels it, but for a row that the terms before have masked as a whole: the keys that they masked alike are
@@ -153,14 +181,14 @@ class Raise:
 
 
 @dataclass(frozen=True)
-class Narrow:
+class Narrow(_Step):
     """``scores.to(dtype)`` with a dtype of less range or precision."""
 
     dtype: torch.dtype
 
 
 @dataclass(frozen=True)
-class Elementwise:
+class Elementwise(_Step):
     """Any other function of one score, such as tanh or clamp: the node applies it to its first argument."""
 
     node: fx.Node
@@ -170,7 +198,7 @@ ScoreMod = Scale | Bias | Fill | Floor | Shift | Narrow | Elementwise
 
 
 @dataclass(frozen=True)
-class Zero:
+class Zero(_Step):
     """``where(condition, 0, weights)``; with ``invert``, ``where(condition, weights, 0)``.
 
     ``multiplied``: the source multiplies by zeros and ones instead, which leaves NaN as it is.
@@ -306,6 +334,7 @@ class CanonicalScores:
             were proved to be the same.
         inexpressible: why the modifications do not have this form; empty if they do. A kernel that takes any function
             of the scores (score_mod) replays the site's ``mods`` then.
+        inexpressible_at: the operation that is in the way; None if no single one is.
     """
 
     scale: float | None
@@ -328,6 +357,7 @@ class CanonicalScores:
     structure: tuple[str, ...] = ()
     repeated_along: tuple[tuple[Operand, frozenset[Axis]], ...] = ()
     inexpressible: Reason = FINE
+    inexpressible_at: fx.Node | None = None
 
 
 @dataclass(frozen=True, eq=False)

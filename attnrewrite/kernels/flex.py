@@ -89,7 +89,7 @@ class Flex(Kernel):
             if any(not isinstance(width, int) for width in widths):
                 return Verdict.no("takes head sizes that are numbers, and no symbols")
             if site.differentiable and not site.for_inductor and any(map(_may_have_gradient, _read_by_position(site))):
-                # ``_maybe_new_buffer`` of sdpa_dense_backward asks the tensor, which requires none where it is computed:
+                # ``_maybe_new_buffer`` of sdpa_dense_backward asks the tensor, and what is computed requires none:
                 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_higher_order_ops/flex_attention.py
                 return Verdict.no(
                     "without Inductor FlexAttention's backward pass loses the gradients of a bias or factor (use "

@@ -119,8 +119,8 @@ KNOWN_WRONG: tuple[KnownWrong, ...] = (
     ),
     KnownWrong(
         kernel="flex",
-        what="on a CPU, in half precision, the result is off by several times its size where the function of the scores "
-        "is a clamp",
+        what="on a CPU, in half precision, the result is off by several times its size where the function of the "
+        "scores is a clamp",
         source="https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_inductor/kernel/flex/flex_cpu.py: compiled by "
         "Inductor it differs from flex_attention itself; tests/kernels/test_known_wrong.py shows it",
         seen="torch 2.13, x86 CPU with AVX-512",

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeGuard
 
 import torch
+from torch import fx
 from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols, statically_known_true
 
 from attnrewrite.analysis.entries import Cases
@@ -80,6 +81,7 @@ from attnrewrite.ir.site import (
     Shift,
     WeightMod,
     Zero,
+    blaming,
 )
 from attnrewrite.options.compile_options import Policy
 from attnrewrite.passes.fold_batches import with_folded_batches
@@ -120,6 +122,10 @@ class _Reading:
     """The terms that the bounded function removed."""
     makes_nan: bool = False
     """Whether scores that may be -inf are multiplied by a tensor that may be zero."""
+    overflows_at: fx.Node | None = None
+    """The operation after which ``overflows`` holds."""
+    inexpressible_at: fx.Node | None = None
+    """The operation after which ``inexpressible`` holds."""
 
     def take_function(self, reason: str) -> None:
         """Makes the form inexpressible: scale and mask no longer describe the scores."""
@@ -173,8 +179,10 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     ]
     biases = [isinstance(term, Bias) for term, _ in counting]
     counting = [pair for place, pair in enumerate(counting) if any(biases[:place]) or not isinstance(pair[0], Floor)]
-    _require_no_counterweight([term for term, _ in counting])
-    attended = _attended(site, reading, [term for term, _ in counting], positions, policy)
+    # Unless a reason names another operation, it is the mask that is in the way.
+    with blaming(_last_mask([term for term, _ in counting])):
+        _require_no_counterweight([term for term, _ in counting])
+        attended = _attended(site, reading, [term for term, _ in counting], positions, policy)
     if attended is not None:
         counting = [pair for pair in counting if not isinstance(pair[0], Raise)]
     terms, kept = [term for term, _ in counting], [formula for _, formula in counting]
@@ -182,7 +190,8 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     dtype = min(dtypes, key=lambda dtype: dtype.itemsize, default=site.softmax_dtype)
     inexpressible, refused = reading.inexpressible, FINE
     if attended is None:
-        terms = _terms_for_rows_without_key(site, terms)
+        with blaming(_last_mask(terms)):
+            terms = _terms_for_rows_without_key(site, terms)
     if not site.fused:
         refused = _why_not_a_mask(terms, attended, site.differentiable)
         inexpressible = inexpressible or refused
@@ -190,7 +199,8 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     masked_rows = _rows_without_key(site, terms) if attended is None else MaskedRows.NONE
     certain = _kept_by_last_fills(terms, kept) if masked is None and not masked_rows.may_occur else masked
     value_mods, output_mods, masked_rows = _placed_weight_mods(site, positions, certain, masked_rows)
-    _require_raised_rows(terms, bool(inexpressible), masked_rows, site)
+    with blaming(_last_mask(terms)):
+        _require_raised_rows(terms, bool(inexpressible), masked_rows, site)
     nan_gradients = attended is None and _gradients_are_nan(site, terms)
     lift = _lift(site, terms, nan_gradients) if attended is None else Lift.NONE
     nan_gradients = nan_gradients or (lift is not Lift.NONE and _mask_gradient_is_nan(site, terms))
@@ -218,7 +228,13 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
         structure=_structure(site, terms, kept, positions),
         repeated_along=tuple(filter(None, (repeated_along(term, positions) for term in masks))),
         inexpressible=inexpressible,
+        inexpressible_at=reading.inexpressible_at or (_last_mask(terms) if inexpressible else None),
     )
+
+
+def _last_mask(terms: Sequence[Term]) -> fx.Node | None:
+    """The operation that masks last."""
+    return next((term.written_at for term in reversed(terms) if _may_mask(term) and term.written_at), None)
 
 
 def _fills_decide(site: AttentionSite, terms: list[Term], decided: bool) -> bool:
@@ -263,7 +279,9 @@ def _without_key(reason: Reason) -> str:
 
 def _masks_by_formula(term: Term) -> TypeGuard[Bias | Fill]:
     """Whether what the term masks is told by its own formula alone."""
-    return isinstance(term, Bias) or (isinstance(term, Fill) and not (term.scaled and math.isfinite(term.value)))
+    if isinstance(term, Fill):
+        return not term.loosened or term.value == -math.inf
+    return isinstance(term, Bias) and not term.loosened
 
 
 def _attended(
@@ -299,7 +317,7 @@ def _attended(
     if reading.lifted and (site.underflows or site.rounds_rows):
         overflows = Reason("the exponential is taken of masked scores whose maximum was subtracted before")
     if attended is None and overflows:
-        raise NotAttention(_without_key(overflows))
+        raise NotAttention(_without_key(overflows), reading.overflows_at)
     return attended
 
 
@@ -522,30 +540,13 @@ def _read_mods(site: AttentionSite, positions: Positions) -> _Reading:
     in_range = site.in_half and site.score_dtype is site.compute_dtype
     for mod in site.mods:
         in_range = in_range and _stays_in_range(mod, site.compute_dtype)
-        if reading.lifted and not _stays_lifted(mod, reading):
-            _read_after_maximum(mod, reading, site)
-        if reading.narrowed and isinstance(mod, (Bias, Fill)):
-            reading.overflows = reading.narrowed
-        if isinstance(mod, Elementwise):
-            _read_function(mod, reading)
-        elif isinstance(mod, Bias):
-            merged = _fill_of_product(terms[-1], mod, positions) if terms else None
-            if merged is not None:
-                terms[-1] = merged
-            else:
-                terms.append(mod)
-        elif isinstance(mod, Fill):
-            terms.append(_of_half_scores(mod, site.compute_dtype) if in_range else mod)
-        elif isinstance(mod, Floor):
-            _read_floor(terms, mod)
-            if _is_raised(terms):
-                reading.overflows = Reason(_CHANGED_LATER)
-        elif isinstance(mod, Narrow):
-            _read_narrow(mod, reading, site)
-        elif isinstance(mod, Shift):
-            _read_shift(mod, reading, site)
-        else:
-            _read_scale(mod, site, reading)
+        before = reading.overflows, reading.inexpressible
+        with blaming(mod.written_at):
+            _read_mod(mod, reading, site, positions, in_range)
+        if reading.overflows != before[0]:
+            reading.overflows_at = mod.written_at
+        if reading.inexpressible != before[1]:
+            reading.inexpressible_at = mod.written_at
     if not math.isfinite(reading.scale):
         raise NotAttention(f"the scale is {reading.scale}")
     if reading.scale < 0:
@@ -561,8 +562,42 @@ def _read_mods(site: AttentionSite, positions: Positions) -> _Reading:
         if any(isinstance(term, _Multiplied) and term.after_shift for term in terms):
             raise NotAttention("shifted scores are multiplied by a mask, and softmax still counts the masked zeros")
         reading.take_function("the scores are multiplied by a mask, and softmax still counts the masked zeros")
+        last = max(place for place, term in enumerate(terms) if isinstance(term, _Multiplied))
+        terms[:] = [*map(_loosened, terms[:last]), *terms[last:]]
         terms[:] = [term for term in terms if not isinstance(term, _Multiplied)]
     return reading
+
+
+def _read_mod(mod: ScoreMod, reading: _Reading, site: AttentionSite, positions: Positions, in_range: bool) -> None:
+    """
+    Args:
+        in_range: the scores are known to be in the range of their products' half precision.
+    """
+    terms = reading.terms
+    if reading.lifted and not _stays_lifted(mod, reading):
+        _read_after_maximum(mod, reading, site)
+    if reading.narrowed and isinstance(mod, (Bias, Fill)):
+        reading.overflows = reading.narrowed
+    if isinstance(mod, Elementwise):
+        _read_function(mod, reading)
+    elif isinstance(mod, Bias):
+        merged = _fill_of_product(terms[-1], mod, positions) if terms else None
+        if merged is not None:
+            terms[-1] = merged
+        else:
+            terms.append(mod)
+    elif isinstance(mod, Fill):
+        terms.append(_of_half_scores(mod, site.compute_dtype) if in_range else mod)
+    elif isinstance(mod, Floor):
+        _read_floor(terms, mod)
+        if _is_raised(terms):
+            reading.overflows = Reason(_CHANGED_LATER)
+    elif isinstance(mod, Narrow):
+        _read_narrow(mod, reading, site)
+    elif isinstance(mod, Shift):
+        _read_shift(mod, reading, site)
+    else:
+        _read_scale(mod, site, reading)
 
 
 def _read_scale(mod: Scale, site: AttentionSite, reading: _Reading) -> None:
@@ -595,7 +630,7 @@ def _read_scale(mod: Scale, site: AttentionSite, reading: _Reading) -> None:
             if any(isinstance(term, (Bias, Floor)) for term in terms):
                 reading.overflows = Reason("a tensor scales masked scores")
             reading.makes_nan |= _may_be_infinite(terms)
-            _scale_fills(reading)
+            _loosen(reading)
         elif any(value in (ValueKind.ANY, -math.inf) for term in terms for value in _values(term)):
             raise NotAttention("scores that may be -inf are multiplied by zeros, which gives NaN")
         else:
@@ -695,7 +730,7 @@ def _read_after_maximum(mod: ScoreMod, reading: _Reading, site: AttentionSite) -
         reading.overflows = Reason(_CHANGED_LATER)
         return
     float32 = site.softmax_dtype is torch.float32 and not site.in_half
-    reading.terms.append(Raise(FAR_BELOW if float32 else ABSORBED))
+    reading.terms.append(Raise(FAR_BELOW if float32 else ABSORBED, written_at=mod.written_at))
     reading.lifted = ""
 
 
@@ -776,7 +811,7 @@ def _read_narrow(mod: Narrow, reading: _Reading, site: AttentionSite) -> None:
         if mod.dtype.itemsize < 4 or (counted and (resolved or any(_overflows(term, mod.dtype) for term in terms))):
             reading.overflows = rounded
         elif resolved or any(_overflows(term, mod.dtype) for term in terms):
-            terms.append(Raise(FAR_BELOW, rounded_to=mod.dtype))
+            terms.append(Raise(FAR_BELOW, rounded_to=mod.dtype, written_at=mod.written_at))
             reading.narrowed = rounded
         else:
             # No score is large enough to matter here: the mask, rounded as a whole, is infinite where the scores are.
@@ -905,7 +940,7 @@ def _place_factor(mod: Scale, site: AttentionSite, reading: _Reading) -> bool:
         reading.makes_nan = True
     if any(not isinstance(term, Bias) for term in terms):
         reading.take_function("a tensor scales the scores after a mask was applied")
-        _scale_fills(reading)
+        _loosen(reading)
         return True
     if _is_rescaled(terms) or _added_masks_may_overflow(terms):
         reading.overflows = Reason(_SUM_SCALED)
@@ -915,13 +950,17 @@ def _place_factor(mod: Scale, site: AttentionSite, reading: _Reading) -> bool:
     return True
 
 
-def _scale_fills(reading: _Reading) -> None:
-    """What a tensor does to numbers that were filled in: the kernel that repeats the steps gives what they become."""
+def _loosen(reading: _Reading) -> None:
+    """What a tensor does to masked scores: the kernel that repeats the steps gives what they become."""
     terms = reading.terms
     if any(isinstance(term, Fill) and -math.inf < term.value < _LEAST_SCALED for term in terms):
         # A row of them may become minus infinity, which is NaN in the source and zero in the kernel.
         reading.overflows = Reason("a tensor scales masked scores")
-    terms[:] = [replace(term, scaled=True) if isinstance(term, Fill) else term for term in terms]
+    terms[:] = map(_loosened, terms)
+
+
+def _loosened(term: Term) -> Term:
+    return replace(term, loosened=True) if isinstance(term, (Bias, Fill)) else term
 
 
 _LEAST_SCALED = -(2.0**64)
@@ -981,6 +1020,18 @@ def _isolated_block(kept: Formula, positions: Positions, site: AttentionSite) ->
 # Modifications of the weights.
 
 
+def _require_factor_of_weights(mod: Scale) -> None:
+    """
+    Raises:
+        NotAttention: the factor is none that moves to the value or to the output.
+    """
+    if not isinstance(mod.factor, (int, float)):
+        return _require_finite(mod, "attention weights")
+    if mod.divide and mod.factor == 0:
+        raise NotAttention("the attention weights are divided by zero")
+    return _require_ordinary_factor(1 / mod.factor if mod.divide else float(mod.factor))
+
+
 def _placed_weight_mods(
     site: AttentionSite, positions: Positions, kept: Formula | None, masked_rows: MaskedRows
 ) -> tuple[tuple[WeightMod, ...], tuple[WeightMod, ...], MaskedRows]:
@@ -996,39 +1047,36 @@ def _placed_weight_mods(
     value_mods: list[WeightMod] = []
     output_mods: list[WeightMod] = []
     for mod in site.weight_mods:
-        if isinstance(mod, Scale) and isinstance(mod.factor, (int, float)):
-            if mod.divide and mod.factor == 0:
-                raise NotAttention("the attention weights are divided by zero")
-            _require_ordinary_factor(1 / mod.factor if mod.divide else float(mod.factor))
-        elif isinstance(mod, Scale):
-            _require_finite(mod, "attention weights")
-        if isinstance(mod, Zero):
-            zeroed = truth(positions.of(mod.condition))
-            zeroed = None if zeroed is None else negation(zeroed) if mod.invert else zeroed
-            if zeroed is not None and kept is not None and conjunction([zeroed, kept]) is False:
-                # What is zeroed was masked: it is zero already, except in rows that have no key.
-                if not masked_rows.may_occur:
-                    continue
-                if conjunction([negation(zeroed), negation(kept)]) is False:
-                    stays = mod.multiplied and masked_rows.may_be_nan
-                    masked_rows = MaskedRows.ZERO_UNLESS_NAN if stays else MaskedRows.ZERO
-                    continue
-        operand = mod.condition if isinstance(mod, Zero) else mod.factor
-        axes = set(operand.axes) if isinstance(operand, Operand) else set()
-        if not axes & set(site.key_axes) and axes <= {*site.query.axes, *site.value.axes}:
-            output_mods.append(mod)
-        elif axes <= set(site.value.axes):
-            if isinstance(mod, Zero) and not mod.multiplied and masked_rows.tells_nan:
+        with blaming(mod.written_at):
+            if isinstance(mod, Scale):
+                _require_factor_of_weights(mod)
+            else:
+                zeroed = truth(positions.of(mod.condition))
+                zeroed = None if zeroed is None else negation(zeroed) if mod.invert else zeroed
+                if zeroed is not None and kept is not None and conjunction([zeroed, kept]) is False:
+                    # What is zeroed was masked: it is zero already, except in rows that have no key.
+                    if not masked_rows.may_occur:
+                        continue
+                    if conjunction([negation(zeroed), negation(kept)]) is False:
+                        stays = mod.multiplied and masked_rows.may_be_nan
+                        masked_rows = MaskedRows.ZERO_UNLESS_NAN if stays else MaskedRows.ZERO
+                        continue
+            operand = mod.condition if isinstance(mod, Zero) else mod.factor
+            axes = set(operand.axes) if isinstance(operand, Operand) else set()
+            if not axes & set(site.key_axes) and axes <= {*site.query.axes, *site.value.axes}:
+                output_mods.append(mod)
+            elif axes <= set(site.value.axes):
+                if isinstance(mod, Zero) and not mod.multiplied and masked_rows.tells_nan:
+                    raise NotAttention(
+                        "the attention weights may be NaN, and are set to zero by a mask that was not applied before "
+                        "softmax"
+                    )
+                value_mods.append(mod)
+            else:
                 raise NotAttention(
-                    "the attention weights may be NaN, and are set to zero by a mask that was not applied before "
-                    "softmax"
+                    "the attention weights are multiplied by a tensor with query and key positions that is not known "
+                    "to be the mask applied before softmax"
                 )
-            value_mods.append(mod)
-        else:
-            raise NotAttention(
-                "the attention weights are multiplied by a tensor with query and key positions that is not known to be "
-                "the mask applied before softmax"
-            )
     return tuple(value_mods), tuple(output_mods), masked_rows
 
 

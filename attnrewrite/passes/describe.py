@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from attnrewrite.analysis.scores import node_in_words
 from attnrewrite.ir.axes import Axis, Operand, shape_of
 from attnrewrite.ir.bounds import Ended
 from attnrewrite.ir.linear_site import LinearAttention, Order
@@ -36,6 +37,7 @@ def row_of_near_miss(name: str, miss: NearMiss) -> SiteReport:
         "kept",
         source_location(miss.anchor),
         reason=miss.reason,
+        blamed=node_in_words(miss.blamed or miss.anchor),
         dtype=dtype_name(tensor(miss.anchor).dtype) if is_tensor(miss.anchor) else "",
         device=tensor(miss.anchor).device.type if is_tensor(miss.anchor) else "",
         nodes_before=tuple(node.name for node in miss.nodes),

@@ -10,6 +10,7 @@ from dataclasses import replace
 from torch import fx
 
 from attnrewrite.analysis.kinds import SiteKind, begins_with_batch, kinds_of
+from attnrewrite.analysis.scores import node_in_words
 from attnrewrite.errors import KernelError
 from attnrewrite.ir.bounds import searching
 from attnrewrite.ir.linear_site import LinearAttention
@@ -146,6 +147,7 @@ class Rewriting:
         site = site.resolved().with_operands(lambda operand: current_operand(operand, self.replaced))
         row = row_of_linear(name, site)
         reassociate(self._gm, site, row, self.replaced)
+        row.blamed = node_in_words(site.result) if row.status == "kept" else ""
         self._result.sites.append(row)
         self._attentions.append(ReportedSite(site, row))
         self.served.append(self._attentions[-1])
@@ -169,6 +171,7 @@ class Rewriting:
                 attention = canonicalized(site, policy)
         except NotAttention as reason:
             row.reason = ended.added_to(str(reason))
+            row.blamed = node_in_words(reason.node or site.anchor)
             return None
         describe_canonical(attention, row, ended)
         return attention
@@ -190,7 +193,10 @@ class Rewriting:
         policy = policy_at(self._policy, site.anchor)
         request = self._adjust_request(row.name, site, request_for(policy, row.location, site.anchor))
         try:
-            return choose(self._gm, site, request, row, policy)
+            kernel = choose(self._gm, site, request, row, policy)
+            if kernel is None:
+                row.blamed = node_in_words(site.scores.inexpressible_at or site.anchor)
+            return kernel
         except KernelError as refusal:
             if not site.parts:
                 raise

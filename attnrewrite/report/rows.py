@@ -24,7 +24,8 @@ class SiteReport:
     """One attention, or one near miss.
 
     ``status``: "rewritten"; "recognized" for an attention that is already in its best form; "kept" if it was left
-    unchanged for another reason. ``reason`` says why it was not rewritten.
+    unchanged for another reason. ``reason`` says why it was not rewritten, and ``blamed`` names the operation that is
+    in the way, with its source line.
 
     Shapes are tuples of strings, since a size may be symbolic ("s37"); they read (batch..., heads, length, features).
     ``requested``: the kernels that were requested for the site, and by what; empty for the automatic choice.
@@ -45,6 +46,7 @@ class SiteReport:
     location: SourceLocation | None = None
     kernel: str | None = None
     reason: str = ""
+    blamed: str = ""
     query_shape: tuple[str, ...] = ()
     key_shape: tuple[str, ...] = ()
     value_shape: tuple[str, ...] = ()

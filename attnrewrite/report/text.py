@@ -89,7 +89,8 @@ def meaning(site: SiteReport) -> list[str]:
 def why(site: SiteReport) -> list[str]:
     """The reason, the proof, and the kernels' verdicts."""
     cached = f"reused across steps: {site.cached}" if site.cached else ""
-    lines = [text for text in (site.reason, site.slices, site.projections, cached) if text]
+    blamed = f"in the way: {site.blamed}" if site.blamed and site.blamed not in site.reason else ""
+    lines = [text for text in (site.reason, blamed, site.slices, site.projections, cached) if text]
     lines += site.proof
     for verdict in site.verdicts:
         if verdict.reason and verdict.reason not in site.reason:

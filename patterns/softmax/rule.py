@@ -33,7 +33,7 @@ from attnrewrite.ir.model_state import is_learned
 from attnrewrite.ir.nodes import dtype_name, is_tensor, same, tensor
 from attnrewrite.ir.ops import CONVOLUTION_OPS, NORM_OPS
 from attnrewrite.ir.products import Product, is_product
-from attnrewrite.ir.site import AttentionSite, Narrow, NotAttention, Scale, WeightMod, Zero
+from attnrewrite.ir.site import AttentionSite, Narrow, NotAttention, Scale, WeightMod, Zero, blaming
 from attnrewrite.ir.source import source_location
 from attnrewrite.ir.views import peel, push
 from attnrewrite.patterns.base import Specimen
@@ -66,7 +66,7 @@ class SoftmaxAttention:
             try:
                 readings += self._read_all(softmax, view)
             except NotAttention as reason:
-                yield NearMiss(self.name, softmax.node, ended.added_to(str(reason)), (softmax.node,))
+                yield NearMiss(self.name, softmax.node, ended.added_to(str(reason)), (softmax.node,), reason.node)
         yield from _served(readings, view)
 
     def _read_all(self, softmax: Softmax, view: GraphView) -> list[_FoundSite]:
@@ -122,7 +122,8 @@ class SoftmaxAttention:
         value = product.rhs if product.lhs.node is walk.weights else product.lhs
         if set(axes_of((product.contracted,))) != set(key_axes):
             raise NotAttention(
-                "the product after softmax does not contract the axis that softmax runs over, so this is no attention"
+                "the product after softmax does not contract the axis that softmax runs over, so this is no attention",
+                product.node,
             )
         _require_no_detour(softmax)
         # Fused kernels multiply query and key with float32 accumulation, so casting them up first adds nothing, unless
@@ -134,7 +135,8 @@ class SoftmaxAttention:
         value = view.origin(value, product.node)
         key_axes = axes_of((key_axes,))  # Keys that were repeated along their positions have divided them.
         query_axes = _query_axes(scores, key_axes, key)
-        _require_attention(scores.product, query, key, value, query_axes, key_axes)
+        with blaming(scores.product.node):
+            _require_attention(scores.product, query, key, value, query_axes, key_axes)
         # Kernels themselves say that there is no key.
         others = {axis for operand in (query, key, value) for axis in operand.axes} - set(key_axes)
         if any(same(axis.size, 0) for axis in others):
@@ -183,7 +185,8 @@ def _require_no_detour(softmax: Softmax) -> None:
         if dtype.is_floating_point and is_narrower(dtype, given) and is_narrower(dtype, own):
             raise NotAttention(
                 f"{node_in_words(node)} computes the softmax of {dtype_name(given)} in {dtype_name(dtype)}, which may "
-                "overflow or underflow"
+                "overflow or underflow",
+                node,
             )
 
 
@@ -206,7 +209,7 @@ def _result_layout(softmax: Softmax, product: Product) -> Layout:
 def _require_one_grad_mode(product: Product, interior: Sequence[fx.Node], view: GraphView) -> None:
     for node in interior:
         if view.grad_region(node) != view.grad_region(product.node):
-            raise NotAttention("grad mode is switched between the scores and the product with the value")
+            raise NotAttention("grad mode is switched between the scores and the product with the value", node)
 
 
 def _require_attention(
@@ -223,7 +226,7 @@ def _require_attention(
     if key_axes and is_learned(key.node) and tensor(key.node).dim() == 2:
         raise NotAttention("the keys are a learned matrix: this is a gate over its rows")
     if set(axes_of((query_axes,))) & set(value.axes):
-        raise NotAttention("the value differs from one query position to the next, so this is no attention")
+        raise NotAttention("the value differs from one query position to the next, so this is no attention", value.node)
 
 
 def _scales_of(product: Product) -> list[Scale]:
@@ -301,7 +304,12 @@ def _served(readings: list[_FoundSite], view: GraphView) -> Iterator[Finding]:
         if node in reading.weights and any(map(_leads_to_output, users)):
             module = getattr(source_location(reading.site.anchor), "module", "")
             reason += f" (if nobody reads them, say so: options={{'unread_weights': {module or '*'!r}}})"
-        yield NearMiss("softmax", reading.site.anchor, reason, (reading.site.anchor,))
+        yield NearMiss("softmax", reading.site.anchor, reason, (reading.site.anchor,), _reader_of_source(users))
+
+
+def _reader_of_source(users: Sequence[fx.Node]) -> fx.Node:
+    """The reader that a reason names: an operation of the source, if there is one."""
+    return next((user for user in users if source_location(user)), users[0])
 
 
 def _leads_to_output(node: fx.Node) -> bool:
