@@ -119,7 +119,7 @@ _REFUSED: dict[str, tuple[Callable[..., Tensor], bool, str, str]] = {
     "a floor in training": (
         lambda s, m, o, b: torch.clamp(s + m * torch.finfo(s.dtype).min, min=torch.finfo(s.dtype).min),
         True,
-        "add",
+        "clamp",
         "split between the scores and their lower bound",
     ),
     "infinities put in": (
