@@ -88,6 +88,8 @@ class Flex(Kernel):
             widths = [axis.size for axis in (*site.feature_axes, *site.value_axes)]
             if any(not isinstance(width, int) for width in widths):
                 return Verdict.no("takes head sizes that are numbers, and no symbols")
+            if site.differentiable and any(map(_may_have_gradient, _read_as_numbers(site))):
+                return Verdict.no("a factor of the scores is a single learned number, whose gradient it does not give")
             if site.differentiable and not site.for_inductor and any(map(_may_have_gradient, _read_by_position(site))):
                 # ``_maybe_new_buffer`` of sdpa_dense_backward asks the tensor, and what is computed requires none:
                 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_higher_order_ops/flex_attention.py
@@ -114,6 +116,8 @@ class Flex(Kernel):
             )
         if site.rounds_rows and scores.masked_rows.may_occur:
             return Verdict.no("what the source gives a row without a key depends on rounding here")
+        if any(isinstance(mod, Fill) and math.isfinite(mod.value) and abs(mod.value) > _LARGEST for mod in site.mods):
+            return Verdict.no("a number is filled in that float32 does not hold")
         if any(isinstance(term, Raise) for term in scores.terms):
             return Verdict.no("the maximum of the row is subtracted between masks, and a score_mod sees one score")
         if any(isinstance(mod, Scale) and _is_symbolic(mod.factor) for mod in site.mods):
@@ -193,7 +197,9 @@ class Flex(Kernel):
             call = _FlexCall((query, key, value), score_mod, blocks, 1.0, tuple(buffers))
             node = self._in_graph(builder, site, call)
         if not scores.masked_rows.is_mean_of_value:
-            node = Mask(builder, site, layout.score_dims).with_source_rows(node, value, layout)
+            # In float32, since float16 holds no finite number that masks.
+            mask = Mask(builder, site, layout.score_dims, in_float32=True)
+            node = mask.with_source_rows(node, value, layout)
         return layout.as_result(builder, site, node)
 
     def _in_graph(self, builder: Builder, site: CanonicalAttention, call: _FlexCall) -> fx.Node:
@@ -328,9 +334,22 @@ def _read_by_position(site: CanonicalAttention) -> list[Operand]:
     return operands
 
 
-def _may_have_gradient(operand: Operand) -> bool:
-    """Whether an input that requires a gradient leads to the operand."""
-    pending = [operand.node]
+def _read_as_numbers(site: CanonicalAttention) -> list[fx.Node]:
+    """Tensors of one entry that the function of the scores reads, where it is the source's steps."""
+    if _by_blocks(site) is not None or _by_lifted_mask(site):
+        return []
+    factors: list[Any] = [mod.factor for mod in site.mods if isinstance(mod, Scale)]
+    nodes = [factor.node if isinstance(factor, Operand) else factor for factor in factors]
+    return [
+        node
+        for node in nodes
+        if isinstance(node, fx.Node) and is_tensor(node) and all(same(size, 1) for size in tensor(node).shape)
+    ]
+
+
+def _may_have_gradient(read: Operand | fx.Node) -> bool:
+    """Whether an input that requires a gradient leads to what is read."""
+    pending = [read.node if isinstance(read, Operand) else read]
     seen = set(pending)
     for node in pending:
         known = node.meta.get("example_value", node.meta.get("val"))
@@ -424,6 +443,8 @@ def _added_mask(builder: Builder, mask: Mask, softcap: float | None) -> tuple[fx
 def _output_like(query: fx.Node, value: fx.Node) -> torch.Tensor:
     return tensor(query).new_empty((*tensor(query).shape[:-1], tensor(value).shape[-1]))
 
+
+_LARGEST = torch.finfo(torch.float32).max
 
 _CPU_WIDTH, _CPU_KEYS = 24, 16
 """With fewer features, Inductor's product of queries and keys reads and writes 16 keys where fewer are left.

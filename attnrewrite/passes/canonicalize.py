@@ -255,9 +255,6 @@ def _require_raised_rows(
     if not _is_raised(terms):
         return
     beside = site.sink is not None or any(isinstance(term, Floor) for term in terms)
-    # Behind a maximum of minus infinity scores are NaN, for which a condition on minus infinity does not hold.
-    raises = [place for place, term in enumerate(terms) if isinstance(term, Raise) and not term.rounded_to]
-    beside |= site.nan_to_zero and bool(raises) and _may_be_infinite(terms[: raises[-1]])
     if inexpressible or site.differentiable or beside or masked_rows.is_zero_unless_nan:
         rounded = {term.rounded_to for term in terms if isinstance(term, Raise)} - {None}
         raise NotAttention(_without_key(_rounded(rounded.pop()) if rounded else Reason(_CHANGED_LATER)))
@@ -578,6 +575,9 @@ def _read_mod(mod: ScoreMod, reading: _Reading, site: AttentionSite, positions: 
         _read_after_maximum(mod, reading, site)
     if reading.narrowed and isinstance(mod, (Bias, Fill)):
         reading.overflows = reading.narrowed
+    if reading.lifted and isinstance(mod, (Bias, Fill)) and site.nan_to_zero and _may_be_infinite(terms):
+        # Minus infinity less itself is NaN, for which a condition on minus infinity does not hold.
+        reading.overflows = Reason(_CHANGED_LATER)
     if isinstance(mod, Elementwise):
         _read_function(mod, reading)
     elif isinstance(mod, Bias):
@@ -796,7 +796,8 @@ def _read_narrow(mod: Narrow, reading: _Reading, site: AttentionSite) -> None:
         )
     terms = reading.terms
     terms[:] = [
-        replace(term, value=as_stored(term.value, mod.dtype)) if isinstance(term, Fill) else term for term in terms
+        replace(term, value=as_stored(term.value, mod.dtype), dtype=mod.dtype) if isinstance(term, Fill) else term
+        for term in terms
     ]
     rounded = _rounded(mod.dtype)
     if (reading.inexpressible and terms) or _is_raised(terms):

@@ -124,7 +124,10 @@ class _Sum:
         scaled, factor = args[:2]
         if node.target in MUL_OPS and not (is_tensor(scaled) and self._is_sum(scaled)):
             scaled, factor = factor, scaled
-        return [scaled] if is_tensor(scaled) and self._is_sum(scaled) and self._is_factor(factor) else None
+        if not is_tensor(scaled) or not self._is_sum(scaled) or not self._is_factor(factor):
+            return None
+        # Of one key weights are the same for all keys, too, and a product of weights is no sum of them.
+        return None if is_tensor(factor) and self._is_sum(factor) else [scaled]
 
     def _is_sum(self, node: fx.Node) -> bool:
         """Whether a node is attention weights, or a sum that has some."""
