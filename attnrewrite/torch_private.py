@@ -57,7 +57,7 @@ def schema_of(target: Any) -> Any:
 
 
 def operator_name(target: Any) -> str:
-    """An operator's name without its namespace and overload, such as ``add``; the name of a function, or ``str`` of other targets."""
+    """An operator's name without its namespace and overload, such as ``add``; else a function's name, or ``str``."""
     return getattr(target, "_opname", None) or getattr(target, "__name__", None) or str(target)
 
 

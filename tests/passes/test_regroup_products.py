@@ -707,3 +707,16 @@ def test_the_view_of_the_changed_graph_knows_that_gradients_follow() -> None:
     run.regroup_products()
     assert str(gm.graph) != before and run.view is not view
     assert run.view.has_gradients
+
+
+@pytest.mark.parametrize("combined", [lambda w: w * w, lambda w: w / w])
+def test_a_product_of_weights_is_no_sum_of_them(combined: Callable[[Tensor], Tensor]) -> None:
+    """Of a single key weights are the same for all keys, as a factor is."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+        return (combined((q @ k.mT).softmax(-1)) + given) @ v
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, length, 8, generator=generator) for length in (6, 1, 1))
+    inputs = (q, k, v, torch.randn(2, 4, 6, 1, generator=generator))
+    assert relative_error(rewritten(function)(*inputs), function(*inputs)) <= 1e-5

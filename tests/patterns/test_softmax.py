@@ -448,3 +448,55 @@ def test_a_fill_and_a_given_mask_whose_sum_is_scaled(low: float, scale: float, d
     assert row.status == "rewritten" or scale > 1, row.reason
     assert torch.equal(result.isnan(), expected.isnan())
     assert relative_error(result.nan_to_num(), expected.nan_to_num()) <= 1e-5
+
+
+@pytest.mark.parametrize("way", ["filled", "added"])
+@pytest.mark.parametrize("after", ["nothing", "zeroed"])
+def test_masked_scores_times_zeros_and_ones(way: str, after: str) -> None:
+    """What a zero multiplies is masked no longer, and has a weight that is zeroed afterwards."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, gate: Tensor) -> Tensor:
+        scores = q @ k.mT * 0.3
+        scores = scores.masked_fill(mask, -1e9) if way == "filled" else scores + mask.to(scores.dtype) * -1e9
+        weights = (scores * (gate > 0).to(scores.dtype)).softmax(-1)
+        return (weights.masked_fill(mask, 0.0) if after == "zeroed" else weights) @ v
+
+    mask, _ = _dead()
+    inputs = (*heads(), mask, torch.randn(2, 1, 6, 9, generator=torch.Generator().manual_seed(5)))
+    with torch.no_grad():
+        assert relative_error(rewritten(function)(*inputs), function(*inputs)) <= 1e-5
+
+
+@pytest.mark.parametrize("low", [-1e300, -1e39, torch.finfo(torch.float64).min, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("later", [-math.inf, -1e30])
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_fills_that_are_cast(low: float, later: float, factor: float) -> None:
+    """A number that float64 alone holds is minus infinity in float32."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, other: Tensor) -> Tensor:
+        scores = (q @ k.mT * 0.3).double().masked_fill(mask, low).float()
+        return (scores.masked_fill(other, later) * factor).softmax(-1) @ v
+
+    inputs = (*heads(), *_dead())
+    with torch.no_grad():
+        expected, result = function(*inputs), rewritten(function)(*inputs)
+    assert torch.equal(result.isnan(), expected.isnan())
+    assert relative_error(result.nan_to_num(), expected.nan_to_num()) <= 1e-5
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("infinite", [lambda s: s.isneginf(), lambda s: s == -math.inf])
+def test_a_condition_on_scores_whose_maximum_was_subtracted(grad: bool, infinite: Callable[[Tensor], Tensor]) -> None:
+    """Behind it a row of minus infinity is NaN, and the condition does not hold."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
+        scores = (q @ k.mT * 0.3).masked_fill(mask, -math.inf)
+        scores = scores - scores.amax(-1, keepdim=True).detach() + bias
+        return torch.where(infinite(scores).all(-1, keepdim=True), 0.0, scores.softmax(-1)) @ v
+
+    mask, _ = _dead()
+    q, k, v = (part.requires_grad_(grad) for part in heads())
+    with torch.set_grad_enabled(grad):
+        expected, result = (each(q, k, v, mask, torch.ones(6, 9)) for each in (function, rewritten(function)))
+    assert torch.equal(result.isnan(), expected.isnan()) and bool(expected.isnan().any())
+    assert relative_error(result.nan_to_num(), expected.nan_to_num()) <= 1e-5
