@@ -168,17 +168,7 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     """
     positions = Positions(site.query_axes, site.key_axes)
     reading = _read_mods(site, positions)
-    formulas = [kept_where(term, positions) if _masks_by_formula(term) else None for term in reading.terms]
-    # What has a gradient keeps it, be it zero: an optimizer lets a parameter decay whose gradient is zero, and leaves
-    # one alone that has none.
-    graded = [site.differentiable and isinstance(term, Bias) and _may_have_gradient(term) for term in reading.terms]
-    counting = [
-        (term, formula)
-        for term, formula, has_gradient in zip(reading.terms, formulas, graded, strict=True)
-        if formula is not True or has_gradient
-    ]
-    biases = [isinstance(term, Bias) for term, _ in counting]
-    counting = [pair for place, pair in enumerate(counting) if any(biases[:place]) or not isinstance(pair[0], Floor)]
+    counting, graded = _counting(site, reading.terms, positions)
     # Unless a reason names another operation, it is the mask that is in the way.
     with blaming(_last_mask([term for term, _ in counting])):
         _require_no_counterweight([term for term, _ in counting])
@@ -205,7 +195,7 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     lift = _lift(site, terms, nan_gradients) if attended is None else Lift.NONE
     nan_gradients = nan_gradients or (lift is not Lift.NONE and _mask_gradient_is_nan(site, terms))
     band, isolated = _shape_of_mask(site, positions, masked if None not in kept else None, attended)
-    becomes_causal = not inexpressible and site.sink is None and band is not None and band.is_causal and not any(graded)
+    becomes_causal = not inexpressible and site.sink is None and band is not None and band.is_causal and not graded
     masks = [term for term in terms if isinstance(term, (Bias, Fill)) and not becomes_causal]
     return CanonicalScores(
         scale=None if site.default_scale else reading.scale,
@@ -230,6 +220,27 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
         inexpressible=inexpressible,
         inexpressible_at=reading.inexpressible_at or (_last_mask(terms) if inexpressible else None),
     )
+
+
+def _counting(
+    site: AttentionSite, given: Sequence[Term], positions: Positions
+) -> tuple[list[tuple[Term, Formula | None]], bool]:
+    """The terms that change a score, each with where it keeps one as far as that is known; and whether one has a
+    gradient.
+
+    What has a gradient keeps it, be it zero: an optimizer lets a parameter decay whose gradient is zero, and leaves one
+    alone that has none.
+    """
+    formulas = [kept_where(term, positions) if _masks_by_formula(term) else None for term in given]
+    graded = [site.differentiable and isinstance(term, Bias) and _may_have_gradient(term) for term in given]
+    counting = [
+        (term, formula)
+        for term, formula, has_gradient in zip(given, formulas, graded, strict=True)
+        if formula is not True or has_gradient
+    ]
+    biases = [isinstance(term, Bias) for term, _ in counting]
+    counting = [pair for place, pair in enumerate(counting) if any(biases[:place]) or not isinstance(pair[0], Floor)]
+    return counting, any(graded)
 
 
 def _last_mask(terms: Sequence[Term]) -> fx.Node | None:

@@ -120,11 +120,7 @@ class SoftmaxAttention:
         key_axes = axes_of((key_dim,))
         query, key = _query_and_key(scores.product, key_axes)
         value = product.rhs if product.lhs.node is walk.weights else product.lhs
-        if set(axes_of((product.contracted,))) != set(key_axes):
-            raise NotAttention(
-                "the product after softmax does not contract the axis that softmax runs over, so this is no attention",
-                product.node,
-            )
+        _require_contraction(product, key_axes)
         _require_no_detour(softmax)
         # Fused kernels multiply query and key with float32 accumulation, so casting them up first adds nothing, unless
         # it is to float64; weights and value are multiplied in the dtype that the source multiplies them in.
@@ -172,6 +168,14 @@ class SoftmaxAttention:
             interior=interior,
         )
         return _FoundSite(site, view.other_readers(interior), {softmax.node, *walk.nodes})
+
+
+def _require_contraction(product: Product, key_axes: Sequence[Axis]) -> None:
+    if set(axes_of((product.contracted,))) != set(key_axes):
+        raise NotAttention(
+            "the product after softmax does not contract the axis that softmax runs over, so this is no attention",
+            product.node,
+        )
 
 
 def _require_no_detour(softmax: Softmax) -> None:
