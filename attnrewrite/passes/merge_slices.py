@@ -431,7 +431,7 @@ class _Merge:
             return first
         if isinstance(first, Scale):
             self._require_equal(steps, ("divide",), what)
-            return Scale(self._factor([step.factor for step in steps], "scale"), first.divide)
+            return dataclasses.replace(first, factor=self._factor([step.factor for step in steps], "scale"))
         if isinstance(first, Bias):
             self._require_equal(steps, ("dtype", "factor"), "mask")
             scales = self._mods([step.scales for step in steps], "mask")
@@ -439,7 +439,7 @@ class _Merge:
                 first, operand=self._operand([step.operand for step in steps], "mask"), scales=scales
             )
         if isinstance(first, (Fill, Zero)):
-            rest = [field.name for field in dataclasses.fields(first) if field.name != "condition"]
+            rest = [field.name for field in dataclasses.fields(first) if field.compare and field.name != "condition"]
             self._require_equal(steps, rest, "mask")
             return dataclasses.replace(first, condition=self._operand([step.condition for step in steps], "mask"))
         if any(step != first for step in steps):

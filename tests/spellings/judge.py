@@ -26,12 +26,17 @@ _FILE = "<spelling>"
 
 @dataclass(frozen=True)
 class Outcome:
-    """``taken``: rewritten although it must stay, with the right result or not. ``reasons`` are those of the report."""
+    """What became of a spelling.
+
+    ``taken``: rewritten although it must stay, with the right result or not. ``reasons`` are those of the report, and
+    ``unblamed`` those of them that name no operation.
+    """
 
     spelling: Spelling
     verdict: Verdict
     reasons: tuple[str, ...] = ()
     detail: str = ""
+    unblamed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.verdict}: {self.detail or '; '.join(self.reasons)}\n{self.spelling.script()}"
@@ -91,7 +96,9 @@ def judge(spelling: Spelling, device: str = "cpu") -> Outcome:
     named = sum(_slices(site) for site in sites)
     found = not reasons and named >= spelling.sites
     if not found:
-        return Outcome(spelling, "kept", tuple(reasons) or (f"{named} of {spelling.sites} attentions are named",))
+        unblamed = tuple(site.reason for site in sites if site.status == "kept" and not site.blamed)
+        reasons = reasons or [f"{named} of {spelling.sites} attentions are named"]
+        return Outcome(spelling, "kept", tuple(reasons), unblamed=unblamed)
     return Outcome(spelling, "taken" if spelling.stays else "found")
 
 

@@ -30,6 +30,7 @@ def test_random_spellings() -> None:
     def check(spelling: Spelling) -> None:
         outcome = judge(spelling)
         assert outcome.verdict in ("found", "kept"), str(outcome)
+        assert not outcome.unblamed, str(outcome)
         outcomes.append(outcome)
 
     check()
