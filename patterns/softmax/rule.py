@@ -291,7 +291,13 @@ def _served(readings: list[_FoundSite], view: GraphView) -> Iterator[Finding]:
     accepted = list(readings)
     while True:
         own = {node for reading in accepted for node in reading.site.interior}
-        left = [r for r in accepted if all(user in own for users in r.others.values() for user in users)]
+        # A site that takes them for its query, key, value or mask needs them as they are.
+        taken = {operand.node for reading in accepted for operand in _operands(reading.site)}
+        left = [
+            r
+            for r in accepted
+            if not taken & set(r.others) and all(user in own for users in r.others.values() for user in users)
+        ]
         if len(left) == len(accepted):
             break
         accepted = left
@@ -309,6 +315,10 @@ def _served(readings: list[_FoundSite], view: GraphView) -> Iterator[Finding]:
             module = getattr(source_location(reading.site.anchor), "module", "")
             reason += f" (if nobody reads them, say so: options={{'unread_weights': {module or '*'!r}}})"
         yield NearMiss("softmax", reading.site.anchor, reason, (reading.site.anchor,), _reader_of_source(users))
+
+
+def _operands(site: AttentionSite) -> tuple[Operand, ...]:
+    return site.query, site.key, site.value, *site.modifiers
 
 
 def _reader_of_source(users: Sequence[fx.Node]) -> fx.Node:

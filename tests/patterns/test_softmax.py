@@ -500,3 +500,15 @@ def test_a_condition_on_scores_whose_maximum_was_subtracted(grad: bool, infinite
         expected, result = (each(q, k, v, mask, torch.ones(6, 9)) for each in (function, rewritten(function)))
     assert torch.equal(result.isnan(), expected.isnan()) and bool(expected.isnan().any())
     assert relative_error(result.nan_to_num(), expected.nan_to_num()) <= 1e-5
+
+
+def test_weights_that_another_attention_takes_for_its_value() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        weights = (q @ k.mT * 0.3).softmax(-1)
+        return weights @ v, (k @ q.mT * 0.3).softmax(-1) @ weights
+
+    inputs = heads()
+    found = [row.status for row in rows(function, *inputs)]
+    assert found == ["kept", "rewritten"]
+    for result, expected in zip(rewritten(function)(*inputs), function(*inputs), strict=True):
+        assert relative_error(result, expected) <= 1e-5

@@ -340,6 +340,8 @@ class Limits:
             return f"has no soft cap: {scores.inexpressible}"
         if scores.scale is not None and scores.scale <= 0:
             return f"takes a positive scale, not {scores.scale:g}"
+        if any(isinstance(scale.factor, (int, float)) and scale.factor == 0 for scale in scores.query_factors):
+            return "takes a positive scale, not 0"
         if not self.any_scale:
             width = size_of(site.feature_axes)
             assert isinstance(width, int)
