@@ -466,6 +466,7 @@ def _flex_attention(
     """
     dtype = query.dtype
     if dtype.itemsize < 4:
+        # Inductor's kernel is wrong there, see ``known_wrong``.
         query, key, value = query.float(), key.float(), value.float()
     missing = _CPU_WIDTH - query.shape[-1]
     if missing > 0 and key.shape[-2] % _CPU_KEYS:

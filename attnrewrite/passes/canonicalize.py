@@ -582,13 +582,13 @@ def _read_mod(mod: ScoreMod, reading: _Reading, site: AttentionSite, positions: 
         in_range: the scores are known to be in the range of their products' half precision.
     """
     terms = reading.terms
+    if reading.lifted and isinstance(mod, (Bias, Fill)) and site.nan_to_zero and _may_be_infinite(terms):
+        # Minus infinity less itself is NaN, for which a condition on minus infinity does not hold.
+        reading.overflows = Reason(_CHANGED_LATER)
     if reading.lifted and not _stays_lifted(mod, reading):
         _read_after_maximum(mod, reading, site)
     if reading.narrowed and isinstance(mod, (Bias, Fill)):
         reading.overflows = reading.narrowed
-    if reading.lifted and isinstance(mod, (Bias, Fill)) and site.nan_to_zero and _may_be_infinite(terms):
-        # Minus infinity less itself is NaN, for which a condition on minus infinity does not hold.
-        reading.overflows = Reason(_CHANGED_LATER)
     if isinstance(mod, Elementwise):
         _read_function(mod, reading)
     elif isinstance(mod, Bias):

@@ -486,12 +486,18 @@ def test_fills_that_are_cast(low: float, later: float, factor: float) -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("infinite", [lambda s: s.isneginf(), lambda s: s == -math.inf])
-def test_a_condition_on_scores_whose_maximum_was_subtracted(grad: bool, infinite: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("later", ["bias", "fill", "lower fill"])
+def test_a_condition_on_scores_whose_maximum_was_subtracted(
+    grad: bool, infinite: Callable[[Tensor], Tensor], later: str
+) -> None:
     """Behind it a row of minus infinity is NaN, and the condition does not hold."""
 
     def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
         scores = (q @ k.mT * 0.3).masked_fill(mask, -math.inf)
-        scores = scores - scores.amax(-1, keepdim=True).detach() + bias
+        scores = scores - scores.amax(-1, keepdim=True).detach()
+        last = torch.arange(9) == 8
+        low = torch.finfo(q.dtype).min if later == "fill" else -math.inf
+        scores = scores + bias if later == "bias" else scores.masked_fill(last, low)
         return torch.where(infinite(scores).all(-1, keepdim=True), 0.0, scores.softmax(-1)) @ v
 
     mask, _ = _dead()
