@@ -139,7 +139,20 @@ def canonicalized(site: AttentionSite, policy: Policy) -> CanonicalAttention:
         NotAttention: no canonical form gives the source's values for every input.
     """
     _require_sizes(site)
+    site = _with_maximum(site)
     return with_folded_batches(CanonicalAttention.of(site, canonical_scores(site, policy)))
+
+
+def _with_maximum(site: AttentionSite) -> AttentionSite:
+    """The site without what the lack of a maximum does to its rows, if the scores' own was subtracted before."""
+    if not (site.underflows or site.rounds_rows) or site.never_nan or site.sink is not None:
+        return site
+    for mod in reversed(site.mods):
+        if isinstance(mod, Shift) and mod.by_maximum:
+            return replace(site, underflows=False, rounds_rows=False)
+        if not (isinstance(mod, Scale) and isinstance(mod.factor, (int, float)) and 0 < mod.factor < math.inf):
+            return site
+    return site
 
 
 def _require_sizes(site: AttentionSite) -> None:
@@ -322,7 +335,9 @@ def _attended(
     if leaves_range and attended_everywhere([*reading.bounded_terms, *terms], positions) is None:
         attended = asserted
         overflows = Reason("masked scores underflow or overflow after a function that bounds them")
-    if reading.lifted and (site.underflows or site.rounds_rows):
+    # A row that is NaN already is NaN without a maximum, too.
+    stays_nan = reading.lifted == "to NaN" and not (site.differentiable or site.never_nan or site.sink is not None)
+    if reading.lifted and (site.underflows or site.rounds_rows) and not stays_nan:
         overflows = Reason("the exponential is taken of masked scores whose maximum was subtracted before")
     if attended is None and overflows:
         raise NotAttention(_without_key(overflows), reading.overflows_at)
@@ -585,6 +600,10 @@ def _read_mod(mod: ScoreMod, reading: _Reading, site: AttentionSite, positions: 
     if reading.lifted and isinstance(mod, (Bias, Fill)) and site.nan_to_zero and _may_be_infinite(terms):
         # Minus infinity less itself is NaN, for which a condition on minus infinity does not hold.
         reading.overflows = Reason(_CHANGED_LATER)
+    if reading.lifted == "to zero" and isinstance(mod, Narrow) and _only_narrows(mod, site):
+        # No score is above zero here, and the exponential of what leaves the range of the narrower dtype is zero.
+        reading.narrowed = _rounded(mod.dtype)
+        return
     if reading.lifted and not _stays_lifted(mod, reading):
         _read_after_maximum(mod, reading, site)
     if reading.narrowed and isinstance(mod, (Bias, Fill)):
@@ -743,6 +762,11 @@ def _read_after_maximum(mod: ScoreMod, reading: _Reading, site: AttentionSite) -
     float32 = site.softmax_dtype is torch.float32 and not site.in_half
     reading.terms.append(Raise(FAR_BELOW if float32 else ABSORBED, written_at=mod.written_at))
     reading.lifted = ""
+
+
+def _only_narrows(mod: Narrow, site: AttentionSite) -> bool:
+    """Whether a cast of scores whose maximum was subtracted changes none that counts."""
+    return not site.differentiable and not site.in_half and mod.dtype.itemsize >= 4
 
 
 def _stays_lifted(mod: ScoreMod, reading: _Reading) -> bool:

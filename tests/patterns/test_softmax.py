@@ -374,6 +374,68 @@ def test_masked_scores_that_are_rounded(low: float, given: bool) -> None:
     assert relative_error(result.nan_to_num(), expected.nan_to_num()) <= 1e-5
 
 
+_LOWS = [-math.inf, torch.finfo(torch.float64).min, -1e300, -1e30, -1e9, -1e4]
+
+
+@pytest.mark.parametrize("low", _LOWS)
+@pytest.mark.parametrize("way", ["filled", "added", "given"])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_masked_scores_that_are_rounded_behind_a_maximum(low: float, way: str, scale: float) -> None:
+    """No score is above zero there, so that float32 has all that count."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, numbers: Tensor) -> Tensor:
+        scores = q @ k.mT * 0.3
+        if way == "given":
+            scores = scores + numbers
+        else:
+            scores = _filled(scores, mask, low) if way == "filled" else _added(scores, mask, low)
+        scores = scores - scores.amax(-1, keepdim=True)
+        return torch.softmax(scores * scale, -1, dtype=torch.float32).to(q.dtype) @ v
+
+    mask, _ = _dead()
+    numbers = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(mask, low)
+    inputs = (*(part.double() for part in heads()), mask, numbers)
+    with torch.no_grad():
+        (row,) = rows(function, *inputs)
+        # Beside -1e4 there may be scores that are as low.
+        assert row.status == "rewritten" or (way, low) == ("filled", -1e4), row.reason
+        expected, result = function(*inputs), rewritten(function)(*inputs)
+    assert torch.equal(result.isnan(), expected.isnan())
+    assert relative_error(result.nan_to_num(), expected.nan_to_num()) <= 1e-5
+
+
+@pytest.mark.parametrize("later", ["nothing", "filled", "added", "filled with a large number"])
+@pytest.mark.parametrize("low", [-math.inf, torch.finfo(torch.float32).min, -1e9, -1e4])
+@pytest.mark.parametrize("way", ["sum", "sum and a little", "logsumexp", "replaced"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_exponentials_behind_a_maximum(later: str, low: float, way: str, grad: bool) -> None:
+    """A row without a key is NaN or the mean there, whatever becomes of it without a maximum."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, other: Tensor) -> Tensor:
+        scores = _filled(q @ k.mT * 0.3, mask, low)
+        scores = (scores - scores.amax(-1, keepdim=True)) / 2
+        if later == "added":
+            scores = _added(scores, other, -math.inf)
+        elif later != "nothing":
+            scores = _filled(scores, other, -math.inf if later == "filled" else -1e9)
+        if way == "logsumexp":
+            return (scores - scores.logsumexp(-1, keepdim=True)).exp() @ v
+        exponentials = scores.exp()
+        total = exponentials.sum(-1, keepdim=True)
+        weights = exponentials / (total + 1e-9 if way == "sum and a little" else total)
+        return (weights.nan_to_num() if way == "replaced" else weights) @ v
+
+    call = (*heads(), *_dead())
+    with torch.set_grad_enabled(grad):
+        inputs = prepared(call, torch.float32, gradients=grad)
+        (row,) = rows(function, *inputs)
+        own, new = run(function, inputs, gradients=grad), run(rewritten(function), inputs, gradients=grad)
+        exact = truth(function, call, torch.float32, gradients=grad, device="cpu")
+    assert not wrong(torch.float32, new, own, exact)
+    if later == "nothing" and low != -1e4 and way != "sum and a little":
+        assert row.status == "rewritten", row.reason
+
+
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("call", [False, True])
 def test_a_scale_of_zero_under_a_causal_mask(grad: bool, call: bool) -> None:
