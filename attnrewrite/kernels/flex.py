@@ -572,9 +572,11 @@ def _score_mod(
             score = graph.call_function(aten.where.ScalarSelf, (last, sink, score))
     scores = site.scores
     if scores.masked_rows.may_occur or scores.inexpressible:
-        infinite = graph.call_function(aten.eq.Scalar, (score, -math.inf))
-        bounded = graph.call_function(aten.clamp.default, (score, ABSORBING))
-        score = graph.call_function(aten.where.self, (infinite, score, bounded))
+        # The kernel multiplies by log2(e). What float32 would not hold then comes nearer, each number below the next.
+        nearer = graph.call_function(aten.mul.Tensor, (score, 0.5))
+        nearer = graph.call_function(aten.add.Tensor, (nearer, ABSORBING / 2))
+        low = graph.call_function(aten.lt.Scalar, (score, ABSORBING))
+        score = graph.call_function(aten.where.self, (low, nearer, score))
     graph.output(score)
     placeholders_first(graph)
     return fx.GraphModule(torch.nn.Module(), graph), buffers

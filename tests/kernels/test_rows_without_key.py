@@ -72,6 +72,13 @@ def filled(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, m: Masks) -> Tensor:
     return (q @ k.mT * 0.35).masked_fill(~m.by_pair, m.number).softmax(-1) @ v
 
 
+def filled_in_float32(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, m: Masks) -> Tensor:
+    """As GPT-Neo does it: two lowest numbers, of two dtypes, are told apart."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(dtype) * 0.35 @ k.to(dtype).mT).masked_fill(~m.by_pair, torch.finfo(torch.float32).min)
+    return (scores + m.added(m.by_key, q.dtype)).softmax(-1).to(q.dtype) @ v
+
+
 def zeroed_by_the_mask(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, m: Masks) -> Tensor:
     return (q @ k.mT * 0.35 + m.added(m.by_key, q.dtype)).softmax(-1).masked_fill(~m.by_key, 0.0) @ v
 
@@ -126,6 +133,7 @@ FORMS: tuple[Attend, ...] = (
     upcast,
     rounded_after,
     filled,
+    filled_in_float32,
     zeroed_by_the_mask,
     multiplied_by_the_mask,
     zeroed_rows,
@@ -226,6 +234,18 @@ def test_on_the_cpu(attend: Attend, dtype: torch.dtype, training: bool) -> None:
         assert wrong(attend, inputs, m, training) == "", number
 
 
+@pytest.mark.parametrize(
+    ("dtype", "inner"), [(torch.float32, "eager"), (torch.bfloat16, "eager"), (torch.bfloat16, "inductor")], ids=str
+)
+@pytest.mark.parametrize("attend", [added_twice, filled_in_float32, soft_capped], ids=lambda form: form.__name__)
+def test_flex_on_the_cpu(attend: Attend, dtype: torch.dtype, inner: str) -> None:
+    lengths = (6, 9)
+    inputs = operands(dtype, "cpu", lengths, (4, 4))
+    for number in (torch.finfo(dtype).min, -math.inf):
+        m = masks(number, "cpu", lengths)
+        assert wrong(attend, inputs, m, training=False, kernels="flex", inner=inner) == "", number
+
+
 @pytest.mark.parametrize("attend", FORMS, ids=lambda form: form.__name__)
 def test_they_are_taken_in_inference(attend: Attend) -> None:
     lengths = (6, 9)
@@ -237,11 +257,11 @@ def test_they_are_taken_in_inference(attend: Attend) -> None:
 
 @pytest.mark.parametrize("attend", [form for form in FORMS if form not in KEPT_IN_TRAINING], ids=lambda f: f.__name__)
 def test_a_mask_of_one_number_is_taken_in_training(attend: Attend) -> None:
-    """By a fused kernel, but for what only FlexAttention computes, which has no backward pass on the CPU."""
+    """But for what only FlexAttention computes, which has no backward pass on the CPU."""
     lengths = (6, 9)
     inputs = operands(torch.bfloat16, "cpu", lengths, (4, 4))
     row = status(attend, inputs, masks(torch.finfo(torch.bfloat16).min, "cpu", lengths), training=True)
-    assert row.kernel == (None if attend is soft_capped else "native"), row.reason
+    assert row.kernel == (None if attend in (soft_capped, filled_in_float32) else "native"), row.reason
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
@@ -348,7 +368,7 @@ def test_queries_that_share_their_keys() -> None:
 GPU_KERNELS: dict[str, tuple[Attend, ...]] = {
     "auto": FORMS,
     "_native_efficient": FORMS,
-    "flex": (added, added_twice, upcast, zeroed_rows, soft_capped),
+    "flex": (added, added_twice, upcast, filled_in_float32, zeroed_rows, soft_capped),
 }
 
 
