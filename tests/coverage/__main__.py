@@ -35,6 +35,7 @@ from tests.coverage.table import line, markdown, total
     "--from-json", type=click.Path(path_type=Path, exists=True), help="Measure nothing, read the raw results."
 )
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="Where the models run, such as cuda.")
 @click.option("--gradients/--no-gradients", default=True, show_default=True)
 @click.option("--inductor/--no-inductor", default=True, show_default=True, help="What Inductor's own pass fuses.")
 @click.option("--timeout", default=400, show_default=True, help="Seconds for one model.")
@@ -45,6 +46,7 @@ def main(
     write: Path | None,
     from_json: Path | None,
     dtype: str,
+    device: str,
     gradients: bool,
     inductor: bool,
     timeout: int,
@@ -64,7 +66,13 @@ def main(
         torch.set_num_threads(1)  # A fork waits forever for threads of OpenMP that only its parent has.
         warm_up()
         for name in only or [name for name, case in CASES.items() if case.group == group]:
-            work = partial(measure, CASES[name], dtype=DTYPES[dtype], gradients=gradients, inductor=inductor)
+            how: dict[str, Any] = {
+                "dtype": DTYPES[dtype],
+                "device": device,
+                "gradients": gradients,
+                "inductor": inductor,
+            }
+            work = partial(measure, CASES[name], **how)
             row = {**measured(name, dtype, work, timeout), "commit": results["commit"]}
             console.print(line(row), markup=False)
             results["rows"] = merged(old, [*results["rows"], row])

@@ -55,7 +55,14 @@ BESIDE = 2**-2
 Row = dict[str, Any]
 
 
-def measure(case: Case, *, dtype: torch.dtype = torch.float32, gradients: bool = True, inductor: bool = True) -> Row:
+def measure(
+    case: Case,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    gradients: bool = True,
+    inductor: bool = True,
+) -> Row:
     """The row of one model; a step that fails is named under ``failures`` and the next ones are still taken.
 
     ``wrong`` has what the judge says of the values and the gradients, and ``does_not_run`` what eager raises in half
@@ -86,7 +93,7 @@ def measure(case: Case, *, dtype: torch.dtype = torch.float32, gradients: bool =
         torch._dynamo.reset()
         start = time.perf_counter()
         try:
-            step(measured_in(dtype, built(case), case.inputs()), row)
+            step(measured_in(dtype, built(case).to(device), case.inputs()), row)
         except DoesNotRun as error:
             row["does_not_run"] = {**row.get("does_not_run", {}), name: str(error)}
             if name == "rewrite":
