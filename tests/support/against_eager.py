@@ -26,7 +26,8 @@ class Tolerance:
 
     Where eager itself is off by more than ``doubtful``, rounding decides its result (a row whose keys are all masked by
     a finite number), and what eager gives is what is asked for. A gradient is small below ``small`` of the largest, and
-    below ``least``, where all of them are nothing but rounding.
+    below ``least``, where all of them are nothing but rounding; below ``nothing`` where they are zero in float64, as
+    the gradients of rows that attend one key are.
     """
 
     value: float = 1e-5
@@ -35,6 +36,7 @@ class Tolerance:
     there: float = 1e-2
     small: float = 1e-2
     least: float = 1e-3
+    nothing: float = 1e-2
 
     @staticmethod
     def on(device: str) -> Tolerance:
@@ -123,8 +125,9 @@ def _difference(
     # A gradient of nothing but rounding is no gradient: what is small beside the others is measured by them.
     # A row with one key has gradients of zero, which a fused kernel computes as a difference of numbers of that size.
     small = tolerance.small if what == "gradient" else 1e-3
-    floor = small * max((t.double().nan_to_num().abs().max().item() for t in truth if t.numel()), default=0.0)
-    floor = max(floor, tolerance.least if what == "gradient" else 0.0)
+    largest = max((t.double().nan_to_num().abs().max().item() for t in truth if t.numel()), default=0.0)
+    least = tolerance.nothing if largest < 1e-12 else tolerance.least
+    floor = max(small * largest, least if what == "gradient" else 0.0)
     for n, o, t in zip(new, own, truth, strict=True):
         if n.shape != o.shape or n.dtype != o.dtype:
             return f"{n.dtype} {tuple(n.shape)} in place of {o.dtype} {tuple(o.shape)}"
