@@ -160,7 +160,7 @@ class EmptyRows:
         dims: Any = args[1] if len(args) > 1 else node.kwargs.get("dim")
         dims = [dims] if isinstance(dims, int) else dims
         keep = bool(args[2]) if len(args) > 2 else bool(node.kwargs.get("keepdim"))
-        if not isinstance(dims, Sequence) or len(dims) != 1 or len(layout) != (rank if keep else rank - 1):
+        if not rank or not isinstance(dims, Sequence) or len(dims) != 1 or len(layout) != rank - (not keep):
             return None
         dim = int(dims[0]) % rank
         return (*layout[:dim], self._keys, *layout[dim + keep :])

@@ -747,8 +747,10 @@ def _moved_index(node: fx.Node, index: list[Any]) -> list[Any] | None:
         tail = index[len(index) - len(shape) :]
         return [sympy.Integer(0) if same(size, 1) else i for size, i in zip(shape, tail, strict=True)]
     if target is aten.transpose.int:
-        a, b = args[1] % len(index), args[2] % len(index)
         result = list(index)
+        if not result:
+            return result  # A tensor without dimensions has them transposed, too.
+        a, b = args[1] % len(index), args[2] % len(index)
         result[a], result[b] = result[b], result[a]
         return result
     if target is aten.permute.default:

@@ -120,7 +120,7 @@ def _exponential_of_logarithm(node: fx.Node) -> Softmax | None:
     total = args[1]
     dims = total.args[1]
     keep = bool(total.args[2]) if len(total.args) > 2 else bool(total.kwargs.get("keepdim"))
-    if total.args[0] is not args[0] or inner.kwargs or not keep or len(dims) != 1:
+    if total.args[0] is not args[0] or inner.kwargs or not keep or len(dims) != 1 or not tensor(args[0]).dim():
         return None
     return Softmax(node, args[0], int(dims[0]) % tensor(args[0]).dim(), (total, inner, *casts, node), rounds_rows=True)
 

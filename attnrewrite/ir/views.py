@@ -60,6 +60,8 @@ def permutation_of(node: fx.Node) -> list[int] | None:
     if target is aten.permute.default:
         return [int(dim) % rank for dim in args[1]]
     if target is aten.transpose.int:
+        if not rank:
+            return []  # A tensor without dimensions has them transposed, too.
         a, b = int(args[1]) % rank, int(args[2]) % rank
         order[a], order[b] = order[b], order[a]
         return order

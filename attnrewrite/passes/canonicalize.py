@@ -23,8 +23,9 @@ A step that cannot prove that result and gradients are the source's raises :clas
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import dropwhile
 from typing import Any, Literal, TypeGuard
 
 import torch
@@ -253,6 +254,8 @@ def _counting(
     ]
     biases = [isinstance(term, Bias) for term, _ in counting]
     counting = [pair for place, pair in enumerate(counting) if any(biases[:place]) or not isinstance(pair[0], Floor)]
+    # No row is raised that nothing masks before.
+    counting = list(dropwhile(lambda pair: isinstance(pair[0], Raise), counting))
     return counting, any(graded)
 
 
@@ -659,9 +662,11 @@ def _read_scale(mod: Scale, site: AttentionSite, reading: _Reading) -> None:
             terms[:] = [term for term in terms if not _is_part_of_scores(term)]
             if any(isinstance(term, (Bias, Floor)) for term in terms):
                 reading.overflows = Reason("a tensor scales masked scores")
-            reading.makes_nan |= _may_be_infinite(terms)
+            reading.makes_nan |= _may_be_infinite(terms) or _added_masks_may_overflow(terms)
             _loosen(reading)
-        elif any(value in (ValueKind.ANY, -math.inf) for term in terms for value in _values(term)):
+        elif _added_masks_may_overflow(terms) or any(
+            value in (ValueKind.ANY, -math.inf) for term in terms for value in _values(term)
+        ):
             raise NotAttention("scores that may be -inf are multiplied by zeros, which gives NaN")
         else:
             terms.append(_Multiplied(mod.factor, 0.0, site.softmax_dtype, True, after_shift=reading.shifted))
@@ -880,7 +885,8 @@ def _scale_terms(number: float, reading: _Reading, dtype: torch.dtype | None) ->
         return
     if any(isinstance(term, Bias) and _outgrows(term, number, dtype) for term in terms):
         reading.overflows = Reason("masks are added in one dtype and scaled in a wider one, which holds larger numbers")
-    if _is_rescaled(terms) or (0 < number < 1 and _added_masks_may_overflow(terms)):
+    if _is_rescaled(terms) or (0 <= number < 1 and _added_masks_may_overflow(terms)):
+        _require_no_zero([number])
         sums = [term for term in terms if isinstance(term, Bias) or _fills_far_below(term, number)]
         if number > 0 and len(sums) == len(terms):
             terms[:] = [replace(term, rescaled=(*term.rescaled, number)) for term in sums]
@@ -972,18 +978,31 @@ def _place_factor(mod: Scale, site: AttentionSite, reading: _Reading) -> bool:
         return False
     terms = reading.terms
     values = possible_values(factor.node) if isinstance(factor, Operand) else frozenset({ValueKind.ANY})
-    if _may_be_infinite(terms) and (0.0 in values or ValueKind.ANY in values):
+    infinite = _may_be_infinite(terms) or _added_masks_may_overflow(terms)
+    if infinite and (0.0 in values or ValueKind.ANY in values):
         reading.makes_nan = True
     if any(not isinstance(term, Bias) for term in terms):
         reading.take_function("a tensor scales the scores after a mask was applied")
         _loosen(reading)
         return True
     if _is_rescaled(terms) or _added_masks_may_overflow(terms):
+        _require_no_zero(values)
         reading.overflows = Reason(_SUM_SCALED)
     terms[:] = [term.scaled(mod) for term in terms if isinstance(term, Bias)]
     (reading.query_factors if axes <= set(site.query.axes) else reading.key_factors).append(mod)
     reading.softcap = None
     return True
+
+
+def _require_no_zero(factors: Container[object]) -> None:
+    """
+    Raises:
+        NotAttention: a factor of masks that may add up to minus infinity may be zero.
+    """
+    if 0.0 in factors or ValueKind.ANY in factors:
+        raise NotAttention(
+            "two masks may add up to minus infinity, and their sum is multiplied by what may be zero, which gives NaN"
+        )
 
 
 def _loosen(reading: _Reading) -> None:

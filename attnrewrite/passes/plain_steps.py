@@ -67,7 +67,8 @@ def _source_of(node: fx.Node) -> fx.Node | None:
         return None
     dims = [args[1]] if isinstance(args[1], int) else args[1]
     shape, dtype = tensor(args[0]).shape, tensor(args[0]).dtype
-    single = bool(dims) and all(same(shape[dim], 1) for dim in dims)
+    # A tensor without dimensions takes a dim as well.
+    single = bool(dims) and bool(shape) and all(same(shape[dim], 1) for dim in dims)
     return args[0] if single and dtype is tensor(node).dtype else None
 
 

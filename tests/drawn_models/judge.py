@@ -121,8 +121,9 @@ def _difference(measured: Measured, run: Any, new: Any, own: Any, truth: Any, gr
     if measured.dtype in HALF:
         how: dict[str, Any] = {"beside": 0.25, "whole": True} if gradients else {}
         if not gradients and any(_overflows(o, t) for o, t in zip(own, truth, strict=True)):
-            # Eager says nothing of how much the layers behind round.
+            # Eager says nothing of how much the layers behind round, and nothing at all of the numbers that it lost.
             how["roundings"] = 1024.0
+            new = [_where_eager_is_finite(n, o, t) for n, o, t in zip(new, own, truth, strict=True)]
         return judged(measured, run, new, own, truth, **how)[0]
     results = [_results(each, gradients) for each in (new, own, truth)]
     # Key biases have gradients of zero, which are sums over all positions.
@@ -132,6 +133,12 @@ def _difference(measured: Measured, run: Any, new: Any, own: Any, truth: Any, gr
 def _results(results: Any, gradients: bool) -> dict[str, list[Tensor]]:
     listed = [value for value in (results.values() if gradients else results) if value.is_floating_point()]
     return {"value": [] if gradients else listed, "gradient": listed if gradients else []}
+
+
+def _where_eager_is_finite(new: Tensor, own: Tensor, truth: Tensor) -> Tensor:
+    if not new.is_floating_point() or new.shape != own.shape:
+        return new
+    return torch.where(own.isfinite() | ~truth.isfinite(), new, truth.to(new.dtype))
 
 
 def _overflows(own: Tensor, truth: Tensor) -> bool:

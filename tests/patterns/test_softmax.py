@@ -354,6 +354,21 @@ def test_masks_on_both_sides_of_a_maximum(
     assert not wrong(dtype, new, own, exact)
 
 
+def test_a_maximum_between_a_mask_that_keeps_all_and_another() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, numbers: Tensor) -> Tensor:
+        far = (torch.arange(q.shape[-2])[:, None] - torch.arange(k.shape[-2])).abs() > 20
+        scores = q @ k.mT * 0.3 + torch.where(far, -1e4, 0.0)
+        return (scores - scores.amax(-1, keepdim=True) + numbers).softmax(-1) @ v
+
+    numbers = torch.zeros(2, 1, 6, 9).masked_fill(_dead()[0], -math.inf)
+    with torch.no_grad():
+        (row,) = rows(function, *heads(), numbers)
+        expected, result = function(*heads(), numbers), rewritten(function)(*heads(), numbers)
+    assert row.status == "rewritten", row.reason
+    assert torch.equal(result.isnan(), expected.isnan())
+    assert relative_error(result.nan_to_num(), expected.nan_to_num()) <= 1e-5
+
+
 @pytest.mark.parametrize("low", [-math.inf, -1e9, torch.finfo(torch.float64).min])
 @pytest.mark.parametrize("given", [False, True])
 def test_masked_scores_that_are_rounded(low: float, given: bool) -> None:
@@ -369,6 +384,33 @@ def test_masked_scores_that_are_rounded(low: float, given: bool) -> None:
     with torch.no_grad():
         (row,) = rows(function, *inputs)
         assert row.status == "rewritten", row.reason
+        expected, result = function(*inputs), rewritten(function)(*inputs)
+    assert torch.equal(result.isnan(), expected.isnan())
+    assert relative_error(result.nan_to_num(), expected.nan_to_num()) <= 1e-5
+
+
+@pytest.mark.parametrize("way", ["filled", "added"])
+@pytest.mark.parametrize("factor", ["zeros and ones", "number"])
+@pytest.mark.parametrize("then", ["softmax", "NaN replaced", "plus one"])
+def test_two_masks_whose_sum_is_multiplied_by_zero(way: str, factor: str, then: str) -> None:
+    """Two of the lowest numbers are minus infinity together, and 0 * -inf is NaN, also in a row with keys."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, other: Tensor, gate: Tensor) -> Tensor:
+        scores, low = q @ k.mT * 0.3, torch.finfo(q.dtype).min
+        scores = _filled(scores, mask, low) if way == "filled" else _added(scores, mask, low)
+        scores = _added(scores, other, low)
+        gate = (gate != 0).to(scores.dtype)
+        scores = scores * gate + (1 - gate) * -1e9 if factor == "zeros and ones" else scores * gate[0, 0, :, :1]
+        if then == "plus one":
+            top = scores.amax(-1, keepdim=True).clamp(min=0)
+            exponentials = (scores - top).exp()
+            return exponentials / (torch.exp(-top) + exponentials.sum(-1, keepdim=True)) @ v
+        weights = scores.softmax(-1)
+        return (weights.nan_to_num() if then == "NaN replaced" else weights) @ v
+
+    gate = (torch.rand(2, 1, 6, 9, generator=torch.Generator().manual_seed(5)) < 0.7).float()
+    inputs = (*heads(), *_dead(), gate)
+    with torch.no_grad():
         expected, result = function(*inputs), rewritten(function)(*inputs)
     assert torch.equal(result.isnan(), expected.isnan())
     assert relative_error(result.nan_to_num(), expected.nan_to_num()) <= 1e-5

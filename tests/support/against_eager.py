@@ -40,8 +40,11 @@ class Tolerance:
 
     @staticmethod
     def on(device: str) -> Tolerance:
-        """GPU kernels compute products of float32 as sums of products in TF32."""
-        return Tolerance() if device == "cpu" else Tolerance(value=5e-5, gradient=5e-4)
+        """GPU kernels compute products of float32 as sums of products in TF32.
+
+        Where rounding decides, such as beside a mask of -1e6, a score is another multiple of 1/16 then.
+        """
+        return Tolerance() if device == "cpu" else Tolerance(value=5e-5, gradient=5e-4, there=5e-2)
 
 
 def wrong(dtype: torch.dtype, new: Results, own: Results, truth: Results, tolerance: Tolerance | None = None) -> str:
