@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,8 @@ def measure(
         torch._dynamo.reset()
         start = time.perf_counter()
         try:
-            step(measured_in(dtype, built(case).to(device), case.inputs()), row)
+            with _tensors_made_on(device, measured_in(dtype, built(case).to(device), case.inputs())) as measured:
+                step(measured, row)
         except DoesNotRun as error:
             row["does_not_run"] = {**row.get("does_not_run", {}), name: str(error)}
             if name == "rewrite":
@@ -102,6 +104,16 @@ def measure(
             row["failures"][name] = _relative(f"{type(error).__name__}: {str(error).strip()[:2000]}")
         row.setdefault("seconds", {})[name] = round(time.perf_counter() - start, 1)
     return row
+
+
+@contextlib.contextmanager
+def _tensors_made_on(device: str, measured: Measured) -> Iterator[Measured]:
+    """Modules that say nothing of a device make their masks and positions on the default one."""
+    torch.set_default_device(None if device == "cpu" else device)
+    try:
+        yield measured
+    finally:
+        torch.set_default_device(None)
 
 
 def built(case: Case) -> nn.Module:
@@ -300,11 +312,11 @@ def parameter_gradients(model: nn.Module, call: Callable[..., Any], inputs: dict
 def parameter_gradients_of(
     call: Callable[..., Any], parameters: dict[str, torch.Tensor], inputs: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     total = torch.zeros(())
     for output in outputs(call(**inputs)):
         if output.requires_grad and output.is_floating_point():
-            weights = torch.randn(output.shape, generator=generator).to(output.device)
+            weights = torch.randn(output.shape, generator=generator, device="cpu").to(output.device)
             total = total + (torch.where(output.isfinite(), output, 0) * weights).sum()
     torch.autograd.backward(total)
     # A parameter that the output does not depend on has no gradient in eager, and one of zeros when compiled.

@@ -138,11 +138,11 @@ def _larger(error: Tensor, other: Tensor) -> Tensor:
 
 def nudged(model: nn.Module, seed: int, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy whose weights differ by a rounding here and there: to ``dtype``, by default their own."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     nudged = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in nudged.parameters():
             if parameter.is_floating_point():
-                steps = torch.randint(-1, 2, parameter.shape, generator=generator).to(parameter.device)
+                steps = torch.randint(-1, 2, parameter.shape, generator=generator, device="cpu").to(parameter.device)
                 parameter.mul_(1 + steps * torch.finfo(dtype or parameter.dtype).eps)
     return nudged
