@@ -48,10 +48,12 @@ def plan_of_our_own(dropout: float) -> float:
 def laid_out_like(part: Tensor, query: Tensor) -> Tensor:
     """The tensor with its dimensions in memory in the query's order, without gaps; itself if it is so already.
 
-    That is how cuDNN's forward pass lays out its output, whatever the query is a view of.
+    That is how cuDNN's forward pass lays out its output, whatever the query is a view of. Features come last, as cuDNN
+    asks: the other dimensions of a query that is expanded may have strides below theirs.
     """
     strides = query.stride()
-    order = sorted(range(query.dim()), key=lambda dim: (-strides[dim], dim))
+    last = query.dim() - 1
+    order = [*sorted(range(last), key=lambda dim: (-strides[dim], dim)), last]
     wanted: dict[int, int] = {}
     stride = 1
     for dim in reversed(order):

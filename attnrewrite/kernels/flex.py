@@ -560,6 +560,11 @@ def _score_mod(
             entries.append(read(mod.condition) if isinstance(mod, Fill) else None)
     if site.sink is not None:
         entries.append(read(site.sink) if isinstance(site.sink, Operand) else site.sink)
+    if site.in_half:
+        # Scores are float32 in the kernel. Who traces the function takes them for the query's dtype, which does not
+        # hold every number (``trace_flex_attention`` in
+        # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_higher_order_ops/flex_attention.py).
+        score = graph.call_function(aten.to.dtype, (score, torch.float32))
     for mod, entry in zip(site.mods, entries, strict=False):
         score = _applied(graph, score, mod, entry)
     if site.sink is not None:

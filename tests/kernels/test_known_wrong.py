@@ -56,6 +56,15 @@ def test_expanded_gradients_and_slices_of_projections_become_dense() -> None:
     assert found.stride() == torch.empty_permuted((2, 3, 5, 16), BSHD).stride()
 
 
+@pytest.mark.parametrize("expanded", [0, 1, 2])
+def test_the_features_of_an_expanded_query_stay_last(expanded: int) -> None:
+    """cuDNN refuses an output whose features do not lie side by side."""
+    sizes = [2, 3, 5, 16]
+    query = torch.randn([1 if dim == expanded else size for dim, size in enumerate(sizes)]).expand(sizes)
+    found = laid_out_like(torch.randn(2, 3, 5, 8), query)
+    assert found.stride(-1) == 1 and sorted(found.stride())[1] == 8
+
+
 def test_a_gradient_that_begins_between_two_alignments_is_copied() -> None:
     part = torch.randn(2 * 3 * 5 * 16 + 1)[1:].view(2, 3, 5, 16)
     found = laid_out_like(part, torch.empty(2, 3, 5, 16))

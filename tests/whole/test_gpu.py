@@ -11,7 +11,7 @@ from torch import Tensor
 from attnrewrite import KernelError, attention_backend
 from attnrewrite.patterns import Specimen
 from attnrewrite.patterns.registry import specimens
-from tests.support.helpers import cast, gradients, relative_error, rewritten, rows
+from tests.support.helpers import cast, gradients, relative_error, rewritten, rewritten_and_rows, rows
 from tests.support.judged import disagreement_with_formula
 
 pytestmark = pytest.mark.gpu
@@ -182,3 +182,49 @@ def test_single_back_ends_through_inductor(kernel: str, width: int) -> None:
     torch._dynamo.reset()
     actual = gradients(rewritten(attend, "inductor", kernels=kernel, strict=True), inputs)
     assert relative_error(actual, gradients(attend, inputs)) <= 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_gpt_neo_fills_in_the_lowest_number_of_float32(inner: str, dtype: torch.dtype) -> None:
+    """Its scores are float32; the query's dtype, in which the score_mod is traced, does not hold that number."""
+    import transformers
+
+    torch.manual_seed(0)
+    layers = [[["global", "local"], 1]]
+    config = GPTNeoConfig(
+        vocab_size=64, hidden_size=64, num_layers=2, num_heads=2, attention_types=layers, window_size=4
+    )
+    build: Any = transformers.GPTNeoModel
+    model = build._from_config(config, attn_implementation="eager").to("cuda", dtype).eval()
+
+    def hidden_states(tokens: Tensor, mask: Tensor) -> Tensor:
+        result: Tensor = model(input_ids=tokens, attention_mask=mask).last_hidden_state
+        return result
+
+    mask = torch.ones(2, 12, device="cuda")
+    mask[:, 7:] = 0
+    inputs = (torch.arange(24, device="cuda").view(2, 12), mask)
+    with torch.no_grad():
+        expected = hidden_states(*inputs)
+        _, new, found = rewritten_and_rows(hidden_states, *inputs, inner=inner)
+    assert [row.status for row in found] == ["rewritten"] * 2, [row.reason for row in found]
+    assert relative_error(new[:, :7], expected[:, :7]) <= 16 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("expanded", [(1, 4, 32, 16), (2, 1, 32, 16), (2, 4, 1, 16)])
+def test_gradients_of_an_expanded_query(expanded: tuple[int, ...], inner: str, dtype: torch.dtype) -> None:
+    """cuDNN's backward pass wants the features of the output side by side."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return (query.expand(2, 4, 32, 16) @ key.mT * 0.25).softmax(-1) @ value
+
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator) for shape in (expanded, (2, 4, 48, 16), (2, 4, 48, 16))]
+    reference = gradients(attention, [each.double().cuda() for each in inputs])
+    inputs = [each.to("cuda", dtype) for each in inputs]
+    own, new = gradients(attention, inputs), gradients(rewritten(attention, inner), inputs)
+    for n, o, truth in zip(new, own, reference, strict=True):
+        assert relative_error(n, truth) <= 4 * relative_error(o, truth) + 16 * torch.finfo(dtype).eps
