@@ -192,7 +192,7 @@ def test_gpt_neo_fills_in_the_lowest_number_of_float32(inner: str, dtype: torch.
 
     torch.manual_seed(0)
     layers = [[["global", "local"], 1]]
-    config = GPTNeoConfig(
+    config = transformers.GPTNeoConfig(
         vocab_size=64, hidden_size=64, num_layers=2, num_heads=2, attention_types=layers, window_size=4
     )
     build: Any = transformers.GPTNeoModel
