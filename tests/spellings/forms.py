@@ -1216,8 +1216,9 @@ class Draft:
 
     def weigh(self) -> None:
         if self.refold is not None:
-            # What a twist leaves behind may lie in another order.
-            way = "reshape" if self.stays else self.pick.one("view", "reshape")
+            # What a twist or a permuted bias leaves behind may lie in another order.
+            reordered = self.stays or "relative bias" in self.forms
+            way = "reshape" if reordered else self.pick.one("view", "reshape")
             self.line(f"w = w.{way}({self.shape(self.refold)})")
             self.frame = list(self.refold)
         v, rank = self.value, len(self.v)
