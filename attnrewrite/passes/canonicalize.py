@@ -622,7 +622,7 @@ def _read_mod(mod: ScoreMod, reading: _Reading, site: AttentionSite, positions: 
     elif isinstance(mod, Fill):
         terms.append(_of_half_scores(mod, site.compute_dtype) if in_range else mod)
     elif isinstance(mod, Floor):
-        _read_floor(terms, mod)
+        _read_floor(reading, mod)
         if _is_raised(terms):
             reading.overflows = Reason(_CHANGED_LATER)
     elif isinstance(mod, Narrow):
@@ -865,14 +865,14 @@ def _overflows(term: Term, dtype: torch.dtype) -> bool:
     return isinstance(term, Floor) or any(math.isinf(as_stored(number, dtype)) for number in numbers)
 
 
-def _read_floor(terms: list[Term], floor: Floor) -> None:
-    if floor.value > ABSORBING and any(isinstance(term, Bias) and may_mask(term) for term in terms):
-        raise NotAttention(
-            f"{floor.value:g} bounds scores to which a mask was added: no score shows beside it in float16, and in the "
-            "dtype in which kernels add masks it does"
-        )
+def _read_floor(reading: _Reading, floor: Floor) -> None:
+    terms = reading.terms
     terms[:] = [replace(term, value=max(term.value, floor.value)) if isinstance(term, Fill) else term for term in terms]
-    if floor.value <= ABSORBING and any(isinstance(term, Bias) for term in terms):
+    shows = floor.value > ABSORBING and any(isinstance(term, Bias) and may_mask(term) for term in terms)
+    if shows:
+        # No score shows beside such a number in float16, and in the dtype in which kernels add masks it does.
+        reading.take_function(f"{floor.value:g} bounds scores to which a mask was added")
+    if shows or (floor.value <= ABSORBING and any(isinstance(term, Bias) for term in terms)):
         terms.append(floor)
 
 

@@ -389,6 +389,38 @@ def test_masked_scores_that_are_rounded(low: float, given: bool) -> None:
     assert relative_error(result.nan_to_num(), expected.nan_to_num()) <= 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("low", [-math.inf, -65504.0, -1e4])
+@pytest.mark.parametrize("then", ["softmax", "float32", "zeroed", "filled", "added", "scaled"])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_bound_beside_which_scores_show(dtype: torch.dtype, low: float, then: str, given: bool) -> None:
+    """XGLM in float16: a row whose keys are all masked is a softmax of what is left of the scores above the bound."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, other: Tensor, numbers: Tensor) -> Tensor:
+        scores = q @ k.mT * 0.3
+        scores = scores + numbers if given else _added(scores, mask, low)
+        scores = torch.max(scores, torch.tensor(-65504.0, dtype=scores.dtype))
+        if then == "filled":
+            scores = scores.masked_fill(other, -math.inf)
+        elif then == "added":
+            scores = _added(scores, other, -1e4)
+        elif then == "scaled":
+            scores = scores * 0.5
+        weights = scores.softmax(-1, dtype=torch.float32 if then == "float32" else None).to(v.dtype)
+        return (weights.masked_fill(mask, 0.0) if then == "zeroed" else weights) @ v
+
+    mask, other = _dead()
+    call = (*heads(), mask, other, torch.zeros(mask.shape).masked_fill(mask, low))
+    with torch.no_grad():
+        inputs = prepared(call, dtype, gradients=False)
+        (row,) = rows(function, *inputs)
+        own, new = run(function, inputs, gradients=False), run(rewritten(function), inputs, gradients=False)
+        exact = truth(function, call, dtype, gradients=False, device="cpu")
+    assert not wrong(dtype, new, own, exact)
+    if then in ("softmax", "float32") and dtype is torch.float16:
+        assert row.status == "rewritten", row.reason
+
+
 @pytest.mark.parametrize("way", ["filled", "added"])
 @pytest.mark.parametrize("factor", ["zeros and ones", "number"])
 @pytest.mark.parametrize("then", ["softmax", "NaN replaced", "plus one"])
