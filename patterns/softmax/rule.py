@@ -33,7 +33,7 @@ from attnrewrite.ir.model_state import is_learned
 from attnrewrite.ir.nodes import dtype_name, is_tensor, same, tensor
 from attnrewrite.ir.ops import CONVOLUTION_OPS, NORM_OPS
 from attnrewrite.ir.products import Product, is_product
-from attnrewrite.ir.site import AttentionSite, Narrow, NotAttention, Scale, WeightMod, Zero, blaming
+from attnrewrite.ir.site import AttentionSite, Bias, Narrow, NotAttention, Scale, WeightMod, Zero, blaming
 from attnrewrite.ir.source import source_location
 from attnrewrite.ir.views import peel, push
 from attnrewrite.patterns.base import Specimen
@@ -291,12 +291,17 @@ def _served(readings: list[_FoundSite], view: GraphView) -> Iterator[Finding]:
     accepted = list(readings)
     while True:
         own = {node for reading in accepted for node in reading.site.interior}
-        # A site that takes them for its query, key, value or mask needs them as they are.
-        taken = {operand.node for reading in accepted for operand in _operands(reading.site)}
+        taken, added = (
+            {operand.node for reading in accepted for operand in operands(reading.site)}
+            for operands in (_taken, _added)
+        )
+        # A site that takes them for its query, key, value or mask needs them as they are. Scores that it adds to its
+        # own stay for that, and what follows them is fused all the same (RealFormer).
         left = [
             r
             for r in accepted
-            if not taken & set(r.others) and all(user in own for users in r.others.values() for user in users)
+            if not (taken | added & r.weights) & set(r.others)
+            and all(user in own for users in r.others.values() for user in users)
         ]
         if len(left) == len(accepted):
             break
@@ -317,8 +322,13 @@ def _served(readings: list[_FoundSite], view: GraphView) -> Iterator[Finding]:
         yield NearMiss("softmax", reading.site.anchor, reason, (reading.site.anchor,), _reader_of_source(users))
 
 
-def _operands(site: AttentionSite) -> tuple[Operand, ...]:
-    return site.query, site.key, site.value, *site.modifiers
+def _added(site: AttentionSite) -> tuple[Operand, ...]:
+    return tuple(mod.operand for mod in site.mods if isinstance(mod, Bias) and not mod.scales)
+
+
+def _taken(site: AttentionSite) -> tuple[Operand, ...]:
+    added = _added(site)
+    return site.query, site.key, site.value, *(operand for operand in site.modifiers if operand not in added)
 
 
 def _reader_of_source(users: Sequence[fx.Node]) -> fx.Node:

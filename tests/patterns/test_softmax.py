@@ -654,3 +654,30 @@ def test_weights_that_another_attention_takes_for_its_value() -> None:
     assert found == ["kept", "rewritten"]
     for result, expected in zip(rewritten(function)(*inputs), function(*inputs), strict=True):
         assert relative_error(result, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    ("second", "statuses"),
+    [
+        (lambda q, k, v, s: (q.sin() @ k.mT + s).softmax(-1) @ v, ["rewritten", "rewritten"]),
+        (lambda q, k, v, s: (q.sin() @ k.mT * s).softmax(-1) @ v, ["kept", "rewritten"]),
+        (lambda q, k, v, s: (k @ q.mT).softmax(-1) @ s, ["kept", "rewritten"]),
+    ],
+    ids=["bias", "factor", "value"],
+)
+def test_scores_that_another_attention_takes(second: Callable[..., Tensor], statuses: list[str], grad: bool) -> None:
+    """RealFormer adds them to its own; any other use needs them, and a rewrite of what they are for gains little."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        scores = q @ k.mT * 0.3
+        return scores.softmax(-1) @ v, second(q, k, v, scores)
+
+    call = heads()
+    with torch.set_grad_enabled(grad):
+        inputs = prepared(call, torch.float32, gradients=grad)
+        found = [row.status for row in rows(function, *inputs)]
+        own, new = run(function, inputs, gradients=grad), run(rewritten(function), inputs, gradients=grad)
+        exact = truth(function, call, torch.float32, gradients=grad, device="cpu")
+    assert not wrong(torch.float32, new, own, exact)
+    assert found == statuses or grad
