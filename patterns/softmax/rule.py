@@ -296,11 +296,12 @@ def _served(readings: list[_FoundSite], view: GraphView) -> Iterator[Finding]:
             for operands in (_taken, _added)
         )
         # A site that takes them for its query, key, value or mask needs them as they are. Scores that it adds to its
-        # own stay for that, and what follows them is fused all the same (RealFormer).
+        # own stay for that, and what follows them is fused all the same (RealFormer) where there is no backward pass,
+        # which needs the weights beside them.
         left = [
             r
             for r in accepted
-            if not (taken | added & r.weights) & set(r.others)
+            if not (taken | (added if r.site.differentiable else added & r.weights)) & set(r.others)
             and all(user in own for users in r.others.values() for user in users)
         ]
         if len(left) == len(accepted):
