@@ -82,6 +82,8 @@ def _gpt2(width: int, layers: int, batch: int, length: int) -> Made:
         n_layer=layers,
         n_head=width // 64,
         n_positions=length,
+        bos_token_id=0,
+        eos_token_id=0,
         use_cache=False,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
