@@ -647,6 +647,7 @@ def _read_scale(mod: Scale, site: AttentionSite, reading: _Reading) -> None:
         if mod.divide and math.isinf(mod.factor):
             raise NotAttention("the scores are divided by infinity")
         _require_ordinary_factor(number)
+        reading.makes_nan |= number == 0 and _may_be_infinite(terms)
         reading.scale *= number
         reading.bounded *= abs(number)
         if reading.softcap is not None:
@@ -663,7 +664,7 @@ def _read_scale(mod: Scale, site: AttentionSite, reading: _Reading) -> None:
             if any(isinstance(term, (Bias, Floor)) for term in terms):
                 reading.overflows = Reason("a tensor scales masked scores")
             reading.makes_nan |= _may_be_infinite(terms) or _added_masks_may_overflow(terms)
-            _loosen(reading)
+            _loosen(reading, site)
         elif _added_masks_may_overflow(terms) or any(
             value in (ValueKind.ANY, -math.inf) for term in terms for value in _values(term)
         ):
@@ -866,6 +867,8 @@ def _overflows(term: Term, dtype: torch.dtype) -> bool:
 
 
 def _read_floor(reading: _Reading, floor: Floor) -> None:
+    if floor.value == -math.inf:
+        return  # Its dtype does not hold the number.
     terms = reading.terms
     terms[:] = [replace(term, value=max(term.value, floor.value)) if isinstance(term, Fill) else term for term in terms]
     shows = floor.value > ABSORBING and any(isinstance(term, Bias) and may_mask(term) for term in terms)
@@ -933,16 +936,30 @@ def _fills_far_below(term: Term, number: float) -> TypeGuard[Fill]:
 
 def _added_masks_may_overflow(terms: Sequence[Term]) -> bool:
     """Whether a mask is added to scores that another finite number masked before; a fill replaces what was there."""
-    masked = False
+    masked, lowest = False, 0.0
     for term in terms:
-        low = any(
-            value is ValueKind.ANY or (isinstance(value, float) and -math.inf < value <= ABSORBING)
-            for value in _values(term)
-        )
-        if masked and low and isinstance(term, Bias):
-            return True
-        masked |= low
+        unknown = any(value is ValueKind.ANY for value in _values(term))
+        number = _lowest_number(term)
+        if isinstance(term, Bias):
+            if (masked and unknown) or (lowest < 0 and _is_infinite(lowest + number, term)):
+                return True
+            lowest += number
+        else:
+            lowest = min(lowest, number)
+        masked |= unknown or lowest <= ABSORBING
     return False
+
+
+def _lowest_number(term: Term) -> float:
+    """The lowest finite number that a term is known to add or fill in; zero if there is none below it."""
+    numbers = [value for value in _values(term) if isinstance(value, float) and math.isfinite(value)]
+    return min(0.0, *numbers, 0.0)
+
+
+def _is_infinite(total: float, term: Term) -> bool:
+    """Whether a sum is minus infinity in the dtype that it is formed in; half precision has the sums of float32."""
+    wide = isinstance(term, (Bias, Fill)) and term.dtype is torch.float64
+    return math.isinf(as_stored(total, torch.float64 if wide else torch.float32))
 
 
 def _is_low(term: Term) -> bool:
@@ -983,7 +1000,7 @@ def _place_factor(mod: Scale, site: AttentionSite, reading: _Reading) -> bool:
         reading.makes_nan = True
     if any(not isinstance(term, Bias) for term in terms):
         reading.take_function("a tensor scales the scores after a mask was applied")
-        _loosen(reading)
+        _loosen(reading, site)
         return True
     if _is_rescaled(terms) or _added_masks_may_overflow(terms):
         _require_no_zero(values)
@@ -1005,10 +1022,12 @@ def _require_no_zero(factors: Container[object]) -> None:
         )
 
 
-def _loosen(reading: _Reading) -> None:
+def _loosen(reading: _Reading, site: AttentionSite) -> None:
     """What a tensor does to masked scores: the kernel that repeats the steps gives what they become."""
     terms = reading.terms
-    if any(isinstance(term, Fill) and -math.inf < term.value < _LEAST_SCALED for term in terms):
+    # Without a maximum it counts how low a row is, which is not known any more.
+    counted = (site.underflows or site.rounds_rows) and any(isinstance(t, Floor) or _may_be_low(t) for t in terms)
+    if counted or any(isinstance(term, Fill) and -math.inf < term.value < _LEAST_SCALED for term in terms):
         # A row of them may become minus infinity, which is NaN in the source and zero in the kernel.
         reading.overflows = Reason("a tensor scales masked scores")
     terms[:] = map(_loosened, terms)
@@ -1196,9 +1215,11 @@ def _only_fills_mask(terms: list[Term]) -> bool:
 
 
 def _sum_may_overflow(terms: Sequence[Term]) -> bool:
-    """Whether the sum of two terms may be -inf, each as low as the dtype goes."""
+    """Whether the sum of two terms may be -inf, each as low as the dtype goes, or nearly so."""
     added = [replace(term, rescaled=()) for term in terms if isinstance(term, (Bias, Fill))]
-    return sum(_is_low(term) for term in added) > 1
+    total = sum(map(_lowest_number, added))
+    low = [term for term in added if _is_low(term)]
+    return len(low) > 1 or (len(added) > 1 and bool(low) and _is_infinite(total, low[0]))
 
 
 def _why_not_a_mask(terms: list[Term], attended: str | None, differentiable: bool) -> Reason:

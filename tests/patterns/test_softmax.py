@@ -681,3 +681,59 @@ def test_scores_that_another_attention_takes(second: Callable[..., Tensor], stat
         exact = truth(function, call, torch.float32, gradients=grad, device="cpu")
     assert not wrong(torch.float32, new, own, exact)
     assert found == statuses or grad
+
+
+def _by_hand(scores: Tensor) -> Tensor:
+    exponentials = scores.exp()
+    return exponentials / exponentials.sum(-1, keepdim=True)
+
+
+_LOWEST = torch.finfo(torch.float32).min
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kernels", ["auto", "flex"])
+@pytest.mark.parametrize(
+    ("dtype", "weights"),
+    [
+        (torch.float32, lambda s, a, b, gate: (_added(s, a, -math.inf) * 0.0).softmax(-1).nan_to_num()),
+        (torch.bfloat16, lambda s, a, b, gate: torch.max(_added(s, a, -math.inf), s.new_tensor(_LOWEST)).softmax(-1)),
+        (torch.float16, lambda s, a, b, gate: torch.max(_added(s, a, -math.inf), s.new_tensor(-1e9)).softmax(-1)),
+        (torch.float32, lambda s, a, b, gate: _by_hand(s.masked_fill(a, -1e4) * gate)),
+        (
+            torch.float16,
+            lambda s, a, b, gate: _by_hand(torch.max(_added(s, a, -1e4), s.new_tensor(-65504.0)) * gate.to(s.dtype)),
+        ),
+        (torch.float32, lambda s, a, b, gate: _added(s.masked_fill(a, _LOWEST), b, -1e33).softmax(-1)),
+        (torch.float32, lambda s, a, b, gate: _added(_added(s, a, _LOWEST), b, -1e36).softmax(-1)),
+        (torch.float32, lambda s, a, b, gate: (_added(_added(s, a, _LOWEST), b, -1e36) * gate).softmax(-1)),
+        (torch.float32, lambda s, a, b, gate: (_added(_added(s, a, _LOWEST), b, -1e36) * 0.5).softmax(-1)),
+        (torch.float32, lambda s, a, b, gate: _added(_added(s, a, -3e38), b, -3e37).softmax(-1)),
+    ],
+    ids=[
+        "minus infinity times zero",
+        "a bound beyond bfloat16",
+        "a bound beyond float16",
+        "fill times zeros",
+        "bound times zeros",
+        "fill and less",
+        "mask and less",
+        "sum times zeros",
+        "sum times a half",
+        "both below the lowest",
+    ],
+)
+def test_what_numbers_near_the_lowest_become(
+    weights: Callable[..., Tensor], dtype: torch.dtype, kernels: str, grad: bool
+) -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, first: Tensor, second: Tensor, gate: Tensor) -> Tensor:
+        return weights(q @ k.mT * 0.3, first, second, gate) @ v
+
+    gate = (torch.arange(9) % 3 > 0).float()
+    call = (*heads(), *_dead(), gate)
+    with torch.set_grad_enabled(grad):
+        inputs = prepared(call, dtype, gradients=grad)
+        own, new = run(function, inputs, gradients=grad), run(rewritten(function, kernels=kernels), inputs, grad)
+    (o,), (n,) = own["value"], new["value"]
+    assert torch.equal(n.isnan(), o.isnan())
+    assert relative_error(n.nan_to_num(), o.nan_to_num()) <= (1e-5 if dtype is torch.float32 else 2e-2)
