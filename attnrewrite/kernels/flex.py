@@ -42,7 +42,7 @@ from attnrewrite.kernels.flex_blocks import (
     stored,
     whole_block,
 )
-from attnrewrite.kernels.torch_limits import FLEX, FLEX_BLOCKS, FLEX_FLASH, FLEX_SMALLEST_HEAD
+from attnrewrite.kernels.torch_limits import FLEX, FLEX_BLOCKS, FLEX_DECODING_BELOW, FLEX_FLASH, FLEX_SMALLEST_HEAD
 from attnrewrite.kernels.torch_sdpa import TESTED_ON
 from attnrewrite.torch_private import block_mask_of_everything, cpu_flex_supported, disable_current_modes, dynamo_config
 
@@ -219,6 +219,11 @@ class Flex(Kernel):
         features = tensor(value).shape[-1]
         if site.device.type == "cuda":
             query, key, value = (_wide_enough(builder, operand) for operand in call.operands)
+        if site.device.type != "cpu" and "BACKEND" not in self.kernel_options and _may_be_short(query):
+            if site.differentiable:
+                options["FORCE_USE_FLEX_ATTENTION"] = True
+            else:
+                query = builder.call(aten.as_strided.default, query, tensor(query).shape, tensor(query).stride())
         output = _output_like(query, value)
         rows = output.new_empty(output.shape[:-1], dtype=torch.float32)
         module = builder.submodule("score_mod", call.score_mod)
@@ -506,6 +511,19 @@ def _compiled(source: str) -> Callable[..., torch.Tensor]:
 
 def _is_symbolic(factor: Any) -> bool:
     return not isinstance(factor, (int, float, Operand)) and not (isinstance(factor, fx.Node) and is_tensor(factor))
+
+
+def _may_be_short(query: fx.Node) -> bool:
+    """Whether Inductor may take its kernel for short queries, which reads a query in another memory order than it has.
+
+    It asks for the query's strides before the query's layout is decided on (``realize_input`` and ``get_stride`` in
+    ``create_flex_decoding_kernel``), and ``as_strided`` then decides on the order of what the query is computed from,
+    such as that of a projection whose heads are split off. A query that is ``as_strided`` in the graph has a layout by
+    then. With gradients another kernel is cheaper than the gradients of ``as_strided``.
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_inductor/kernel/flex/flex_decoding.py
+    """
+    length = tensor(query).shape[-2]
+    return not isinstance(length, int) or length < FLEX_DECODING_BELOW
 
 
 def _wide_enough(builder: Builder, operand: fx.Node) -> fx.Node:

@@ -24,6 +24,7 @@ __all__ = [
     "FLASH",
     "FLEX",
     "FLEX_BLOCKS",
+    "FLEX_DECODING_BELOW",
     "FLEX_FLASH",
     "FLEX_SMALLEST_HEAD",
     "MATH",
@@ -36,6 +37,9 @@ PADDED_TO = 8
 
 FLEX_SMALLEST_HEAD = 16
 """Triton multiplies matrices of 16 columns and more."""
+
+FLEX_DECODING_BELOW = 128
+"""Inductor takes FlexAttention's kernel for decoding for shorter queries (``_use_flex_decoding``)."""
 
 _TORCH = "https://github.com/pytorch/pytorch/blob/v2.13.0"
 _DISPATCH = f"{_TORCH}/aten/src/ATen/native/transformers/attention.cpp"
