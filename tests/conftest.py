@@ -9,8 +9,22 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.support import drawn
 
-def pytest_configure() -> None:
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every", action="store_true", help="run large families of tests in full; so does -k, -m or a path"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Workers are given the paths that the run was not, so the run tells them.
+    if not hasattr(config, "workerinput"):
+        some = config.args_source is not pytest.Config.ArgsSource.TESTPATHS
+        some = some or any(map(config.getoption, ("every", "keyword", "markexpr")))
+        os.environ["TESTS_DRAWN"] = str(int(not some))
+    drawn.seed()
     # A defect of the rewriting fails the test, and graphs are checked after each step.
     os.environ["ATTNREWRITE_RAISE"] = "1"
     # One thread a worker: the tests share their cores with each other.
@@ -26,7 +40,16 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if os.environ["TESTS_DRAWN"] == "1":
+        terminalreporter.write_line("A part of each large family of tests was drawn; --every runs them all.")
+    terminalreporter.write_line(f"FUZZ_SEED={drawn.seed()} draws the same again.")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ["TESTS_DRAWN"] == "1":
+        items[:], left = drawn.draw(items)
+        config.hook.pytest_deselected(items=left)
     if torch.cuda.is_available():
         return
     for item in items:

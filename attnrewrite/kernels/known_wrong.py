@@ -127,6 +127,15 @@ KNOWN_WRONG: tuple[KnownWrong, ...] = (
         avoided="the kernel is called in float32, and its result is rounded",
     ),
     KnownWrong(
+        kernel="flex",
+        what="on a GPU, fewer than 128 queries that are computed in the graph from another memory order than (batch, "
+        "heads, length, features) are read at wrong places: their strides are asked for before their layout is decided",
+        source="https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_inductor/kernel/flex/flex_decoding.py "
+        "create_flex_decoding_kernel, realize_input and as_strided",
+        seen="torch 2.11, H200",
+        avoided="the query has its layout from as_strided, in training from the kernel for long queries",
+    ),
+    KnownWrong(
         kernel="native",
         what="on a CPU, without a mask, rows whose query is NaN or infinite are 0 in place of NaN where there are "
         "fewer keys than the kernel takes at once (16 of float32): the maximum of what is left over skips NaN",

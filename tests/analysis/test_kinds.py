@@ -20,6 +20,8 @@ from attnrewrite.passes.pipeline import find_sites
 from tests.processors.models import MODELS
 from tests.support.zoo import noise, padded
 
+pytestmark = pytest.mark.drawn
+
 
 def told(function: Callable[..., Any], *args: Any, dynamic: bool = False, **kwargs: Any) -> list[SiteKind]:
     """The kinds of all attentions, in the order of the graph."""

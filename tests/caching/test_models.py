@@ -27,6 +27,8 @@ from tests.caching.comparison import (
 from tests.support.caching_models import MODELS, Clock, Model, denoise, diffusers
 from tests.support.helpers import relative_error
 
+pytestmark = pytest.mark.drawn
+
 
 def assert_reused(predictions: Sequence[Tensor], uncached: Sequence[Tensor]) -> None:
     """The caches change what is predicted, at most steps by more than what is compared allows."""

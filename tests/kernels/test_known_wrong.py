@@ -124,6 +124,23 @@ def test_clamped_scores_in_half_precision(dtype: torch.dtype) -> None:
     assert relative_error(found.double(), exact) <= 2 * torch.finfo(dtype).eps
 
 
+# FlexAttention on a GPU; what is called in its place: tests/whole/test_gpu.py, a query of any memory order.
+
+
+@pytest.mark.gpu
+def test_short_queries_that_the_graph_computes_are_read_wrongly() -> None:
+    generator = torch.Generator().manual_seed(0)
+    operands = (torch.randn(2, length, 4, 32, generator=generator) for length in (12, 140, 140))
+    query, key, value = (each.to("cuda", torch.bfloat16).transpose(1, 2) for each in operands)
+
+    def attend(query: Tensor) -> Tensor:
+        result: Tensor = flex_attention(query * 1.5, key, value)
+        return result
+
+    # If this fails, PyTorch has mended it, and the entry in KNOWN_WRONG should say since when.
+    assert relative_error(torch.compile(attend)(query), attend(query)) > 0.1
+
+
 # The graphs, without a GPU.
 
 

@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from attnrewrite.backend import collect_reports
 from tests.support.helpers import compile_count, gradients, relative_error, rewritten, rows
 
+pytestmark = pytest.mark.drawn
+
 Attend = Callable[..., Tensor]
 
 

@@ -48,6 +48,7 @@ def test_names_are_unique_and_every_pattern_has_specimens() -> None:
     assert [pattern.name for pattern in catalogue() if not pattern.specimens] == []
 
 
+@pytest.mark.every
 @every_specimen
 def test_found_and_equal(specimen: Specimen) -> None:
     function, first, found = rewritten_and_rows(specimen.function, *specimen.inputs(0, LENGTH))
@@ -65,6 +66,7 @@ def described(t: torch.Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...]
     return t.dtype, t.shape, t.stride()
 
 
+@pytest.mark.every
 @every_specimen
 def test_gradients(specimen: Specimen) -> None:
     if not specimen.gradients:
@@ -120,6 +122,7 @@ def test_bfloat16_is_as_near_to_the_truth_as_before(specimen: Specimen) -> None:
     assert relative_error(rewritten(specimen.function)(*inputs), truth) <= 2 * own + 2**-8
 
 
+@pytest.mark.every
 @every_specimen
 def test_golden(specimen: Specimen) -> None:
     code = rewritten_code(specimen.function, specimen.inputs(0, LENGTH))
