@@ -64,8 +64,11 @@ ABSORBING = -(2.0**126)
 multiplication by log2(e) that fused kernels apply before exponentiation."""
 
 
-ABSORBED = -(2.0**60)
-"""A number at or below this absorbs scores: of a size up to 2**35 in float32, and of up to 64 in float64."""
+ABSORBED = -1.5 * 2.0**59
+"""A number at or below this absorbs scores: of a size up to 2**34 in float32, and of up to 64 in float64.
+
+Numbers that are written as masks, such as -1e18, stay at or below it in every dtype.
+"""
 
 
 class ValueKind(enum.Enum):

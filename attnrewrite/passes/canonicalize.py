@@ -421,6 +421,14 @@ def _terms_for_rows_without_key(site: AttentionSite, terms: list[Term]) -> list[
             "a mask is added in a narrower dtype than the float64 of softmax, and rounding decides what is left of a "
             "row whose keys are all masked (if no such row occurs, set options={'assume_attended_rows': True})"
         )
+    added = (value for term in biases for value in _values(term) if isinstance(value, float))
+    rounding = next((value for value in added if site.in_half and ABSORBED < value < _RESOLVED), None)
+    if rounding is not None:
+        raise NotAttention(
+            f"beside {rounding:g}, which is added to whole rows, float64 has some digits of a score and not the others "
+            "(add -1e18 or less, or -1e15 or more; if no row is masked as a whole, set "
+            "options={'assume_attended_rows': True})"
+        )
     if site.rounds_rows and any(isinstance(value, float) and value > ORDINARY for t in terms for value in _values(t)):
         raise NotAttention("a large number is added to scores, which the logsumexp of a row is rounded to")
     if site.rounds_rows and site.differentiable and any(map(_may_be_low, terms)):
@@ -429,6 +437,10 @@ def _terms_for_rows_without_key(site: AttentionSite, terms: list[Term]) -> list[
             "be ruled out (if none occurs, set options={'assume_attended_rows': True})"
         )
     return terms
+
+
+_RESOLVED = -(2.0**53)
+"""Beside numbers from here on, float64 has the digits of a score that show in half precision."""
 
 
 def _rows_without_key(site: AttentionSite, terms: list[Term]) -> MaskedRows:

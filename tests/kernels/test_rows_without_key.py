@@ -157,6 +157,7 @@ def numbers(dtype: torch.dtype) -> Iterator[float]:
     yield -1e4
     if dtype is not torch.float16:
         yield -1e9
+        yield -1e18
 
 
 def operands(dtype: torch.dtype, device: str, lengths: tuple[int, int], heads: tuple[int, int]) -> list[Tensor]:
