@@ -1,10 +1,15 @@
-"""Decompositions of calls that compute a whole module with attention in it.
+"""Decompositions of calls that functional tracing would keep whole.
 
 In inference ``nn.TransformerEncoderLayer`` is one native call, which writes the scores to memory. Decomposed into
 operators, its attention is found like any other.
+
+``F.instance_norm`` in training writes its running statistics, and its schema does not say so: a functional graph
+would write to copies of them. Decomposed, the writes are seen.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,5 +70,30 @@ def _encoder_layer(
     return x if norm_first else normalized(x, norm_weight_2, norm_bias_2)
 
 
-DECOMPOSITIONS = {transformer_encoder_layer: _encoder_layer}
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """As in https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/Normalization.cpp instance_norm"""
+    if not use_input_stats or (running_mean is None and running_var is None):
+        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    batch, channels = input.shape[:2]
+    weight, bias, mean, var = (
+        None if each is None else each.repeat(batch) for each in (weight, bias, running_mean, running_var)
+    )
+    folded = input.contiguous().view(1, batch * channels, *input.shape[2:])
+    out = F.batch_norm(folded, mean, var, weight, bias, training=True, momentum=momentum, eps=eps)
+    for statistic, new in ((running_mean, mean), (running_var, var)):
+        if statistic is not None and new is not None:
+            statistic.copy_(new.view(batch, channels).mean(0))
+    return out.view(input.shape)
+
+
+DECOMPOSITIONS: dict[Any, Any] = {transformer_encoder_layer: _encoder_layer, F.instance_norm: _instance_norm}
 """For each such call, the function of operators that computes the same."""

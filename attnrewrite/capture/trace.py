@@ -84,6 +84,8 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     parts = [part for part in ir.modules() if isinstance(part, fx.GraphModule)]
     gradients = torch.is_grad_enabled() or any(map(_switches_gradients, parts))
     for part in parts:
+        if gradients:
+            _differentiate_noise(part)
         normalize(part, gradients=gradients)
         part.recompile()
     return Captured(ir)
@@ -92,6 +94,33 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
 def _switches_gradients(part: fx.GraphModule) -> bool:
     switches = (set_grad_enabled, torch.ops.higher_order.wrap_with_set_grad_enabled)
     return any(node.target in switches for node in part.graph.nodes)
+
+
+def _differentiate_noise(part: fx.GraphModule) -> None:
+    """Gives operators that only functional graphs have the derivative of the update in place that they stand for.
+
+    Raises:
+        CaptureError: the operator computes its gradient from other numbers than the update in place.
+    """
+    for node in list(part.graph.nodes):
+        if node.target is torch.ops.aten.rrelu_with_noise_functional.default and True in node.args[4:5]:
+            raise CaptureError("rrelu_ in training has no gradient once it is functional (call F.rrelu)")
+        if node.target in _OVERWRITTEN_BY_NOISE:
+            # They have no derivative: none of the numbers that were there are left.
+            with part.graph.inserting_before(node):
+                before = part.graph.call_function(torch.ops.aten.detach.default, (node.args[0],))
+            before.meta = dict(node.args[0].meta)
+            node.replace_input_with(node.args[0], before)
+
+
+_OVERWRITTEN_BY_NOISE = frozenset(
+    {
+        torch.ops.aten.bernoulli.p,
+        torch.ops.aten.bernoulli.Tensor,
+        torch.ops.aten.normal_functional.default,
+    }
+)
+"""What ``bernoulli_`` and ``normal_`` become."""
 
 
 def _without_vmap(gm: fx.GraphModule) -> fx.GraphModule:

@@ -282,9 +282,26 @@ def _require_raised_rows(
     if not _is_raised(terms):
         return
     beside = site.sink is not None or any(isinstance(term, Floor) for term in terms)
+    beside |= any(_shows_in_raised_rows(term, site) for term in terms)
     if inexpressible or site.differentiable or beside or masked_rows.is_zero_unless_nan:
         rounded = {term.rounded_to for term in terms if isinstance(term, Raise)} - {None}
         raise NotAttention(_without_key(_rounded(rounded.pop()) if rounded else Reason(_CHANGED_LATER)))
+
+
+def _shows_in_raised_rows(term: Term, site: AttentionSite) -> bool:
+    """Whether scores show beside a number of the term where they are lost in the source, or are rounded there.
+
+    A fill is added as a mask; float16 and float64 have digits of a score beside numbers that other dtypes have not.
+    """
+    wide = site.softmax_dtype is torch.float64
+    if not wide and (site.compute_dtype is not torch.float16 or not isinstance(term, Fill)):
+        return False
+    shows_below = -ORDINARY if isinstance(term, Fill) else _ROUNDED_IN_FLOAT64
+    return any(isinstance(value, float) and ABSORBED < value < shows_below for value in _values(term))
+
+
+_ROUNDED_IN_FLOAT64 = -(2.0**33)
+"""Beside numbers below this, float64 rounds scores by more than results may differ."""
 
 
 def _rounded(dtype: torch.dtype | None) -> Reason:

@@ -218,3 +218,79 @@ def test_autocast_in_a_mapped_function(inner_dtype: torch.dtype | None) -> None:
     operands = [value.detach() for value in _operands()]
     actual, expected = rewritten(attend)(*operands), attend(*operands)
     assert actual.dtype is expected.dtype and relative_error(actual, expected) <= 1e-3
+
+
+def bernoulli_over_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    kept = (q @ k.mT).softmax(-1).clone().bernoulli_(0.5)
+    return _attend(q, k, v) + kept @ v
+
+
+def bernoulli_of_a_tensor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _attend(q, k, v) * (q * 2).bernoulli_(torch.full_like(q, 0.5))
+
+
+def normal_over_the_result(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    result = _attend(q, k, v)
+    return result + 0.1 * result.clone().normal_()
+
+
+@pytest.mark.parametrize("attend", [bernoulli_over_weights, bernoulli_of_a_tensor, normal_over_the_result])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_noise_in_the_place_of_what_has_a_gradient(attend: Attend, inner: str) -> None:
+    """Functional operators of such noise have no derivative."""
+    found = []
+    with collect_reports() as graphs:
+        for function in (attend, rewritten(attend, inner)):
+            torch.manual_seed(1)
+            inputs = _operands()
+            result = function(*inputs)
+            found.append([result, *torch.autograd.grad(result.sum(), inputs)])
+    assert "rewritten" in [row.status for graph in graphs for row in graph.sites]
+    assert relative_error(found[1], found[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_leaks_drawn_in_place(inplace: bool) -> None:
+    """Their functional operator computes the gradient from memory that nobody wrote."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.rrelu(_attend(q, k, v), training=True, inplace=inplace)
+
+    found = []
+    with collect_reports() as graphs:
+        for function in (attend, rewritten(attend)):
+            torch.manual_seed(1)
+            inputs = _operands()
+            found.append(torch.autograd.grad(function(*inputs).sum(), inputs))
+    assert [graph.captured for graph in graphs] == [not inplace]
+    assert not inplace or "call F.rrelu" in graphs[0].reason
+    assert relative_error(found[1], found[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_statistics_of_instances_are_written(affine: bool, training: bool) -> None:
+    """Their operator writes them, and its schema does not say so."""
+
+    class Normalized(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.InstanceNorm2d(2, affine=affine, track_running_stats=True)
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return _attend(self.norm(q), k, v)
+
+    found = []
+    with collect_reports() as graphs:
+        for compiled in (False, True):
+            model = Normalized()
+            function = rewritten(model) if compiled else model
+            inputs = _operands()
+            with torch.set_grad_enabled(training):
+                results = [function(*inputs), function(inputs[0] + 1, *inputs[1:])]
+            if training:
+                results += torch.autograd.grad((results[0] * results[1]).sum(), inputs)
+            model.eval()
+            found.append([*results, function(*inputs), *model.buffers()])
+    assert {row.status for graph in graphs for row in graph.sites} == {"rewritten"}
+    assert relative_error(found[1], found[0]) <= 1e-5

@@ -354,6 +354,34 @@ def test_masks_on_both_sides_of_a_maximum(
     assert not wrong(dtype, new, own, exact)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "number"),
+    [
+        (torch.float16, -65504.0),
+        *((dtype, number) for dtype in (torch.float64, torch.bfloat16) for number in (-1e9, -1e12, -1e17, -1e18)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ways", [(_filled, _filled), (_added, _filled), (_filled, _added), (_added, _added)])
+def test_numbers_that_scores_show_beside_around_a_maximum(
+    dtype: torch.dtype, number: float, ways: tuple[Callable[..., Tensor], ...]
+) -> None:
+    """A row is masked as a whole by the first, by the second, or by both together."""
+    first = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 1, 1], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]).bool()
+    second = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1]]).bool()
+
+    def function(q: Tensor, k: Tensor, v: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        scores = ways[0](q @ k.mT * 0.3, first, number)
+        return ways[1](scores - scores.amax(-1, keepdim=True), second, number).softmax(-1) @ v
+
+    call = (*heads(6, 4), first, second)
+    with torch.no_grad():
+        inputs = prepared(call, dtype, gradients=False)
+        own, new = run(function, inputs, gradients=False), run(rewritten(function), inputs, gradients=False)
+        exact = truth(function, call, dtype, gradients=False, device="cpu")
+    assert not wrong(dtype, new, own, exact)
+
+
 def test_a_maximum_between_a_mask_that_keeps_all_and_another() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor, numbers: Tensor) -> Tensor:
         far = (torch.arange(q.shape[-2])[:, None] - torch.arange(k.shape[-2])).abs() > 20
