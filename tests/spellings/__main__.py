@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), help="of all cases")
     parser.add_argument("--device", default="cpu", help="where the tensors lie, such as cuda (default: cpu)")
+    parser.add_argument("--inner", default="eager", help="the backend of the rewritten graph, such as inductor")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="judges no more after so many")
     parser.add_argument("--json", type=Path, help="writes the figures, and every case that was not found, to this file")
     parser.add_argument("--scripts", type=Path, help="writes each case that is wrong to this folder, as a program")
@@ -32,7 +33,7 @@ def main() -> None:
     torch.set_num_threads(1)
     start = time.perf_counter()
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    outcomes = run(options.cases, options.seed, dtype, options.device, options.seconds)
+    outcomes = run(options.cases, options.seed, dtype, options.device, options.seconds, options.inner)
     seconds = time.perf_counter() - start
     figures = summary(outcomes)
     for name, value in figures.items():
@@ -61,6 +62,7 @@ def run(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     seconds: float = float("inf"),
+    inner: str = "eager",
 ) -> list[Outcome]:
     outcomes: list[Outcome] = []
     end = time.monotonic() + seconds
@@ -78,7 +80,7 @@ def run(
         if time.monotonic() > end:
             return
         try:
-            outcomes.append(judge(spelling, device))
+            outcomes.append(judge(spelling, device, inner))
         except NotASpelling as error:  # One defect of the generator is no reason to lose a long run.
             print(f"eager cannot run this: {error}")
 

@@ -59,12 +59,13 @@ def _slices(site: SiteReport) -> int:
     return int(merged[1]) if merged else 1
 
 
-def judge(spelling: Spelling, device: str = "cpu") -> Outcome:
+def judge(spelling: Spelling, device: str = "cpu", inner: str = "eager") -> Outcome:
     """Values of two draws of inputs, and their gradients, against eager in float64.
 
     Args:
         spelling: what is judged.
         device: where its tensors lie, those that it makes itself, too.
+        inner: the backend that the rewritten graph is given to.
 
     Raises:
         NotASpelling: eager cannot run it.
@@ -74,7 +75,7 @@ def judge(spelling: Spelling, device: str = "cpu") -> Outcome:
         attend, calls, truths, owns = _eager(spelling, device)
     except Exception as error:
         raise NotASpelling(f"{error}\n{spelling.script()}") from error
-    function = rewritten(attend, dynamic=spelling.dynamic or None)
+    function = rewritten(attend, inner, dynamic=spelling.dynamic or None)
     with collect_reports() as graphs:
         try:
             news = [
