@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from contextvars import ContextVar
@@ -15,10 +16,13 @@ from attnrewrite.analysis.kinds import Kind, SiteKind
 from attnrewrite.caching.memory import CacheMemory
 from attnrewrite.caching.method import CacheMethod
 from attnrewrite.caching.model_paths import ModelPaths
+from attnrewrite.caching.runs import step_of
 from attnrewrite.caching.streams import CallValue, Observation, Observer, Stream, current_stream
 from attnrewrite.errors import CacheError
 
 __all__ = ["ModelCall", "ModelReuse", "ReusePlan", "current_call"]
+
+log = logging.getLogger("attnrewrite")
 
 _call: ContextVar[ModelCall | None] = ContextVar("attnrewrite_model_call", default=None)
 
@@ -146,15 +150,40 @@ class ModelCall:
             parameters: all that it is called with.
 
         Returns:
-            The same in other calls; None where several layers may call a graph without parameters.
+            The same in other calls; None where it cannot be told which layer calls the graph.
         """
         self._position = hash((self._position, fingerprint, *map(id, parameters)))
+        if self.is_of_graph:
+            return self._position if self._is_told_apart(fingerprint, parameters) else None
         called_before = fingerprint in self._fingerprints
         if not parameters and self._model.paths.is_ambiguous(fingerprint, called_before):
             self._not_stored["a graph without parameters, of which it cannot be told which layer calls it"] = None
             return None
         self._fingerprints.add(fingerprint)
         return self._position
+
+    def _is_told_apart(self, fingerprint: str, parameters: Sequence[Tensor]) -> bool:
+        """Whether a graph that is used alone is called once in each step of the run, as far as the calls show it.
+
+        The order of several calls does not tell them apart: a step may be begun again after any of them.
+        """
+        paths, names = self._model.paths, self._stream_names
+        step = step_of(paths.clock, names)
+        repeated = step.repeats(self._timestep, (fingerprint, *map(id, parameters)))
+        if repeated and not step.warned:
+            step.warned = True
+            log.warning(
+                "a graph with attention was called more than once at timestep %g within one cache stream. These may be "
+                "the calls of several layers or passes, or of a step that was begun again, so their attention is not "
+                "reused. Put each of a step's calls in a stream of its own (attnrewrite.cache_stream), or call "
+                "attnrewrite.enable_cache on the whole compiled model instead of options={'cache': ...}",
+                self._timestep,
+            )
+        # Without parameters it may be another layer's turn in the next run, too.
+        mixed = paths.is_ambiguous(fingerprint, repeated) if not parameters else repeated or self.stream.is_mixed
+        if mixed:
+            self.stream.mix()
+        return not mixed
 
     def holds(self, value: CallValue) -> bool:
         """Whether the value is to be reused in this call, and a stored one fits."""

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
 from attnrewrite.analysis.kinds import Kind, SiteKind
 from attnrewrite.caching.call import ModelCall, current_call
 from attnrewrite.caching.graphs import AttentionValue, CachedAttention, find_values, nearest, parameters_of, with_values
-from attnrewrite.caching.identity import Identity
+from attnrewrite.caching.identity import Identity, is_size
 from attnrewrite.caching.streams import CallValue
 from attnrewrite.inner import CompiledFn
 from attnrewrite.ir.nodes import Size, is_tensor, tensor
+from attnrewrite.ir.ops import writes
 from attnrewrite.ir.source import parameter_path, source_name
 from attnrewrite.passes.result import Rewritten
 from attnrewrite.report.rows import SiteReport
 
 __all__ = ["Kept", "kept_attention"]
+
+_Source = Callable[[Sequence[Any]], "int | float"]
+"""Reads a number from a call's arguments."""
+
+_NO_NUMBER = (
+    "which part of a tensor is read depends on a number that is computed from data (`.item()`), so it cannot be told "
+    "whether it is the same at the next step (call the model with the number)"
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,7 @@ class Kept:
         values: what is stored.
         graphs: by the kinds whose values they take as inputs.
         others: in words, the attentions of which nothing is stored.
+        shapes: those of the values, and then the identity's sizes, in a call.
     """
 
     gm: fx.GraphModule
@@ -40,6 +52,7 @@ class Kept:
     values: tuple[AttentionValue, ...]
     graphs: Mapping[frozenset[Kind], fx.GraphModule]
     others: tuple[str, ...]
+    shapes: _Shapes
 
     def compiled(
         self, compile_graph: Callable[[fx.GraphModule, Sequence[torch.Tensor]], CompiledFn], *, copies: bool
@@ -118,22 +131,27 @@ def kept_attention(
     ]
     allowed = rewritten.begins_with_batch if plan.halves else None
     values = find_values(gm, attentions, allowed, affine=plan.method.extrapolates)
+    shapes = _Shapes(gm, [*(tensor(value.node).shape for value in values), identity.sizes], identity.data_sizes)
+    is_known = shapes.is_known
+    if not is_known:
+        values, shapes = [], _Shapes(gm, [()], frozenset())
     stored = {name for value in values for name in value.attentions}
+    batch = "its dimension 0 is not known to begin with the batch, of which one half is kept"
+    why_no_value = batch if plan.halves else "nothing reads its result, or its size depends on data"
     for verdict in verdicts:
         if verdict.kind is not None and verdict.row.name not in stored:
-            batch = "its dimension 0 is not known to begin with the batch, of which one half is kept"
-            reason = batch if plan.halves else "nothing reads its result, or its size depends on data"
-            verdict.row.cached = f"no: {reason}"
+            verdict.row.cached = f"no: {why_no_value if is_known else _NO_NUMBER}"
     if attentions and not values:
         batch = "of no attention is it known that its dimension 0 begins with the batch, of which one half is kept"
-        others.append(batch if plan.halves else "nothing reads an attention's result, or its size depends on data")
+        why_none = batch if plan.halves else "nothing reads an attention's result, or its size depends on data"
+        others.append(why_none if is_known else f"in a graph, {_NO_NUMBER}")
     present = {value.kind for value in values}
     reused = set(plan.reused)
     if any(verdict.is_shared for verdict in verdicts):
         reused |= set(map(_exchanged, plan.reused))
     together = {frozenset[Kind](), *(kinds & present for kinds in reused)}
     graphs = {kinds: with_values(gm, values, kinds, plan.halves) for kinds in sorted(together, key=sorted)}
-    return Kept(gm, identity, tuple(values), graphs, tuple(others))
+    return Kept(gm, identity, tuple(values), graphs, tuple(others), shapes)
 
 
 def _verdicts(
@@ -175,7 +193,7 @@ class _CachingGraph:
         self._fingerprint = kept.identity.fingerprint
         parameters = parameters_of(kept.gm)
         self._parameters = [parameters[node] for node in sorted(parameters, key=source_name)]
-        self._shapes = _Shapes(kept.gm, [*(tensor(value.node).shape for value in kept.values), kept.identity.sizes])
+        self._shapes = kept.shapes
 
     def __call__(self, *args: Any) -> Any:
         call = current_call()
@@ -221,7 +239,7 @@ class _CachingGraph:
             parameter = None if spec.parameter is None else args[spec.parameter]
             path = call.path_of(spec.path, parameter, spec.parameter_path)
             kind = spec.kind if path == spec.path else call.kind_at(path, spec.detected)
-            kind = None if position is None else kind
+            kind = None if position is None or any(map(math.isnan, shape)) else kind
             key = position, spec.attentions, spec.number, spec.formula
             constants = [args[number] for number in spec.constants]
             values.append(CallValue(spec, kind, path, key, shape, sizes, constants))
@@ -229,21 +247,38 @@ class _CachingGraph:
 
 
 class _Shapes:
-    """The shapes of a graph's tensors in a call, computed from the sizes of the call's arguments."""
+    """The shapes of a graph's tensors in a call, computed from the call's arguments.
 
-    def __init__(self, gm: fx.GraphModule, shapes: Sequence[Sequence[Size]]) -> None:
-        self._sources: dict[Any, Callable[[Sequence[Any]], int]] = {}
-        for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-            if isinstance(node.meta.get("val"), torch.SymInt):
+    Attributes:
+        is_known: whether all of them can be, those aside that are data.
+    """
+
+    def __init__(self, gm: fx.GraphModule, shapes: Sequence[Sequence[Size]], data_sizes: frozenset[Any]) -> None:
+        """Args:
+        data_sizes: the symbols that need no number, see :class:`Identity`.
+        """
+        self._sources: dict[Any, _Source] = {}
+        self._data_sizes = data_sizes
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        for position, node in enumerate(placeholders):
+            if is_size(node):
                 self._note(node.meta["val"], _argument(position))
             elif is_tensor(node):
                 for dim, size in enumerate(tensor(node).shape):
                     self._note(size, _dimension(position, dim))
+        for node in gm.graph.nodes:
+            # A float comes as a tensor of one number. Reading one on an accelerator would wait for it.
+            if _reads_number(node) and node.args[0] in placeholders:
+                given = node.args[0]
+                if tensor(given).device.type == "cpu" and not any(writes(user) for user in given.users):
+                    self._note(node.meta["val"], _item(placeholders.index(given)))
         self._shapes = [tuple(size if isinstance(size, int) else size.node.expr for size in shape) for shape in shapes]
-        self._fixed = all(isinstance(size, int) for shape in self._shapes for size in shape)
+        symbolic = [size for shape in self._shapes for size in shape if not isinstance(size, int)]
+        self._fixed = not symbolic
+        self.is_known = all(size.free_symbols <= self._sources.keys() | data_sizes for size in symbolic)
 
-    def _note(self, size: Any, source: Callable[[Sequence[Any]], int]) -> None:
-        if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+    def _note(self, size: Any, source: _Source) -> None:
+        if isinstance(size, (torch.SymInt, torch.SymFloat)) and size.node.expr.is_Symbol:
             self._sources.setdefault(size.node.expr, source)
 
     def __call__(self, args: Sequence[Any]) -> list[tuple[int, ...]]:
@@ -251,21 +286,39 @@ class _Shapes:
             return self._shapes
         sizes = {symbol: source(args) for symbol, source in self._sources.items()}
         return [
-            tuple(size if isinstance(size, int) else _number(size.xreplace(sizes)) for size in shape)
+            tuple(size if isinstance(size, int) else self._number(size.xreplace(sizes)) for size in shape)
             for shape in self._shapes
         ]
 
+    def _number(self, size: Any) -> Any:
+        """The value of an expression without symbols; an expression of sizes that are data itself."""
+        if isinstance(size, (int, float)):
+            return size
+        if size.free_symbols:
+            return size if size.free_symbols <= self._data_sizes else float("nan")
+        if isinstance(size, sympy.logic.boolalg.Boolean):
+            return bool(size)
+        try:
+            return int(size) if size.is_integer else float(size)
+        except (TypeError, ValueError):
+            return float("nan")  # One that is not worked out equals nothing, not even that of another call.
 
-def _number(size: Any) -> Any:
-    """The value of an expression without symbols; an expression that depends on data (``u0``) itself."""
-    if isinstance(size, int) or not size.is_number:
-        return size
-    return int(size) if size.is_integer else float(size)
+
+def _reads_number(node: fx.Node) -> bool:
+    return node.target is torch.ops.aten._local_scalar_dense.default or node.target is torch.ops.aten.item.default
 
 
-def _argument(position: int) -> Callable[[Sequence[Any]], int]:
-    return lambda args: int(args[position])
+def _argument(position: int) -> _Source:
+    return lambda args: args[position] if isinstance(args[position], float) else int(args[position])
 
 
-def _dimension(position: int, dim: int) -> Callable[[Sequence[Any]], int]:
+def _dimension(position: int, dim: int) -> _Source:
     return lambda args: int(args[position].shape[dim])
+
+
+def _item(position: int) -> _Source:
+    def read(args: Sequence[Any]) -> int | float:
+        number = args[position].item()
+        return number if isinstance(number, float) else int(number)
+
+    return read

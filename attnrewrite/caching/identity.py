@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from attnrewrite.ir.nodes import Size, is_tensor, tensor
 from attnrewrite.ir.ops import COPY_OPS, RESHAPE_OPS
@@ -39,7 +40,12 @@ _INDEXED = (
     aten.take_along_dim.default,
 )
 
-_LEFT_OUT = "#"
+_FOLLOWING = frozenset({"shape", "size", "sizes"})
+"""Arguments that follow the sizes of the tensors that are computed with, and choose no part of any."""
+
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+_LEFT_OUT, _COUNTED = "#", "?"
 
 
 class Identity(NamedTuple):
@@ -48,10 +54,13 @@ class Identity(NamedTuple):
     Attributes:
         fingerprint: of its operators and what each of them reads; without sizes and numbers.
         sizes: those that the fingerprint leaves out, in order.
+        data_sizes: the symbols of sizes that are data (how many elements a mask selects), and choose no part of a
+            tensor. They need no number.
     """
 
     fingerprint: str
     sizes: tuple[Size, ...]
+    data_sizes: frozenset[Any] = frozenset()
 
 
 def identity_of(gm: fx.GraphModule) -> Identity:
@@ -75,7 +84,7 @@ def identity_of(gm: fx.GraphModule) -> Identity:
         else:
             # The order of the inputs differs from graph to graph; their names do not.
             names[node] = source_name(node) or str(node.target)
-    return Identity(text.hexdigest(), tuple(sizes))
+    return Identity(text.hexdigest(), tuple(sizes), _data_sizes(gm))
 
 
 def written(
@@ -92,14 +101,34 @@ def written(
     # Whether a reshaped tensor is copied first depends on its sizes.
     text = [str(aten.view.default if node.target in RESHAPE_OPS else node.target)]
     for name, kind, value in _arguments(node):
-        scalar = isinstance(value, (int, float)) or (isinstance(value, fx.Node) and is_size(value))
+        scalar = isinstance(_size(value), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
         is_number = kind is not None and scalar and any(each in kind for each in ("number", "float", "Tensor"))
         is_part = name in _SIZES or name in _POSITIONS or (chooses and scalar)
         if isinstance(node.target, OpOverload) and is_part and _are_sizes(value):
             sizes += [_size(each) for each in _flat(value) if each is not None]
         elif numbers or chooses or not is_number:
-            text.append(f"{name}={_text(value, names)}")
+            # A number's text shows its expression; any other symbol is known by what it is in a call alone.
+            text.append(f"{name}={str(_size(value)) if is_number and not chooses else _text(value, names, sizes)}")
     return " ".join(text)
+
+
+def _data_sizes(gm: fx.GraphModule) -> frozenset[Any]:
+    """See :attr:`Identity.data_sizes`. A number that the graph reads from a tensor (``.item()``) is none."""
+    sizes: set[Any] = set()
+    others: set[Any] = set()
+    for node in gm.graph.nodes:
+        if is_tensor(node):
+            sizes |= free_unbacked_symbols(tensor(node).shape) - others
+        elif is_size(node):
+            others |= free_unbacked_symbols(node.meta["val"]) - sizes
+        if node.op != "call_function" or not _gives_tensors(node):
+            continue
+        for name, _, value in _arguments(node):
+            if name in _FOLLOWING or (name == "end" and node.target is not aten.slice.Tensor):
+                continue
+            for each in map(_size, _flat(value)):
+                others |= free_unbacked_symbols(each) if isinstance(each, _SYMBOLIC) else set()
+    return frozenset(sizes - others)
 
 
 def _are_sizes(value: Any) -> bool:
@@ -167,7 +196,7 @@ def is_copy(node: fx.Node) -> bool:
 
 def is_size(node: fx.Node) -> bool:
     """Whether the node is a number that the graph computes with."""
-    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
+    return isinstance(node.meta.get("val"), _SYMBOLIC)
 
 
 def _arguments(node: fx.Node) -> Iterator[tuple[str, str | None, Any]]:
@@ -183,16 +212,20 @@ def _arguments(node: fx.Node) -> Iterator[tuple[str, str | None, Any]]:
             yield argument.name, str(argument.type), node.kwargs[argument.name]
 
 
-def _text(value: Any, names: dict[fx.Node, str]) -> str:
+def _text(value: Any, names: dict[fx.Node, str], sizes: list[Size]) -> str:
+    """An argument as text. ``sizes`` receives what is symbolic in it, whichever argument it is."""
+    if isinstance(_size(value), _SYMBOLIC):
+        sizes.append(_size(value))
+        return _COUNTED
     if isinstance(value, fx.Node):
-        if is_size(value):
-            return str(_size(value))
         return names.get(value, _LEFT_OUT)
     if isinstance(value, (list, tuple)):
-        return f"[{','.join(_text(each, names) for each in value)}]"
+        return f"[{','.join(_text(each, names, sizes) for each in value)}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key!r}:{_text(each, names, sizes)}' for key, each in value.items())}}}"
     if isinstance(value, slice):
-        return f"{_text(value.start, names)}:{_text(value.stop, names)}:{_text(value.step, names)}"
-    return str(_size(value)) if isinstance(value, torch.SymInt) else repr(value)
+        return ":".join(_text(each, names, sizes) for each in (value.start, value.stop, value.step))
+    return repr(value)
 
 
 def _size(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -54,16 +53,6 @@ class CacheMemory:
             with self._lock:
                 self._streams.add(streams[name])
         return streams[name]
-
-    def repetition(self, name: tuple[str, ...], timestep: float) -> int:
-        """How many calls in a row this thread made in a stream at this timestep before; counts the call.
-
-        It tells apart the calls of one graph that several modules without parameters share.
-        """
-        calls: dict[tuple[str, ...], tuple[float, int]] = self._of_thread.__dict__.setdefault("calls", {})
-        before, count = calls.get(name, (math.nan, 0))
-        calls[name] = timestep, count + 1 if before == timestep else 0
-        return calls[name][1]
 
     def reset(self, before_clear: Callable[[Stream], None]) -> None:
         """Forgets all streams of all threads.

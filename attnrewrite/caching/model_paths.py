@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import weakref
+from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,6 +19,30 @@ from attnrewrite.options.cache_config import FasterCacheConfig, PyramidAttention
 __all__ = ["ModelPaths"]
 
 log = logging.getLogger("attnrewrite")
+
+
+class _Place(NamedTuple):
+    """Where a module is, as one of its parameters shows it.
+
+    Attributes:
+        path: of the module in the model.
+        parameter: it may be replaced, and another one may then have its ``id``.
+        name: of the parameter in the model; empty if the model does not have it.
+    """
+
+    path: str
+    parameter: weakref.ref[Tensor]
+    name: str
+
+    def is_of(self, parameter: Tensor, model: nn.Module) -> bool:
+        """Whether it is still the place of this parameter: the same tensor, and under the same name."""
+        if self.parameter() is not parameter:
+            return False
+        try:
+            found: object = functools.reduce(getattr, self.name.split("."), model) if self.name else parameter
+        except AttributeError:
+            return False
+        return found is parameter
 
 
 class ModelPaths:
@@ -42,9 +69,15 @@ class ModelPaths:
         self._model = None if model is None else weakref.ref(model)
         self._config = config
         self._method = method
-        self._paths: dict[tuple[str, str, int], str] = {}
+        self._paths: dict[tuple[str, str, int], _Place] = {}
         self._kinds: dict[tuple[str, Kind], Kind | None] = {}
         self._ambiguous: set[str] = set()
+
+    @property
+    def clock(self) -> Callable[[], object]:
+        """The timestep callback."""
+        assert self._config.current_timestep_callback is not None  # The config is validated.
+        return self._config.current_timestep_callback
 
     def module(self, path: str = "") -> nn.Module:
         """The module at a path; the model itself where it has none there (the path is that of a part's own module)."""
@@ -65,17 +98,21 @@ class ModelPaths:
         """
         if parameter is None or self.is_graph:
             return path
+        model = self.module()
         key = path, parameter_path, id(parameter)
-        if key not in self._paths:
-            model = self.module()
+        place = self._paths.get(key)
+        if place is None or not place.is_of(parameter, model):
             named = itertools.chain(
                 model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
             )
-            names = [name for name, each in named if each is parameter]
             # The whole model's graph has the parameter under one of its names; a part's graph under the end of one.
-            parents = [name.removesuffix(parameter_path) for name in names if f".{name}".endswith(f".{parameter_path}")]
-            self._paths[key] = f"{min(parents, key=len, default='')}{path}".strip(".")
-        return self._paths[key]
+            names = [name for name, each in named if each is parameter and f".{name}".endswith(f".{parameter_path}")]
+            name = min(names, key=len, default="")
+            own = f"{name.removesuffix(parameter_path)}{path}".strip(".")
+            place = _Place(own, weakref.ref(parameter), name)
+            living = {key: place for key, place in self._paths.items() if place.parameter() is not None}
+            self._paths = {**living, key: place}
+        return place.path
 
     def kind_at(self, path: str, detected: SiteKind) -> Kind | None:
         """As which kind the attention of the module at ``path`` is stored; None if it is not.
@@ -97,12 +134,16 @@ class ModelPaths:
         """Whether several layers may call a graph without parameters, so that nothing tells which one does.
 
         Only one layer does where the whole model has no parameters, and the graph is called once in the model's call.
+        Once they may, they may always. It is warned of, but for a graph that is used alone.
 
         Args:
-            called_before: whether the graph was called before in this call of the model.
+            called_before: whether the graph was called before in this call of the model; for a graph that is used
+                alone, in this step.
         """
         if fingerprint not in self._ambiguous and (called_before or any(True for _ in self.module().parameters())):
             self._ambiguous.add(fingerprint)
+            if self.is_graph:
+                return True
             log.warning(
                 "%s: a graph that computes attention has no parameters, so it cannot be told which attention is which, "
                 "and none of them is reused. A graph break between the projections and the attention causes that",

@@ -7,9 +7,57 @@ begins where shapes, dtypes or devices change, or where the timestep goes back.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+import threading
+import weakref
+from collections.abc import Callable, Hashable
 
-__all__ = ["DenoisingRun"]
+__all__ = ["DenoisingRun", "Step", "step_of"]
+
+_of_thread = threading.local()
+
+
+class Step:
+    """What one thread computed in a stream at the last timestep of a clock.
+
+    Calls are compared through all graphs, since Dynamo may choose another graph for the same function at any call. An
+    error does not end a step, which may be begun again behind it.
+
+    Attributes:
+        warned: whether it was warned of a repetition.
+    """
+
+    def __init__(self, clock: Callable[[], object]) -> None:
+        """Args:
+        clock: the timestep callback.
+        """
+        self.warned = False
+        self._timestep = math.nan
+        self._computations: set[Hashable] = set()
+        try:
+            self._clock: Callable[[], object] = weakref.ref(clock)
+        except TypeError:
+            self._clock = lambda: clock
+
+    def is_of(self, clock: Callable[[], object]) -> bool:
+        """Whether it is of this clock, and not of one that had the same ``id``."""
+        return self._clock() is clock
+
+    def repeats(self, timestep: float, computation: Hashable) -> bool:
+        """Whether this computation was there before at this timestep; notes that it is there now."""
+        if timestep != self._timestep:
+            self._timestep, self._computations = timestep, set()
+        repeated = computation in self._computations
+        self._computations.add(computation)
+        return repeated
+
+
+def step_of(clock: Callable[[], object], stream: tuple[str, ...]) -> Step:
+    """This thread's step of a clock in a stream."""
+    steps: dict[Hashable, Step] = _of_thread.__dict__.setdefault("steps", {})
+    step = steps.get((id(clock), stream))
+    if step is None or not step.is_of(clock):
+        step = steps[id(clock), stream] = Step(clock)
+    return step
 
 
 class DenoisingRun:

@@ -181,8 +181,6 @@ class Session:
         timestep = timestep_of(self._config.current_timestep_callback)
         name = current_stream()
         separate = is_separate(name)
-        if self._paths.is_graph:
-            name = (*name, f"#{self.memory.repetition(name, timestep)}")
         stream = self.memory.stream(name, self._tensor_format(separate))
         iteration = stream.run.advance(timestep, signature)
         if iteration == 0:
@@ -296,7 +294,7 @@ class Session:
 
     def _warn_of_wrong_streams(self, stream: Stream, timestep: float) -> None:
         """Warns where several passes seem to share the stream."""
-        if stream.run.repeats and not self._repeated_timestep:
+        if stream.run.repeats and not self._repeated_timestep and not self._paths.is_graph:
             self._repeated_timestep = True
             log.warning(
                 "%s was called twice at timestep %g within one cache stream. If these are the conditional and the "

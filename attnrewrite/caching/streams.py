@@ -183,6 +183,7 @@ class Stream:
         timesteps: of the run's calls.
         should_reuse: whether any of these calls was to reuse something.
         has_reused: whether any of them did.
+        is_mixed: whether calls of this run may be those of several layers, and cannot be told apart.
     """
 
     def __init__(self, tensor_format: str | None = None) -> None:
@@ -194,7 +195,7 @@ class Stream:
         self.guidance = None if tensor_format is None else GuidanceDelta(tensor_format)
         self.in_call = False
         self.timesteps: list[float] = []
-        self.should_reuse = self.has_reused = False
+        self.should_reuse = self.has_reused = self.is_mixed = False
         self._stored: dict[Key, _Stored] = {}
         self._due: dict[Kind, int] = {}
 
@@ -255,10 +256,16 @@ class Stream:
         latest = ParameterVersions(value.constants), value.sizes, halves, len(self.timesteps) - 1
         self._stored[value.key] = _Stored(history, value.kind, *latest)
 
+    def mix(self) -> None:
+        """Forgets all values, and notes that nothing tells whose they were."""
+        self.is_mixed = True
+        self.reserved.clear()
+        self._stored.clear()
+
     def clear(self) -> None:
         """Forgets all values; another run begins."""
         self.timesteps.clear()
-        self.should_reuse = self.has_reused = False
+        self.should_reuse = self.has_reused = self.is_mixed = False
         self.reserved.clear()
         self._stored.clear()
         self._due.clear()

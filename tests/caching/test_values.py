@@ -263,8 +263,17 @@ class Picked(nn.Module):
         lambda x, k: x[:, torch.arange(0, 11, k)][:, :3],
         lambda x, k: x[:, torch.linspace(0, k, 3).long()],
         lambda x, k: x[:, (torch.arange(3) * (k / 2)).long()],
+        lambda x, k: x[:, ::k][:, :2],
+        lambda x, k: nn.functional.pad(x, (0, 0, k, 0))[:, :6],
+        lambda x, k: x.as_strided((2, 4, 8), (96, 8, 1), 8 * k),
+        lambda x, k: x.as_strided((2, 3, 8), (96, 8 * k - 8, 1)),
+        lambda x, k: x.kthvalue(k, 1, keepdim=True)[0],
+        lambda x, k: x.tril(k - 6),
     ],
-    ids=["list", "slice", "roll", "select", "computed", "full", "every", "linspace", "scaled"],
+    ids=[
+        *("list", "slice", "roll", "select", "computed", "full", "every", "linspace", "scaled", "step", "pad"),
+        *("offset", "stride", "kthvalue", "diagonal"),
+    ],
 )
 def test_a_value_of_another_part_is_not_taken(clock: Clock, pick: Callable[[Any, int], Any], dynamic: Any) -> None:
     torch.manual_seed(0)
@@ -280,6 +289,56 @@ def test_a_value_of_another_part_is_not_taken(clock: Clock, pick: Callable[[Any,
             x = tokens(number, 2, 12, 8)
             expected = model(tokens(3, 2, 12, 8), 5) - tokens(3, 2, 12, 8) + x
             assert relative_error(fast(x, 5), expected) <= 1e-5
+
+
+class PickedByFloat(nn.Module):
+    """A float, or a number in a tensor, says which part of its input an attention is of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x: Tensor, where: Any, more: int = 0) -> Tensor:
+        if isinstance(where, float):
+            start = int(x.shape[1] * where)
+        else:
+            start = (where + more if more else where).item()
+            torch._check(start >= 0)  # type: ignore[no-untyped-call]
+            torch._check(start <= 8)  # type: ignore[no-untyped-call]
+        result: Tensor = self.attention(x[:, start : start + 4]).mean(1, keepdim=True) + x
+        return result
+
+
+@pytest.mark.parametrize(
+    ("given", "dynamic"),
+    [(lambda k: k / 12 + 0.01, None), (lambda k: k / 12 + 0.01, True), (torch.tensor, None)],
+    ids=["float", "dynamic_float", "item"],
+)
+def test_a_value_of_a_part_that_a_float_picks_is_not_taken(clock: Clock, given: Any, dynamic: bool | None) -> None:
+    torch.manual_seed(0)
+    model = PickedByFloat().eval()
+    fast = compiled(model, dynamic=dynamic)
+    with (
+        torch._dynamo.config.patch(capture_scalar_outputs=True),
+        attnrewrite.attention_cache(fast, broadcast(clock, every=8)),
+    ):
+        for number, k in enumerate([2, 3, 4, 5]):
+            clock.now -= 1
+            x = tokens(number, 2, 12, 8)
+            assert relative_error(fast(x, given(k)), model(x, given(k))) <= 1e-5, k
+        clock.now -= 1
+        expected = model(tokens(3, 2, 12, 8), given(5)) - tokens(3, 2, 12, 8) + tokens(4, 2, 12, 8)
+        assert relative_error(fast(tokens(4, 2, 12, 8), given(5)), expected) <= 1e-5
+
+
+def test_a_part_that_a_computed_number_picks_is_not_kept(clock: Clock) -> None:
+    fast = compiled(PickedByFloat().eval())
+    with (
+        torch._dynamo.config.patch(capture_scalar_outputs=True),
+        attnrewrite.attention_cache(fast, broadcast(clock)),
+        pytest.raises(CacheError, match="depends on a number that is computed from data"),
+    ):
+        fast(tokens(0, 2, 12, 8), torch.tensor(2), 1)
 
 
 class Timed(nn.Module):
