@@ -22,7 +22,7 @@ def main() -> None:
         number = 0
         end = time.monotonic() + options.seconds
         while len(outcomes) < options.cases and time.monotonic() < end:
-            for outcome in judge(draw(seed * 1_000_000 + number), options.device):
+            for outcome in judge(draw(seed * 1_000_000 + number), options.device, options.inner):
                 outcomes.append(outcome)
                 if outcome.verdict in BAD:
                     print(outcome, flush=True)

@@ -64,12 +64,19 @@ def draw(seed: int) -> Model:
     return Model(chance.choice(CASES).name, seed, dtype, chance.random() < 0.3)
 
 
-def judge(model: Model, device: str = "cpu") -> Iterator[Outcome]:
-    """One outcome for each drawing."""
+def judge(model: Model, device: str = "cpu", inner: str | None = None) -> Iterator[Outcome]:
+    """One outcome for each drawing.
+
+    Args:
+        model: what is judged.
+        device: where its tensors lie.
+        inner: the backend that the rewritten graph is given to (default: none, with gradients ``aot_eager``).
+    """
     torch._dynamo.reset()
     (case,) = (case for case in CASES if case.name == model.name)
     measured = measured_in(model.dtype, case.build().eval().to(device), case.inputs())
-    inner = "aot_eager" if model.gradients else "eager"
+    plain = inner or "aot_eager"
+    inner = inner or ("aot_eager" if model.gradients else "eager")
     chance = random.Random(model.seed)
     with collect_reports() as reports:
         function = rewritten(measured.model, inner)
@@ -78,14 +85,18 @@ def judge(model: Model, device: str = "cpu") -> Iterator[Outcome]:
             words = f"weights times {factor}, mask {mask}, {seed}"
             _set_weights(measured.model, factor, seed)
             inputs = {name: _redrawn(name, value, mask, seed) for name, value in measured.inputs.items()}
-            verdict, detail = _judged(Measured(measured.model, inputs, model.dtype), function, model.gradients, device)
+            drawn = Measured(measured.model, inputs, model.dtype)
+            verdict, detail = _judged(drawn, function, model.gradients, device, plain)
             failures = [report.reason for report in reports if "rewriting failed" in report.reason]
             if failures:
                 verdict, detail = "crashed", failures[0]
             yield Outcome(model, verdict, words, detail, sum(len(report.rewritten) for report in reports))
 
 
-def _judged(measured: Measured, function: Callable[..., Any], gradients: bool, device: str) -> tuple[Verdict, str]:
+def _judged(
+    measured: Measured, function: Callable[..., Any], gradients: bool, device: str, plain: str
+) -> tuple[Verdict, str]:
+    """``plain`` is the backend without us that shows whose fault a difference is."""
     run: Any = parameter_gradients_of if gradients else outputs_of
     with torch.set_grad_enabled(gradients):
         try:
@@ -95,23 +106,23 @@ def _judged(measured: Measured, function: Callable[..., Any], gradients: bool, d
         try:
             new = measured.new(function, run)
         except Exception as error:  # noqa: BLE001 - Whatever it is, it is the finding, unless PyTorch has it too.
-            return _failure(measured, run, error)
+            return _failure(measured, run, error, plain)
         difference = _difference(measured, run, new, own, truth, gradients, device)
         if difference and gradients and _largest_score(measured, run) > 1e4:
             return "beyond range", difference
         if difference and _rounding_does_as_much(measured, run, own, truth, gradients, device):
             return "ill-conditioned", difference
         if difference:
-            plain = measured.new(torch.compile(measured.model, backend="aot_eager"), run)
-            if _difference(measured, run, plain, own, truth, gradients, device):
+            theirs = measured.new(torch.compile(measured.model, backend=plain), run)
+            if _difference(measured, run, theirs, own, truth, gradients, device):
                 return "does not run", f"torch.compile: {difference}"
     return ("wrong", difference) if difference else ("same", "")
 
 
-def _failure(measured: Measured, run: Any, error: Exception) -> tuple[Verdict, str]:
+def _failure(measured: Measured, run: Any, error: Exception, plain: str) -> tuple[Verdict, str]:
     words = f"{type(error).__name__}: {str(error).strip()[:300]}"
     try:
-        measured.new(torch.compile(measured.model, backend="aot_eager"), run)
+        measured.new(torch.compile(measured.model, backend=plain), run)
     except Exception:  # noqa: BLE001 - That it fails is what is asked.
         return "does not run", f"torch.compile: {words}"
     return "crashed", words

@@ -24,9 +24,9 @@ def main() -> None:
         for number in range(options.cases):
             if time.monotonic() > end:
                 break
-            outcome = judge(draw(seed * 1_000_000 + number), options.device)
+            outcome = judge(draw(seed * 1_000_000 + number), options.device, options.inner)
             if outcome.verdict in BAD:
-                outcome = shrunk(outcome, options.device)
+                outcome = shrunk(outcome, options.device, options.inner)
                 print(outcome, flush=True)
                 if options.scripts:
                     _write(outcome, options.scripts, f"{outcome.verdict}_{seed}_{number}")

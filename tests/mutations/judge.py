@@ -132,8 +132,14 @@ def _first(built: tuple[fx.GraphModule, list[list[Any]]]) -> tuple[fx.GraphModul
     return built[0], built[1][0]
 
 
-def judge(mutant: Mutant, device: str = "cpu") -> Outcome:
-    """Values of the calls and their gradients against eager, by what the same graph gives in float64."""
+def judge(mutant: Mutant, device: str = "cpu", inner: str | None = None) -> Outcome:
+    """Values of the calls and their gradients against eager, by what the same graph gives in float64.
+
+    Args:
+        mutant: what is judged.
+        device: where its tensors lie.
+        inner: the backend that the rewritten graph is given to (default: none, with gradients ``aot_eager``).
+    """
     torch._dynamo.reset()
     built = mutant.built()
     assert built is not None
@@ -147,13 +153,13 @@ def judge(mutant: Mutant, device: str = "cpu") -> Outcome:
         truths = [_truth(attend, call(), mutant.gradients) for call in given]
     except Exception as error:  # noqa: BLE001 - A cast or a write that eager refuses: the program is none.
         return Outcome(mutant, "does not run", f"{type(error).__name__}: {str(error)[:200]}")
-    inner = "aot_eager" if mutant.gradients else "eager"
+    inner = inner or ("aot_eager" if mutant.gradients else "eager")
     function = rewritten(attend, inner, dynamic=mutant.dynamic or None)
     with collect_reports() as reports:
         try:
             news = [run(function, call(), mutant.gradients) for call in given]
         except Exception as error:  # noqa: BLE001 - Whatever it is, it is the finding, unless PyTorch has it too.
-            if _fails_without_us(attend, given, mutant):
+            if _fails_without_us(attend, given, inner, mutant):
                 return Outcome(mutant, "does not run", f"torch.compile: {type(error).__name__}: {str(error)[:200]}")
             return Outcome(mutant, "crashed", f"{type(error).__name__}: {str(error)[:300]}")
     failures = [report.reason for report in reports if "rewriting failed" in report.reason]
@@ -222,9 +228,12 @@ def _rounding_does_as_much(
     return wrong(mutant.rounded_to, run(attend, moved, mutant.gradients), own, truth) != ""
 
 
-def _fails_without_us(attend: Callable[..., Any], given: Sequence[Callable[[], list[Any]]], mutant: Mutant) -> bool:
+def _fails_without_us(
+    attend: Callable[..., Any], given: Sequence[Callable[[], list[Any]]], inner: str, mutant: Mutant
+) -> bool:
     torch._dynamo.reset()
-    function = torch.compile(attend, backend="aot_eager", dynamic=mutant.dynamic or None)
+    backend = "aot_eager" if inner == "eager" else inner
+    function = torch.compile(attend, backend=backend, dynamic=mutant.dynamic or None)
     try:
         for call in given:
             run(function, call(), mutant.gradients)
@@ -333,7 +342,7 @@ def _move(graph: fx.GraphModule, device: str) -> None:
     graph.recompile()
 
 
-def shrunk(outcome: Outcome, device: str = "cpu") -> Outcome:
+def shrunk(outcome: Outcome, device: str = "cpu", inner: str | None = None) -> Outcome:
     """The same failure with as few steps, and as plain a call, as still show it."""
     best = outcome
     smaller = True
@@ -345,7 +354,7 @@ def shrunk(outcome: Outcome, device: str = "cpu") -> Outcome:
             again = Mutant(mutant.name, steps, mutant.dtype, mutant.lengths, mutant.dynamic, mutant.gradients)
             if again.built() is None:
                 continue
-            other = judge(again, device)
+            other = judge(again, device, inner)
             if other.verdict == outcome.verdict:
                 best, smaller = other, True
                 break

@@ -24,6 +24,7 @@ def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--cases", type=int, default=2000)
     made.add_argument("--seed", type=int, help="replays a run (default: a new one, which is printed)")
     made.add_argument("--device", default="cpu", help="where the tensors lie, such as cuda (default: cpu)")
+    made.add_argument("--inner", help="the backend of the rewritten graph, such as inductor (default: none)")
     made.add_argument("--seconds", type=float, default=float("inf"), help="draws no more after so many")
     made.add_argument("--json", type=Path, help="writes the figures, and what is wrong, to this file")
     return made
