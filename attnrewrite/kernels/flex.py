@@ -22,7 +22,7 @@ from torch import fx
 from attnrewrite.analysis.values import ABSORBING, constant_value
 from attnrewrite.ir.axes import Dim, Operand
 from attnrewrite.ir.builder import Builder
-from attnrewrite.ir.nodes import is_tensor, same, tensor
+from attnrewrite.ir.nodes import is_tensor, product, same, tensor
 from attnrewrite.ir.site import Bias, CanonicalAttention, Elementwise, Fill, Floor, Lift, Narrow, Raise, Scale, Shift
 from attnrewrite.kernels.common.base import Kernel
 from attnrewrite.kernels.common.keep_mask import KeepMask
@@ -220,7 +220,7 @@ class Flex(Kernel):
         if site.device.type == "cuda":
             query, key, value = (_wide_enough(builder, operand) for operand in call.operands)
         if site.device.type != "cpu" and "BACKEND" not in self.kernel_options and _may_be_short(query):
-            if site.differentiable:
+            if site.differentiable or not _fills_its_storage(query):
                 options["FORCE_USE_FLEX_ATTENTION"] = True
             else:
                 query = builder.call(aten.as_strided.default, query, tensor(query).shape, tensor(query).stride())
@@ -519,11 +519,25 @@ def _may_be_short(query: fx.Node) -> bool:
     It asks for the query's strides before the query's layout is decided on (``realize_input`` and ``get_stride`` in
     ``create_flex_decoding_kernel``), and ``as_strided`` then decides on the order of what the query is computed from,
     such as that of a projection whose heads are split off. A query that is ``as_strided`` in the graph has a layout by
-    then. With gradients another kernel is cheaper than the gradients of ``as_strided``.
+    then. With gradients another kernel is cheaper than the gradients of ``as_strided``, and of a part of a tensor
+    ``as_strided`` is wrong under Inductor itself (:func:`_fills_its_storage`).
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_inductor/kernel/flex/flex_decoding.py
     """
     length = tensor(query).shape[-2]
     return not isinstance(length, int) or length < FLEX_DECODING_BELOW
+
+
+def _fills_its_storage(query: fx.Node) -> bool:
+    """Whether the query is known to be all of a tensor, each number once.
+
+    Inductor computes a part of a tensor by itself, with strides of its own, and then takes ``as_strided`` of that with
+    the strides of the whole; torch 2.11 forgets where in the tensor the part begins, too.
+    https://github.com/pytorch/pytorch/blob/v2.11.0/torch/_inductor/lowering.py (``as_strided``)
+    """
+    value = tensor(query)
+    if any(same(stride, 0) and not same(size, 1) for size, stride in zip(value.shape, value.stride(), strict=True)):
+        return False
+    return same(product(value.shape) * value.element_size(), value.untyped_storage().nbytes())
 
 
 def _wide_enough(builder: Builder, operand: fx.Node) -> fx.Node:

@@ -242,6 +242,43 @@ def test_flex_with_a_query_of_any_memory_order(order: tuple[int, ...], length: i
     assert not disagreements(actual, expected, exact, torch.bfloat16)
 
 
+@pytest.mark.parametrize("way", ["inference", "dynamic", "training"])
+@pytest.mark.parametrize("computed", ["product", "pointwise"])
+@pytest.mark.parametrize("part", ["batch", "heads", "tokens", "last token", "features", "expanded"])
+def test_flex_with_a_query_that_is_part_of_a_tensor(part: str, computed: str, way: str) -> None:
+    """Inductor's ``as_strided`` forgets that the part is one."""
+    taken: dict[str, Any] = {
+        "batch": lambda whole: whole[1:3],
+        "heads": lambda whole: whole.unflatten(1, (2, 4))[:, 1],
+        "tokens": lambda whole: whole.unflatten(-2, (3, -1)).select(-3, 1),
+        "last token": lambda whole: whole[:, :, -1:],
+        "features": lambda whole: whole.chunk(3, -1)[2],
+        "expanded": lambda whole: whole[:, :, :1].expand(-1, -1, 5, -1),
+    }
+    sizes = {"batch": (4, 4, 12, 32), "heads": (2, 8, 12, 32), "tokens": (2, 4, 36, 32), "features": (2, 4, 12, 96)}
+
+    def capped(whole: Tensor, weight: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query = taken[part](whole @ weight if computed == "product" else whole * weight[0] - 0.25)
+        scores = 4 * torch.tanh(query @ key.mT / 4)
+        return scores.softmax(-1) @ value
+
+    shape = sizes.get(part, (2, 4, 12, 32))
+    operands = [shape, (shape[-1], shape[-1]), (2, 4, 140, 32), (2, 4, 140, 32)]
+    inputs = [torch.randn(each, device="cuda", dtype=torch.bfloat16) * 0.5 for each in operands]
+    wide = cast(inputs, torch.float64, "cuda")
+    if way == "dynamic":
+        torch._dynamo.mark_dynamic(inputs[2], 2)
+        torch._dynamo.mark_dynamic(inputs[3], 2)
+        if part != "tokens":
+            torch._dynamo.mark_dynamic(inputs[0], 2)
+    new, first, found = rewritten_and_rows(capped, *inputs, inner="inductor")
+    assert [row.kernel for row in found] == ["flex"]
+    actual, expected, exact = [first], [capped(*inputs)], [capped(*wide)]
+    if way == "training":
+        actual, expected, exact = gradients(new, inputs), gradients(capped, inputs), gradients(capped, wide)
+    assert not disagreements(actual, expected, exact, torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("expanded", [(1, 4, 32, 16), (2, 1, 32, 16), (2, 4, 1, 16)])
