@@ -23,6 +23,7 @@ from attnrewrite.analysis.values import ABSORBING, constant_value
 from attnrewrite.ir.axes import Dim, Operand
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import is_tensor, product, same, tensor
+from attnrewrite.ir.ops import CAST_OPS, COPY_OPS, SPLIT_OPS, VIEW_OPS
 from attnrewrite.ir.site import Bias, CanonicalAttention, Elementwise, Fill, Floor, Lift, Narrow, Raise, Scale, Shift
 from attnrewrite.kernels.common.base import Kernel
 from attnrewrite.kernels.common.keep_mask import KeepMask
@@ -220,7 +221,7 @@ class Flex(Kernel):
         if site.device.type == "cuda":
             query, key, value = (_wide_enough(builder, operand) for operand in call.operands)
         if site.device.type != "cpu" and "BACKEND" not in self.kernel_options and _may_be_short(query):
-            if site.differentiable or not _fills_its_storage(query):
+            if site.differentiable or not _is_no_part(query):
                 options["FORCE_USE_FLEX_ATTENTION"] = True
             else:
                 query = builder.call(aten.as_strided.default, query, tensor(query).shape, tensor(query).stride())
@@ -520,21 +521,34 @@ def _may_be_short(query: fx.Node) -> bool:
     ``create_flex_decoding_kernel``), and ``as_strided`` then decides on the order of what the query is computed from,
     such as that of a projection whose heads are split off. A query that is ``as_strided`` in the graph has a layout by
     then. With gradients another kernel is cheaper than the gradients of ``as_strided``, and of a part of a tensor
-    ``as_strided`` is wrong under Inductor itself (:func:`_fills_its_storage`).
+    ``as_strided`` is wrong under Inductor itself (:func:`_is_no_part`).
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_inductor/kernel/flex/flex_decoding.py
     """
     length = tensor(query).shape[-2]
     return not isinstance(length, int) or length < FLEX_DECODING_BELOW
 
 
-def _fills_its_storage(query: fx.Node) -> bool:
-    """Whether the query is known to be all of a tensor, each number once.
+def _is_no_part(query: fx.Node) -> bool:
+    """Whether the query is known to be all of a tensor, each number once, however it was viewed and copied.
 
     Inductor computes a part of a tensor by itself, with strides of its own, and then takes ``as_strided`` of that with
-    the strides of the whole; torch 2.11 forgets where in the tensor the part begins, too.
+    the strides of the whole; torch 2.11 forgets where in the tensor the part begins, too. A copy need not be one: those
+    that change no strides are dropped.
     https://github.com/pytorch/pytorch/blob/v2.11.0/torch/_inductor/lowering.py (``as_strided``)
+    https://github.com/pytorch/pytorch/blob/v2.11.0/torch/_inductor/fx_passes/post_grad.py (``remove_noop_ops``)
     """
-    value = tensor(query)
+    node: Any = query
+    while isinstance(node, fx.Node):
+        if node.target in SPLIT_OPS or (is_tensor(node) and not _fills_its_storage(tensor(node))):
+            return False
+        node = node.args[0] if node.target in _VIEWS_AND_COPIES else None
+    return True
+
+
+_VIEWS_AND_COPIES = VIEW_OPS | COPY_OPS | CAST_OPS | SPLIT_OPS | {operator.getitem}
+
+
+def _fills_its_storage(value: torch.Tensor) -> bool:
     if any(same(stride, 0) and not same(size, 1) for size, stride in zip(value.shape, value.stride(), strict=True)):
         return False
     return same(product(value.shape) * value.element_size(), value.untyped_storage().nbytes())

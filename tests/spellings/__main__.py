@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from tests.spellings.forms import Spelling
 from tests.spellings.judge import NotASpelling, Outcome, judge
 from tests.spellings.strategy import spellings
+from tests.support.fuzzing import set_up
 
 BAD = ("wrong", "crashed", "taken")
 
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="writes the figures, and every case that was not found, to this file")
     parser.add_argument("--scripts", type=Path, help="writes each case that is wrong to this folder, as a program")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    set_up()
     start = time.perf_counter()
     dtype = getattr(torch, options.dtype) if options.dtype else None
     outcomes = run(options.cases, options.seed, dtype, options.device, options.seconds, options.inner)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["BAD", "parser", "report", "seed_of"]
+__all__ = ["BAD", "parser", "report", "seed_of", "set_up"]
 
 BAD = ("wrong", "crashed")
 """Verdicts that are findings."""
@@ -30,9 +30,15 @@ def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def set_up() -> None:
+    """One thread; and convolutions of float32 are computed in float32, since what is compared is attention."""
+    torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def seed_of(options: argparse.Namespace) -> int:
     """The seed of the run, printed."""
-    torch.set_num_threads(1)
+    set_up()
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(10**6)
     print(f"seed: {seed}", flush=True)
     return int(seed)
