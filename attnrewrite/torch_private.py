@@ -331,6 +331,26 @@ def inductor_backend(mode: str | None, options: dict[str, Any]) -> Any:
     return torch._TorchCompileInductorWrapper(mode, options, None)  # type: ignore[no-untyped-call]
 
 
+def lower_to_memory(op: torch._ops.OpOverload) -> None:
+    """Has Inductor take ``op(x, whole)`` for ``x`` itself, once it is computed into memory and its layout is decided.
+
+    Args:
+        op: an operator whose result are the numbers of its first argument. With ``whole``, a part of a tensor is copied
+            unless it is the beginning.
+    """
+    from torch._inductor import ir
+    from torch._inductor.lowering import register_lowering
+
+    def lowered(x: Any, whole: bool) -> Any:
+        found: Any = ir.ExternKernel.realize_input(x)
+        if whole and found.get_layout().offset != 0:
+            found = ir.ExternKernel.copy_input(found)
+        found.freeze_layout()
+        return found if isinstance(found, ir.TensorBox) else ir.TensorBox(found)
+
+    register_lowering(op, type_promotion_kind=None)(lowered)
+
+
 def compiles_to_be_saved() -> bool:
     """Whether ``aot_compile`` is at work: what a backend returns is then saved, and must be Inductor's own.
 

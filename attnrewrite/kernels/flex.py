@@ -22,8 +22,7 @@ from torch import fx
 from attnrewrite.analysis.values import ABSORBING, constant_value
 from attnrewrite.ir.axes import Dim, Operand
 from attnrewrite.ir.builder import Builder
-from attnrewrite.ir.nodes import is_tensor, product, same, tensor
-from attnrewrite.ir.ops import CAST_OPS, COPY_OPS, SPLIT_OPS, VIEW_OPS
+from attnrewrite.ir.nodes import is_tensor, same, tensor
 from attnrewrite.ir.site import Bias, CanonicalAttention, Elementwise, Fill, Floor, Lift, Narrow, Raise, Scale, Shift
 from attnrewrite.kernels.common.base import Kernel
 from attnrewrite.kernels.common.keep_mask import KeepMask
@@ -40,9 +39,9 @@ from attnrewrite.kernels.flex_blocks import (
     blocks_of_mask,
     entry_at,
     placeholders_first,
-    stored,
     whole_block,
 )
+from attnrewrite.kernels.flex_memory import realized, stored
 from attnrewrite.kernels.torch_limits import FLEX, FLEX_BLOCKS, FLEX_DECODING_BELOW, FLEX_FLASH, FLEX_SMALLEST_HEAD
 from attnrewrite.kernels.torch_sdpa import TESTED_ON
 from attnrewrite.torch_private import block_mask_of_everything, cpu_flex_supported, disable_current_modes, dynamo_config
@@ -220,18 +219,22 @@ class Flex(Kernel):
         features = tensor(value).shape[-1]
         if site.device.type == "cuda":
             query, key, value = (_wide_enough(builder, operand) for operand in call.operands)
+        masks, buffers = call.blocks.buffers, call.buffers
         if site.device.type != "cpu" and "BACKEND" not in self.kernel_options and _may_be_short(query):
-            if site.differentiable or not _is_no_part(query):
-                options["FORCE_USE_FLEX_ATTENTION"] = True
+            if site.for_inductor and not site.differentiable:
+                query = realized(builder, query, whole=True)
             else:
-                query = builder.call(aten.as_strided.default, query, tensor(query).shape, tensor(query).stride())
+                options["FORCE_USE_FLEX_ATTENTION"] = True
+        if site.device.type != "cpu" and site.for_inductor:
+            masks = tuple(realized(builder, buffer) for buffer in masks)
+            buffers = tuple(realized(builder, buffer) for buffer in buffers)
         output = _output_like(query, value)
         rows = output.new_empty(output.shape[:-1], dtype=torch.float32)
         module = builder.submodule("score_mod", call.score_mod)
         blocks = call.blocks.as_argument(builder)
         result = builder.insert(
             torch.ops.higher_order.flex_attention,
-            (query, key, value, module, blocks, call.scale, options, call.buffers, call.blocks.buffers),
+            (query, key, value, module, blocks, call.scale, options, buffers, masks),
             {},
             (output, rows, rows),
         )
@@ -519,39 +522,11 @@ def _may_be_short(query: fx.Node) -> bool:
 
     It asks for the query's strides before the query's layout is decided on (``realize_input`` and ``get_stride`` in
     ``create_flex_decoding_kernel``), and ``as_strided`` then decides on the order of what the query is computed from,
-    such as that of a projection whose heads are split off. A query that is ``as_strided`` in the graph has a layout by
-    then. With gradients another kernel is cheaper than the gradients of ``as_strided``, and of a part of a tensor
-    ``as_strided`` is wrong under Inductor itself (:func:`_is_no_part`).
+    such as that of a projection whose heads are split off.
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_inductor/kernel/flex/flex_decoding.py
     """
     length = tensor(query).shape[-2]
     return not isinstance(length, int) or length < FLEX_DECODING_BELOW
-
-
-def _is_no_part(query: fx.Node) -> bool:
-    """Whether the query is known to be all of a tensor, each number once, however it was viewed and copied.
-
-    Inductor computes a part of a tensor by itself, with strides of its own, and then takes ``as_strided`` of that with
-    the strides of the whole; torch 2.11 forgets where in the tensor the part begins, too. A copy need not be one: those
-    that change no strides are dropped.
-    https://github.com/pytorch/pytorch/blob/v2.11.0/torch/_inductor/lowering.py (``as_strided``)
-    https://github.com/pytorch/pytorch/blob/v2.11.0/torch/_inductor/fx_passes/post_grad.py (``remove_noop_ops``)
-    """
-    node: Any = query
-    while isinstance(node, fx.Node):
-        if node.target in SPLIT_OPS or (is_tensor(node) and not _fills_its_storage(tensor(node))):
-            return False
-        node = node.args[0] if node.target in _VIEWS_AND_COPIES else None
-    return True
-
-
-_VIEWS_AND_COPIES = VIEW_OPS | COPY_OPS | CAST_OPS | SPLIT_OPS | {operator.getitem}
-
-
-def _fills_its_storage(value: torch.Tensor) -> bool:
-    if any(same(stride, 0) and not same(size, 1) for size, stride in zip(value.shape, value.stride(), strict=True)):
-        return False
-    return same(product(value.shape) * value.element_size(), value.untyped_storage().nbytes())
 
 
 def _wide_enough(builder: Builder, operand: fx.Node) -> fx.Node:

@@ -22,6 +22,7 @@ from attnrewrite.ir.nodes import Size, same, tensor
 from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels.common.layout import padded_to
 from attnrewrite.kernels.common.limits import Asked
+from attnrewrite.kernels.flex_memory import stored
 
 __all__ = [
     "BLOCK",
@@ -31,7 +32,6 @@ __all__ = [
     "blocks_of_mask",
     "entry_at",
     "placeholders_first",
-    "stored",
     "whole_block",
 ]
 
@@ -84,37 +84,6 @@ _TABLES = (
     "full_q_num_blocks",
     "full_q_indices",
 )
-
-
-@torch.library.custom_op("attnrewrite::stored", mutates_args=())
-def _stored(parts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The same tensors, contiguous in memory.
-
-    Inductor chooses the layout of what it computes, with any stride for a dimension of size one, and fuses what it can
-    into the function that reads it. FlexAttention's kernel assumes the strides of its tables, with wrong results for
-    all but the first entry of a batch, and does not compile if a mask is a function of positions alone (torch 2.11).
-    The result of another operator is neither laid out anew nor fused.
-    """
-    return [part.clone(memory_format=torch.contiguous_format) for part in parts]
-
-
-@_stored.register_fake
-def _(parts: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [part.new_empty(part.shape) for part in parts]
-
-
-def _gradients_of_stored(ctx: Any, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
-    return gradients
-
-
-_stored.register_autograd(_gradients_of_stored)
-
-
-def stored(builder: Builder, parts: list[fx.Node]) -> list[fx.Node]:
-    """Nodes for the same values, as they are in memory and in no other way."""
-    result = builder.call(torch.ops.attnrewrite.stored.default, parts)
-    fakes = result.meta["val"]
-    return [builder.insert(operator.getitem, (result, place), {}, fake) for place, fake in enumerate(fakes)]
 
 
 def whole_block(builder: Builder, device: torch.device) -> Blocks:

@@ -1,0 +1,94 @@
+"""What FlexAttention's kernels read, in memory before they read it.
+
+Inductor fuses what it can into the function that reads it, and decides late on the layout of what it computes. Its
+lowering of FlexAttention asks for strides before they are decided, and fails on a buffer of ``score_mod`` that is
+computed from the result of a reduction ("convert FlexibleLayout to FixedLayout first").
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnrewrite.ir.builder import Builder
+from attnrewrite.torch_private import lower_to_memory
+
+__all__ = ["realized", "stored"]
+
+
+@torch.library.custom_op("attnrewrite::stored", mutates_args=())
+def _stored(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same tensors, contiguous in memory.
+
+    Inductor chooses the layout of what it computes, with any stride for a dimension of size one, and fuses what it can
+    into the function that reads it. FlexAttention's kernel assumes the strides of its tables, with wrong results for
+    all but the first entry of a batch, and does not compile if a mask is a function of positions alone (torch 2.11).
+    The result of another operator is neither laid out anew nor fused.
+    """
+    return [part.clone(memory_format=torch.contiguous_format) for part in parts]
+
+
+@_stored.register_fake
+def _(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [part.new_empty(part.shape) for part in parts]
+
+
+def _gradients_of_stored(ctx: Any, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    return gradients
+
+
+_stored.register_autograd(_gradients_of_stored)
+
+
+def stored(builder: Builder, parts: list[fx.Node]) -> list[fx.Node]:
+    """Nodes for the same values, as they are in memory and in no other way."""
+    result = builder.call(torch.ops.attnrewrite.stored.default, parts)
+    fakes = result.meta["val"]
+    return [builder.insert(operator.getitem, (result, place), {}, fake) for place, fake in enumerate(fakes)]
+
+
+@torch.library.custom_op("attnrewrite::realized", mutates_args=())
+def _realized(part: torch.Tensor, whole: bool) -> torch.Tensor:
+    """The same numbers. Inductor computes them into memory, and copies nothing that lies there already.
+
+    Args:
+        part: any tensor.
+        whole: the memory begins with it. FlexAttention's kernel for short queries takes a query by ``as_strided``,
+            which forgets where in a tensor a part of it begins (torch 2.11).
+    """
+    return part.clone()
+
+
+@_realized.register_fake
+def _(part: torch.Tensor, whole: bool) -> torch.Tensor:
+    return part.clone()
+
+
+def _gradient_of_realized(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return gradient, None
+
+
+_realized.register_autograd(_gradient_of_realized)
+
+
+def realized(builder: Builder, part: fx.Node, *, whole: bool = False) -> fx.Node:
+    """A node for the same numbers, which have their place in memory when FlexAttention is lowered.
+
+    For graphs that go on to Inductor. See ``whole`` of the operator ``attnrewrite::realized``.
+    """
+    if part.op != "call_function" or part.target in _IN_MEMORY:
+        return part
+    _lower_realized()
+    return builder.call(torch.ops.attnrewrite.realized.default, part, whole)
+
+
+_IN_MEMORY = frozenset({torch.ops.attnrewrite.realized.default})
+
+
+@functools.cache
+def _lower_realized() -> None:
+    lower_to_memory(torch.ops.attnrewrite.realized.default)
