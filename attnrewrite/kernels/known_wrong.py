@@ -133,7 +133,8 @@ KNOWN_WRONG: tuple[KnownWrong, ...] = (
         source="https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_inductor/kernel/flex/flex_decoding.py "
         "create_flex_decoding_kernel, realize_input and as_strided",
         seen="torch 2.11, H200",
-        avoided="the query has its layout from as_strided, in training from the kernel for long queries",
+        avoided="the query is computed into memory first (attnrewrite::realized); in training, and where the graph "
+        "does not go on to Inductor, the kernel for long queries is asked for",
     ),
     KnownWrong(
         kernel="native",

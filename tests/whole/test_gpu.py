@@ -279,6 +279,42 @@ def test_flex_with_a_query_that_is_part_of_a_tensor(part: str, computed: str, wa
     assert not disagreements(actual, expected, exact, torch.bfloat16)
 
 
+@pytest.mark.parametrize("way", ["inference", "dynamic", "training"])
+@pytest.mark.parametrize("length", [1, 12, 130])
+@pytest.mark.parametrize("computed", ["norm", "positions", "one number", "part", "expanded", "product"])
+def test_flex_with_a_bias_that_the_graph_computes(computed: str, length: int, way: str) -> None:
+    """Inductor cannot read what it has not yet laid out, such as what is computed from a reduction."""
+    biases: dict[str, Any] = {
+        "norm": lambda bias, row: bias.log_softmax(-1),
+        "positions": lambda bias, row: (row > 0).cumsum(-1)[:, None, None] * bias[:1, :, :1, :1],
+        "one number": lambda bias, row: bias.softmax(-1)[:1, :1, :1, :1],
+        "part": lambda bias, row: torch.cat([bias, bias]).log_softmax(-1)[1:3],
+        "expanded": lambda bias, row: bias.logsumexp(-1, keepdim=True).expand(-1, -1, -1, 140) * row[:, None, None],
+        "product": lambda bias, row: (bias @ bias.mT @ bias)[..., :140],
+    }
+
+    def capped(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, row: Tensor) -> Tensor:
+        scores = 4 * torch.tanh((query @ key.mT + biases[computed](bias, row)) / 4)
+        return scores.softmax(-1) @ value
+
+    shapes = [(2, 4, length, 32), (2, 4, 140, 32), (2, 4, 140, 32), (2, 4, length, 140), (2, 140)]
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.5 for shape in shapes]
+    wide = cast(inputs, torch.float64, "cuda")
+    if way == "dynamic" and length > 1:
+        torch._dynamo.mark_dynamic(inputs[0], 2)
+        torch._dynamo.mark_dynamic(inputs[3], 2)
+    new, first, found = rewritten_and_rows(capped, *inputs, inner="inductor")
+    assert [row.kernel for row in found] == ["flex"]
+    actual, expected, exact = [first], [capped(*inputs)], [capped(*wide)]
+    if way == "training":
+
+        def of_row(function: Any, given: list[Tensor]) -> list[Tensor]:
+            return gradients(lambda *most: function(*most, given[4]), given[:4])
+
+        actual, expected, exact = of_row(new, inputs), of_row(capped, inputs), of_row(capped, wide)
+    assert not disagreements(actual, expected, exact, torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("expanded", [(1, 4, 32, 16), (2, 1, 32, 16), (2, 4, 1, 16)])
