@@ -89,7 +89,7 @@ class Flex(Kernel):
             if any(not isinstance(width, int) for width in widths):
                 return Verdict.no("takes head sizes that are numbers, and no symbols")
             if site.differentiable and any(map(_may_have_gradient, _read_as_numbers(site))):
-                return Verdict.no("a factor of the scores is a single learned number, whose gradient it does not give")
+                return Verdict.no("a single learned number is read by the score_mod, which gives it no gradient")
             if site.differentiable and not site.for_inductor and any(map(_may_have_gradient, _read_by_position(site))):
                 # ``_maybe_new_buffer`` of sdpa_dense_backward asks the tensor, and what is computed requires none:
                 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_higher_order_ops/flex_attention.py
@@ -348,11 +348,14 @@ def _read_as_numbers(site: CanonicalAttention) -> list[fx.Node]:
     if _by_blocks(site) is not None or _by_lifted_mask(site):
         return []
     factors: list[Any] = [mod.factor for mod in site.mods if isinstance(mod, Scale)]
-    nodes = [factor.node if isinstance(factor, Operand) else factor for factor in factors]
+    nodes = [*factors, *(operand.node for operand in _read_by_position(site))]
     return [
         node
         for node in nodes
-        if isinstance(node, fx.Node) and is_tensor(node) and all(same(size, 1) for size in tensor(node).shape)
+        if isinstance(node, fx.Node)
+        and is_tensor(node)
+        and tensor(node).dtype.is_floating_point
+        and all(same(size, 1) for size in tensor(node).shape)
     ]
 
 

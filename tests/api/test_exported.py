@@ -128,6 +128,8 @@ def test_gradients_of_an_exported_program() -> None:
 
 LOAD = """
 import sys, torch
+
+pytestmark = pytest.mark.drawn
 program, inputs = sys.argv[1:3]
 inputs = torch.load(inputs)
 with torch.no_grad():

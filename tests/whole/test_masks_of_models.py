@@ -13,6 +13,8 @@ from attnrewrite.backend import collect_reports
 from tests.support.helpers import recording, relative_error, rewritten
 from tests.support.zoo import NO_DROPOUT, hidden, ids, padded, transformer
 
+pytestmark = pytest.mark.drawn
+
 BATCH, LENGTH, HEADS = 2, 12, 4
 
 _DECODER: dict[str, Any] = {

@@ -13,6 +13,8 @@ from attnrewrite import explain
 from tests.support.helpers import relative_error, rewritten
 from tests.support.zoo import ZOO, Entry
 
+pytestmark = pytest.mark.drawn
+
 every_model = pytest.mark.parametrize("entry", ZOO, ids=[entry.name for entry in ZOO])
 
 
