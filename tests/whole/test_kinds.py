@@ -75,7 +75,7 @@ class Drawn:
 
     def low(self) -> float:
         """A number that masks."""
-        least = torch.finfo(self.dtype).min
+        least = max(torch.finfo(self.dtype).min, torch.finfo(torch.float32).min)
         numbers = [-math.inf, -math.inf, -1e4, -3e4, least]
         return self.chance.choice(numbers if self.dtype == torch.float16 else [*numbers, -1e9, -1e30])
 
