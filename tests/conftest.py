@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 
@@ -29,6 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["ATTNREWRITE_RAISE"] = "1"
     # One thread a worker: the tests share their cores with each other.
     torch.set_num_threads(1)
+    # Records of each compilation, which pytest would keep for a test that fails.
+    logging.getLogger("torch.__trace").propagate = False
     # A collection walks through all that torch and the tests hold. Dynamo asks for one after each compilation; with
     # Python's own thresholds they take a seventh of the suite's time.
     torch._dynamo.config.run_gc_after_compile = False

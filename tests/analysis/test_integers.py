@@ -13,6 +13,8 @@ from torch.nn.functional import pad
 
 from tests.support.helpers import compile_count, no_more_graphs, relative_error, rewritten, rewritten_and_rows, rows
 
+pytestmark = pytest.mark.drawn
+
 BATCH, LENGTH = 2, 9
 _Mask = Callable[[Tensor], Tensor]
 

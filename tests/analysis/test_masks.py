@@ -12,6 +12,8 @@ from torch import Tensor, fx, nn
 
 from tests.support.helpers import compile_count, no_more_graphs, relative_error, rewritten, rows
 
+pytestmark = pytest.mark.drawn
+
 LENGTH, KEYS = 7, 9
 _Masked = Callable[[Tensor, Tensor], Tensor]
 

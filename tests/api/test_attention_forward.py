@@ -17,6 +17,8 @@ from attnrewrite import AttentionInputError, attention_backend, attention_forwar
 from attnrewrite.backend import collect_reports
 from tests.support.helpers import gradients, relative_error, rewritten, rows
 
+pytestmark = pytest.mark.drawn
+
 
 def reference(
     q: Tensor,

@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
@@ -14,6 +15,8 @@ from attnrewrite.bench.pass_times import STEPS, measure_pass
 from attnrewrite.bench.sites import SitesBenchmark, plot_sites, print_sites_benchmark, run_sites_benchmark
 from attnrewrite.cli import main
 from attnrewrite.selection.cost_table import CostTable, Workload
+
+pytestmark = pytest.mark.drawn
 
 
 def test_ten_blocks_are_a_thousand_nodes_and_ten_sites() -> None:

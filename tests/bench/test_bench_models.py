@@ -19,6 +19,8 @@ from attnrewrite.bench.models import WAYS, ModelsBenchmark, Settings, plot_model
 from attnrewrite.bench.models import run_models_benchmark as run
 from attnrewrite.cli import main
 
+pytestmark = pytest.mark.drawn
+
 CPU = torch.device("cpu")
 
 

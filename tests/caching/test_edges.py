@@ -22,6 +22,8 @@ from attnrewrite.errors import CacheTypeError
 from tests.support.caching_video import Attention, Clock, broadcast, compiled, inputs, steps, tokens, video
 from tests.support.helpers import recording, relative_error
 
+pytestmark = pytest.mark.drawn
+
 
 @pytest.fixture(autouse=True)
 def inference() -> Iterator[None]:

@@ -29,6 +29,8 @@ from tests.support.caching_reference import Call, evaluate, settings_of, simulat
 from tests.support.caching_video import ALL, Attention, Clock, broadcast, compiled, inputs, spatial, steps, truth, video
 from tests.support.helpers import recording, relative_error
 
+pytestmark = pytest.mark.drawn
+
 linear = torch.ops.aten.linear.default
 
 

@@ -18,6 +18,8 @@ from attnrewrite import CacheError, CacheMemoryError, FasterCacheConfig
 from tests.support.caching_video import Attention, Clock, broadcast, compiled, inputs, tokens, video
 from tests.support.helpers import recording, relative_error
 
+pytestmark = pytest.mark.drawn
+
 
 @pytest.fixture(autouse=True)
 def inference() -> Iterator[None]:

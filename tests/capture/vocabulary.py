@@ -13,7 +13,7 @@ import operator
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from attnrewrite.capture.support import CaptureError
 from attnrewrite.capture.trace import capture
 
-__all__ = ["Vocabulary", "as_text", "read_vocabulary"]
+__all__ = ["Vocabulary", "as_text", "part_of_text", "read_vocabulary"]
 
 
 @functools.cache
@@ -232,10 +232,34 @@ class Vocabulary:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def _calls() -> Iterator[tuple[str, list[Call]]]:
+def name_of(spelling: str) -> str:
+    """What an operator's spellings have in common."""
+    return spelling.rpartition(".")[2].removesuffix("_")
+
+
+def part_of_text(text: str, drawn: Callable[[str], bool]) -> str:
+    """What :func:`as_text` gives of the names that are drawn."""
+    lines: list[str] = []
+    section = 0
+    for line in text.splitlines():
+        section += line.startswith("#")
+        if section > 3 or not line or line.startswith("#"):
+            lines.append(line)
+        elif section > 1:
+            lines += [line] if drawn(name_of(line)) else []
+        else:
+            targets, _, spellings = line.partition(": ")
+            kept = [spelling for spelling in spellings.split() if drawn(name_of(spelling))]
+            lines += [f"{targets}: {' '.join(kept)}"] if kept else []
+    return "\n".join(lines) + "\n"
+
+
+def _calls(drawn: Callable[[str], bool]) -> Iterator[tuple[str, list[Call]]]:
     recipes = [recipe.strip() for line in RECIPES.split("\n") for recipe in line.split(" | ") if recipe.strip()]
     known: dict[str, list[str]] = {}
     for spelling, functions in _spellings():
+        if not drawn(name_of(spelling)):
+            continue
         taken: dict[Any, Call] = {}
         # In place, what the method takes without the underscore.
         tried = known.get(spelling.removeprefix("Tensor.").removesuffix("_"), recipes)
@@ -277,12 +301,17 @@ def _gives_tensors(call: Call) -> bool:
     return any(isinstance(each, Tensor) for each in (result if isinstance(result, (tuple, list)) else [result]))
 
 
-def read_vocabulary() -> Vocabulary:
+def read_vocabulary(drawn: Callable[[str], bool] = lambda name: True) -> Vocabulary:
+    """The vocabulary.
+
+    Args:
+        drawn: whether the spellings of a name are read, such as those of "add": ``torch.add``, ``Tensor.add_``.
+    """
     vocabulary = Vocabulary()
     calls: list[Call] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for spelling, taken in _calls():
+        for spelling, taken in _calls(drawn):
             if not taken:
                 vocabulary.untaken.append(spelling)
             calls += taken

@@ -20,6 +20,8 @@ from attnrewrite.kernels.cudnn_training import laid_out_like, plan_of_our_own, w
 from attnrewrite.kernels.known_wrong import KNOWN_WRONG
 from tests.support.helpers import gradients, relative_error, rewritten, rows
 
+pytestmark = pytest.mark.drawn
+
 aten = torch.ops.aten
 
 BHSD, BSHD, SBHD = (0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)

@@ -25,6 +25,8 @@ from attnrewrite.kernels.common.layout import KernelLayout
 from attnrewrite.report.rows import GraphReport, SiteReport
 from tests.support.helpers import gradients, relative_error, rewritten
 
+pytestmark = pytest.mark.drawn
+
 VARIABLES = ("ATTNREWRITE_KERNELS", "DIFFUSERS_ATTN_BACKEND", "DIFFSYNTH_ATTENTION_IMPLEMENTATION")
 
 

@@ -22,6 +22,8 @@ from attnrewrite.patterns import Finding, GraphView, Specimen, attention_site, r
 from attnrewrite.report.rows import GraphReport
 from tests.support.helpers import gradients, relative_error, rewritten
 
+pytestmark = pytest.mark.drawn
+
 aten = torch.ops.aten
 
 RIGHT, MISREAD, WRONG_SCALE = 4, 5, 0.3

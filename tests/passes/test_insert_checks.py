@@ -18,6 +18,8 @@ from attnrewrite.backend import collect_reports
 from attnrewrite.patterns import Specimen
 from tests.support.helpers import gradients, relative_error, rewritten, rows, specimens_for_kernels
 
+pytestmark = pytest.mark.drawn
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return (q @ k.mT / 4 + mask).softmax(-1) @ v

@@ -16,6 +16,8 @@ from torch._higher_order_ops.while_loop import while_loop
 
 from tests.support.helpers import gradients, relative_error, rewritten, rewritten_and_rows, rows
 
+pytestmark = pytest.mark.drawn
+
 
 class Block(nn.Module):
     def __init__(self) -> None:

@@ -23,6 +23,8 @@ from attnrewrite.report.dump import GraphDump
 from attnrewrite.report.graph_code import graph_source
 from attnrewrite.report.rows import GraphReport, SiteReport
 
+pytestmark = pytest.mark.drawn
+
 
 def traced(function: Callable[..., Any], *inputs: Any) -> fx.GraphModule:
     return make_fx(function, pre_dispatch=True, record_stack_traces=True)(*inputs)

@@ -18,6 +18,8 @@ from attnrewrite.kernels import Availability, Verdict, kernel_named
 from attnrewrite.options.compile_options import Policy
 from tests.support.helpers import gradients, relative_error, rewritten, rows
 
+pytestmark = pytest.mark.drawn
+
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:

@@ -66,7 +66,6 @@ def described(t: torch.Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...]
     return t.dtype, t.shape, t.stride()
 
 
-@pytest.mark.every
 @every_specimen
 def test_gradients(specimen: Specimen) -> None:
     if not specimen.gradients:
