@@ -25,6 +25,8 @@ from attnrewrite.patterns import Specimen
 from attnrewrite.patterns.registry import specimens
 from tests.support.helpers import relative_error
 
+pytestmark = pytest.mark.drawn
+
 
 class Calls(nn.Module):
     """A function as a module, which is what can be exported."""
@@ -128,8 +130,6 @@ def test_gradients_of_an_exported_program() -> None:
 
 LOAD = """
 import sys, torch
-
-pytestmark = pytest.mark.drawn
 program, inputs = sys.argv[1:3]
 inputs = torch.load(inputs)
 with torch.no_grad():
