@@ -332,19 +332,16 @@ def inductor_backend(mode: str | None, options: dict[str, Any]) -> Any:
 
 
 def lower_to_memory(op: torch._ops.OpOverload) -> None:
-    """Has Inductor take ``op(x, whole)`` for ``x`` itself, once it is computed into memory and its layout is decided.
+    """Has Inductor take ``op(x, own)`` for ``x`` itself, once it is computed into memory and its layout is decided.
 
     Args:
-        op: an operator whose result are the numbers of its first argument. With ``whole``, a part of a tensor is copied
-            unless it is the beginning.
+        op: an operator whose result are the numbers of its first argument; with ``own`` in memory of their own.
     """
     from torch._inductor import ir
     from torch._inductor.lowering import register_lowering
 
-    def lowered(x: Any, whole: bool) -> Any:
-        found: Any = ir.ExternKernel.realize_input(x)
-        if whole and found.get_layout().offset != 0:
-            found = ir.ExternKernel.copy_input(found)
+    def lowered(x: Any, own: bool) -> Any:
+        found: Any = ir.ExternKernel.copy_input(x) if own else ir.ExternKernel.realize_input(x)
         found.freeze_layout()
         return found if isinstance(found, ir.TensorBox) else ir.TensorBox(found)
 

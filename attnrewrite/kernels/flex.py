@@ -222,12 +222,12 @@ class Flex(Kernel):
         masks, buffers = call.blocks.buffers, call.buffers
         if site.device.type != "cpu" and "BACKEND" not in self.kernel_options and _may_be_short(query):
             if site.for_inductor and not site.differentiable:
-                query = realized(builder, query, whole=True)
+                query = realized(builder, query, own=True)
             else:
                 options["FORCE_USE_FLEX_ATTENTION"] = True
         if site.device.type != "cpu" and site.for_inductor:
-            masks = tuple(realized(builder, buffer) for buffer in masks)
-            buffers = tuple(realized(builder, buffer) for buffer in buffers)
+            masks = tuple(realized(builder, buffer, own=site.differentiable) for buffer in masks)
+            buffers = tuple(realized(builder, buffer, own=site.differentiable) for buffer in buffers)
         output = _output_like(query, value)
         rows = output.new_empty(output.shape[:-1], dtype=torch.float32)
         module = builder.submodule("score_mod", call.score_mod)
@@ -348,6 +348,7 @@ def _read_as_numbers(site: CanonicalAttention) -> list[fx.Node]:
     if _by_blocks(site) is not None or _by_lifted_mask(site):
         return []
     factors: list[Any] = [mod.factor for mod in site.mods if isinstance(mod, Scale)]
+    factors += [scale.factor for mod in site.mods if isinstance(mod, Bias) for scale in mod.scales]
     nodes = [*factors, *(operand.node for operand in _read_by_position(site))]
     return [
         node

@@ -52,19 +52,20 @@ def stored(builder: Builder, parts: list[fx.Node]) -> list[fx.Node]:
 
 
 @torch.library.custom_op("attnrewrite::realized", mutates_args=())
-def _realized(part: torch.Tensor, whole: bool) -> torch.Tensor:
-    """The same numbers. Inductor computes them into memory, and copies nothing that lies there already.
+def _realized(part: torch.Tensor, own: bool) -> torch.Tensor:
+    """The same numbers. Inductor computes them into memory, and copies what lies there already only for ``own``.
 
     Args:
         part: any tensor.
-        whole: the memory begins with it. FlexAttention's kernel for short queries takes a query by ``as_strided``,
-            which forgets where in a tensor a part of it begins (torch 2.11).
+        own: in memory that nothing else is in. FlexAttention's kernel for short queries takes a query by
+            ``as_strided``, which forgets where in a tensor a part of it begins (torch 2.11). And what is saved for the
+            backward pass must not be written to, as an input is whose update stands behind the attention.
     """
     return part.clone()
 
 
 @_realized.register_fake
-def _(part: torch.Tensor, whole: bool) -> torch.Tensor:
+def _(part: torch.Tensor, own: bool) -> torch.Tensor:
     return part.clone()
 
 
@@ -75,15 +76,15 @@ def _gradient_of_realized(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tenso
 _realized.register_autograd(_gradient_of_realized)
 
 
-def realized(builder: Builder, part: fx.Node, *, whole: bool = False) -> fx.Node:
+def realized(builder: Builder, part: fx.Node, *, own: bool) -> fx.Node:
     """A node for the same numbers, which have their place in memory when FlexAttention is lowered.
 
-    For graphs that go on to Inductor. See ``whole`` of the operator ``attnrewrite::realized``.
+    For graphs that go on to Inductor. See ``own`` of the operator ``attnrewrite::realized``.
     """
     if part.op != "call_function" or part.target in _IN_MEMORY:
         return part
     _lower_realized()
-    return builder.call(torch.ops.attnrewrite.realized.default, part, whole)
+    return builder.call(torch.ops.attnrewrite.realized.default, part, own)
 
 
 _IN_MEMORY = frozenset({torch.ops.attnrewrite.realized.default})

@@ -30,14 +30,14 @@ COMPUTED: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("computed", COMPUTED)
-def test_numbers_stay(computed: str, whole: bool, dynamic: bool) -> None:
+def test_numbers_stay(computed: str, own: bool, dynamic: bool) -> None:
     _lower_realized()
 
     def all_parts(x: Tensor) -> list[Tensor]:
         tensor = COMPUTED[computed](x)
-        return [realized(take(tensor), whole) + 1 for take in PARTS.values()]
+        return [realized(take(tensor), own) + 1 for take in PARTS.values()]
 
     x = torch.randn(4, 5, 8)
     torch._dynamo.reset()
