@@ -213,6 +213,17 @@ def test_gpt_neo_fills_in_the_lowest_number_of_float32(inner: str, dtype: torch.
     assert relative_error(new[:, :7], expected[:, :7]) <= 8 * torch.finfo(dtype).eps
 
 
+def _require_flex_like_eager(attend: Any, inputs: list[Tensor], way: str) -> None:
+    """Values, or gradients in training, through Inductor."""
+    wide = cast(inputs, torch.float64, "cuda")
+    new, first, found = rewritten_and_rows(attend, *inputs, inner="inductor")
+    assert [row.kernel for row in found] == ["flex"]
+    actual, expected, exact = [first], [attend(*inputs)], [attend(*wide)]
+    if way == "training":
+        actual, expected, exact = gradients(new, inputs), gradients(attend, inputs), gradients(attend, wide)
+    assert not disagreements(actual, expected, exact, torch.bfloat16)
+
+
 @pytest.mark.parametrize("way", ["inference", "dynamic", "training"])
 @pytest.mark.parametrize("length", [1, 12, 72, 130])
 @pytest.mark.parametrize("order", [(0, 2, 1, 3), (1, 2, 0, 3), (2, 1, 0, 3)], ids=str)
@@ -231,15 +242,9 @@ def test_flex_with_a_query_of_any_memory_order(order: tuple[int, ...], length: i
         return torch.randn(sizes, device="cuda", dtype=torch.bfloat16)
 
     inputs = [operand(length), operand(140), operand(140)]
-    wide = cast(inputs, torch.float64, "cuda")
     if way == "dynamic" and length > 1:
         torch._dynamo.mark_dynamic(inputs[0], order[2])
-    new, first, found = rewritten_and_rows(capped, *inputs, inner="inductor")
-    assert [row.kernel for row in found] == ["flex"]
-    actual, expected, exact = [first], [capped(*inputs)], [capped(*wide)]
-    if way == "training":
-        actual, expected, exact = gradients(new, inputs), gradients(capped, inputs), gradients(capped, wide)
-    assert not disagreements(actual, expected, exact, torch.bfloat16)
+    _require_flex_like_eager(capped, inputs, way)
 
 
 @pytest.mark.parametrize("way", ["inference", "dynamic", "training"])
@@ -265,18 +270,12 @@ def test_flex_with_a_query_that_is_part_of_a_tensor(part: str, computed: str, wa
     shape = sizes.get(part, (2, 4, 12, 32))
     operands = [shape, (shape[-1], shape[-1]), (2, 4, 140, 32), (2, 4, 140, 32)]
     inputs = [torch.randn(each, device="cuda", dtype=torch.bfloat16) * 0.5 for each in operands]
-    wide = cast(inputs, torch.float64, "cuda")
     if way == "dynamic":
         torch._dynamo.mark_dynamic(inputs[2], 2)
         torch._dynamo.mark_dynamic(inputs[3], 2)
         if part != "tokens":
             torch._dynamo.mark_dynamic(inputs[0], 2)
-    new, first, found = rewritten_and_rows(capped, *inputs, inner="inductor")
-    assert [row.kernel for row in found] == ["flex"]
-    actual, expected, exact = [first], [capped(*inputs)], [capped(*wide)]
-    if way == "training":
-        actual, expected, exact = gradients(new, inputs), gradients(capped, inputs), gradients(capped, wide)
-    assert not disagreements(actual, expected, exact, torch.bfloat16)
+    _require_flex_like_eager(capped, inputs, way)
 
 
 @pytest.mark.parametrize("way", ["inference", "dynamic", "training"])
