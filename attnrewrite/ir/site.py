@@ -512,7 +512,8 @@ class CanonicalAttention(AttentionSite):
     @property
     def doubles_features(self) -> bool:
         """Whether kernels are given query and key with twice the features, for gradients of rows without a key."""
-        return self.differentiable and self.scores.lift is Lift.SUBSET
+        raised = any(isinstance(term, Raise) for term in self.scores.terms)
+        return self.differentiable and (raised or self.scores.lift is Lift.SUBSET)
 
     @staticmethod
     def of(site: AttentionSite, scores: CanonicalScores) -> CanonicalAttention:

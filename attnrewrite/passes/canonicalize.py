@@ -283,7 +283,9 @@ def _require_raised_rows(
         return
     beside = site.sink is not None or any(isinstance(term, Floor) for term in terms)
     beside |= any(_shows_in_raised_rows(term, site) for term in terms)
-    if inexpressible or site.differentiable or beside or masked_rows.is_zero_unless_nan:
+    # A fill stops the gradients of the scores that it takes the place of.
+    beside |= site.differentiable and (site.in_half or any(isinstance(term, Fill) for term in terms))
+    if inexpressible or beside or masked_rows.is_zero_unless_nan:
         rounded = {term.rounded_to for term in terms if isinstance(term, Raise)} - {None}
         raise NotAttention(_without_key(_rounded(rounded.pop()) if rounded else Reason(_CHANGED_LATER)))
 
@@ -791,7 +793,10 @@ def _read_function(mod: Elementwise, reading: _Reading) -> None:
 def _read_after_maximum(mod: ScoreMod, reading: _Reading, site: AttentionSite) -> None:
     """Reads what follows after the maximum of masked scores was subtracted, before it is read as a term."""
     counted = site.underflows or site.rounds_rows
-    if not isinstance(mod, (Bias, Fill)) or site.differentiable or reading.inexpressible or counted:
+    known = isinstance(mod, (Bias, Fill)) or (
+        isinstance(mod, Scale) and isinstance(mod.factor, (int, float)) and mod.factor > 0
+    )
+    if not known or reading.inexpressible or counted:
         reading.overflows = Reason(_CHANGED_LATER)
         return
     float32 = site.softmax_dtype is torch.float32 and not site.in_half
@@ -801,7 +806,7 @@ def _read_after_maximum(mod: ScoreMod, reading: _Reading, site: AttentionSite) -
 
 def _only_narrows(mod: Narrow, site: AttentionSite) -> bool:
     """Whether a cast of scores whose maximum was subtracted changes none that counts."""
-    return not site.differentiable and not site.in_half and mod.dtype.itemsize >= 4
+    return not site.in_half and mod.dtype.itemsize >= 4
 
 
 def _stays_lifted(mod: ScoreMod, reading: _Reading) -> bool:
@@ -878,7 +883,7 @@ def _read_narrow(mod: Narrow, reading: _Reading, site: AttentionSite) -> None:
             for term in terms
             for value in _values(term)
         )
-        counted = site.differentiable or site.underflows or site.rounds_rows
+        counted = site.underflows or site.rounds_rows
         if mod.dtype.itemsize < 4 or (counted and (resolved or any(_overflows(term, mod.dtype) for term in terms))):
             reading.overflows = rounded
         elif resolved or any(_overflows(term, mod.dtype) for term in terms):

@@ -538,6 +538,64 @@ def test_exponentials_behind_a_maximum(later: str, low: float, way: str, grad: b
         assert row.status == "rewritten", row.reason
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("low", [-math.inf, -1e9, -1e4, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("factor", [None, 0.5, 2.5])
+@pytest.mark.parametrize("steps", ["two masks", "one mask", "numbers between", "grouped"])
+def test_training_with_masks_on_both_sides_of_a_maximum(
+    dtype: torch.dtype, low: float, factor: float | None, steps: str
+) -> None:
+    """The scores of a row that was raised are lost, and have their gradients all the same."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, first: Tensor, second: Tensor, learned: Tensor) -> Tensor:
+        if steps == "grouped":
+            k, v = (part[:, :2].repeat_interleave(2, 1) for part in (k, v))
+        scores = q @ k.mT * 0.3 + first
+        scores = scores + learned if steps == "numbers between" else scores
+        scores = scores - scores.amax(-1, keepdim=True)
+        scores = scores if factor is None else scores * factor
+        return (scores if steps == "one mask" else scores + second).softmax(-1) @ v
+
+    first, second = (torch.zeros(mask.shape).masked_fill(mask, low) for mask in _dead())
+    learned = torch.randn(4, 6, 9, generator=torch.Generator().manual_seed(4))
+    call = (*heads(), first, second, learned)
+    (row,) = rows(function, *prepared(call, dtype, gradients=True))
+    assert row.status == "rewritten", row.reason
+    own, new = (run(f, prepared(call, dtype, gradients=True), gradients=True) for f in (function, rewritten(function)))
+    exact = truth(function, call, dtype, gradients=True, device="cpu")
+    assert not wrong(dtype, new, own, exact)
+
+
+@pytest.mark.parametrize("low", [-math.inf, -1e4, -1e9, -1e30, torch.finfo(torch.float64).min])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+def test_training_with_masked_scores_that_are_rounded(low: float, given: bool, before: bool) -> None:
+    """
+    Args:
+        before: the maximum is subtracted before they are rounded.
+    """
+
+    def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, numbers: Tensor, learned: Tensor) -> Tensor:
+        scores = q @ k.mT * 0.3 + (numbers if given else torch.zeros_like(numbers).masked_fill(mask, low)) + learned
+        scores = scores - scores.amax(-1, keepdim=True) if before else scores
+        return scores.float().softmax(-1).to(q.dtype) @ v
+
+    mask, _ = _dead()
+    learned = torch.randn(4, 6, 9, generator=torch.Generator().manual_seed(4)).double()
+    numbers = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(mask, low)
+    call = (*(part.double() for part in heads()), mask, numbers, learned)
+    (row,) = rows(function, *prepared(call, torch.float64, gradients=True))
+    assert row.status == "rewritten", row.reason
+    inputs = [prepared(call, torch.float64, gradients=True) for _ in range(2)]
+    own, new = (run(f, each, gradients=True) for f, each in zip((function, rewritten(function)), inputs, strict=True))
+    # Beside -1e4, float32 has three digits of a score behind the point.
+    limit = 1e-3 if low == -1e4 and not before else 1e-5
+    for what in own:
+        for expected, result in zip(own[what], new[what], strict=True):
+            assert torch.equal(result.isnan(), expected.isnan()), what
+            assert relative_error(result.nan_to_num(), expected.nan_to_num()) <= limit, what
+
+
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("call", [False, True])
 def test_a_scale_of_zero_under_a_causal_mask(grad: bool, call: bool) -> None:

@@ -162,7 +162,7 @@ class Mask:
             self._after_fill = self._cast(self._after_fill)
         if self._site.scores.rounded_to is not None:
             total = self._cast(total, self._site.scores.rounded_to)
-        if self._is_raised:
+        if self._is_raised and not self._site.differentiable:
             # Where a maximum of minus infinity was subtracted from itself, and no fill took the place of that.
             lost = call(aten.any.dim, call(aten.isnan.default, total), -1, True)
             total = call(aten.where.ScalarSelf, lost, -math.inf, total)
@@ -175,16 +175,21 @@ class Mask:
     def _raised(self, total: fx.Node, raised: Raise, before: Sequence[Bias | Fill | Floor | Raise]) -> fx.Node:
         """What a row has been lowered by as a whole is taken back, and its scores are taken away where they were lost.
 
-        Rows of minus infinity become NaN.
+        Rows of minus infinity become NaN, which a fill may take the place of; in training they stay as they are.
         """
         call = self._builder.call
         total = self._cast(total, raised.rounded_to) if raised.rounded_to else total
-        highest = call(aten.clamp.default, call(aten.amax.default, total, [-1], True), None, 0.0)
+        highest = call(aten.detach.default, call(aten.amax.default, total, [-1], True))
+        highest = call(aten.clamp.default, highest, None, 0.0)
         absorbed = call(aten.le.Scalar, highest, raised.absorbed)
         filled = self._filled_rows(before)
         for rows in (filled, self.absorbed_rows):
             absorbed = absorbed if rows is None else call(aten.logical_or.default, absorbed, rows)
         self.absorbed_rows = absorbed
+        if self._site.differentiable:
+            # No fill follows, and the gradient of such a row is NaN, as it is in the source.
+            infinite = call(aten.eq.Scalar, highest, -math.inf)
+            highest = call(aten.where.ScalarSelf, infinite, 0.0, highest)
         total = call(aten.sub.Tensor, total, highest)
         return total if raised.factor == 1 else call(aten.mul.Scalar, total, raised.factor)
 
