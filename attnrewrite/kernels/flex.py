@@ -30,6 +30,7 @@ from attnrewrite.kernels.common.layout import KernelLayout, lay_out, padded, pad
 from attnrewrite.kernels.common.library_kernel import RUN_ON
 from attnrewrite.kernels.common.limits import Asked, Capability, Limits, capability_of
 from attnrewrite.kernels.common.mask import Mask
+from attnrewrite.kernels.common.memory import realized, stored
 from attnrewrite.kernels.common.verdict import Availability, Verdict
 from attnrewrite.kernels.flash import FLASH_4_PACKAGE
 from attnrewrite.kernels.flex_blocks import (
@@ -41,7 +42,6 @@ from attnrewrite.kernels.flex_blocks import (
     placeholders_first,
     whole_block,
 )
-from attnrewrite.kernels.flex_memory import realized, stored
 from attnrewrite.kernels.torch_limits import FLEX, FLEX_BLOCKS, FLEX_DECODING_BELOW, FLEX_FLASH, FLEX_SMALLEST_HEAD
 from attnrewrite.kernels.torch_sdpa import TESTED_ON
 from attnrewrite.torch_private import block_mask_of_everything, cpu_flex_supported, disable_current_modes, dynamo_config

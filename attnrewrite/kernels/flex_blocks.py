@@ -22,7 +22,7 @@ from attnrewrite.ir.nodes import Size, same, tensor
 from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels.common.layout import padded_to
 from attnrewrite.kernels.common.limits import Asked
-from attnrewrite.kernels.flex_memory import stored
+from attnrewrite.kernels.common.memory import stored
 
 __all__ = [
     "BLOCK",

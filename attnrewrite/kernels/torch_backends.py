@@ -25,6 +25,7 @@ from attnrewrite.ir.site import CanonicalAttention
 from attnrewrite.kernels.common.layout import KernelLayout, padded_to
 from attnrewrite.kernels.common.library_kernel import RUN_ON
 from attnrewrite.kernels.common.limits import Asked, Capability
+from attnrewrite.kernels.common.memory import realized
 from attnrewrite.kernels.common.verdict import Availability, Refusal, Verdict
 from attnrewrite.kernels.cudnn_training import CUDNN_ATTENTION
 from attnrewrite.kernels.torch_limits import CUDNN, EFFICIENT, FLASH, PADDED_TO
@@ -123,12 +124,19 @@ class _Backend(TorchSDPA):
         reasons = _warnings_of(lambda: self.check(parameters, True))
         return f"PyTorch's check says: {reasons[-1] if reasons else 'no'}"
 
-    def _call(self, builder: Builder, args: tuple[Any, ...], kwargs: dict[str, Any], fake: torch.Tensor) -> fx.Node:
+    def _call(
+        self,
+        builder: Builder,
+        site: CanonicalAttention,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        fake: torch.Tensor,
+    ) -> fx.Node:
         query, key, value, mask, dropout, causal = args
         width = tensor(value).shape[-1]
         query, key, value = (padded_to(builder, node, -1, PADDED_TO) for node in (query, key, value))
         if mask is not None:
-            mask = self._bias(builder, mask, query, key)
+            mask = self._bias(builder, mask, query, key, saved=site.for_inductor and site.differentiable)
         output = self._output(builder, _FusedCall((query, key, value), mask, dropout, causal, kwargs["scale"]))
         if same(tensor(output).shape[-1], width):
             return output
@@ -147,14 +155,21 @@ class _Backend(TorchSDPA):
         """The operator, and its arguments behind query, key and value."""
         raise NotImplementedError
 
-    def _bias(self, builder: Builder, mask: fx.Node, query: fx.Node, key: fx.Node) -> fx.Node:
-        """The mask as numbers, its rows of full length, and aligned as PyTorch's selector aligns them."""
+    def _bias(self, builder: Builder, mask: fx.Node, query: fx.Node, key: fx.Node, *, saved: bool) -> fx.Node:
+        """The mask as numbers, its rows of full length, and aligned as PyTorch's selector aligns them.
+
+        Args:
+            saved: Inductor saves it for the backward pass; it would compute the aligned rows once more there, without
+                the alignment (``sdpa_constraint`` in
+                https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_inductor/lowering.py).
+        """
         if tensor(mask).dtype is torch.bool:
             mask = builder.call(aten.where.Scalar, mask, 0.0, -math.inf)
             mask = builder.call(aten.to.dtype, mask, tensor(query).dtype)
         keys = tensor(key).shape[-2]
         aligned = padded_to(builder, mask, -1, 16)
         if aligned is not mask:
+            aligned = realized(builder, aligned, own=False) if saved else aligned
             mask = builder.call(aten.slice.Tensor, aligned, -1, 0, keys)
         elif not same(tensor(mask).stride()[-1], 1):
             mask = builder.call(aten.clone.default, mask, memory_format=torch.contiguous_format)

@@ -147,6 +147,7 @@ class TorchSDPA(Kernel):
         fake = tensor(query).new_empty((batch, heads, length, tensor(value).shape[-1]))
         output = self._call(
             builder,
+            site,
             (query, key, value, mask.node, site.dropout, scores.is_causal),
             {"scale": scores.scale, "enable_gqa": layout.grouped},
             fake,
@@ -158,7 +159,14 @@ class TorchSDPA(Kernel):
             output = mask.with_source_rows(output, value, layout)
         return layout.as_result(builder, site, output)
 
-    def _call(self, builder: Builder, args: tuple[Any, ...], kwargs: dict[str, Any], fake: torch.Tensor) -> fx.Node:
+    def _call(
+        self,
+        builder: Builder,
+        site: CanonicalAttention,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        fake: torch.Tensor,
+    ) -> fx.Node:
         return builder.insert(aten.scaled_dot_product_attention.default, args, kwargs, fake)
 
 
@@ -230,7 +238,14 @@ class TorchMath(TorchSDPA):
             return Verdict.no("there is no key to attend to")
         return self._supports_device(site)
 
-    def _call(self, builder: Builder, args: tuple[Any, ...], kwargs: dict[str, Any], fake: torch.Tensor) -> fx.Node:
+    def _call(
+        self,
+        builder: Builder,
+        site: CanonicalAttention,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        fake: torch.Tensor,
+    ) -> fx.Node:
         query, key, value, mask, dropout, causal = args
         if mask is not None and tensor(mask).dtype is torch.bool:
             # The public function turns a boolean mask into numbers; this operator adds it as ones and zeros.

@@ -330,3 +330,87 @@ def test_gradients_of_an_expanded_query(expanded: tuple[int, ...], inner: str, d
     own, new = gradients(attention, inputs), gradients(rewritten(attention, inner), inputs)
     for n, o, truth in zip(new, own, reference, strict=True):
         assert relative_error(n, truth) <= 4 * relative_error(o, truth) + 16 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("keys", [2, 5, 13])
+@pytest.mark.parametrize("mask", ["filled", "added", "computed"])
+def test_a_mask_of_few_keys_in_training(mask: str, keys: int, inner: str) -> None:
+    """Its rows are padded for the kernel, and have to be so in the backward pass as well."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, given: Tensor) -> Tensor:
+        low = torch.finfo(query.dtype).min
+        masks: dict[str, Any] = {
+            "filled": lambda scores: scores.masked_fill(given < 0, low),
+            "added": lambda scores: scores + given,
+            "computed": lambda scores: scores + (given < 0).to(scores.dtype) * low,
+        }
+        scores: Tensor = masks[mask](query @ key.mT * 0.25)
+        return scores.softmax(-1) @ value
+
+    generator = torch.Generator().manual_seed(0)
+    *inputs, given = (
+        torch.randn(shape, generator=generator).cuda()
+        for shape in [(2, 3, 6, 16), (2, 3, keys, 16), (2, 3, keys, 16), (3, 6, keys)]
+    )
+    given[:, 0] = -1.0
+
+    def of_mask(function: Any) -> list[Tensor]:
+        return gradients(lambda *operands: function(*operands, given), inputs)
+
+    (row,) = rows(attend, *(each.clone().requires_grad_() for each in inputs), given, kernels="_native_efficient")
+    assert row.kernel == "_native_efficient"
+    new = rewritten(attend, inner, kernels="_native_efficient", strict=True)
+    assert relative_error(of_mask(new), of_mask(attend)) <= 5e-4
+
+
+@pytest.mark.parametrize("way", ["bias", "mask"])
+@pytest.mark.parametrize("length", [12, 140])
+def test_flex_with_an_input_that_is_updated_behind_it(length: int, way: str) -> None:
+    """The backward pass reads it as it was before."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
+        scores = 4 * torch.tanh(query @ key.mT / 4)
+        scores = scores + table if way == "bias" else scores.masked_fill(table < 0.3, -torch.inf)
+        result = scores.softmax(-1) @ value
+        table.copy_(table.flip(-1))
+        return result
+
+    shapes = [(2, 4, length, 32), (2, 4, 140, 32), (2, 4, 140, 32)]
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+    table = torch.rand(2, 4, length, 140, device="cuda", dtype=torch.bfloat16)
+
+    def on_a_copy(function: Any, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+        own = table.to(dtype, copy=True)
+        return gradients(lambda *operands: function(*operands, own), [each.to(dtype) for each in inputs])
+
+    (row,) = rows(attend, *(each.clone().requires_grad_() for each in inputs), table.clone(), inner="inductor")
+    assert row.kernel == "flex"
+    new = on_a_copy(rewritten(attend, "inductor"))
+    assert not disagreements(new, on_a_copy(attend), on_a_copy(attend, torch.float64), torch.bfloat16)
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("low", [-torch.inf, -1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("factor", [0.5, 2.5])
+def test_training_with_rows_that_their_maximum_raises(factor: float, low: float, inner: str) -> None:
+    """The scores of such a row are lost, and have their gradients all the same."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        scores = query @ key.mT * 0.3 + first
+        return ((scores - scores.amax(-1, keepdim=True)) * factor + second).softmax(-1) @ value
+
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(2, 4, 6, 8), (2, 2, 9, 8), (2, 2, 9, 8)]
+    inputs = [torch.randn(size, generator=generator).cuda() for size in sizes]
+    masks = [torch.zeros(2, 1, 6, 9, device="cuda") for _ in range(2)]
+    masks[0][:, :, 1], masks[1][:, :, 2] = low, low
+    masks[0][:, :, 3, :4], masks[1][:, :, 3, 4:] = low, low
+
+    def of_masks(function: Any) -> list[Tensor]:
+        def grouped(query: Tensor, key: Tensor, value: Tensor) -> Any:
+            return function(query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1), *masks)
+
+        return gradients(grouped, inputs)
+
+    assert relative_error(of_masks(rewritten(attend, inner, strict=True)), of_masks(attend)) <= 5e-4

@@ -1,8 +1,9 @@
-"""What FlexAttention's kernels read, in memory before they read it.
+"""What a kernel reads, in memory before it reads it.
 
 Inductor fuses what it can into the function that reads it, and decides late on the layout of what it computes. Its
 lowering of FlexAttention asks for strides before they are decided, and fails on a buffer of ``score_mod`` that is
-computed from the result of a reduction ("convert FlexibleLayout to FixedLayout first").
+computed from the result of a reduction ("convert FlexibleLayout to FixedLayout first"); a mask that is aligned for a
+kernel's forward pass is not so in the backward pass.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ _realized.register_autograd(_gradient_of_realized)
 
 
 def realized(builder: Builder, part: fx.Node, *, own: bool) -> fx.Node:
-    """A node for the same numbers, which have their place in memory when FlexAttention is lowered.
+    """A node for the same numbers, which have their place in memory when what reads them is lowered.
 
     For graphs that go on to Inductor. See ``own`` of the operator ``attnrewrite::realized``.
     """

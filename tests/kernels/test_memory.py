@@ -1,4 +1,4 @@
-"""What FlexAttention reads is computed into memory by Inductor, with the same numbers, whatever it is a part of."""
+"""What a kernel reads is computed into memory by Inductor, with the same numbers, whatever it is a part of."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnrewrite.kernels.flex_memory import _lower_realized
+from attnrewrite.kernels.common.memory import _lower_realized
 
 realized = torch.ops.attnrewrite.realized
 
