@@ -313,6 +313,14 @@ def masked_before_and_after_its_maximum(q: Tensor, k: Tensor, v: Tensor, bias: T
     return scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
 
 
+@_spelling.add(_Q, _K, _V, additive(2, 1, "L", "S"), additive(2, 1, "L", "S"))
+def added_before_and_after_its_maximum(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, mask: Tensor) -> Tensor:
+    """The temperature raises what the first mask has left."""
+    scores = q @ k.mT * 8**-0.5 + padding
+    scores = (scores - scores.amax(-1, keepdim=True)) * 1.5
+    return (scores + mask).softmax(-1) @ v
+
+
 @_spelling.add(_Q, _K, _V, keep(2, 1, "L", "S"), learned(4, "L", "S"))
 def zeroed_before_a_bias_beside_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
     """What is added to minus infinity leaves it what it is."""
