@@ -137,7 +137,10 @@ class Mask:
                     finite = call(aten.clamp.default, highest, torch.finfo(wide).min)
                     bias = call(aten.sub.Tensor, bias, finite)
                 total = bias if total is None else call(aten.add.Tensor, total, bias)
-                self._after_fill = bias if self._after_fill is None else call(aten.add.Tensor, self._after_fill, bias)
+                if self._site.differentiable and any(isinstance(each, Fill) for each in self._terms[:place]):
+                    self._after_fill = (
+                        bias if self._after_fill is None else call(aten.add.Tensor, self._after_fill, bias)
+                    )
                 continue
             if isinstance(term, Floor):
                 assert total is not None
@@ -179,8 +182,7 @@ class Mask:
         """
         call = self._builder.call
         total = self._cast(total, raised.rounded_to) if raised.rounded_to else total
-        highest = call(aten.detach.default, call(aten.amax.default, total, [-1], True))
-        highest = call(aten.clamp.default, highest, None, 0.0)
+        highest = call(aten.clamp.default, call(aten.amax.default, total, [-1], True), None, 0.0)
         absorbed = call(aten.le.Scalar, highest, raised.absorbed)
         filled = self._filled_rows(before)
         for rows in (filled, self.absorbed_rows):
@@ -188,6 +190,7 @@ class Mask:
         self.absorbed_rows = absorbed
         if self._site.differentiable:
             # No fill follows, and the gradient of such a row is NaN, as it is in the source.
+            highest = call(aten.detach.default, highest)
             infinite = call(aten.eq.Scalar, highest, -math.inf)
             highest = call(aten.where.ScalarSelf, infinite, 0.0, highest)
         total = call(aten.sub.Tensor, total, highest)
@@ -364,7 +367,7 @@ class Mask:
             self.node = call(aten.logical_or.default, self.node, self.opened_rows)
         else:
             nothing: Any = 0.0
-            if self._after_fill is not None and self._site.differentiable:
+            if self._after_fill is not None:
                 # What is added after the fill is lost in it, but not the gradient.
                 nothing = call(aten.sub.Tensor, self._after_fill, call(aten.detach.default, self._after_fill))
             where = aten.where.ScalarSelf if nothing == 0.0 else aten.where.self
