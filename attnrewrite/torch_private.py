@@ -25,6 +25,7 @@ import torch._ops
 import torch._subclasses.fake_tensor
 import torch.utils._python_dispatch
 import torch.utils._pytree
+import torch.utils._sympy.functions
 import torch.utils._sympy.interp
 import torch.utils._sympy.reference
 from torch import fx, nn
@@ -184,6 +185,8 @@ tree_leaves = torch.utils._pytree.tree_leaves
 tree_map_only = torch.utils._pytree.tree_map_only
 """Find tensors within arguments; ``torch.utils.pytree`` has neither function in 2.11."""
 
+SYMPY_QUOTIENTS = (torch.utils._sympy.functions.CleanDiv, torch.utils._sympy.functions.FloorDiv)
+SYMPY_EXTREMES = (torch.utils._sympy.functions.Max, torch.utils._sympy.functions.Min)
 sympy_interp = torch.utils._sympy.interp.sympy_interp
 PythonReferenceAnalysis = torch.utils._sympy.reference.PythonReferenceAnalysis
 """Compute a symbolic size in Python, from values or proxies of nodes."""

@@ -78,10 +78,14 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Unknown:
-    """An entry of which nothing is known but ``key``, which names it, and the symbols that it depends on."""
+    """An entry of which nothing is known but ``key``, which names it, the symbols that it depends on, and its dtype.
+
+    The dtype is None for what is no tensor.
+    """
 
     key: Hashable
     symbols: frozenset[Any]
+    dtype: torch.dtype | None = None
 
 
 Entry = Any
@@ -132,7 +136,7 @@ class Entries:
         symbols = frozenset().union(*(position.free_symbols for position in index))
         if tensor(node).dtype is torch.bool:
             return Known((node, tuple(index)), symbols)
-        return Unknown((node, tuple(index)), symbols)
+        return Unknown((node, tuple(index)), symbols, tensor(node).dtype)
 
     def _entry(self, node: fx.Node, index: list[Any]) -> Entry | None:
         """The entry of a node that is computed; None if nothing is known of it."""
@@ -151,9 +155,7 @@ class Entries:
             entry = self.at(args[0], index)
             if dtype is torch.bool and tensor(args[0]).dtype is not torch.bool:
                 return self._compared("ne", entry, sympy.Integer(0), exact=True)
-            # Unknown numbers stay the same only in a dtype that holds all of the old one.
-            widened = (tensor(args[0]).dtype, dtype) in ((dtype, dtype), (torch.int32, torch.int64))
-            return entry if widened or not isinstance(entry, Unknown) else None
+            return entry
         if target in ARANGE_OPS:
             start, step = (0, 1) if target is aten.arange.default else (args[0], args[2] if len(args) > 2 else 1)
             start, step = _integer(start), _integer(step)
@@ -683,7 +685,8 @@ def _in_dtype(entry: Entry, dtype: torch.dtype) -> Entry | None:
     if dtype is torch.bool:
         return entry if _is_formula(entry) else None
     if isinstance(entry, Unknown):
-        return entry if dtype in _EXACT else None
+        # Rounded, it is another number.
+        return entry if dtype in _EXACT and (entry.dtype is dtype or (entry.dtype, dtype) in _WIDER) else None
     if isinstance(entry, (sympy.Number, Cases)) or _is_formula(entry):
         cases = _cases(entry)
         return None if cases is None else _merged(cases.numbers, dtype)
@@ -697,6 +700,9 @@ def _in_dtype(entry: Entry, dtype: torch.dtype) -> Entry | None:
         return None
     return entry if largest(entry) <= _EXACT_UP_TO[dtype] else None
 
+
+_WIDER = frozenset({(torch.int32, torch.int64), (torch.int32, torch.float64), (torch.float32, torch.float64)})
+"""Dtypes, each with one that holds all of its numbers."""
 
 _INTEGERS = 2**53 - 1
 """Integers up to this size are exact in float64, as which single numbers are followed."""

@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 
 from attnrewrite.ir.bounds import LONGEST_SEQUENCE
+from attnrewrite.torch_private import SYMPY_EXTREMES, SYMPY_QUOTIENTS
 
 __all__ = [
     "All",
@@ -214,8 +215,6 @@ def largest(expression: Any) -> float:
 
     A symbol that may be negative is no length: an integer that is an argument of the program has no bound.
     """
-    if isinstance(expression, sympy.Abs):
-        return largest(expression.args[0])
     total = 0.0
     for term in sympy.Add.make_args(sympy.expand(expression)):
         factor, rest = term.as_coeff_Mul()
@@ -223,9 +222,21 @@ def largest(expression: Any) -> float:
         for base, power in rest.as_powers_dict().items():
             if base == 1:
                 continue
-            known = isinstance(base, sympy.Abs) or all(symbol.is_nonnegative for symbol in base.free_symbols)
-            if not known or not power.is_Integer or power < 0:
+            if not power.is_Integer or power < 0:
                 return math.inf
-            size *= (largest(base) if isinstance(base, sympy.Abs) else float(LONGEST_SEQUENCE)) ** int(power)
+            size *= _largest_of(base) ** int(power)
         total += size
     return total
+
+
+def _largest_of(base: Any) -> float:
+    """The same for what is no sum and no product."""
+    if isinstance(base, sympy.Symbol):
+        return float(LONGEST_SEQUENCE) if base.is_nonnegative else math.inf
+    if isinstance(base, sympy.Abs):
+        return largest(base.args[0])
+    if isinstance(base, (*SYMPY_EXTREMES, sympy.Max, sympy.Min)):
+        return max(map(largest, base.args))
+    if isinstance(base, SYMPY_QUOTIENTS) and base.args[1].is_Integer and base.args[1] >= 1:
+        return largest(base.args[0]) + 1
+    return math.inf

@@ -17,10 +17,11 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from attnrewrite.capture import constants
 from attnrewrite.ir.nodes import Size, is_tensor, tensor
 from attnrewrite.ir.ops import COPY_OPS, RESHAPE_OPS
 from attnrewrite.ir.source import parameter_path, source_name
-from attnrewrite.torch_private import FakeTensor, OpOverload, schema_of
+from attnrewrite.torch_private import OpOverload, schema_of
 
 __all__ = ["Identity", "content_of", "fits", "identity_of", "is_copy", "is_size", "written"]
 
@@ -167,13 +168,9 @@ def _index_numbers(gm: fx.GraphModule) -> set[fx.Node]:
 
 def content_of(gm: fx.GraphModule, node: fx.Node) -> str:
     """A tensor that the graph holds itself, as a hash: its attribute name may be another tensor's in another graph."""
-    value: Any = gm
-    for name in str(node.target).split("."):
-        value = getattr(value, name)
-    if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor) or value.layout != torch.strided:
-        return str(node.target)
-    numbers = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    return f"{value.dtype}{list(value.shape)}{hashlib.sha256(numbers).hexdigest()}"
+    value: Any = operator.attrgetter(str(node.target))(gm)
+    content = constants.content_of(value) if isinstance(value, torch.Tensor) else None
+    return content or str(node.target)
 
 
 def fits(stored: Sequence[Any], wanted: Sequence[Any], *, halved: bool) -> bool:

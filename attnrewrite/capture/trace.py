@@ -16,6 +16,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from attnrewrite.capture.autocast import AutocastRegions
+from attnrewrite.capture.constants import name_by_content
 from attnrewrite.capture.convention import restore_calling_convention
 from attnrewrite.capture.legalize import with_data_detached
 from attnrewrite.capture.normalize import normalize
@@ -87,6 +88,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
         if gradients:
             _differentiate_noise(part)
         normalize(part, gradients=gradients)
+        name_by_content(part)
         part.recompile()
     return Captured(ir)
 
