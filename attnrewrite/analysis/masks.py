@@ -14,12 +14,22 @@ import sympy
 
 from attnrewrite.analysis.entries import Cases, Entries, Unknown, expression_of, symbols_of
 from attnrewrite.analysis.formulas import All, AtLeast, Formula, Known, Some, negation, parts, symbols
-from attnrewrite.analysis.values import ORDINARY, ValueKind, is_far_below, is_ordinary, possible_values
+from attnrewrite.analysis.values import (
+    FAR_BELOW,
+    ORDINARY,
+    Range,
+    Value,
+    ValueKind,
+    is_far_below,
+    is_ordinary,
+    possible_values,
+)
 from attnrewrite.ir.axes import Axis, Dim, Operand
 from attnrewrite.ir.site import Band, Bias, Fill, Raise, Reach, ScoreMod
 
 __all__ = [
     "Positions",
+    "added_values",
     "attended_everywhere",
     "band_of",
     "in_words",
@@ -335,8 +345,28 @@ def _is_open(mod: Bias | Fill, positions: Positions, at: dict[Axis, Any]) -> boo
 
 def may_mask(mod: Bias) -> bool:
     """Whether a bias may mask: its entries may be anything, or large negative numbers."""
-    for value in possible_values(mod.operand.node):
-        added = mod.of(value) if isinstance(value, float) else None
-        if value is ValueKind.ANY or (isinstance(value, float) and (added is None or added < -ORDINARY)):
-            return True
-    return False
+    return any(
+        value is ValueKind.ANY or (isinstance(value, float) and value < -ORDINARY) for value in added_values(mod)
+    )
+
+
+def added_values(mod: Bias) -> frozenset[Value]:
+    """All values that a bias may add to a score."""
+    return frozenset(_as_added(mod, value) for value in possible_values(mod.operand.node))
+
+
+def _as_added(mod: Bias, value: Value) -> Value:
+    """What the bias adds where its operand is ``value``."""
+    if value is ValueKind.ANY:
+        return value
+    numbers = [value] if isinstance(value, float) else [value.low, value.high] if isinstance(value, Range) else [1.0]
+    added = [each for each in map(mod.of, numbers) if each is not None]
+    if len(added) < len(numbers):
+        # A tensor scales it: a mask is not known any more, and ordinary numbers are taken to stay so.
+        return ValueKind.ANY if isinstance(value, float) else value
+    if isinstance(value, float):
+        return added[0]
+    if isinstance(value, Range):
+        scaled = Range(min(added), max(added))
+        return scaled if scaled.largest <= -FAR_BELOW else ValueKind.ANY
+    return value if abs(added[0]) <= ORDINARY else ValueKind.ANY

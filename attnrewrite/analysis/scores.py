@@ -427,7 +427,8 @@ def _shift_by_own_row(node: fx.Node, source: fx.Node, layout: Layout | None, con
     if first and subtracts:
         maximum = row_maximum(other, source, layout, context)
         if maximum is not None:
-            return [Shift(by_maximum=True)], maximum
+            exact = row_maximum(other, source, layout, context, own_row=True) is not None
+            return [Shift(by_maximum=True, own_row=exact)], maximum
     for reductions, sign in _REDUCTIONS:
         nodes = _reduction_of_row(
             other, source, layout, set(context.key_axes), reductions, _passes_finite_numbers, own_row=True

@@ -15,6 +15,7 @@ from attnrewrite.analysis.scores import (
     BOUNDED,
     FLOATING,
     assigned_mask,
+    bounds_of,
     is_narrower,
     node_in_words,
     row_maximum,
@@ -25,6 +26,7 @@ from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, broadcast, 
 from attnrewrite.ir.nodes import Size, dtype_name, is_tensor, same, same_shape, tensor
 from attnrewrite.ir.ops import (
     ADD_OPS,
+    CLAMP_OPS,
     DIV_OPS,
     LOG_SOFTMAX_OPS,
     MASKED_FILL_OPS,
@@ -179,6 +181,10 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
     if read is None:
         return None
     sink, sink_nodes = read
+    bounded = any(map(_is_bounded_below, maximum))
+    if sink is not None and maximum and not (exact or bounded):
+        # Of several rows: whether one of minus infinity is NaN depends on the others.
+        return None
     # Without a sink, read_scores reads the subtraction of the maximum as one of the steps.
     scores, own = (shifted, maximum) if sink_nodes else (top.argument, ())
     nodes = dict.fromkeys([*top.nodes, *bottom_nodes, *([] if late else [node]), *sink_nodes])
@@ -190,11 +196,19 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
         sink,
         late=node if late else None,
         late_views=late_views,
-        sink_is_shifted=bool(maximum) and not any(part.target in BOUNDED for part in maximum),
-        underflows=not exact and sink is None,
+        sink_is_shifted=bool(maximum) and not bounded,
+        # The maximum may be that of a score whose exponential is set to zero.
+        underflows=not (exact and not fills) and sink is None,
         fills=tuple(fills),
         layout=layout,
     )
+
+
+def _is_bounded_below(step: fx.Node) -> bool:
+    if step.target in CLAMP_OPS:
+        low, _ = bounds_of(step)
+        return isinstance(low, (int, float)) and low > -math.inf
+    return step.target in BOUNDED
 
 
 def _fills(top: _Exponentials, layout: Layout) -> list[Fill] | None:

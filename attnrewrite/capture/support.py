@@ -10,7 +10,13 @@ import torch
 from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from attnrewrite.torch_private import is_functorch_wrapped, is_traceable_wrapper_subclass, schema_of, tree_leaves
+from attnrewrite.torch_private import (
+    is_functorch_wrapped,
+    is_traceable_wrapper_subclass,
+    schema_of,
+    set_grad_enabled,
+    tree_leaves,
+)
 
 __all__ = ["CaptureError"]
 
@@ -40,6 +46,13 @@ def storage_of(value: Any) -> Any:
 def has_storage(value: torch.Tensor) -> bool:
     """Whether the tensor has memory of its own: not so one that is made of others, or that functorch wraps."""
     return not is_traceable_wrapper_subclass(value) and not is_functorch_wrapped(value)
+
+
+def switches_gradients(gm: fx.GraphModule) -> bool:
+    """Whether a part of the graph switches grad mode."""
+    switches = (set_grad_enabled, torch.ops.higher_order.wrap_with_set_grad_enabled)
+    parts = [part for part in gm.modules() if isinstance(part, fx.GraphModule)]
+    return any(node.target in switches for part in parts for node in part.graph.nodes)
 
 
 def updated_in_place(node: fx.Node) -> tuple[fx.Node, ...]:

@@ -28,6 +28,7 @@ from attnrewrite.capture.support import (
     first_line,
     has_storage,
     storage_of,
+    switches_gradients,
     updated_in_place,
 )
 from attnrewrite.capture.vmap import holds_vmap, vmap_lowered
@@ -68,8 +69,9 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     """
     gm = with_data_detached(_without_vmap(gm))
     _refuse_function_transforms(gm)
-    if torch.is_grad_enabled():
-        _refuse_what_autograd_does_not_see(gm)
+    gradients = torch.is_grad_enabled() or switches_gradients(gm)
+    if gradients:
+        _refuse_what_autograd_does_not_see(gm, torch.is_grad_enabled())
     placeholders = gm.graph.find_nodes(op="placeholder")
     _refuse_subclasses(placeholders, example_inputs)
     context, inputs = _tracing_inputs(placeholders, example_inputs)
@@ -83,7 +85,6 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
         place = "".join(f", {frame.filename}:{frame.lineno}" for frame in broken.user_stack[-1:])
         ir.meta[ENDS_AT] = f"{first_line(broken.reason)}{place}"
     parts = [part for part in ir.modules() if isinstance(part, fx.GraphModule)]
-    gradients = torch.is_grad_enabled() or any(map(_switches_gradients, parts))
     for part in parts:
         if gradients:
             _differentiate_noise(part)
@@ -91,11 +92,6 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
         name_by_content(part)
         part.recompile()
     return Captured(ir)
-
-
-def _switches_gradients(part: fx.GraphModule) -> bool:
-    switches = (set_grad_enabled, torch.ops.higher_order.wrap_with_set_grad_enabled)
-    return any(node.target in switches for node in part.graph.nodes)
 
 
 def _differentiate_noise(part: fx.GraphModule) -> None:
@@ -177,7 +173,7 @@ def _refuse_function_transforms(gm: fx.GraphModule) -> None:
             raise CaptureError("the graph uses forward-mode differentiation, which cannot be traced functionally")
 
 
-def _refuse_what_autograd_does_not_see(gm: fx.GraphModule, recorded: bool = True) -> None:
+def _refuse_what_autograd_does_not_see(gm: fx.GraphModule, recorded: bool) -> None:
     """Refuses graphs that change numbers behind autograd's back: functional tracing makes new tensors of the updates,
     through which gradients flow otherwise, and leaves out regions of inference mode.
 
@@ -186,9 +182,11 @@ def _refuse_what_autograd_does_not_see(gm: fx.GraphModule, recorded: bool = True
 
     Raises:
         CaptureError: a tensor that has a gradient is updated in place under ``torch.no_grad()``, or through a view
-            that is detached from it, or the graph has such a region.
+            that is detached from it; or a tensor is given numbers that have one through such a view; or the graph has
+            such a region.
     """
     with_gradients: set[Any] = set()
+    detached = _Detached(gm)
     for node in gm.graph.nodes:
         if node.target is set_grad_enabled:
             recorded = bool(node.args[0])
@@ -201,11 +199,56 @@ def _refuse_what_autograd_does_not_see(gm: fx.GraphModule, recorded: bool = True
                     f"{node.name} updates a tensor that has a gradient in place, under torch.no_grad() or detached "
                     "from it, and functional tracing loses the gradient"
                 )
+        if recorded and detached.receives_gradients(node):
+            raise CaptureError(
+                f"{node.name} writes numbers that have a gradient through a view that is detached from what is written "
+                "to, and functional tracing gives it the gradient (detach the numbers as well)"
+            )
         value = _example(node)
         if value is not None and value.requires_grad:
             with_gradients.add(storage_of(value))
         for part in _graphs_among(gm, node.all_input_nodes):
             _refuse_what_autograd_does_not_see(part, recorded)
+
+
+class _Detached:
+    """The views of a graph that are detached from their tensor, met in the order of its nodes."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._places = {node: place for place, node in enumerate(gm.graph.nodes)}
+        self._views: dict[fx.Node, fx.Node] = {}
+        for node in gm.graph.nodes if any(map(_is_detach, gm.graph.nodes)) else ():
+            value = _example(node)
+            source = next((each for each in node.all_input_nodes if _shares(each, value)), None)
+            if source is not None and (source in self._views or _is_detach(node)):
+                self._views[node] = self._views.get(source, source)
+
+    def receives_gradients(self, node: fx.Node) -> bool:
+        """Whether the node writes what has a gradient to such a view, and the tensor itself is read later."""
+        written = [each for each in updated_in_place(node) if each in self._views]
+        given = [_example(each) for each in node.all_input_nodes if each not in written]
+        if not any(value is not None and value.requires_grad for value in given):
+            return False
+        return any(self._is_read(self._views[each], node) for each in written)
+
+    def _is_read(self, tensor: fx.Node, after: fx.Node) -> bool:
+        """Whether the tensor is an input, or is read after a node but for its detached views."""
+        value = _example(tensor)
+        own = [node for node in self._places if node not in self._views and _shares(node, value)]
+        return any(
+            node.op in ("placeholder", "get_attr")
+            or any(self._places[user] > self._places[after] and user not in self._views for user in node.users)
+            for node in own
+        )
+
+
+def _shares(node: fx.Node, value: torch.Tensor | None) -> bool:
+    own = _example(node)
+    return value is not None and own is not None and storage_of(own) == storage_of(value)
+
+
+def _is_detach(node: fx.Node) -> bool:
+    return (node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")) == "detach"
 
 
 def _example(node: fx.Node) -> torch.Tensor | None:

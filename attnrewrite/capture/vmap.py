@@ -89,7 +89,8 @@ def _inline(gm: fx.GraphModule, stretch: Sequence[fx.Node], graph: fx.Graph, cop
     if not all(isinstance(value, (torch.Tensor, torch.SymInt, int)) for value in values):
         raise ValueError("an input of vmap is neither a tensor nor a size")
     # Tracing leaves the switches out, and what stands between them would be like what is outside.
-    switches = {enter_autocast, exit_autocast} | ({set_grad_enabled} if torch.is_grad_enabled() else set())
+    gradients = torch.is_grad_enabled() or any(node.target is set_grad_enabled and node.args[0] for node in stretch)
+    switches = {enter_autocast, exit_autocast} | ({set_grad_enabled} if gradients else set())
     if any(node.target in switches for node in stretch):
         raise ValueError("the function that vmap maps switches grad mode or autocast")
     body = fx.Graph()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
 from attnrewrite.ir.axes import Operand
 from attnrewrite.ir.nodes import AutocastState, is_tensor, regions, tensor
-from attnrewrite.ir.ops import is_cast
+from attnrewrite.ir.ops import is_cast, is_view
 from attnrewrite.ir.source import ENDS_AT, source_location
 from attnrewrite.ir.views import peel
 from attnrewrite.torch_private import operator_name
@@ -89,8 +90,10 @@ class GraphView:
         """
         region = self.grad_region(consumer)
 
+        saved = self.differentiable(consumer)
+
         def may_enter(node: fx.Node) -> bool:
-            return self.grad_region(node) == region
+            return self.grad_region(node) == region and not (saved and _is_copy_of_input(node))
 
         while True:
             operand = peel(operand, may_enter)[-1]
@@ -115,6 +118,16 @@ def reader_in_words(node: fx.Node) -> str:
     where = source_location(node)
     name = operator_name(node.target)
     return f"{name} at {where}" if where else name
+
+
+def _is_copy_of_input(node: fx.Node) -> bool:
+    """Whether the source asks for a copy of what the caller owns, and may update before the backward pass."""
+    if node.target is not torch.ops.aten.clone.default or node.kwargs.get("memory_format") is torch.contiguous_format:
+        return False
+    source: Any = node.args[0]
+    while isinstance(source, fx.Node) and (is_view(source) or source.target is torch.ops.aten.detach.default):
+        source = source.args[0]
+    return isinstance(source, fx.Node) and source.op in ("placeholder", "get_attr")
 
 
 def _widens(cast: fx.Node, dtype: torch.dtype | None) -> bool:

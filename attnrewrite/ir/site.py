@@ -155,11 +155,14 @@ class Shift(_Step):
     Attributes:
         by_maximum: the number is minus the maximum of the row, which brings low scores back to ordinary size before
             further steps.
+        own_row: the maximum is exactly that of the row; without, it may be one of several rows, or a bounded one, which
+            leaves the scores of a row without a key as low as they are.
         needs_finite: the number is computed from the row in such a way that the row becomes NaN in the source if any
             of its scores is not finite.
     """
 
     by_maximum: bool = False
+    own_row: bool = True
     needs_finite: bool = False
 
 

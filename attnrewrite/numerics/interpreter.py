@@ -210,7 +210,7 @@ class _Reader:
                 scores = scores.clamp(min=mod.value)
             elif isinstance(mod, Elementwise):
                 scores = self._applied(mod.node, scores)
-            elif isinstance(mod, Shift) and mod.by_maximum:
+            elif isinstance(mod, Shift) and mod.by_maximum and mod.own_row:
                 scores = scores - self.highest(scores).detach()
             elif isinstance(mod, Shift) and not all(isinstance(each, (Shift, Narrow)) for each in mods[place:]):
                 raise ValueError("what follows does not cancel a number that was subtracted")

@@ -36,6 +36,7 @@ from attnrewrite.analysis.entries import Cases
 from attnrewrite.analysis.formulas import Formula, conjunction, negation
 from attnrewrite.analysis.masks import (
     Positions,
+    added_values,
     attended_everywhere,
     band_of,
     in_words,
@@ -52,6 +53,7 @@ from attnrewrite.analysis.values import (
     FAR_BELOW,
     ORDINARY,
     UNDERFLOW,
+    Range,
     ValueKind,
     as_stored,
     is_nan_by_formula,
@@ -113,8 +115,11 @@ class _Reading:
     narrowed: Reason = FINE
     rounded_to: torch.dtype | None = None
     """The dtype that masked scores were rounded to, if it resolves them; terms added later meet its infinities."""
-    lifted: Literal["", "to zero", "to NaN"] = ""
-    """What a row whose keys are all masked became when the maximum of masked scores was subtracted."""
+    lifted: Literal["", "to zero", "to NaN", "perhaps"] = ""
+    """What a row whose keys are all masked became when the maximum of masked scores was subtracted.
+
+    A maximum over several rows has raised such a row only if there is no other.
+    """
     overflows: Reason = FINE
     """Why a row whose keys are all masked may change: its scores overflow, or become ordinary numbers again."""
     bounded: float = 0.0
@@ -149,7 +154,7 @@ def _with_maximum(site: AttentionSite) -> AttentionSite:
     if not (site.underflows or site.rounds_rows) or site.never_nan or site.sink is not None:
         return site
     for mod in reversed(site.mods):
-        if isinstance(mod, Shift) and mod.by_maximum:
+        if isinstance(mod, Shift) and mod.by_maximum and mod.own_row:
             return replace(site, underflows=False, rounds_rows=False)
         if not (isinstance(mod, Scale) and isinstance(mod.factor, (int, float)) and 0 < mod.factor < math.inf):
             return site
@@ -358,7 +363,8 @@ def _attended(
         attended = asserted
         overflows = Reason("masked scores underflow or overflow after a function that bounds them")
     # A row that is NaN already is NaN without a maximum, too.
-    stays_nan = reading.lifted == "to NaN" and not (site.differentiable or site.never_nan or site.sink is not None)
+    infinite = reading.lifted == "to NaN" or not any(map(_may_be_low, terms))
+    stays_nan = infinite and not (site.differentiable or site.never_nan or site.sink is not None)
     if reading.lifted and (site.underflows or site.rounds_rows) and not stays_nan:
         overflows = Reason("the exponential is taken of masked scores whose maximum was subtracted before")
     if attended is None and overflows:
@@ -382,7 +388,7 @@ def _require_no_counterweight(terms: Sequence[Term]) -> None:
     """
     Raises:
         NotAttention: two numbers that are added cancel, and the one has taken the score's digits before; or one is as
-            large as a dtype holds.
+            large as a dtype holds; or what is computed from positions may be as large as a mask.
     """
     numbers = [value for term in terms if isinstance(term, Bias) for value in _values(term) if isinstance(value, float)]
     if any(-FAR_BELOW <= number < math.inf for number in numbers) and any(
@@ -392,6 +398,13 @@ def _require_no_counterweight(terms: Sequence[Term]) -> None:
             "large numbers of both signs are added to scores, and the first of them takes the digits of the scores"
         )
     fills = [term.value for term in terms if isinstance(term, Fill)]
+    ranges = [
+        [value for value in _values(term) if isinstance(value, Range)] for term in terms if isinstance(term, Bias)
+    ]
+    spread = sum(max((value.high - value.low for value in each), default=0.0) for each in ranges)
+    masking = [number for number in (*numbers, *fills) if -math.inf < number <= FAR_BELOW]
+    if masking and max(masking) + spread > 2 * UNDERFLOW:
+        raise NotAttention("numbers that are computed from positions may outweigh a mask that they are added to")
     if any(number >= _HIGHEST for number in (*numbers, *fills)):
         raise NotAttention("a number near the largest of its dtype takes the place of scores, or is added to them")
 
@@ -722,7 +735,8 @@ def _read_shift(mod: Shift, reading: _Reading, site: AttentionSite) -> None:
         _require_plain_scores(site, reading)
         reading.needs_finite = True
     if mod.by_maximum and any(map(_may_mask, reading.terms)):
-        reading.lifted = "to zero" if any(map(_may_be_low, reading.terms)) else "to NaN"
+        low = any(map(_may_be_low, reading.terms))
+        reading.lifted = ("to zero" if low else "to NaN") if mod.own_row else "perhaps"
 
 
 def _require_plain_scores(site: AttentionSite, reading: _Reading) -> None:
@@ -796,7 +810,7 @@ def _read_after_maximum(mod: ScoreMod, reading: _Reading, site: AttentionSite) -
     known = isinstance(mod, (Bias, Fill)) or (
         isinstance(mod, Scale) and isinstance(mod.factor, (int, float)) and mod.factor > 0
     )
-    if not known or reading.inexpressible or counted:
+    if not known or reading.inexpressible or counted or reading.lifted == "perhaps":
         reading.overflows = Reason(_CHANGED_LATER)
         return
     float32 = site.softmax_dtype is torch.float32 and not site.in_half
@@ -1221,8 +1235,7 @@ def _values(term: Term) -> list[object]:
         return [0.0]
     if isinstance(term, (Fill, Floor)):
         return [term.value]
-    values = [term.of(value) if isinstance(value, float) else value for value in possible_values(term.operand.node)]
-    return [ValueKind.ANY if value is None else value for value in values]
+    return list(added_values(term))
 
 
 def _is_ordinary(value: object) -> bool:

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import fx
 
+from attnrewrite.analysis.masks import added_values
 from attnrewrite.analysis.values import ABSORBING, ValueKind, is_far_below, is_ordinary, possible_values
 from attnrewrite.ir.site import Bias, CanonicalAttention, Fill, Floor, Lift, MaskedRows, Raise
 from attnrewrite.kernels.common.layout import KernelLayout
@@ -98,7 +99,7 @@ def _is_ordinary_or_infinite(term: Bias | Fill | Floor | Raise) -> bool:
         return False
     if not isinstance(term, Bias):
         return term.value == -math.inf
-    values = [term.of(value) if isinstance(value, float) else value for value in possible_values(term.operand.node)]
+    values = added_values(term)
     return all(
         value is ValueKind.LEARNED or (isinstance(value, float) and (value == -math.inf or is_ordinary(value)))
         for value in values

@@ -233,8 +233,8 @@ class Mask:
 
     def _filled(self, condition: fx.Node, value: float, invert: bool, dtype: torch.dtype) -> fx.Node:
         call = self._builder.call
-        if dtype is torch.float64:
-            # Two numbers make a float32, which may not hold them.
+        if dtype is torch.float64 or torch.get_default_dtype() is not torch.float32:
+            # Two numbers make a tensor of the default dtype, which may not hold them.
             zero = call(aten.full.default, [], 0.0, dtype=dtype, device=self._site.device)
             where = aten.where.ScalarOther if invert else aten.where.ScalarSelf
             return call(where, condition, *((zero, value) if invert else (value, zero)))
