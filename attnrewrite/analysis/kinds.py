@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import fx
@@ -22,8 +22,11 @@ from attnrewrite.ir.axes import Axis, Operand, axes_of, resolve, size_of, take_m
 from attnrewrite.ir.linear_site import LinearAttention
 from attnrewrite.ir.model_state import is_model_state
 from attnrewrite.ir.nodes import is_tensor, same, tensor
+from attnrewrite.ir.ops import INDICES, REORDERING_OPS, REPEATS
 from attnrewrite.ir.site import AttentionSite
 from attnrewrite.ir.source import source_location
+
+aten = torch.ops.aten
 
 __all__ = ["KINDS", "Kind", "SiteKind", "begins_with_batch", "is_named_temporal", "kinds_of"]
 
@@ -65,10 +68,20 @@ def kinds_of(gm: fx.GraphModule, sites: Sequence[AttentionSite | LinearAttention
 
 
 def begins_with_batch(gm: fx.GraphModule) -> frozenset[fx.Node]:
-    """The tensors whose first dimension is, or starts with, the first dimension of inputs that are data."""
+    """The tensors whose first dimension is, or starts with, the first dimension of inputs that are data.
+
+    Not so where its entries may stand in another order than in the inputs, or beside others.
+    """
     dimensions = Dimensions(gm.graph)
-    found = set()
+    found: set[fx.Node] = set()
+    reordered: set[fx.Node] = set()
     for node in gm.graph.nodes:
+        inputs = node.all_input_nodes
+        if any(each in reordered for each in inputs) or (
+            _reorders_first(node) and any(each in found for each in inputs)
+        ):
+            reordered.add(node)
+            continue
         if not is_tensor(node) or not tensor(node).dim():
             continue
         dim = dimensions.of(node)[0]
@@ -76,6 +89,26 @@ def begins_with_batch(gm: fx.GraphModule) -> frozenset[fx.Node]:
         if origins and all(origin is not None and _is_data(origin[0]) and origin[1] == 0 for origin in origins):
             found.add(node)
     return frozenset(found)
+
+
+def _reorders_first(node: fx.Node) -> bool:
+    """Whether the operator may change which entries there are along the first dimension, or their order."""
+    place = REORDERING_OPS.get(getattr(node.target, "overloadpacket", None))  # type: ignore[arg-type]
+    if place is None:
+        return False
+    args: Any = node.args
+    dims: Any = args[place] if 0 <= place < len(args) else node.kwargs.get("dim", node.kwargs.get("dims", 0))
+    first = node.all_input_nodes[0]
+    rank = tensor(first).dim() if is_tensor(first) else tensor(node).dim()
+    if place == INDICES:
+        return any(index is not None for index in args[1][:1])
+    if place == REPEATS:
+        return len(args[1]) > rank or not same(args[1][0], 1)
+    if dims is None or dims == []:
+        return True
+    if node.target is aten.slice.Tensor and is_tensor(node) and same(tensor(node).shape[0], tensor(first).shape[0]):
+        return False
+    return any(dim % max(rank, 1) == 0 for dim in (dims if isinstance(dims, (list, tuple)) else [dims]))
 
 
 class _SiteDims:

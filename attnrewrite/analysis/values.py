@@ -152,7 +152,11 @@ def _makes_nan(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> bool:
     first, second = (
         {as_stored(float(arg), dtype)}
         if isinstance(arg, (int, float))
-        else {value for value in _values(arg, memo) if isinstance(value, float)}
+        else {
+            value if isinstance(value, float) else 0.0
+            for value in _values(arg, memo)
+            if isinstance(value, float) or _may_be_zero(value)
+        }
         for arg in node.args[:2]
     )
     sign = -1.0 if node.target in SUB_OPS else 1.0
@@ -284,13 +288,17 @@ def _values_of_quotient(dividend: Any, divisor: Any, memo: dict[fx.Node, frozens
     dividends, divisors = _values(dividend, memo), _values(divisor, memo)
     if number is not None:
         return frozenset(_over(value, number) for value in dividends)
-    ordinary = all(value is not ValueKind.ANY and is_ordinary(value) for value in divisors)
+    ordinary = all(is_ordinary(value) and not _may_be_zero(value) for value in divisors)
     learned = all(value is ValueKind.LEARNED or isinstance(value, Range) for value in dividends)
     if all(isinstance(value, float) or (isinstance(value, Range) and value.low > 0) for value in divisors):
         quotients = [_quotient(a, b) for a, b in itertools.product(dividends, divisors)]
         if ValueKind.ANY not in quotients:
             return frozenset(quotients)
     return frozenset({ValueKind.LEARNED if ordinary and learned else ValueKind.ANY})
+
+
+def _may_be_zero(value: Value) -> bool:
+    return value == 0 or (isinstance(value, Range) and value.low <= 0 <= value.high)
 
 
 def _values_of_product(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> frozenset[Value]:

@@ -150,6 +150,10 @@ class _CompiledCall:
         if torch.compiler.is_compiling() and TracingContext.try_get() is not None:
             return None
         kept = instance.__dict__.get(COMPILED_CALL)
+        if callable(kept):
+            # The instance was compiled before its class was decorated.
+            own: Callable[..., Any] = kept
+            return own
         # A DataParallel replica copies the whole __dict__: its compiled call must have been made for this instance.
         if kept is None or kept[0]() is not instance:
             kept = (weakref.ref(instance), _compiled_for_instance(call_of(instance), self._arguments))

@@ -147,6 +147,20 @@ MOVE_OPS = (
 
 CAT_OPS = frozenset({aten.cat.default, aten.stack.default})
 PAD_OPS = frozenset({aten.pad.default, aten.constant_pad_nd.default})
+INDICES, REPEATS = -1, -2
+
+REORDERING_OPS = {
+    **dict.fromkeys((aten.cat, aten.stack, aten.flip, aten.slice, aten.select, aten.index_select, aten.gather), 1),
+    **dict.fromkeys((aten.sort, aten.unbind, aten.index_copy, aten.index_add, aten.scatter, aten.scatter_add), 1),
+    **dict.fromkeys((aten.cumsum, aten.cumprod, aten.logcumsumexp), 1),
+    **dict.fromkeys((aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split, aten.roll, aten.topk), 2),
+    **dict.fromkeys((aten.slice_scatter, aten.select_scatter), 2),
+    **dict.fromkeys((aten.index, aten.index_put), INDICES),
+    aten.repeat: REPEATS,
+}
+"""Operators that may change which entries there are along a dimension or their order, each with the place of the
+dimension among its arguments; or that have positions for each, or numbers of repetitions."""
+
 SCATTER_OPS = frozenset({aten.slice_scatter.default, aten.select_scatter.default, aten.diagonal_scatter.default})
 """Operators that put their second argument in the place of a part of the first."""
 

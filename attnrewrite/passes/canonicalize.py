@@ -300,12 +300,17 @@ def _shows_in_raised_rows(term: Term, site: AttentionSite) -> bool:
 
     A fill is added as a mask; float16 and float64 have digits of a score beside numbers that other dtypes have not.
     """
+    if any(isinstance(value, float) and _LOST_IN_FLOAT32 < value < _KEPT_IN_FLOAT32 for value in _values(term)):
+        return True
     wide = site.softmax_dtype is torch.float64
     if not wide and (site.compute_dtype is not torch.float16 or not isinstance(term, Fill)):
         return False
     shows_below = -ORDINARY if isinstance(term, Fill) else _ROUNDED_IN_FLOAT64
     return any(isinstance(value, float) and ABSORBED < value < shows_below for value in _values(term))
 
+
+_KEPT_IN_FLOAT32, _LOST_IN_FLOAT32 = -(2.0**17), -(2.0**29)
+"""Beside numbers between these, float32 has some of a score's digits, and not as many as the result shows."""
 
 _ROUNDED_IN_FLOAT64 = -(2.0**33)
 """Beside numbers below this, float64 rounds scores by more than results may differ."""

@@ -412,6 +412,8 @@ class Mask:
             total = call(aten.repeat_interleave.self_int, total, groups, 1)
         poison = call(aten.where.Scalar, self._but_zeroed(self.opened_rows), math.nan, 0.0)
         poison = call(aten.to.dtype, poison, site.compute_dtype)
+        # What comes back to such a row may be NaN, and must not reach the kernel: NaN times a query of zero is NaN.
+        output = call(aten.where.ScalarSelf, self.opened_rows, 0.0, output)
         return call(aten.add.Tensor, output, call(aten.mul.Tensor, total, poison))
 
     def _but_zeroed(self, rows: fx.Node) -> fx.Node:
