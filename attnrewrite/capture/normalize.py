@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from attnrewrite.capture.parts import applied_to_all
 from attnrewrite.ir.bounds import STEPS_OF_SCORES
 from attnrewrite.ir.builder import Builder
-from attnrewrite.ir.nodes import is_tensor, same_shape, tensor
+from attnrewrite.ir.nodes import is_tensor, memory_order, same_shape, tensor
 from attnrewrite.ir.ops import CAST_OPS, MASKED_FILL_OPS, SCATTER_OPS, has_effect, is_elementwise, is_random, is_view
 from attnrewrite.ir.spans import argument_of, taken_from
 from attnrewrite.torch_private import OpOverload, is_erased, schema_of
@@ -409,7 +409,14 @@ def _conversions(ir: fx.GraphModule, node: fx.Node) -> None:
         source = builder.call(aten.to.dtype, source, value.dtype)
     if not same_shape(tensor(source).shape, value.shape):
         source = builder.call(aten.expand.default, source, list(value.shape))
-    copied = builder.call(aten.clone.default, source, memory_format=torch.contiguous_format)
+    order = memory_order(value)
+    if order == sorted(order):
+        copied = builder.call(aten.clone.default, source, memory_format=torch.contiguous_format)
+    else:
+        # As the tensor that is copied into: what is written back, or returned, may be a view that needs its strides.
+        permuted = builder.call(aten.permute.default, source, order)
+        copied = builder.call(aten.clone.default, permuted, memory_format=torch.contiguous_format)
+        copied = builder.call(aten.permute.default, copied, [order.index(dim) for dim in range(len(order))])
     node.replace_all_uses_with(copied)
     ir.graph.erase_node(node)
 

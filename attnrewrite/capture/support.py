@@ -51,8 +51,11 @@ def has_storage(value: torch.Tensor) -> bool:
 def switches_gradients(gm: fx.GraphModule) -> bool:
     """Whether a part of the graph switches grad mode."""
     switches = (set_grad_enabled, torch.ops.higher_order.wrap_with_set_grad_enabled)
-    parts = [part for part in gm.modules() if isinstance(part, fx.GraphModule)]
-    return any(node.target in switches for part in parts for node in part.graph.nodes)
+    nodes = [node for part in gm.modules() if isinstance(part, fx.GraphModule) for node in part.graph.nodes]
+    # A region of inference mode that is switched off has gradients.
+    return any(
+        node.target in switches or getattr(node.target, "__name__", "") == "_enter_inference_mode" for node in nodes
+    )
 
 
 def updated_in_place(node: fx.Node) -> tuple[fx.Node, ...]:

@@ -199,7 +199,7 @@ def _refuse_what_autograd_does_not_see(gm: fx.GraphModule, recorded: bool) -> No
                     f"{node.name} updates a tensor that has a gradient in place, under torch.no_grad() or detached "
                     "from it, and functional tracing loses the gradient"
                 )
-        if recorded and detached.receives_gradients(node):
+        if recorded and detached.receive_gradients(node):
             raise CaptureError(
                 f"{node.name} writes numbers that have a gradient through a view that is detached from what is written "
                 "to, and functional tracing gives it the gradient (detach the numbers as well)"
@@ -212,34 +212,24 @@ def _refuse_what_autograd_does_not_see(gm: fx.GraphModule, recorded: bool) -> No
 
 
 class _Detached:
-    """The views of a graph that are detached from their tensor, met in the order of its nodes."""
+    """The views of a graph that are detached from their tensor."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
-        self._places = {node: place for place, node in enumerate(gm.graph.nodes)}
-        self._views: dict[fx.Node, fx.Node] = {}
+        self._views: set[fx.Node] = set()
         for node in gm.graph.nodes if any(map(_is_detach, gm.graph.nodes)) else ():
             value = _example(node)
-            source = next((each for each in node.all_input_nodes if _shares(each, value)), None)
-            if source is not None and (source in self._views or _is_detach(node)):
-                self._views[node] = self._views.get(source, source)
+            sources = [each for each in node.all_input_nodes if _shares(each, value)]
+            if sources and (_is_detach(node) or not self._views.isdisjoint(sources)):
+                self._views.add(node)
 
-    def receives_gradients(self, node: fx.Node) -> bool:
-        """Whether the node writes what has a gradient to such a view, and the tensor itself is read later."""
+    def receive_gradients(self, node: fx.Node) -> bool:
+        """Whether the node writes what has a gradient to such a view.
+
+        The view has one from then on, and what it is detached from has none.
+        """
         written = [each for each in updated_in_place(node) if each in self._views]
         given = [_example(each) for each in node.all_input_nodes if each not in written]
-        if not any(value is not None and value.requires_grad for value in given):
-            return False
-        return any(self._is_read(self._views[each], node) for each in written)
-
-    def _is_read(self, tensor: fx.Node, after: fx.Node) -> bool:
-        """Whether the tensor is an input, or is read after a node but for its detached views."""
-        value = _example(tensor)
-        own = [node for node in self._places if node not in self._views and _shares(node, value)]
-        return any(
-            node.op in ("placeholder", "get_attr")
-            or any(self._places[user] > self._places[after] and user not in self._views for user in node.users)
-            for node in own
-        )
+        return bool(written) and any(value is not None and value.requires_grad for value in given)
 
 
 def _shares(node: fx.Node, value: torch.Tensor | None) -> bool:

@@ -99,10 +99,18 @@ class Builder:
             value = target(*fakes[0], **fakes[1])
         return self.insert(target, args, kwargs, value)
 
-    def insert(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> fx.Node:
-        """Inserts a call whose fake value, ``value``, the caller knows already, or returns an equal one."""
+    def copied(self, node: fx.Node, **kwargs: Any) -> fx.Node:
+        """Inserts a ``clone`` that nothing else is given, as what a graph returns has to be."""
+        with _evaluating(self._fake_mode):
+            value = node.meta["val"].clone(**kwargs)
+        return self.insert(torch.ops.aten.clone.default, (node,), kwargs, value, shared=False)
+
+    def insert(
+        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any, *, shared: bool = True
+    ) -> fx.Node:
+        """Inserts a call whose fake value, ``value``, the caller knows; with ``shared``, or returns an equal one."""
         args, kwargs = fx.node.map_aggregate((args, kwargs), self._as_argument)
-        key = _key_of(target, args, kwargs)
+        key = _key_of(target, args, kwargs) if shared else None
         found = self._found(key)
         if found is not None:
             return found

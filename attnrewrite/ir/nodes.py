@@ -20,6 +20,7 @@ __all__ = [
     "hint",
     "known_number",
     "marks_of",
+    "memory_order",
     "regions",
     "same",
     "same_shape",
@@ -139,3 +140,22 @@ def marks_of(node: fx.Node) -> tuple[str, ...]:
 def scalar(value: Any) -> bool:
     """Whether the value is a Python or symbolic number; bool is not."""
     return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+
+
+def memory_order(original: torch.Tensor) -> list[int]:
+    """The dimensions, from the one whose entries are farthest apart in memory; as they are where that is not known."""
+    strides = original.stride()
+    if all(isinstance(stride, int) for stride in strides):
+        return sorted(range(original.dim()), key=lambda dim: -strides[dim])
+    # Symbolic strides are not compared: each dimension is known to begin where the next inner one ends.
+    order: list[int] = []
+    left = [dim for dim in range(original.dim()) if not same(original.shape[dim], 1)]
+    span: Size = 1
+    while left:
+        inner = next((dim for dim in reversed(left) if same(strides[dim], span)), None)
+        if inner is None:
+            return list(range(original.dim()))
+        order.append(inner)
+        left.remove(inner)
+        span = span * original.shape[inner]
+    return [*(dim for dim in range(original.dim()) if dim not in order), *reversed(order)]

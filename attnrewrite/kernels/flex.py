@@ -561,6 +561,9 @@ def _score_mod(
     def read(operand: Operand) -> fx.Node:
         """The operand's entry for this score."""
         node = lay_out(builder, operand.node, operand.layout, dims)
+        if tensor(node).dtype is torch.float64:
+            # A score would be float64 from here on, of which Inductor's C++ template makes wrong numbers.
+            node = builder.call(aten.to.dtype, node, torch.float32)
         if site.sink is not None and not same(tensor(node).shape[-1], 1):
             if tensor(node).dtype is torch.bool:
                 node = builder.call(aten.to.dtype, node, torch.float32)

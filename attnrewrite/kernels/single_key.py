@@ -69,8 +69,8 @@ class SingleKey(Kernel):
                 total = builder.call(aten.sum.default, nothing, dtype=result.dtype)
                 output = builder.call(aten.add.Tensor, output, total)
         if same_shape(tensor(output).shape, result.shape):
-            # A product is a tensor of its own, and no view of an input.
-            return builder.call(aten.clone.default, output)
+            # A product is a tensor of its own: no view of an input, and none that another site has made as well.
+            return builder.copied(output)
         return builder.call(aten.expand.default, output, list(result.shape))
 
 

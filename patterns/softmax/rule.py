@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.scores import ScoreWalk, is_narrower, leads_to_product, node_in_words, read_scores
-from attnrewrite.analysis.values import is_ordinary, possible_values
+from attnrewrite.analysis.values import ORDINARY, Range, is_ordinary, possible_values
 from attnrewrite.analysis.weights import Softmax, WeightWalk, every_softmax, follow_weights, split_sink
 from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of
 from attnrewrite.ir.bounds import AROUND_SOFTMAX, searching
@@ -274,7 +274,9 @@ def _compute_dtype(
 
 def _is_ordinary(factor: fx.Node | Operand) -> bool:
     node = factor.node if isinstance(factor, Operand) else factor
-    return all(is_ordinary(value) for value in possible_values(node))
+    # A position or a size is no number of ordinary size in float16.
+    values = possible_values(node)
+    return all(is_ordinary(value) and not (isinstance(value, Range) and value.largest > ORDINARY) for value in values)
 
 
 @dataclass

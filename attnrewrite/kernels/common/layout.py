@@ -10,7 +10,7 @@ from torch import fx
 
 from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, resolve, size_of
 from attnrewrite.ir.builder import Builder
-from attnrewrite.ir.nodes import Size, same, same_shape, tensor
+from attnrewrite.ir.nodes import Size, memory_order, same, same_shape, tensor
 from attnrewrite.ir.site import CanonicalAttention, Scale, WeightMod
 
 __all__ = ["KernelLayout", "in_memory_order_of", "lay_out", "modified", "padded", "padded_to", "with_unit_stride"]
@@ -92,31 +92,12 @@ def with_unit_stride(builder: Builder, node: fx.Node) -> fx.Node:
 
 def in_memory_order_of(original: torch.Tensor, node: fx.Node, builder: Builder) -> fx.Node:
     """``node`` copied so that its dimensions lie in memory as the original's did (an einsum's result is permuted)."""
-    order = _memory_order(original)
+    order = memory_order(original)
     if order == list(range(original.dim())):
-        return builder.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+        return builder.copied(node, memory_format=torch.contiguous_format)
     permuted = builder.call(aten.permute.default, node, order)
-    copied = builder.call(aten.clone.default, permuted, memory_format=torch.contiguous_format)
+    copied = builder.copied(permuted, memory_format=torch.contiguous_format)
     return builder.call(aten.permute.default, copied, [order.index(dim) for dim in range(original.dim())])
-
-
-def _memory_order(original: torch.Tensor) -> list[int]:
-    """The dimensions, from the one whose entries are farthest apart in memory; as they are where that is not known."""
-    strides = original.stride()
-    if all(isinstance(stride, int) for stride in strides):
-        return sorted(range(original.dim()), key=lambda dim: -strides[dim])
-    # Symbolic strides are not compared: each dimension is known to begin where the next inner one ends.
-    order: list[int] = []
-    left = [dim for dim in range(original.dim()) if not same(original.shape[dim], 1)]
-    span: Size = 1
-    while left:
-        inner = next((dim for dim in reversed(left) if same(strides[dim], span)), None)
-        if inner is None:
-            return list(range(original.dim()))
-        order.append(inner)
-        left.remove(inner)
-        span = span * original.shape[inner]
-    return [*(dim for dim in range(original.dim()) if dim not in order), *reversed(order)]
 
 
 def modified(builder: Builder, node: fx.Node, mod: WeightMod, dims: tuple[Dim, ...]) -> fx.Node:
