@@ -15,7 +15,7 @@ from attnrewrite.ir.source import ENDS_AT, source_location
 from attnrewrite.ir.views import peel
 from attnrewrite.torch_private import operator_name
 
-__all__ = ["GraphView"]
+__all__ = ["GraphView", "is_copy_of_input"]
 
 
 class GraphView:
@@ -93,7 +93,7 @@ class GraphView:
         saved = self.differentiable(consumer)
 
         def may_enter(node: fx.Node) -> bool:
-            return self.grad_region(node) == region and not (saved and _is_copy_of_input(node))
+            return self.grad_region(node) == region and not (saved and is_copy_of_input(node))
 
         while True:
             operand = peel(operand, may_enter)[-1]
@@ -120,7 +120,7 @@ def reader_in_words(node: fx.Node) -> str:
     return f"{name} at {where}" if where else name
 
 
-def _is_copy_of_input(node: fx.Node) -> bool:
+def is_copy_of_input(node: fx.Node) -> bool:
     """Whether the source asks for a copy of what the caller owns, and may update before the backward pass."""
     if node.target is not torch.ops.aten.clone.default or node.kwargs.get("memory_format") is torch.contiguous_format:
         return False

@@ -18,6 +18,7 @@ from attnrewrite.ir.reason import Reason
 from attnrewrite.ir.site import AttentionSite, CanonicalAttention, NotAttention
 from attnrewrite.ir.source import source_location
 from attnrewrite.kernels import Kernel
+from attnrewrite.kernels.common.memory import keep_copies
 from attnrewrite.options.compile_options import Policy
 from attnrewrite.options.request import Request
 from attnrewrite.passes.canonicalize import canonicalized
@@ -262,6 +263,8 @@ class Rewriting:
                     self._begins_with_batch |= {node}
         result.begins_with_batch = self._begins_with_batch
         if result.changed:
+            if self.view.trains and self._policy.inner_backend == "inductor":
+                keep_copies(self._gm)
             self._gm.graph.lint()
             self._gm.recompile()
         return result

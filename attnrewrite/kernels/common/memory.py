@@ -16,9 +16,10 @@ import torch
 from torch import fx
 
 from attnrewrite.ir.builder import Builder
+from attnrewrite.ir.graph_view import is_copy_of_input
 from attnrewrite.torch_private import lower_to_memory
 
-__all__ = ["realized", "stored"]
+__all__ = ["keep_copies", "realized", "stored"]
 
 
 @torch.library.custom_op("attnrewrite::stored", mutates_args=())
@@ -75,6 +76,20 @@ def _gradient_of_realized(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tenso
 
 
 _realized.register_autograd(_gradient_of_realized)
+
+
+def keep_copies(gm: fx.GraphModule) -> None:
+    """Puts copies of inputs, which the source asks for, in memory of their own; for training through Inductor.
+
+    It removes a copy whose original is updated later on, and the backward pass of a fused kernel reads what was written
+    (torch 2.13, with ``scaled_dot_product_attention`` in the source as well).
+    """
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default):
+        if is_copy_of_input(node):
+            _lower_realized()
+            builder = Builder(gm, before=node, like=node)
+            node.replace_all_uses_with(builder.call(torch.ops.attnrewrite.realized.default, node.args[0], True))
+            gm.graph.erase_node(node)
 
 
 def realized(builder: Builder, part: fx.Node, *, own: bool) -> fx.Node:
