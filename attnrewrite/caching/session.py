@@ -146,9 +146,10 @@ class Session:
             run_inputs: the arguments whose shapes, dtypes and devices are the same throughout a run; default all.
         """
         self.called = True
-        self._require_inference(args, kwargs)
-        signature = _signature((args, kwargs) if run_inputs is None else run_inputs)
-        current, begins_run = self._begin_call(signature)
+        with self._ending_run():
+            self._require_inference(args, kwargs)
+            signature = _signature((args, kwargs) if run_inputs is None else run_inputs)
+            current, begins_run = self._begin_call(signature)
         with _storing_in(current.stream):
             inputs: _Inputs = tuple(args), kwargs
             if current.halved:
@@ -167,6 +168,18 @@ class Session:
                 self._prepared.add(signature)
             self._require_match(current)
         return result
+
+    @contextlib.contextmanager
+    def _ending_run(self) -> Iterator[None]:
+        """What comes before a call of the model: if it raises an error, the next call begins a run."""
+        try:
+            yield
+        except BaseException:
+            name = current_stream()
+            stream = self.memory.stream(name, self._tensor_format(is_separate(name)))
+            stream.run.reset()
+            stream.clear()
+            raise
 
     def _begin_call(self, signature: Hashable) -> tuple[ModelCall, bool]:
         """Counts a call in its stream's run.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import uuid
 import weakref
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
@@ -53,7 +54,7 @@ class DecoratedPart:
         self.name = name
         self.arguments = arguments
         self.warned: set[str] = set()
-        number = str(next(_numbers))
+        number = next(_numbers)
         _parts[number] = self
         # The shared key names the innermost part. The part's own key keeps it known within inner parts.
         self.annotation = {f"{_INNERMOST}_{number}": number, _INNERMOST: number}
@@ -95,7 +96,9 @@ class DecoratedPart:
         return Policy.from_options(self._options, self.arguments["mode"])
 
 
-_numbers = itertools.count()
+_numbers = (f"{uuid.uuid4().hex}_{number}" for number in itertools.count())
+"""Of this process alone: an exported program keeps the annotation, and may be loaded in another one."""
+
 _parts: weakref.WeakValueDictionary[str, DecoratedPart] = weakref.WeakValueDictionary()
 """The parts by their numbers: an annotation is made of strings, which Dynamo takes as constants."""
 
@@ -107,7 +110,17 @@ def _parts_at(node: fx.Node) -> list[DecoratedPart]:
         return []
     around = [number for key, number in custom.items() if key.startswith(f"{_INNERMOST}_")]
     around.sort(key=lambda number: number == custom[_INNERMOST])
-    return [_parts[number] for number in around]
+    unknown = [number for number in around if number not in _parts]
+    if unknown and not _warned.issuperset(unknown):
+        _warned.update(unknown)
+        log.warning(
+            "accelerate_attention was on a part of this program when it was exported, in another process or on what is "
+            "gone: its options are not known here (give them to attnrewrite.rewrite or torch.compile)"
+        )
+    return [_parts[number] for number in around if number in _parts]
+
+
+_warned: set[str] = set()
 
 
 def policy_at(policy: Policy, node: fx.Node) -> Policy:
