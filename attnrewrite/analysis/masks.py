@@ -37,6 +37,7 @@ __all__ = [
     "kept_where",
     "may_mask",
     "repeated_along",
+    "spread_of",
     "truth",
 ]
 
@@ -353,6 +354,13 @@ def may_mask(mod: Bias) -> bool:
 def added_values(mod: Bias) -> frozenset[Value]:
     """All values that a bias may add to a score."""
     return frozenset(_as_added(mod, value) for value in possible_values(mod.operand.node))
+
+
+def spread_of(mod: Bias) -> float:
+    """How far apart the numbers may be that the bias adds and that are computed from positions."""
+    ranges = [value for value in possible_values(mod.operand.node) if isinstance(value, Range)]
+    ends = [(mod.of(value.low), mod.of(value.high)) for value in ranges]
+    return max((abs(high - low) for low, high in ends if low is not None and high is not None), default=0.0)
 
 
 def _as_added(mod: Bias, value: Value) -> Value:

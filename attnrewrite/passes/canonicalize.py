@@ -44,6 +44,7 @@ from attnrewrite.analysis.masks import (
     kept_where,
     may_mask,
     repeated_along,
+    spread_of,
     truth,
 )
 from attnrewrite.analysis.scores import bounds_of
@@ -53,7 +54,6 @@ from attnrewrite.analysis.values import (
     FAR_BELOW,
     ORDINARY,
     UNDERFLOW,
-    Range,
     ValueKind,
     as_stored,
     is_nan_by_formula,
@@ -403,10 +403,7 @@ def _require_no_counterweight(terms: Sequence[Term]) -> None:
             "large numbers of both signs are added to scores, and the first of them takes the digits of the scores"
         )
     fills = [term.value for term in terms if isinstance(term, Fill)]
-    ranges = [
-        [value for value in _values(term) if isinstance(value, Range)] for term in terms if isinstance(term, Bias)
-    ]
-    spread = sum(max((value.high - value.low for value in each), default=0.0) for each in ranges)
+    spread = sum(spread_of(term) for term in terms if isinstance(term, Bias))
     masking = [number for number in (*numbers, *fills) if -math.inf < number <= FAR_BELOW]
     if masking and max(masking) + spread > 2 * UNDERFLOW:
         raise NotAttention("numbers that are computed from positions may outweigh a mask that they are added to")

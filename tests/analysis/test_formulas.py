@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,10 +21,13 @@ from attnrewrite.analysis.formulas import (
     at_least,
     conjunction,
     disjunction,
+    largest,
     negation,
     parts,
     symbols,
 )
+from attnrewrite.ir.bounds import LONGEST_SEQUENCE
+from attnrewrite.torch_private import SYMPY_QUOTIENTS
 from tests.support.formulas import arithmetic, holds
 
 X, Y = (sympy.Symbol(name, integer=True, nonnegative=True) for name in "xy")
@@ -232,3 +236,23 @@ def test_only_its_symbols_matter(formula: Formula) -> None:
 def test_truth_values_depend_on_nothing(formula: bool) -> None:
     assert symbols(formula) == frozenset()
     assert parts(formula) == (() if formula else (False,))
+
+
+@pytest.mark.parametrize(
+    "expression, known",
+    [
+        (X + 2 * Y - 3, True),
+        (SYMPY_QUOTIENTS[1](X, 2) + Y, True),
+        (sympy.Max(X, Y) - N, True),
+        (sympy.Abs(X - Y), True),
+        (SYMPY_QUOTIENTS[1](X, Y), False),
+        (2**X, False),
+        (sympy.Symbol("m", integer=True), False),
+    ],
+)
+def test_bounds_of_expressions(expression: Any, known: bool) -> None:
+    assert math.isfinite(largest(expression)) is known
+
+
+def test_a_quotient_of_a_product_is_bounded_by_the_product() -> None:
+    assert largest(SYMPY_QUOTIENTS[1](X * Y, 2)) >= LONGEST_SEQUENCE**2

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from attnrewrite.analysis.kinds import SiteKind, kinds_of
+from attnrewrite.analysis.kinds import SiteKind, begins_with_batch, kinds_of
 from attnrewrite.capture.trace import capture
 from attnrewrite.ir.graph_view import GraphView
 from attnrewrite.ir.linear_site import LinearAttention
@@ -427,3 +427,39 @@ def test_slices_that_were_merged() -> None:
 def test_no_sites() -> None:
     gm = fx.symbolic_trace(nn.ReLU())
     assert kinds_of(gm, []) == []
+
+
+@pytest.mark.parametrize(
+    "arrange, keeps",
+    [
+        (lambda x: x * 2, True),
+        (lambda x: x.flatten(0, 1), True),
+        (lambda x: x.transpose(0, 1).transpose(0, 1), True),
+        (lambda x: torch.cat([x, x], 1), True),
+        (lambda x: x[:, 1:].flip(1), True),
+        (lambda x: x[:], True),
+        (lambda x: torch.cat([x, x]), False),
+        (lambda x: x.flip(0), False),
+        (lambda x: x.roll(1, 0), False),
+        (lambda x: x.roll(1), False),
+        (lambda x: torch.cat([*x.chunk(2)[::-1]]), False),
+        (lambda x: torch.cat([x[::2], x[1::2]]), False),
+        (lambda x: x[torch.tensor([1, 0, 3, 2])], False),
+        (lambda x: x.sort(0).values, False),
+        (lambda x: x.repeat(2, 1, 1), False),
+        (lambda x: torch.cat([x, -x]).chunk(2)[0] + x, False),
+    ],
+)
+def test_what_begins_with_the_batch(arrange: Callable[[Tensor], Tensor], keeps: bool) -> None:
+    """Of such a tensor one half is that of one half of the batch."""
+    found: list[bool] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        ir = capture(gm, example_inputs).gm
+        (result,) = ir.graph.output_node().all_input_nodes
+        found.append(result in begins_with_batch(ir))
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(lambda x: arrange(x).exp(), backend=backend)(torch.randn(4, 6, 8))
+    assert found == [keeps]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+import attnrewrite
 from attnrewrite import AttnRewriteError, KernelError, OptionError, accelerate_attention, attention_backend, explain
 from attnrewrite.backend import collect_reports
 from tests.support.helpers import relative_error
@@ -478,3 +479,35 @@ def test_threads_that_call_while_another_compiles(kind: str) -> None:
         list(pool.map(work, range(3)))
     assert not uncompiled
     assert not torch.fx.traceback.current_meta
+
+
+def test_a_class_is_decorated_after_an_instance_was_compiled() -> None:
+    own: Any = type("Own", (Plain,), {})
+    before = own()
+    before.compile(backend="aot_eager")
+    expected = before(X)
+    accelerate_attention(options={"inner_backend": recorder})(own)
+    assert relative_error(before(X), expected) == 0
+    assert COMPILED == []
+    assert own()(X).shape == expected.shape
+    assert COMPILED == [True]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["forgotten", "another part"])
+def test_an_exported_part_that_is_not_of_this_process(again: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Its options are not known, and those of no other part are taken for them."""
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = decorated(x)
+            return result
+
+    decorated: Any = accelerate_attention(options={"assume_attended_rows": True})(lambda x: attend(x))
+    program = torch.export.export(Model(), (X,), strict=True)
+    del decorated
+    gc.collect()
+    if again:
+        decorated = accelerate_attention(options={"assume_attended_rows": True})(lambda x: attend(x))
+    result = attnrewrite.rewrite(program).module()(X)
+    assert relative_error(result, attend(X)) <= 1e-5
+    assert "its options are not known here" in caplog.text

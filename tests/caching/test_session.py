@@ -718,3 +718,19 @@ def test_an_error_in_a_call_ends_the_run() -> None:
             model(**inputs(1), unknown=1)
         found += [model(**inputs(1)), model(**inputs(2))]
     assert relative_error(spatial(found), spatial(truth([0, 1, 1]))) <= 1e-5
+
+
+@pytest.mark.parametrize("wrong", ["no timestep", "gradients", "training"])
+def test_an_error_before_a_call_ends_the_run(wrong: str) -> None:
+    clock = Clock()
+    model = compiled(video())
+    with attnrewrite.attention_cache(model, broadcast(clock, every=4)):
+        found = steps(model, clock, [500])
+        clock.now = None if wrong == "no timestep" else 400
+        model.train(wrong == "training")
+        with pytest.raises(CacheError), torch.set_grad_enabled(wrong == "gradients"):
+            model(**inputs(1))
+        model.eval()
+        clock.now = 300
+        found += [model(**inputs(1)), model(**inputs(2))]
+    assert relative_error(spatial(found), spatial(truth([0, 1, 1]))) <= 1e-5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +80,19 @@ def buffers_and_results_that_are_updated(q: Tensor, k: Tensor, v: Tensor) -> Ten
     return (scaled @ keys.mT + bias).softmax(-1) @ v
 
 
+def written_through_data(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keys = torch.zeros_like(k)
+    keys.data[:, :, 1:] = k[:, :, 1:]
+    return _attend(q, keys, v)
+
+
+def copied_into_what_is_detached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The detached tensor has the gradient of what is written to it."""
+    keys = (k * 2).clone().detach()
+    keys[:, :, 1:] = k[:, :, 1:]
+    return _attend(q, keys, v)
+
+
 def no_grad_in_a_mapped_function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     def one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.no_grad():
@@ -106,6 +120,8 @@ LEFT: tuple[Attend, ...] = (
     saved_weights_updated_through_data,
     updated_through_a_view,
     inference_mode,
+    written_through_data,
+    copied_into_what_is_detached,
 )
 OTHERS: tuple[Attend, ...] = (no_grad_in_a_mapped_function, einsum_that_is_differentiated)
 """For other reasons."""
@@ -186,7 +202,98 @@ def test_what_is_left_alone_says_why(function: Attend) -> None:
     with collect_reports() as graphs:
         rewritten(function)(*_operands())
     (graph,) = graphs
-    assert "inference_mode" in graph.reason or "loses the gradient" in graph.reason
+    assert any(
+        words in graph.reason for words in ("inference_mode", "loses the gradient", "numbers that have a gradient")
+    )
+
+
+class _Rounded(torch.autograd.Function):
+    """A straight-through estimator."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return (x * 4).round() / 4
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def rounded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.enable_grad():
+        return _attend(_Rounded.apply(q), k, v)  # type: ignore[no-untyped-call]
+
+
+def clamped_outside(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.enable_grad():
+        result = _attend(q, k, v)
+    return result.clamp_(-1, 1)
+
+
+def normalized(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mean, variance = torch.zeros(2), torch.ones(2)
+    with torch.enable_grad():
+        return _attend(F.batch_norm(q, mean, variance, training=True), k, v)
+
+
+def inference_mode_switched_off(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.inference_mode(False):
+        return _attend(q, k, v)
+
+
+@pytest.mark.parametrize("function", [rounded, clamped_outside, normalized, inference_mode_switched_off])
+def test_gradients_of_a_region_within_no_grad(function: Attend) -> None:
+    """As in a sampler that is guided by a gradient."""
+    found = []
+    for call in (function, rewritten(function)):
+        operands = _operands()
+        with torch.no_grad():
+            result = call(*operands)
+        found.append(torch.autograd.grad(result.square().sum(), operands))
+    assert relative_error(*found) <= 1e-4
+
+
+class _Memory(torch.nn.Module):
+    """Keys and values that the module collects, of which the source makes a copy since it goes on to update them."""
+
+    bank: Tensor
+
+    def __init__(self, within: bool) -> None:
+        super().__init__()
+        self.within = within
+        self.query = torch.nn.Linear(8, 8)
+        self.register_buffer("bank", torch.randn(2, 2, 6, 8, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bank = self.bank.clone().detach()
+        result = _attend(self.query(x), bank, bank)
+        if self.within:
+            self.collect(x)
+        return result
+
+    @torch.no_grad()
+    def collect(self, x: Tensor) -> None:
+        self.bank[:, :, :4] = x[:, :, :4]
+
+
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_a_copy_that_the_source_asks_for(inner: str, within: bool) -> None:
+    """Inductor removes it before ``scaled_dot_product_attention``, which saves the bank then (torch 2.13)."""
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        memory: Any = _Memory(within)
+        x = _operands()[0].detach()
+        with collect_reports() as graphs:
+            result = (rewritten(memory, inner) if compiled else memory)(x)
+        assert not compiled or [site.status for graph in graphs for site in graph.sites] == ["rewritten"]
+        if not within:
+            memory.collect(x)
+        result.square().sum().backward()
+        found.append([memory.query.weight.grad, memory.bank])
+    assert relative_error(*found) <= 1e-4
 
 
 def test_an_update_without_gradients_is_read_in_inference() -> None:
