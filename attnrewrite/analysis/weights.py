@@ -492,7 +492,8 @@ def split_sink(softmax: Softmax, key_dim: Dim) -> tuple[Softmax, Dim, bool] | No
             node = args[0]
             continue
         break
-    if not is_tensor(node) or node.op != "call_function" or softmax.sink is not None:
+    # A mask of exponentials takes that of the column as well.
+    if not is_tensor(node) or node.op != "call_function" or softmax.sink is not None or softmax.fills:
         return None
     joined = _sink_column(node, softmax.dim)
     if joined is None:

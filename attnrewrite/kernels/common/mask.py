@@ -79,7 +79,8 @@ class Mask:
             self.node = self._builder.insert(aten.full.default, ([1, 1, 1, 1], 0.0), kind, value)
             self.node = call(aten.expand.default, self.node, [1, 1, 1, _key_length(self._site)])
         if not isinstance(sink, Operand):
-            self.node = padded(self._builder, self.node, -1, sink)
+            # As low as the dtype can hold it: it was written for scores that are wider.
+            self.node = padded(self._builder, self.node, -1, max(sink, torch.finfo(tensor(self.node).dtype).min))
             return
         column = self._cast(self._laid_out(sink))
         wide, narrow = tensor(self.node).shape, tensor(column).shape
