@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.capture.support import CaptureError, attribute_of, storage_of, switches_gradients
+from attnrewrite.capture.support import CaptureError, attribute_of, enables_gradients, storage_of
 from attnrewrite.torch_private import CHECKPOINT_CONTEXT
 
 
@@ -149,7 +149,7 @@ def is_opaque(node: fx.Node, gm: fx.GraphModule) -> bool:
     """Whether the node of ``gm`` is a call that tracing must not enter."""
     if node.target is torch.ops.higher_order.autograd_function_apply:
         # Without gradients its forward may be traced like any other code.
-        return (torch.is_grad_enabled() or switches_gradients(gm)) and any(
+        return (torch.is_grad_enabled() or enables_gradients(gm)) and any(
             getattr(arg.meta.get("example_value"), "requires_grad", False) for arg in node.all_input_nodes
         )
     if node.target is torch.ops.higher_order.tag_activation_checkpoint:

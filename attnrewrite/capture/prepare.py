@@ -12,13 +12,13 @@ from torch.utils.checkpoint import CheckpointPolicy
 from attnrewrite.capture.autocast import AutocastRegions
 from attnrewrite.capture.decompositions import DECOMPOSITIONS
 from attnrewrite.capture.opaque import OpaqueCalls, is_opaque
-from attnrewrite.capture.support import attribute_of, switches_gradients, updated_in_place
+from attnrewrite.capture.support import attribute_of, enables_gradients, updated_in_place
 from attnrewrite.torch_private import checkpoint_ids, enter_autocast, exit_autocast
 
 
 def wants_gradients(gm: fx.GraphModule) -> bool:
     """Whether a backward pass through the graph may follow."""
-    return (torch.is_grad_enabled() or switches_gradients(gm)) and any(
+    return (torch.is_grad_enabled() or enables_gradients(gm)) and any(
         getattr(node.meta.get("example_value"), "requires_grad", False)
         for node in gm.graph.find_nodes(op="placeholder")
     )

@@ -48,13 +48,14 @@ def has_storage(value: torch.Tensor) -> bool:
     return not is_traceable_wrapper_subclass(value) and not is_functorch_wrapped(value)
 
 
-def switches_gradients(gm: fx.GraphModule) -> bool:
-    """Whether a part of the graph switches grad mode."""
-    switches = (set_grad_enabled, torch.ops.higher_order.wrap_with_set_grad_enabled)
+def enables_gradients(gm: fx.GraphModule) -> bool:
+    """Whether a part of the graph has gradients, although the graph is called without."""
     nodes = [node for part in gm.modules() if isinstance(part, fx.GraphModule) for node in part.graph.nodes]
-    # A region of inference mode that is switched off has gradients.
     return any(
-        node.target in switches or getattr(node.target, "__name__", "") == "_enter_inference_mode" for node in nodes
+        node.args[0]
+        if node.target in (set_grad_enabled, torch.ops.higher_order.wrap_with_set_grad_enabled)
+        else getattr(node.target, "__name__", "") == "_enter_inference_mode" and not node.args[0]
+        for node in nodes
     )
 
 

@@ -25,10 +25,10 @@ from attnrewrite.capture.prepare import prepared_graph
 from attnrewrite.capture.support import (
     CaptureError,
     attribute_of,
+    enables_gradients,
     first_line,
     has_storage,
     storage_of,
-    switches_gradients,
     updated_in_place,
 )
 from attnrewrite.capture.vmap import holds_vmap, vmap_lowered
@@ -69,7 +69,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     """
     gm = with_data_detached(_without_vmap(gm))
     _refuse_function_transforms(gm)
-    gradients = torch.is_grad_enabled() or switches_gradients(gm)
+    gradients = torch.is_grad_enabled() or enables_gradients(gm)
     if gradients:
         _refuse_what_autograd_does_not_see(gm, torch.is_grad_enabled())
     placeholders = gm.graph.find_nodes(op="placeholder")

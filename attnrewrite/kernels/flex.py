@@ -560,10 +560,7 @@ def _score_mod(
 
     def read(operand: Operand) -> fx.Node:
         """The operand's entry for this score."""
-        node = lay_out(builder, operand.node, operand.layout, dims)
-        if tensor(node).dtype is torch.float64:
-            # A score would be float64 from here on, of which Inductor's C++ template makes wrong numbers.
-            node = builder.call(aten.to.dtype, node, torch.float32)
+        node = _in_float32(builder, lay_out(builder, operand.node, operand.layout, dims))
         if site.sink is not None and not same(tensor(node).shape[-1], 1):
             if tensor(node).dtype is torch.bool:
                 node = builder.call(aten.to.dtype, node, torch.float32)
@@ -613,6 +610,11 @@ def _score_mod(
     graph.output(score)
     placeholders_first(graph)
     return fx.GraphModule(torch.nn.Module(), graph), buffers
+
+
+def _in_float32(builder: Builder, node: fx.Node) -> fx.Node:
+    """A score would be float64 beside a number of float64, of which Inductor's C++ template makes wrong numbers."""
+    return builder.call(aten.to.dtype, node, torch.float32) if tensor(node).dtype is torch.float64 else node
 
 
 def _scale_operand(builder: Builder, factor: Any, read: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import operator
 
-import pytest
 from torch import fx
 
 from attnrewrite.selection.decorated_parts import DecoratedPart, parts_in
@@ -23,5 +22,4 @@ def test_a_part_lives_as_long_as_the_variants_of_its_graph() -> None:
     assert [part.name for part in parts_in(gm)] == ["block"]
     del variants
     gc.collect()
-    with pytest.raises(KeyError):
-        list(parts_in(gm))
+    assert not list(parts_in(gm))
