@@ -305,6 +305,8 @@ def _read_step(node: fx.Node, source: fx.Node, layout: Layout, context: _WalkCon
     if is_layout_op(node):
         return [], ()
     dtype = tensor(node).dtype
+    if dtype.is_complex:
+        raise NotAttention(f"{node_in_words(node)} computes the scores in {dtype_name(dtype)}")
     if target in _ELEMENTWISE or target is aten.maximum.default:
         return [_clamp_or_function(node, source)], ()
     if target is aten.neg.default:

@@ -27,6 +27,7 @@ from attnrewrite.ir.ops import (
     MUL_OPS,
     ONES_OPS,
     PAD_OPS,
+    PARTIAL_OPS,
     PROJECTION_OPS,
     SCATTER_OPS,
     SUB_OPS,
@@ -145,6 +146,9 @@ def is_nan_by_formula(node: fx.Node) -> bool:
 
 def _makes_nan(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> bool:
     multiplies, divides = node.target in MUL_OPS, node.target in DIV_OPS
+    if node.target in PARTIAL_OPS:
+        lowest = [value.low if isinstance(value, Range) else value for value in _values(node.args[0], memo)]
+        return any(isinstance(value, float) and value < 0 for value in lowest)
     if not (multiplies or divides or node.target in (*ADD_OPS, *SUB_OPS)):
         return False
     # Python numbers are rounded before they are used: to float32 where tensors are in half precision.

@@ -197,8 +197,8 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
         late=node if late else None,
         late_views=late_views,
         sink_is_shifted=bool(maximum) and not bounded,
-        # The maximum may be that of a score whose exponential is set to zero.
-        underflows=not (exact and not fills) and sink is None,
+        # The maximum may be that of a score whose exponential is set to zero, and that of a sink may be zero.
+        underflows=not (exact and not fills),
         fills=tuple(fills),
         layout=layout,
     )
@@ -686,6 +686,8 @@ def _step(
         and not same_shape(tensor(user).shape, tensor(node).shape)
     ):
         raise NotAttention(f"{node_in_words(user)} expands the attention weights to a larger shape")
+    if tensor(user).dtype.is_complex:
+        raise NotAttention(f"{node_in_words(user)} computes the attention weights in {dtype_name(tensor(user).dtype)}")
     if target is aten.dropout.default:
         if args[2] and args[1] > 0:
             if walk.dropout:

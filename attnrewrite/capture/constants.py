@@ -7,16 +7,16 @@ import hashlib
 import torch
 from torch import fx
 
-from attnrewrite.torch_private import FakeTensor
-
 __all__ = ["content_of", "name_by_content"]
 
 
 def content_of(value: torch.Tensor) -> str | None:
     """A hash of dtype, sizes and numbers; None where the numbers cannot be read."""
-    if isinstance(value, FakeTensor) or value.layout != torch.strided:
+    if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout != torch.strided:
         return None
-    numbers = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    numbers = (
+        value.detach().resolve_conj().resolve_neg().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    )
     return hashlib.sha256(f"{value.dtype}{list(value.shape)}".encode() + numbers).hexdigest()
 
 

@@ -185,6 +185,11 @@ ANY_OPS = frozenset({aten.any.dim, aten.any.dims})
 TRIANGLE_OPS = frozenset({aten.tril.default, aten.triu.default})
 
 SOFTMAX_OPS = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+PARTIAL_OPS = frozenset(
+    {aten.log.default, aten.log2.default, aten.log10.default, aten.log1p.default, aten.sqrt.default, aten.rsqrt.default}
+)
+"""Functions that give NaN for negative numbers."""
+
 LOG_SOFTMAX_OPS = (aten.log_softmax.int, aten._log_softmax.default)
 MATRIX_OPS = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default})
 CONVOLUTION_OPS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})

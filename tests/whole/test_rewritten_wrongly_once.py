@@ -721,6 +721,17 @@ def zero_by_zero_replaced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT * 0.3 - (i - j) / (i + j)).softmax(-1).nan_to_num() @ v
 
 
+@_case(Q, K, V)
+def logarithms_of_negative_numbers_replaced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    i, j = torch.arange(LENGTH)[:, None], torch.arange(KEYS)
+    return (q @ k.mT * 0.3 + torch.log((i - j).float() + 2)).softmax(-1).nan_to_num() @ v
+
+
+@_case(Q, K, V, torch.randn(LENGTH, KEYS, generator=torch.Generator().manual_seed(1)))
+def a_complex_factor_of_scores(q: Tensor, k: Tensor, v: Tensor, phase: Tensor) -> Tensor:
+    return (q @ k.mT * 0.3 * torch.polar(torch.ones_like(phase), phase)).abs().softmax(-1) @ v
+
+
 @_case(Q, K, V, torch.tensor([1, 2, 10**9 + 1, 4, 10**9, 6]))
 def integers_compared_with_a_float(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor) -> Tensor:
     """Which rounds them."""
@@ -736,6 +747,12 @@ def filled_again_behind_a_bounded_maximum(q: Tensor, k: Tensor, v: Tensor, maske
     s = (q @ k.mT * 0.3).masked_fill(masked, LOWEST)
     s = s - s.amax(-1, keepdim=True).clamp(min=0)
     return s.masked_fill(other, -1e9).softmax(-1) @ v
+
+
+@_case(Q, K, V, MASKED, torch.tensor([-math.inf, -1e9, 1.0, 0.0]).view(1, HEADS, 1, 1))
+def exponentials_beside_that_of_no_sink(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, sink: Tensor) -> Tensor:
+    exponentials = (q @ k.mT * 0.3 - 1e9 * masked).exp()
+    return exponentials / (sink.exp() + exponentials.sum(-1, keepdim=True)) @ v
 
 
 @_case(Q, K, V, MASKED, OTHER)
