@@ -78,7 +78,7 @@ def begins_with_batch(gm: fx.GraphModule) -> frozenset[fx.Node]:
     for node in gm.graph.nodes:
         inputs = node.all_input_nodes
         if any(each in reordered for each in inputs) or (
-            _reorders_first(node) and any(each in found for each in inputs)
+            any(each in found for each in inputs) and _reorders_first(node)
         ):
             reordered.add(node)
             continue

@@ -255,6 +255,8 @@ class Rewriting:
         result = self._result
         result.projections_changed = projections_changed
         result.regions_inlined = regions_inlined
+        if result.changed and self.view.trains and self._policy.inner_backend == "inductor":
+            self.replaced.update(keep_copies(self._gm))
         for site, row in self._attentions:
             node = latest(site.result, self.replaced)
             if not is_erased(node):
@@ -263,8 +265,6 @@ class Rewriting:
                     self._begins_with_batch |= {node}
         result.begins_with_batch = self._begins_with_batch
         if result.changed:
-            if self.view.trains and self._policy.inner_backend == "inductor":
-                keep_copies(self._gm)
             self._gm.graph.lint()
             self._gm.recompile()
         return result

@@ -8,7 +8,6 @@ nodes.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import uuid
 import weakref
@@ -54,7 +53,8 @@ class DecoratedPart:
         self.name = name
         self.arguments = arguments
         self.warned: set[str] = set()
-        number = next(_numbers)
+        # An exported program keeps the annotation, and may be loaded in another process.
+        number = uuid.uuid4().hex
         _parts[number] = self
         # The shared key names the innermost part. The part's own key keeps it known within inner parts.
         self.annotation = {f"{_INNERMOST}_{number}": number, _INNERMOST: number}
@@ -95,9 +95,6 @@ class DecoratedPart:
     def _policy(self) -> Policy:
         return Policy.from_options(self._options, self.arguments["mode"])
 
-
-_numbers = (f"{uuid.uuid4().hex}_{number}" for number in itertools.count())
-"""Of this process alone: an exported program keeps the annotation, and may be loaded in another one."""
 
 _parts: weakref.WeakValueDictionary[str, DecoratedPart] = weakref.WeakValueDictionary()
 """The parts by their numbers: an annotation is made of strings, which Dynamo takes as constants."""

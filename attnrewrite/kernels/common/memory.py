@@ -78,18 +78,24 @@ def _gradient_of_realized(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tenso
 _realized.register_autograd(_gradient_of_realized)
 
 
-def keep_copies(gm: fx.GraphModule) -> None:
+def keep_copies(gm: fx.GraphModule) -> dict[fx.Node, fx.Node]:
     """Puts copies of inputs, which the source asks for, in memory of their own; for training through Inductor.
 
     It removes a copy whose original is updated later on, and the backward pass of a fused kernel reads what was written
     (torch 2.13, with ``scaled_dot_product_attention`` in the source as well).
+
+    Returns:
+        What stands in the place of each copy.
     """
+    kept: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default):
         if is_copy_of_input(node):
             _lower_realized()
             builder = Builder(gm, before=node, like=node)
-            node.replace_all_uses_with(builder.call(torch.ops.attnrewrite.realized.default, node.args[0], True))
+            kept[node] = builder.call(torch.ops.attnrewrite.realized.default, node.args[0], True)
+            node.replace_all_uses_with(kept[node])
             gm.graph.erase_node(node)
+    return kept
 
 
 def realized(builder: Builder, part: fx.Node, *, own: bool) -> fx.Node:
