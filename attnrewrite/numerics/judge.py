@@ -2,7 +2,8 @@
 
 Two rules. In float32 and float64 a result agrees with eager up to the order of summation. In float16 and bfloat16 eager
 itself only approximates its formula, and the formula in float64 is the reference: a result is right if it lies no
-further from the reference than eager's own does, beyond a few roundings of the dtype.
+further from the reference than eager's own does, beyond a few roundings of the dtype; or, where a caller gives what
+the reference is for inputs that are rounded once more, no further than those move it.
 
 Results are compared row by row, over the last dimension that has more than one entry, since a row of scores is rounded
 as a whole: where eager is far off in one row, the others are judged as strictly as before.
@@ -50,12 +51,14 @@ class _Rows:
     Attributes:
         new, own, truth: the rewritten result, eager's and the reference.
         scale: the number that a rounding of each row is relative to, one a row.
+        moved: how far the reference moves when the inputs are rounded, or zero.
     """
 
     new: Tensor
     own: Tensor
     truth: Tensor
     scale: Tensor
+    moved: Tensor
 
 
 def disagreements(
@@ -67,6 +70,7 @@ def disagreements(
     beside: float = 0.0,
     whole: bool = False,
     roundings: float = _ROUNDINGS,
+    moved: Sequence[Sequence[Tensor]] = (),
     names: Sequence[str] = (),
 ) -> str:
     """What is wrong with the first wrong tensor of several that belong together, in words; empty if nothing is.
@@ -76,12 +80,16 @@ def disagreements(
         beside: what is small beside the other tensors is measured by this part of their size, which is the lower
             median of their largest numbers, of those that are not zero. For gradients, of which some are differences
             of large numbers, or nothing but rounding, while others are sums of many.
+        moved: draws of the reference with inputs that are rounded once more, each with all of the tensors. A number
+            that such a rounding moves is not known better than that, however near to it eager comes: a sum of many
+            rounded numbers, in which eager's one error may be small by luck, or a difference of nearly equal ones.
         names: what to call each tensor; its number by default.
     """
     sizes = sorted(filter(None, (_largest(value.double()) for value in truth if value.numel())))
     floor = beside * sizes[(len(sizes) - 1) // 2] if sizes else 0.0
     for index, (n, o, t) in enumerate(zip(new, own, truth, strict=True)):
-        wrong = disagreement(n, o, t, dtype, floor=floor, whole=whole, roundings=roundings)
+        draws = [draw[index] for draw in moved]
+        wrong = disagreement(n, o, t, dtype, floor=floor, whole=whole, roundings=roundings, moved=draws)
         if wrong:
             name = names[index] if names else f"number {index + 1} of {len(new)}" if len(new) > 1 else ""
             return f"{name}: {wrong}" if name else wrong
@@ -97,6 +105,7 @@ def disagreement(
     floor: float = 0.0,
     whole: bool = False,
     roundings: float = _ROUNDINGS,
+    moved: Sequence[Tensor] = (),
 ) -> str:
     """What is wrong with a rewritten result, in words; empty if nothing is.
 
@@ -113,6 +122,8 @@ def disagreement(
         whole: each tensor is one row, as is right where its rows are sums over the same things: gradients of weights.
         roundings: how many roundings beyond eager's error are allowed. GPU kernels that split float32 into parts of
             TF32, or add up in any order, need more than the default of 4.
+        moved: draws of ``truth`` with inputs that are rounded once more, as for :func:`disagreements`; for half
+            precision.
     """
     if new.shape != own.shape or new.dtype != own.dtype:
         return f"{new.dtype} {tuple(new.shape)} in place of {own.dtype} {tuple(own.shape)}"
@@ -123,16 +134,20 @@ def disagreement(
     if not own.is_floating_point() or not truth.is_floating_point():
         other = (new != own) & (new != truth)
         return f"{int(other.sum())} of {new.numel()} are neither eager's nor the reference's" if other.any() else ""
-    rows = _rows(_matrix(new, whole), _matrix(own, whole), _matrix(truth, whole), floor)
+    draws = [_matrix(draw, whole) for draw in moved]
+    rows = _rows(_matrix(new, whole), _matrix(own, whole), _matrix(truth, whole), draws, floor)
     if dtype in HALF:
         return _misplaced(rows.new, (rows.own, rows.truth)) or _beyond_own_error(rows, dtype, roundings)
     return _misplaced(rows.new, (rows.own,)) or _beyond_summation(rows, dtype, roundings)
 
 
-def _rows(new: Tensor, own: Tensor, truth: Tensor, floor: float) -> _Rows:
+def _rows(new: Tensor, own: Tensor, truth: Tensor, draws: Sequence[Tensor], floor: float) -> _Rows:
     own_largest = _finite(truth).abs().amax(-1, keepdim=True)
     scale = (_SMALL * own_largest).clamp(max=_largest(truth)).clamp(min=floor)
-    return _Rows(new, own, truth, scale)
+    moved = torch.zeros_like(truth)
+    for draw in draws:
+        moved = torch.maximum(moved, _finite(draw - truth).abs())
+    return _Rows(new, own, truth, scale, moved)
 
 
 def _matrix(value: Tensor, whole: bool) -> Tensor:
@@ -166,7 +181,7 @@ def _beyond_own_error(rows: _Rows, dtype: torch.dtype, allowed_roundings: float)
     least = allowed_roundings * 2 * unit * torch.finfo(dtype).smallest_normal
     measure = torch.where(rows.truth.isfinite(), rows.truth, rows.own)
     error = _finite(rows.new - measure).abs().amax(-1, keepdim=True)
-    own = _finite(rows.own - measure).abs().amax(-1, keepdim=True)
+    own = torch.maximum(_finite(rows.own - measure).abs(), rows.moved).amax(-1, keepdim=True)
     # A row that eager happens to get right is no measure for one that is rounded otherwise.
     typical = own.median()
     blind = (rows.truth.isfinite() & ~rows.own.isfinite()).any(-1, keepdim=True)

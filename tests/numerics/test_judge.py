@@ -263,3 +263,27 @@ def test_a_gradient_of_zero_has_the_rounding_of_eager() -> None:
     own, new = torch.full((2, 4), 1e-7), torch.full((2, 4), -2e-7)
     assert disagreement(new, own, truth, torch.float32) == ""
     assert disagreement(new * 100, own, truth, torch.float32) != ""
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_number_is_known_no_better_than_its_inputs_are(dtype: torch.dtype) -> None:
+    """The gradient of a factor is one number, a sum of which eager's error happened to be zero."""
+    truth = torch.tensor(0.5, dtype=torch.float64)
+    new = truth + 12 * UNIT[dtype]
+    draws = [truth - 4 * UNIT[dtype], truth + UNIT[dtype]]
+    assert disagreement(new, truth, truth, dtype)
+    assert disagreement(new, truth, truth, dtype, moved=draws) == ""
+    assert disagreement(truth + 40 * UNIT[dtype], truth, truth, dtype, moved=draws)
+    assert disagreement(new.float(), truth.float(), truth, torch.float32, moved=draws)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_what_moves_with_the_inputs_is_judged_row_by_row(dtype: torch.dtype) -> None:
+    draws = [TRUTH + torch.tensor([[1.0], [0.0], [0.0]])]
+    new = TRUTH.clone()
+    new[0] += 1.0
+    assert disagreement(new, TRUTH, TRUTH, dtype, moved=draws) == ""
+    assert disagreements([TRUTH, new], [TRUTH, TRUTH], [TRUTH, TRUTH], dtype, moved=[[TRUTH, draws[0]]]) == ""
+    assert disagreements([new, TRUTH], [TRUTH, TRUTH], [TRUTH, TRUTH], dtype, moved=[[TRUTH, draws[0]]])
+    new[1] += 1.0
+    assert disagreement(new, TRUTH, TRUTH, dtype, moved=draws)

@@ -6,6 +6,7 @@ import linecache
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from attnrewrite.backend import collect_reports
 from attnrewrite.report.rows import SiteReport
 from tests.spellings.forms import Spelling
-from tests.support.against_eager import Results, Tolerance, prepared, run, truth, wrong
+from tests.support.against_eager import Results, Tolerance, moved, prepared, run, truth, wrong
 from tests.support.helpers import rewritten
 
 __all__ = ["NotASpelling", "Outcome", "judge"]
@@ -90,8 +91,9 @@ def judge(spelling: Spelling, device: str = "cpu", inner: str = "eager") -> Outc
     sites = [site for graph in graphs for site in graph.sites]
     reasons = [_general(site.reason) for site in sites if site.status == "kept"]
     reasons += [f"not captured: {graph.reason}" for graph in graphs if not graph.captured]
-    for new, own, exact in zip(news, owns, truths, strict=True):
-        difference = wrong(spelling.dtype, new, own, exact, _tolerance(spelling, device))
+    for new, own, exact, call in zip(news, owns, truths, calls, strict=True):
+        rounded = partial(moved, attend, call, spelling.dtype, spelling.gradients, device)
+        difference = wrong(spelling.dtype, new, own, exact, _tolerance(spelling, device), rounded)
         if difference:
             return Outcome(spelling, "wrong", tuple(reasons), difference)
     named = sum(_slices(site) for site in sites)

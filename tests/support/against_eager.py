@@ -14,7 +14,7 @@ from attnrewrite.numerics.judge import HALF, disagreements
 from tests.support.helpers import outputs
 from tests.support.reference import Reference, wide
 
-__all__ = ["Results", "Tolerance", "prepared", "run", "truth", "wrong"]
+__all__ = ["Results", "Tolerance", "moved", "prepared", "run", "truth", "wrong"]
 
 Results = dict[str, list[Tensor]]
 """By "value" and "gradient"."""
@@ -47,7 +47,14 @@ class Tolerance:
         return Tolerance() if device == "cpu" else Tolerance(value=5e-5, gradient=5e-4, there=5e-2)
 
 
-def wrong(dtype: torch.dtype, new: Results, own: Results, truth: Results, tolerance: Tolerance | None = None) -> str:
+def wrong(
+    dtype: torch.dtype,
+    new: Results,
+    own: Results,
+    truth: Results,
+    tolerance: Tolerance | None = None,
+    moved: Callable[[], Sequence[Results]] | None = None,
+) -> str:
     """What is wrong with the values or the gradients, in words; empty if nothing is.
 
     Args:
@@ -55,11 +62,17 @@ def wrong(dtype: torch.dtype, new: Results, own: Results, truth: Results, tolera
         new, own: what the rewritten function gives, and the function itself.
         truth: what the function gives in float64.
         tolerance: in float32 and float64.
+        moved: gives the truth for inputs that are rounded once more, several times; asked only where something seems
+            wrong in half precision.
     """
     tolerance = tolerance or Tolerance()
     for what, limit in (("value", tolerance.value), ("gradient", tolerance.gradient)):
         if dtype in HALF:
-            difference = disagreements(new[what], own[what], truth[what], dtype, beside=float(what == "gradient"))
+            results = new[what], own[what], truth[what]
+            beside = float(what == "gradient")
+            difference = disagreements(*results, dtype, beside=beside)
+            if difference and moved is not None:
+                difference = disagreements(*results, dtype, beside=beside, moved=[draw[what] for draw in moved()])
         else:
             difference = _difference(new[what], own[what], truth[what], limit, tolerance, what)
         if difference:
@@ -73,9 +86,23 @@ def truth(
     """What the function gives in float64; in half precision with the numbers of its dtype."""
     if dtype not in HALF:
         return run(function, prepared(call, torch.float64, gradients, device), gradients)
+    return _in_float64(function, prepared(call, dtype, gradients, device), gradients)
+
+
+def moved(
+    function: Callable[..., Any], call: Sequence[Any], dtype: torch.dtype, gradients: bool, device: str, draws: int = 4
+) -> list[Results]:
+    """The truth in half precision for inputs that are rounded once more, ``draws`` times."""
+    generator = torch.Generator().manual_seed(11)
+    inputs = prepared(call, dtype, gradients, device)
+    return [_in_float64(function, inputs, gradients, generator) for _ in range(draws)]
+
+
+def _in_float64(
+    function: Callable[..., Any], inputs: list[Any], gradients: bool, rounded: torch.Generator | None = None
+) -> Results:
     with Reference():
-        inputs = Reference.given(prepared(call, dtype, gradients, device))
-        results = run(function, inputs, gradients)
+        results = run(function, Reference.given(inputs, rounded), gradients)
     return {what: [wide(value) for value in values] for what, values in results.items()}
 
 

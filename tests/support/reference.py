@@ -60,14 +60,24 @@ class Reference(TorchDispatchMode):
         return _both(func, args, kwargs or {})
 
     @staticmethod
-    def given(value: Any) -> Any:
-        """Tensors of a tree as inputs, gradients asked for where the original asks for them."""
+    def given(value: Any, rounded: torch.Generator | None = None) -> Any:
+        """Tensors of a tree as inputs, gradients asked for where the original asks for them.
+
+        Args:
+            value: the tree.
+            rounded: draws errors of up to half a unit in the last place, which are added to each number in float64.
+                Masks have none: numbers beyond 1000, and tensors of ones and zeros.
+        """
 
         def twofold(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
             own = value.detach().clone()
-            return _Twofold(own, _widened(own)).requires_grad_(value.requires_grad)
+            exact = _widened(own)
+            if rounded is not None and own.is_floating_point() and not _masks(own):
+                error = torch.rand(own.shape, generator=rounded, dtype=torch.float64).to(own.device) - 0.5
+                exact += error * torch.finfo(own.dtype).eps * exact
+            return _Twofold(own, exact).requires_grad_(value.requires_grad)
 
         with _disable_current_modes():
             return tree_map(twofold, value)
@@ -97,6 +107,10 @@ def _both(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             func_of_wide = func
         wide = tree_map(_double, func_of_wide(*wide_args, **wide_kwargs))
     return return_and_correct_aliasing(func, args, kwargs, _paired(own, wide))  # type: ignore[no-untyped-call]
+
+
+def _masks(value: Tensor) -> bool:
+    return bool((value.abs() > 1e3).any()) or bool(((value == 0) | (value == 1)).all())
 
 
 def _can_be_viewed(value: Tensor, size: Sequence[int]) -> bool:
