@@ -307,6 +307,8 @@ def _has_factor_beyond_range(graph: fx.GraphModule, values: Values) -> bool:
         inner = node.target in PRODUCTS or getattr(node.target, "__name__", "") == "scaled_dot_product_attention"
         if inner or not computed.isdisjoint(node.all_input_nodes):
             computed.add(node)
+        if node.target in _QUOTIENTS and node.args[0] is node.args[1]:
+            return True  # Its gradient is a difference of two equal numbers, of any size.
         if node not in computed or node.target not in (*_QUOTIENTS, *_FACTORS):
             continue
         for factor in node.args[1:] if node.target in _QUOTIENTS else node.args:

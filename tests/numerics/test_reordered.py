@@ -1,0 +1,30 @@
+"""Another order of summation, as the fuzzers ask for it."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.support.reordered import Reordered
+
+SCORES = torch.linspace(-1, 1, 64)
+
+
+def test_scores_beside_a_mask_that_takes_some_of_their_digits_change() -> None:
+    with Reordered(0):
+        reordered = (SCORES - 1e6 * torch.ones(64)).softmax(-1)
+    own = (SCORES - 1e6 * torch.ones(64)).softmax(-1)
+    assert not torch.equal(reordered, own)
+    torch.testing.assert_close(reordered, own, rtol=0.2, atol=0)
+
+
+def test_scores_beside_a_mask_that_takes_all_of_their_digits_stay() -> None:
+    with Reordered(0):
+        reordered = (SCORES - 1e9 * torch.ones(64)).softmax(-1)
+    assert torch.equal(reordered, torch.full((64,), 1 / 64))
+
+
+def test_sums_of_numbers_of_one_size_stay_but_for_a_rounding() -> None:
+    with Reordered(0):
+        added, updated = SCORES + SCORES.flip(0), SCORES.clone().sub_(SCORES.flip(0) / 2)
+    torch.testing.assert_close(added, SCORES + SCORES.flip(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(updated, SCORES - SCORES.flip(0) / 2, rtol=1e-6, atol=1e-6)
