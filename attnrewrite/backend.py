@@ -21,7 +21,7 @@ from attnrewrite.caching.identity import Identity, identity_of
 from attnrewrite.caching.session import Session
 from attnrewrite.capture.known_buffers import KnownBuffers
 from attnrewrite.capture.legalize import legalized
-from attnrewrite.capture.support import CaptureError
+from attnrewrite.capture.support import CaptureError, holds_higher_order
 from attnrewrite.capture.trace import capture
 from attnrewrite.errors import KernelError, OptionError
 from attnrewrite.inner import CompiledFn, InnerCompiler
@@ -197,7 +197,7 @@ class _Compilation:
         else:
             compiled = self._compiled(outcome)
         if outcome.rewritten.changed:
-            compiled = self._known_buffers.guarded(compiled, self._gm.forward, self._report.name)
+            compiled = self._known_buffers.guarded(compiled, self._original, self._report.name)
         return compiled, outcome.rewritten.offered or bool(outcome.rewritten.results)
 
     # The steps, in their order.
@@ -282,6 +282,10 @@ class _Compilation:
         call.found((), [f"{row.location} is not treated as attention ({row.reason})" for row in missed])
         if not rewritten.results:
             return None
+        if any(_has_gradient(node) for node in self._gm.graph.nodes):
+            words = "is not reused, since gradients are computed from it"
+            call.found((), [f"{row.location} {words}" for row, _, _ in rewritten.results])
+            return None
         try:
             kept = kept_attention(source.gm, self._inputs, rewritten, source.identity, call)
         except Exception as error:  # A defect, as above: the model runs without reuse.
@@ -312,6 +316,16 @@ class _Compilation:
 
     # The inner compiler.
 
+    def _original(self) -> CompiledFn:
+        """The graph as it was written; uncompiled, unless operators in it rely on AOTAutograd.
+
+        A checkpoint draws the random numbers of the forward pass again only there.
+        """
+        if not holds_higher_order(self._gm):
+            return self._gm.forward
+        # Compiled now, as below.
+        return self._inner.compile(self._gm, self._inputs, keep_attention=True)
+
     def _compiled(self, outcome: _Outcome) -> CompiledFn:
         with self._steps.step("inner"):
             compiled = self._inner.compile(outcome.gm, self._inputs, keep_attention=outcome.keep_attention)
@@ -338,6 +352,10 @@ def _graph_name() -> str:
     if compile_id is None:
         return f"graph_x{next(_unnamed)}"
     return "graph_" + str(compile_id).replace("/", "_")
+
+
+def _has_gradient(node: fx.Node) -> bool:
+    return node.op != "placeholder" and bool(getattr(node.meta.get("example_value"), "requires_grad", False))
 
 
 def _holds_softmax_of_product(gm: fx.GraphModule) -> bool:

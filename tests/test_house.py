@@ -34,7 +34,8 @@ OWN_TABLES = {
     "attnrewrite.analysis.features": {"_NORMS", "_SUMS"},  # What keeps the sign of a feature map.
     "attnrewrite.analysis.indices": {"_ROW_BY_ROW"},  # Indices that may differ from row to row.
     "attnrewrite.analysis.scores": {"BOUNDED", "_ELEMENTWISE", "_MAXIMA", "_REDUCTIONS", "_UNARY"},  # Steps of scores.
-    "attnrewrite.analysis.values": {"_COMPUTED", "_ORDINARY", "_POWERS"},  # How large the values of a mask may be.
+    # How large the values of a mask may be.
+    "attnrewrite.analysis.values": {"_COMPUTED", "_ORDINARY", "_POWERS", "_SQUASHING", "_TAKES_A_NUMBER"},
     "attnrewrite.analysis.weights": {"_PASSING"},  # Steps between softmax and the value.
     "attnrewrite.caching.graphs": {"_AFFINE", "_MULTILINEAR"},  # What may be extrapolated from step to step.
     "attnrewrite.caching.identity": {"_INDEXED"},  # Numbers that say which part is read.

@@ -86,9 +86,22 @@ def begins_with_batch(gm: fx.GraphModule) -> frozenset[fx.Node]:
             continue
         dim = dimensions.of(node)[0]
         origins = origins_of(dim[:1])
-        if origins and all(origin is not None and _is_data(origin[0]) and origin[1] == 0 for origin in origins):
+        from_data = origins and all(origin is not None and _is_data(origin[0]) and origin[1] == 0 for origin in origins)
+        if from_data and all(map(_begins, dim[:1])):
             found.add(node)
     return frozenset(found)
+
+
+def _begins(axis: Axis) -> bool:
+    """Whether the dimension is no later part of one that was divided: not ``v`` of ``(b v)``."""
+    if not isinstance(axis, Dimension):
+        return True
+    inner = axis
+    while inner.whole is not None:
+        if inner.whole.parts is None or inner.whole.parts[0] is not inner:
+            return False
+        inner = inner.whole
+    return all(map(_begins, axis.sources[:1]))
 
 
 def _reorders_first(node: fx.Node) -> bool:

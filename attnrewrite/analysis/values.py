@@ -15,6 +15,7 @@ from torch import fx
 
 from attnrewrite.analysis.formulas import largest
 from attnrewrite.ir.bounds import TENSOR_VALUES
+from attnrewrite.ir.model_state import is_model_state
 from attnrewrite.ir.nodes import is_tensor, tensor
 from attnrewrite.ir.ops import (
     ADD_OPS,
@@ -34,6 +35,7 @@ from attnrewrite.ir.ops import (
     TRIANGLE_OPS,
     WHERE_OPS,
     ZEROS_OPS,
+    is_elementwise,
 )
 from attnrewrite.ir.products import is_product
 from attnrewrite.ir.stored import StoredPattern
@@ -306,17 +308,62 @@ def _may_be_zero(value: Value) -> bool:
 
 
 def _values_of_product(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> frozenset[Value]:
-    """The values of a matrix product: ordinary scores if a factor is learned, else anything.
+    """The values of a matrix product: ordinary scores if a factor is learned and the other is no mask, else anything.
 
     The last operand is looked at first: it is a projection's weight, and the other may be computed by a whole model.
     """
     operands = [operand for operand in node.all_input_nodes if is_tensor(operand)]
+    # A product with what is no parameter may be there to sum up masks that are given.
+    by_parameter = any(isinstance(operand.meta.get("example_value"), torch.nn.Parameter) for operand in operands)
+    if any(_is_made_of_mask(operand, given=not by_parameter) for operand in operands):
+        return frozenset({ValueKind.ANY})
     # As a weight a frozen parameter counts as well.
     learned = any(
         isinstance(operand.meta.get("example_value"), torch.nn.Parameter) or ValueKind.LEARNED in _values(operand, memo)
         for operand in reversed(operands)
     )
     return frozenset({ValueKind.LEARNED if learned else ValueKind.ANY})
+
+
+def _is_made_of_mask(node: fx.Node, given: bool) -> bool:
+    """Whether a number far below any score went into the node, through arithmetic and views: ``(1 - keep) * -1e9``.
+
+    With ``given``, or an input that is none of the model's may have: it may be a mask.
+
+    Products are looked through as well: a mask that was summed up or spread by one is a mask. Behind activations there
+    is none, and their residual connections are a long way, so the walk ends after a while.
+    """
+    pending, seen = [node], {node}
+    while pending and len(seen) < _STEPS_TO_MASK:
+        step = pending.pop()
+        if given and step.op == "placeholder" and _kind_of_input(step) is ValueKind.ANY and not is_model_state(step):
+            return True
+        if step.op != "call_function" or step.target in _SQUASHING:
+            continue
+        computes = is_elementwise(step) or step.target in _TAKES_A_NUMBER
+        if not computes and step.target not in _LOOKED_THROUGH and not is_product(step):
+            continue
+        numbers = [constant_value(arg) for arg in step.args] if computes else []
+        if any(number is not None and -abs(number) <= FAR_BELOW for number in numbers):
+            return True
+        new = [source for source in step.all_input_nodes if source not in seen and is_tensor(source)]
+        seen.update(new)
+        pending += new
+    return False
+
+
+_SQUASHING = frozenset(
+    {aten.sigmoid.default, aten.tanh.default, aten.exp.default, aten.clamp.default, aten.erf.default}
+)
+"""What they give is no mask, whatever they are given."""
+
+_LOOKED_THROUGH = frozenset({*MOVE_OPS, *CAST_OPS, *CAT_OPS, *SCATTER_OPS, *TRIANGLE_OPS})
+
+_TAKES_A_NUMBER = frozenset(
+    {aten.full.default, aten.full_like.default, aten.scalar_tensor.default, *PAD_OPS, *MASKED_FILL_OPS}
+)
+
+_STEPS_TO_MASK = 64
 
 
 def _over(value: Value, number: float) -> Value:

@@ -316,7 +316,8 @@ def _depends_on_arguments_alone(node: fx.Node) -> bool:
         return getattr(target, "__module__", "") in ("_operator", "math", "torch")
     if target in (aten.dropout.default, aten.native_dropout.default):
         return bool(node.args[2] is False or node.args[1] == 0)
-    return is_function(target)
+    # Others need not say that they draw random numbers.
+    return target.namespace in ("aten", "prims") and is_function(target)
 
 
 def _merge_views(frontier: dict[fx.Node, None], sources: dict[fx.Node, frozenset[int]]) -> None:

@@ -39,6 +39,7 @@ _INDEXED = (
     aten.gather.default,
     aten.take.default,
     aten.take_along_dim.default,
+    aten.embedding.default,
 )
 
 _FOLLOWING = frozenset({"shape", "size", "sizes"})
@@ -167,8 +168,11 @@ def _index_numbers(gm: fx.GraphModule) -> set[fx.Node]:
 
 
 def content_of(gm: fx.GraphModule, node: fx.Node) -> str:
-    """A tensor that the graph holds itself, as a hash: its attribute name may be another tensor's in another graph."""
+    """A tensor, or the body of an operator, that the graph holds itself, as a hash: its name may be another's."""
     value: Any = operator.attrgetter(str(node.target))(gm)
+    if isinstance(value, fx.GraphModule):
+        body = identity_of(value)
+        return f"{body.fingerprint} {body.sizes}"
     content = constants.content_of(value) if isinstance(value, torch.Tensor) else None
     return content or str(node.target)
 

@@ -42,15 +42,21 @@ class KnownBuffers:
             if position in self._buffers:
                 node.meta["stored"] = self._buffers[position]
 
-    def guarded(self, compiled: Callable[..., Any], untouched: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """A function that calls ``compiled`` while the buffers that were read are unchanged, else ``untouched``.
+    def guarded(
+        self, compiled: Callable[..., Any], original: Callable[[], Callable[..., Any]], name: str
+    ) -> Callable[..., Any]:
+        """A function that calls ``compiled`` while the buffers that were read are unchanged, else the original graph.
 
-        ``name`` is the graph's name, for the warning.
+        Args:
+            compiled: the rewritten graph.
+            original: gives the original graph; called now, if any buffer was read.
+            name: the graph's name, for the warning.
         """
         watched = [_Watched(position, stored.tensor) for position, stored in self._buffers.items() if stored.was_read]
         self._buffers.clear()
         if not watched:
             return compiled
+        untouched = original()
         warned = False
 
         def call(*args: Any) -> Any:
@@ -60,8 +66,8 @@ class KnownBuffers:
             if not warned:
                 warned = True
                 log.warning(
-                    "%s: a buffer that holds a mask has changed since compilation, so the original graph runs, "
-                    "uncompiled; call torch._dynamo.reset() to compile it again",
+                    "%s: a buffer that holds a mask has changed since compilation, so the original graph "
+                    "runs; call torch._dynamo.reset() to compile it again",
                     name,
                 )
             return untouched(*args)

@@ -11,6 +11,7 @@ from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from attnrewrite.torch_private import (
+    HigherOrderOperator,
     is_functorch_wrapped,
     is_traceable_wrapper_subclass,
     schema_of,
@@ -46,6 +47,11 @@ def storage_of(value: Any) -> Any:
 def has_storage(value: torch.Tensor) -> bool:
     """Whether the tensor has memory of its own: not so one that is made of others, or that functorch wraps."""
     return not is_traceable_wrapper_subclass(value) and not is_functorch_wrapped(value)
+
+
+def holds_higher_order(gm: fx.GraphModule) -> bool:
+    """Whether the graph calls an operator that has a graph among its arguments, such as a checkpoint."""
+    return any(isinstance(node.target, HigherOrderOperator) for node in gm.graph.nodes)
 
 
 def enables_gradients(gm: fx.GraphModule) -> bool:

@@ -19,6 +19,7 @@ from attnrewrite.capture.autocast import AutocastRegions
 from attnrewrite.capture.constants import name_by_content
 from attnrewrite.capture.convention import restore_calling_convention
 from attnrewrite.capture.legalize import with_data_detached
+from attnrewrite.capture.mode_regions import cast_addends, detach_in_regions
 from attnrewrite.capture.normalize import normalize
 from attnrewrite.capture.opaque import OpaqueCalls
 from attnrewrite.capture.prepare import prepared_graph
@@ -88,6 +89,8 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     for part in parts:
         if gradients:
             _differentiate_noise(part)
+            detach_in_regions(part)
+        cast_addends(part)
         normalize(part, gradients=gradients)
         name_by_content(part)
         part.recompile()

@@ -104,6 +104,10 @@ class TorchSDPA(Kernel):
             return Verdict.no(
                 f"the sink is in {site.sink.dtype}, and the kernels on this device round it to {site.compute_dtype}"
             )
+        if isinstance(site.sink, float) and 1 < site.sink < math.inf and not _keeps(site.compute_dtype, site.sink):
+            return Verdict.no(
+                f"the sink is {site.sink:g}, and the kernels on this device round it to {site.compute_dtype}"
+            )
         for term in site.scores.terms:
             if isinstance(term, Raise) and site.compute_dtype is torch.float16:
                 return Verdict.no(
@@ -206,6 +210,11 @@ def _zeros_or_nan(builder: Builder, operand: fx.Node, dims: list[int]) -> fx.Nod
     """Zero where all entries along ``dims`` are finite, and NaN elsewhere."""
     zeros = builder.call(aten.mul.Scalar, builder.call(aten.detach.default, operand), 0.0)
     return builder.call(aten.sum.dim_IntList, zeros, dims, True)
+
+
+def _keeps(dtype: torch.dtype, number: float) -> bool:
+    """Whether the dtype holds the number as exactly as it does numbers near one."""
+    return abs(torch.tensor(number, dtype=dtype).item() - number) <= torch.finfo(dtype).eps
 
 
 def _is_rounded(term: Bias, site: CanonicalAttention) -> bool:

@@ -405,7 +405,8 @@ def _require_no_counterweight(terms: Sequence[Term]) -> None:
     fills = [term.value for term in terms if isinstance(term, Fill)]
     spread = sum(spread_of(term) for term in terms if isinstance(term, Bias))
     masking = [number for number in (*numbers, *fills) if -math.inf < number <= FAR_BELOW]
-    if masking and max(masking) + spread > 2 * UNDERFLOW:
+    # A row without a key is told by numbers as low as FAR_BELOW.
+    if masking and spread and (max(masking) + spread > FAR_BELOW or spread >= -FAR_BELOW):
         raise NotAttention("numbers that are computed from positions may outweigh a mask that they are added to")
     if any(number >= _HIGHEST for number in (*numbers, *fills)):
         raise NotAttention("a number near the largest of its dtype takes the place of scores, or is added to them")

@@ -77,12 +77,14 @@ class _LeftOut:
         result: the node that it was.
         softmax: the node of the weights that it was made of.
         removed: the nodes that only it needed, in graph order.
+        masks: what else these are made of, in graph order, since nothing may be left of it when they are put back.
     """
 
     place: int
     result: fx.Node
     softmax: fx.Node
     removed: tuple[SavedNode, ...]
+    masks: tuple[SavedNode, ...]
 
 
 class UnreadResults:
@@ -109,7 +111,8 @@ class UnreadResults:
             removed.append(SavedNode.of(node))
             self._gm.graph.erase_node(node)
             node = removed[-1].args[0]
-        self._left_out.append(_LeftOut(place, result, softmax, tuple(reversed(removed))))
+        removed.reverse()
+        self._left_out.append(_LeftOut(place, result, softmax, tuple(removed), _behind(removed, softmax)))
         if not softmax.users:
             # Nothing else reads them, so they are the result of something that is no attention.
             self._put_back(self._left_out.pop())
@@ -128,13 +131,37 @@ class UnreadResults:
 
     def _put_back(self, each: _LeftOut) -> None:
         graph = self._gm.graph
-        for removed in each.removed:
-            self._written[removed.node] = removed.write(graph, graph.output_node(), self._current)
+        lost = [mask for mask in each.masks if is_erased(mask.node) and mask.node not in self._written]
+        for removed in (*lost, *each.removed):
+            before = _place_of(removed, [self._current(node) for node in removed.reads])
+            self._written[removed.node] = removed.write(graph, before, self._current)
         _set_result(graph.output_node(), each.place, self._current(each.result))
         self._gm.recompile()
 
     def _current(self, node: fx.Node) -> fx.Node:
         return self._written.get(node, node)
+
+
+def _behind(removed: Sequence[SavedNode], softmax: fx.Node) -> tuple[SavedNode, ...]:
+    """The calls that the removed nodes are computed from, but for the weights, in graph order."""
+    own = {each.node for each in removed}
+    pending = [read for each in removed for read in each.reads]
+    found: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node.op == "call_function" and node is not softmax and node not in found and node not in own:
+            found.add(node)
+            pending += node.all_input_nodes
+    return tuple(SavedNode.of(node) for node in sorted(found))
+
+
+def _place_of(removed: SavedNode, reads: Sequence[fx.Node]) -> fx.Node:
+    """The node in front of which a removed one stood, in its region; at least behind what it reads."""
+    node = removed.node
+    while is_erased(node):
+        node = node.prev  # What is erased keeps its place.
+    latest = max([node, *(read for read in reads if read.op == "call_function")])
+    return latest.next
 
 
 def with_standing(compiled: Callable[..., Any], standing: dict[int, UnreadWeights]) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.support.helpers import compile_count, no_more_graphs, relative_error, rewritten, rows
 
@@ -310,6 +311,49 @@ def test_gradients_after_a_buffer_has_changed() -> None:
     (expected,) = torch.autograd.grad(model(x).sin().sum(), x)
     (actual,) = torch.autograd.grad(compiled(x).sin().sum(), x)
     assert relative_error(actual, expected) <= 1e-4
+
+
+class Checkpointed(nn.Module):
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+        self.register_buffer("mask", torch.ones(6, 6).tril().bool())
+
+    def block(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        weights = (q @ k.mT).masked_fill(~self.mask, -math.inf).softmax(-1)
+        return nn.functional.dropout(weights @ v, 0.5, self.training)
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.block, x, use_reentrant=False)
+
+
+class InRegion(Checkpointed):
+    @torch.compiler.nested_compile_region
+    def region(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.region(self.region(x).repeat(1, 1, 1))
+
+
+@pytest.mark.parametrize("model", [Checkpointed, InRegion])
+def test_gradients_of_what_aotautograd_computes_after_a_buffer_has_changed(model: type[Checkpointed]) -> None:
+    """A checkpoint draws the same random numbers again, and a region has a backward pass, only there."""
+    torch.manual_seed(0)
+    source = model().train(model is Checkpointed)
+    compiled, x = rewritten(source, "aot_eager"), torch.randn(2, 6, 8)
+    compiled(x).sum().backward()
+    source.mask.copy_(torch.ones(6, 6).tril(2).bool())
+
+    def gradient(run: Callable[[Tensor], Tensor]) -> Tensor:
+        torch.manual_seed(1)
+        (found,) = torch.autograd.grad(run(x).square().sum(), source.qkv.weight)
+        return found
+
+    assert relative_error(gradient(compiled), gradient(source)) <= 1e-4
 
 
 class Filled(nn.Module):

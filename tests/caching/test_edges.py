@@ -837,3 +837,131 @@ def test_a_number_made_of_a_size_is_not_that_of_the_step_before(clock: Clock, po
         for size in (3, 3, 3, 6, 6, 6, 12):
             clock.now -= 1
             assert relative_error(fast(tokens(0), Memory(size)), model(tokens(0), Memory(size))) <= 1e-5
+
+
+class Views(nn.Module):
+    """Rows are (batch views); the attention's are (views batch)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        swapped = x.view(-1, 3, *x.shape[1:]).transpose(0, 1).flatten(0, 1)
+        attended = swapped + self.attention(swapped)
+        rows: Tensor = attended.view(3, -1, *x.shape[1:]).transpose(0, 1).flatten(0, 1)
+        return rows
+
+
+def test_half_of_rows_that_begin_with_a_part_of_the_batch_is_not_kept(clock: Clock) -> None:
+    fast = compiled(seeded(Views))
+    config = faster(clock, spatial_attention_block_skip_range=2, unconditional_batch_skip_range=3)
+    with (
+        attnrewrite.attention_cache(fast, config),
+        pytest.raises(CacheError, match="of no attention is it known that its dimension 0 begins with the batch"),
+    ):
+        fast(tokens(0, 6, 2, 6, 8))
+
+
+class Guided(nn.Module):
+    """Follows the gradient of an energy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            moved = x.detach().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(self.attention(moved).square().sum(), moved)
+        return x - gradient
+
+
+def test_attention_whose_gradient_is_computed_is_not_reused(clock: Clock) -> None:
+    torch._dynamo.reset()
+    fast: Any = torch.compile(seeded(Guided), backend="attnrewrite", options={"inner_backend": "eager"})
+    with (
+        attnrewrite.attention_cache(fast, broadcast(clock)),
+        pytest.raises(CacheError, match="is not reused, since gradients are computed from it"),
+    ):
+        fast(tokens(0))
+
+
+@torch.library.custom_op("attnrewrite_tests::noisy", mutates_args=())
+def noisy(x: Tensor) -> Tensor:
+    return x + torch.randn_like(x)
+
+
+noisy.register_fake(torch.empty_like)
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + noisy(self.attention(x))
+        return result
+
+
+def test_what_an_operator_of_the_users_makes_of_attention_is_computed_anew(clock: Clock) -> None:
+    """It does not say that it draws random numbers."""
+    model = seeded(Noisy)
+    fast = compiled(model)
+    x = tokens(0)
+    with attnrewrite.attention_cache(fast, broadcast(clock, 8)):
+        for number in range(3):
+            clock.now -= 10
+            torch.manual_seed(number)
+            found = fast(x)
+            torch.manual_seed(number)
+            assert relative_error(found, model(x)) <= 1e-5
+
+
+class Picked(nn.Module):
+    part = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        rows = nn.functional.embedding(torch.arange(1) + self.part, table.flatten(1))
+        attended: Tensor = self.attention(rows.view(2, 6, 8))
+        return x + attended
+
+
+def test_a_number_that_chooses_rows_of_a_table_is_seen(clock: Clock) -> None:
+    model = seeded(Picked)
+    fast = compiled(model)
+    with attnrewrite.attention_cache(fast, broadcast(clock, 8)):
+        for model.part in range(3):
+            clock.now -= 10
+            given = tokens(model.part), tokens(9, 4, 2, 6, 8)
+            assert relative_error(fast(*given), model(*given)) <= 1e-5
+
+
+class Branching(nn.Module):
+    part = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x: Tensor, parts: Tensor) -> Tensor:
+        part = self.part
+        chosen = torch.cond(parts.sum() > 0, lambda p: p[part] * 1.0, lambda p: p[part] * 2.0, (parts,))
+        attended: Tensor = self.attention(chosen)
+        return x + attended
+
+
+def test_a_number_that_chooses_a_part_within_a_branch_is_seen(clock: Clock) -> None:
+    torch._dynamo.reset()
+    model = seeded(Branching)
+    fast: Any = torch.compile(model, backend="attnrewrite", options={"inner_backend": "eager"})
+    with attnrewrite.attention_cache(fast, broadcast(clock, 8)):
+        for model.part in range(2):
+            clock.now -= 10
+            given = tokens(model.part), tokens(9, 4, 2, 6, 8)
+            assert relative_error(fast(*given), model(*given)) <= 1e-5

@@ -147,3 +147,41 @@ def test_graphs_without_attention_are_left_alone() -> None:
 def test_bad_values(value: Any) -> None:
     with pytest.raises(OptionError, match="unread_weights'] takes a glob"):
         rewritten(Model(), unread_weights=value)(X)
+
+
+def test_what_is_put_back_is_computed_where_it_was() -> None:
+    """Its mask is updated in place behind it, and its region has no gradients."""
+
+    def attention(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weights = (x @ x.mT).softmax(-1)
+        masked = weights.masked_fill(mask, 0.0)
+        with torch.no_grad():
+            average = weights.mean(0)
+        y = (weights / weights.sum(-2, keepdim=True)) @ x
+        z = (y @ y.mT).softmax(-1) @ y
+        mask.logical_not_()
+        return z, masked, average
+
+    torch._dynamo.reset()
+    x = X.clone().requires_grad_()
+    mask = torch.arange(7) > 3
+    expected = attention(x, mask.clone())
+    result = rewritten(attention, "eager", unread_weights="*")(x, mask.clone())
+    assert relative_error(result, expected) <= 1e-5
+    assert [value.requires_grad for value in result] == [value.requires_grad for value in expected]
+
+
+def test_a_mask_that_an_attention_beside_it_has_no_more_use_for() -> None:
+    """It is put back as well: the attention beside it became causal."""
+
+    def attention(x: Tensor) -> tuple[Tensor, Tensor]:
+        future = torch.ones(7, 7, dtype=torch.bool).triu(1)
+        weights = (x @ x.mT).softmax(-1)
+        masked = weights.masked_fill(future, 0.0)
+        y = weights.mean(0, keepdim=True) @ x
+        scores = (y @ x.mT).masked_fill(future, float("-inf"))
+        return scores.softmax(-1) @ x, masked
+
+    _, result, found = rewritten_and_rows(attention, X, unread_weights="*")
+    assert sorted(row.status for row in found) == ["kept", "rewritten"]
+    assert relative_error(result, attention(X)) <= 1e-5

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnrewrite.numerics.judge import HALF, disagreement
 from tests.support.helpers import gradients, outputs, relative_error, rewritten, rows
 
 BATCH, HEADS, LENGTH, KEYS, WIDTH = 2, 4, 5, 6, 8
@@ -1144,3 +1145,135 @@ def test_float64_in_a_function_of_the_scores(bias: bool) -> None:
 
 
 _POSITIONS = torch.linspace(-1, 1, KEYS, dtype=torch.float64)
+
+
+# Numbers that half precision does not hold, beside scores in half precision.
+
+
+def _sink_in_float32(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+    scores = q.float() @ k.float().mT
+    column = sink.float().reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, column], -1).softmax(-1)[..., :-1].to(v.dtype) @ v
+
+
+def _sink_in_the_denominator(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+    exponentials = (q.float() @ k.float().mT).exp()
+    return (exponentials / (exponentials.sum(-1, keepdim=True) + sink.float().exp())).to(v.dtype) @ v
+
+
+def _number_in_the_denominator(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+    exponentials = (q.float() @ k.float().mT).exp()
+    return (exponentials / (exponentials.sum(-1, keepdim=True) + 1.9e29)).to(v.dtype) @ v
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("attend", [_sink_in_float32, _sink_in_the_denominator, _number_in_the_denominator])
+def test_a_sink_that_half_precision_does_not_hold(attend: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k = ((0.7 + 0.02 * torch.randn(1, 2, length, 128)).to(dtype) for length in (4, 64))
+    v = (1 + 0.3 * torch.randn(1, 2, 64, 128)).to(dtype)
+    sink = torch.tensor(67.23 if dtype is torch.bfloat16 else 67.27)
+    with torch.no_grad():
+        exact = attend(*(value.double() for value in (q, k, v, sink)))
+        own, new = attend(q, k, v, sink), rewritten(attend)(q, k, v, sink)
+    assert disagreement(new, own, exact, dtype) == ""
+    assert [row.status for row in rows(attend, q, k, v, sink)] == ["rewritten"]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_mask_in_float32_that_is_rounded_to_minus_infinity(dtype: torch.dtype, gradients: bool) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, masks: Tensor) -> Tensor:
+        gate = torch.where(masks, torch.finfo(torch.float32).min, 0.0)
+        return (q @ k.mT * 0.3 + gate).softmax(-1) @ v
+
+    def results(function: Callable[..., Tensor]) -> Tensor:
+        inputs = [value.to(dtype).requires_grad_(gradients) for value in (Q, K, V)]
+        with torch.set_grad_enabled(gradients):
+            return function(*inputs, torch.tensor(True))
+
+    assert bool(results(attend).isnan().all())
+    assert bool(results(rewritten(attend, "aot_eager")).isnan().all())
+
+
+class _MaskThroughAProduct(nn.Module):
+    """A mask of -1e9 that a product with small numbers sums up, or spreads over the heads."""
+
+    segments: Tensor
+    slopes: Tensor
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        segments = torch.zeros(3, KEYS)
+        segments[torch.arange(KEYS) // 2, torch.arange(KEYS)] = 1.0
+        self.register_buffer("segments", segments)
+        self.register_buffer("slopes", torch.tensor([1.0, 0.5, 0.25, 2.0]))
+        self.per_head = nn.Linear(1, HEADS, bias=False)
+        nn.init.constant_(self.per_head.weight, 0.7)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+        bias = (1 - kept) * -1e9
+        if self.how == "buffer":
+            bias = (bias @ self.segments)[:, None, None]
+        elif self.how == "slopes":
+            bias = torch.einsum("bk,h->bhk", bias.repeat_interleave(2, 1), self.slopes)[:, :, None]
+        else:
+            bias = self.per_head(bias.repeat_interleave(2, 1)[:, None, :, None]).permute(0, 3, 1, 2)
+        later = torch.ones(LENGTH, KEYS, dtype=torch.bool).triu(1)
+        return (q @ k.mT + bias).masked_fill(later, -1e9).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("how", ["buffer", "slopes", "projection"])
+def test_a_mask_that_goes_through_a_product(how: str) -> None:
+    """Left padding leaves the first rows without a key."""
+    model = _MaskThroughAProduct(how)
+    model.per_head.requires_grad_(False)
+    kept = torch.tensor([[1.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
+    new = rewritten(model, "aot_eager")
+    with torch.no_grad():
+        assert relative_error(new(Q, K, V, kept), model(Q, K, V, kept)) <= 1e-5
+    kept[1] = 0.0
+    operands = [value.clone().requires_grad_() for value in (Q, K, V)]
+    own, found = (torch.autograd.grad(each(*operands, kept).square().sum(), operands) for each in (model, new))
+    assert relative_error(found, own) <= 1e-4
+
+
+@pytest.mark.parametrize("window", [4, 8])
+def test_windows_that_overlap_in_memory(window: int) -> None:
+    """PyTorch's kernel for the CPU takes them for other memory (2.13)."""
+
+    def attend(x: Tensor) -> Tensor:
+        windows = x.unfold(1, window, 1)
+        return (windows @ windows.mT / 3).softmax(-1) @ windows
+
+    x = torch.randn(2, 12, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert relative_error(rewritten(attend)(x), attend(x)) <= 1e-5
+    assert [row.status for row in rows(attend, x)] == ["rewritten"]
+
+
+# Numbers computed from positions that are as large as a mask: a row without a key is told by how low its scores are.
+
+
+@_case(Q, K, V, KEPT_KEYS)
+def far_by_two_axes(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    i, j = torch.arange(LENGTH).float(), torch.arange(KEYS).float()
+    far = (i[:, None] - j) ** 2 / (2 * 1.1e-3**2)
+    s = q @ k.mT - far - far + (1.0 - kept.float()) * -1e9
+    return s.softmax(-1) * kept.float() @ v
+
+
+@_case(Q, K, V, MASKED.any(-2, keepdim=True))
+def raised_by_positions_beside_a_low_mask(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
+    i, j = torch.arange(LENGTH).float(), torch.arange(KEYS).float()
+    s = q @ k.mT + (i[:, None] - j) ** 2 / (2 * 1.1e-3**2) + masked.float() * -2e7
+    return s.softmax(-1).masked_fill(masked, 0.0) @ v
+
+
+@_case(Q, K, V, KEPT_KEYS)
+def lowered_rows_less_their_logsumexp(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    i, j = torch.arange(LENGTH).float(), torch.arange(KEYS).float()
+    row = i[:, None] ** 2 / (2 * 1.1e-3**2)
+    s = q @ k.mT - row - row - (i[:, None] - j).abs() * 50 + (1.0 - kept.float()) * -1e9
+    return torch.exp(s - torch.logsumexp(s, -1, keepdim=True)) @ v

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, resolve, size_of
 from attnrewrite.ir.builder import Builder
@@ -84,8 +85,15 @@ def padded_to(builder: Builder, node: fx.Node, dim: int, multiple: int) -> fx.No
 
 
 def with_unit_stride(builder: Builder, node: fx.Node) -> fx.Node:
-    """Fused kernels want the features of one position side by side."""
-    if same(tensor(node).stride()[-1], 1) or same(tensor(node).shape[-1], 1):
+    """Fused kernels want the features of one position side by side, and those of another elsewhere.
+
+    Windows of a series (``x.unfold(1, window, 1)``) overlap, and PyTorch's kernel for the CPU reads other numbers.
+    """
+    strides, shape = tensor(node).stride(), tensor(node).shape
+    overlaps = len(shape) > 1 and all(
+        map(statically_known_true, (shape[-2] > 1, strides[-2] > 0, strides[-2] < shape[-1]))
+    )
+    if not overlaps and (same(strides[-1], 1) or same(shape[-1], 1)):
         return node
     return builder.call(aten.clone.default, node, memory_format=torch.contiguous_format)
 

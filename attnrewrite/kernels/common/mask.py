@@ -104,7 +104,10 @@ class Mask:
             return torch.float32
         if self._site.device.type != "cpu" or compute.itemsize > 4:
             return compute
-        # Half precision would round a sum, and a fill.
+        # Half precision would round a sum, a fill, and a sink that is wider or a number.
+        sink = self._site.sink
+        if sink is not None and not (isinstance(sink, Operand) and sink.dtype is compute):
+            return torch.float32
         return compute if not self._terms or self._is_added_as_it_is(compute) else torch.float32
 
     def _is_added_as_it_is(self, dtype: torch.dtype) -> bool:
@@ -128,7 +131,11 @@ class Mask:
             own = term.rescaled if isinstance(term, (Bias, Fill)) else ()
             total, rescaled = self._rescaled(total, rescaled, own)
             if isinstance(term, Bias):
-                bias = self._cast(self._laid_out(term.operand), wide)
+                bias = self._laid_out(term.operand)
+                if tensor(bias).dtype.itemsize > term.dtype.itemsize:
+                    # The sum is rounded, and a mask to minus infinity with it.
+                    bias = self._cast(bias, term.dtype)
+                bias = self._cast(bias, wide)
                 for scale in term.scales:
                     bias = self._cast(modified(self._builder, bias, scale, self._dims), wide)
                 if term.factor != 1:
