@@ -314,7 +314,7 @@ def _values_of_product(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> 
     """
     operands = [operand for operand in node.all_input_nodes if is_tensor(operand)]
     # A product with what is no parameter may be there to sum up masks that are given.
-    by_parameter = any(isinstance(operand.meta.get("example_value"), torch.nn.Parameter) for operand in operands)
+    by_parameter = any(map(_is_parameter, operands))
     if any(_is_made_of_mask(operand, given=not by_parameter) for operand in operands):
         return frozenset({ValueKind.ANY})
     # As a weight a frozen parameter counts as well.
@@ -323,6 +323,19 @@ def _values_of_product(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> 
         for operand in reversed(operands)
     )
     return frozenset({ValueKind.LEARNED if learned else ValueKind.ANY})
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    """Whether the node is a parameter, or computed from one entry by entry, such as a weight that is normalized."""
+    pending, seen = [node], {node}
+    while pending and len(seen) < _STEPS_TO_MASK:
+        step = pending.pop()
+        if isinstance(step.meta.get("example_value"), torch.nn.Parameter):
+            return True
+        if step.op == "call_function" and (is_elementwise(step) or step.target in _LOOKED_THROUGH):
+            seen.update(step.all_input_nodes)
+            pending += step.all_input_nodes
+    return False
 
 
 def _is_made_of_mask(node: fx.Node, given: bool) -> bool:
