@@ -113,7 +113,8 @@ def features_of(node: Any, is_attention: Callable[[fx.Node], bool], depth: int =
     args: Any = node.args
     if target in _NONNEGATIVE:
         own = target not in SOFTMAX_OPS or not is_attention(node)
-        return Features(_NONNEGATIVE[target] if own else "", True)
+        falls = target is aten.softplus.default and len(args) > 1 and not _is_positive(args[1])
+        return Features(_NONNEGATIVE[target] if own else "", not falls)
     if target in _SIGNED:
         return Features(_SIGNED[target], False)
     if target in FACTORY_OPS:
@@ -128,6 +129,10 @@ def features_of(node: Any, is_attention: Callable[[fx.Node], bool], depth: int =
     if target is operator.getitem:
         return _of_piece(node, of)
     return _of_arithmetic(node, of)
+
+
+def _is_positive(number: Any) -> bool:
+    return isinstance(number, (int, float)) and number > 0
 
 
 _Of = Callable[[Any], Features]

@@ -214,3 +214,17 @@ def test_parameters() -> None:
     (row,) = rows(Projected(), x)
     assert (row.pattern, row.status) == ("linear", "recognized")
     assert rows(Adapted(), x) == []
+
+
+@pytest.mark.parametrize(("beta", "status"), [(2.0, "rewritten"), (-1.0, "kept")])
+def test_a_softplus_that_is_negative(beta: float, status: str) -> None:
+    """Weights of both signs may cancel in their sum, so the source's order stays."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys = torch.cat([F.softplus(k[..., :4]), F.softplus(k[..., 4:], beta=beta)], -1)
+        weights = F.softplus(q) @ keys.mT
+        return weights @ v / weights.sum(-1, keepdim=True)
+
+    (row,) = rows(attention, *operands())
+    assert row.status == status
+    assert ("features may be negative" in row.reason) == (status == "kept")
