@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from attnrewrite.analysis.values import FAR_BELOW, ORDINARY, ValueKind, as_stored, possible_values
+from attnrewrite.analysis.values import FAR_BELOW, ORDINARY, Range, ValueKind, as_stored, possible_values
 from attnrewrite.ir.axes import Operand, size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import same, tensor
@@ -283,7 +283,9 @@ def _backward_loses_rows(site: CanonicalAttention) -> bool:
         if not isinstance(term, Bias):
             continue
         for value in possible_values(term.operand.node):
-            added = term.of(value) if isinstance(value, float) else None
+            # Of numbers that are computed from positions the highest: below it lies a mask that was added to them.
+            number = value.high if isinstance(value, Range) and value.high < -ORDINARY else value
+            added = term.of(number) if isinstance(number, float) else None
             if (value is ValueKind.ANY or (isinstance(value, float) and added is None)) and scores.attended is None:
                 return True
             if added is not None and (added > ORDINARY or (added < -ORDINARY and scores.attended is None)):

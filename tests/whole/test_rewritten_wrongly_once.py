@@ -1277,3 +1277,19 @@ def lowered_rows_less_their_logsumexp(q: Tensor, k: Tensor, v: Tensor, kept: Ten
     row = i[:, None] ** 2 / (2 * 1.1e-3**2)
     s = q @ k.mT - row - row - (i[:, None] - j).abs() * 50 + (1.0 - kept.float()) * -1e9
     return torch.exp(s - torch.logsumexp(s, -1, keepdim=True)) @ v
+
+
+# A mask and numbers computed from positions, added to each other first: one sequence is padding alone.
+PADDED = torch.tensor([[True] * KEYS, [False, False, True, False, False, True]])
+
+
+@_case(Q, K, V, PADDED)
+def lowered_with_positions(q: Tensor, k: Tensor, v: Tensor, padded: Tensor) -> Tensor:
+    distance = (torch.arange(LENGTH)[:, None] - torch.arange(KEYS)).abs().float()
+    return (q @ k.mT + (-0.25 * distance + padded[:, None, None].float() * -1e7)).softmax(-1) @ v
+
+
+@_case(Q, K, V, PADDED)
+def lowered_far_with_positions(q: Tensor, k: Tensor, v: Tensor, padded: Tensor) -> Tensor:
+    distance = (torch.arange(LENGTH)[:, None] - torch.arange(KEYS)).abs().float()
+    return (q @ k.mT + (-0.25 * distance - padded[:, None, None].float() * 1e9)).softmax(-1) @ v
