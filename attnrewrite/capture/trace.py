@@ -125,12 +125,18 @@ _OVERWRITTEN_BY_NOISE = frozenset(
 
 
 def _without_vmap(gm: fx.GraphModule) -> fx.GraphModule:
-    if not holds_vmap(gm):
+    parts = {name: part for name, part in gm.named_children() if isinstance(part, fx.GraphModule)}
+    lowered = {name: _without_vmap(part) for name, part in parts.items()}
+    changed = {name: part for name, part in lowered.items() if part is not parts[name]}
+    if not changed and not holds_vmap(gm):
         return gm
     try:
-        return vmap_lowered(gm)
+        result = vmap_lowered(gm)
     except Exception as error:
         raise CaptureError(f"torch.vmap could not be lowered to operators: {first_line(error)}") from error
+    for name, part in changed.items():
+        setattr(result, name, part)
+    return result
 
 
 def _traced(
@@ -168,7 +174,7 @@ def _refuse_function_transforms(gm: fx.GraphModule) -> None:
     """
     if forward_mode_level() >= 0:
         raise CaptureError("the graph is called within forward-mode differentiation, which fused kernels do not have")
-    for node in gm.graph.nodes:
+    for node in (node for part in gm.modules() if isinstance(part, fx.GraphModule) for node in part.graph.nodes):
         if node.op == "call_function" and "functorch" in (getattr(node.target, "__module__", None) or ""):
             name = getattr(node.target, "__name__", node.target)
             raise CaptureError(f"the graph uses a torch.func transform ({name}), which cannot be traced functionally")

@@ -38,6 +38,10 @@ def holds_vmap(gm: fx.GraphModule) -> bool:
     return any(_name(node) == VMAP_ENTERS for node in gm.graph.nodes)
 
 
+_WHERE = ("stack_trace", "nn_module_stack", "custom")
+"""Entries of ``meta`` that say which part of the source a node is, and what was asked for it."""
+
+
 def _name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
 
@@ -102,7 +106,7 @@ def _inline(gm: fx.GraphModule, stretch: Sequence[fx.Node], graph: fx.Graph, cop
         traced = make_fx(fx.GraphModule(gm, body), _allow_non_fake_inputs=True)(*values)
     placeholders = iter(inputs)
     inner: dict[fx.Node, Any] = {}
-    where = {key: value for key, value in stretch[0].meta.items() if key in ("stack_trace", "nn_module_stack")}
+    where = {key: value for key, value in stretch[0].meta.items() if key in _WHERE}
     for node in traced.graph.nodes:
         if node.op == "placeholder":
             inner[node] = copies[next(placeholders)]

@@ -619,3 +619,47 @@ def test_a_tensor_subclass_is_named() -> None:
         not graph.captured and graph.reason.startswith("L['x'] is a torch.nested") and "subclass" in graph.reason
         for graph in graphs
     )
+
+
+# torch.vmap and torch.func within a graph that an operator is given.
+
+
+def _made_by_vmap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    at = torch.arange(q.shape[-2])
+    keep = torch.vmap(torch.vmap(lambda i, j: i >= j, (None, 0)), (0, None))(at, at)
+    return (q @ k.mT).masked_fill(~keep, float("-inf")).softmax(-1) @ v
+
+
+def _in_checkpoint(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    return checkpoint(_made_by_vmap, q, k, v, use_reentrant=False)
+
+
+def _per_sample(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    return checkpoint(
+        lambda q, k, v: torch.vmap(lambda q, k, v: (q @ k.mT).softmax(-1) @ v)(q, k, v), q, k, v, use_reentrant=False
+    )
+
+
+def _in_branch(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    return torch.cond(q.sum() > 0, _made_by_vmap, lambda q, k, v: (k @ q.mT).softmax(-1) @ v, (q, k, v))
+
+
+@pytest.mark.parametrize("function", [_in_checkpoint, _per_sample, _in_branch])
+def test_vmap_within_a_part(function: Callable[..., Any]) -> None:
+    inputs = [torch.randn(2, 4, 6, 8) for _ in range(3)]
+    assert relative_error(rewritten(function, "aot_eager")(*inputs), function(*inputs)) <= 1e-5
+    assert {row.status for row in rows(function, *inputs)} == {"rewritten"}
+
+
+def test_a_gradient_within_a_part_is_refused_before_it_is_traced() -> None:
+    """Tracing would leave functorch's levels as they are, which breaks whatever follows in the process."""
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        energy = torch.func.grad(lambda q: ((q @ k.mT).softmax(-1) @ v).square().sum())
+        return checkpoint(lambda q: q - 0.1 * energy(q), q, use_reentrant=False)  # type: ignore[no-any-return]
+
+    inputs = [torch.randn(2, 4, 6, 8) for _ in range(3)]
+    with torch.no_grad(), collect_reports() as graphs:
+        assert relative_error(rewritten(step)(*inputs), step(*inputs)) <= 1e-5
+    assert [graph.captured for graph in graphs] == [False]
+    assert "torch.func transform" in graphs[0].reason
