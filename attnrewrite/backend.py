@@ -21,7 +21,7 @@ from attnrewrite.caching.identity import Identity, identity_of
 from attnrewrite.caching.session import Session
 from attnrewrite.capture.known_buffers import KnownBuffers
 from attnrewrite.capture.legalize import legalized
-from attnrewrite.capture.support import CaptureError, holds_higher_order
+from attnrewrite.capture.support import CaptureError, computes_gradients, holds_higher_order
 from attnrewrite.capture.trace import capture
 from attnrewrite.errors import KernelError, OptionError
 from attnrewrite.inner import CompiledFn, InnerCompiler
@@ -282,7 +282,7 @@ class _Compilation:
         call.found((), [f"{row.location} is not treated as attention ({row.reason})" for row in missed])
         if not rewritten.results:
             return None
-        if any(_has_gradient(node) for node in self._gm.graph.nodes):
+        if computes_gradients(self._gm):
             words = "is not reused, since gradients are computed from it"
             call.found((), [f"{row.location} {words}" for row, _, _ in rewritten.results])
             return None
@@ -352,10 +352,6 @@ def _graph_name() -> str:
     if compile_id is None:
         return f"graph_x{next(_unnamed)}"
     return "graph_" + str(compile_id).replace("/", "_")
-
-
-def _has_gradient(node: fx.Node) -> bool:
-    return node.op != "placeholder" and bool(getattr(node.meta.get("example_value"), "requires_grad", False))
 
 
 def _holds_softmax_of_product(gm: fx.GraphModule) -> bool:

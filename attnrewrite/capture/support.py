@@ -65,6 +65,20 @@ def enables_gradients(gm: fx.GraphModule) -> bool:
     )
 
 
+def computes_gradients(gm: fx.GraphModule) -> bool:
+    """Whether autograd records a call of the graph: a result has a gradient that is no view of an input.
+
+    A view that is taken without gradients says that it has one if its tensor has.
+    """
+    values = [(node.op, node.meta.get("example_value")) for node in gm.graph.nodes]
+    given = {storage_of(value) for op, value in values if op == "placeholder" and _has_gradient(value)}
+    return any(op != "placeholder" and _has_gradient(value) and storage_of(value) not in given for op, value in values)
+
+
+def _has_gradient(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad and has_storage(value)
+
+
 def updated_in_place(node: fx.Node) -> tuple[fx.Node, ...]:
     """The arguments that the node writes to: by its schema, its name, ``inplace=True`` or ``out=``."""
     if node.op not in ("call_function", "call_method"):
