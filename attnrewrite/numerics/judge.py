@@ -142,7 +142,8 @@ def disagreement(
 
 
 def _rows(new: Tensor, own: Tensor, truth: Tensor, draws: Sequence[Tensor], floor: float) -> _Rows:
-    own_largest = _finite(truth).abs().amax(-1, keepdim=True)
+    # Where the reference is no number, eager's is what is asked for.
+    own_largest = _finite(torch.where(truth.isfinite(), truth, own)).abs().amax(-1, keepdim=True)
     scale = (_SMALL * own_largest).clamp(max=_largest(truth)).clamp(min=floor)
     moved = torch.zeros_like(truth)
     for draw in draws:

@@ -287,3 +287,14 @@ def test_what_moves_with_the_inputs_is_judged_row_by_row(dtype: torch.dtype) -> 
     assert disagreements([new, TRUTH], [TRUTH, TRUTH], [TRUTH, TRUTH], dtype, moved=[[TRUTH, draws[0]]])
     new[1] += 1.0
     assert disagreement(new, TRUTH, TRUTH, dtype, moved=draws)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_row_of_which_only_eager_has_numbers_may_be_rounded(dtype: torch.dtype) -> None:
+    truth = TRUTH.clone()
+    truth[1] = math.nan
+    new = TRUTH.clone()
+    new[1] += 3 * UNIT[dtype]
+    assert right(new, TRUTH, truth, dtype)
+    new[1] += 0.5
+    assert not right(new, TRUTH, truth, dtype)
