@@ -356,7 +356,7 @@ def _is_made_of_mask(node: fx.Node, given: bool) -> bool:
         computes = is_elementwise(step) or step.target in _TAKES_A_NUMBER
         if not computes and step.target not in _LOOKED_THROUGH and not is_product(step):
             continue
-        numbers = [constant_value(arg) for arg in step.args] if computes else []
+        numbers = [constant_value(arg) for arg in (*step.args, *step.kwargs.values())] if computes else []
         if any(number is not None and -abs(number) <= FAR_BELOW for number in numbers):
             return True
         new = [source for source in step.all_input_nodes if source not in seen and is_tensor(source)]
@@ -365,9 +365,7 @@ def _is_made_of_mask(node: fx.Node, given: bool) -> bool:
     return False
 
 
-_SQUASHING = frozenset(
-    {aten.sigmoid.default, aten.tanh.default, aten.exp.default, aten.clamp.default, aten.erf.default}
-)
+_SQUASHING = frozenset({aten.sigmoid.default, aten.tanh.default, aten.exp.default, aten.erf.default})
 """What they give is no mask, whatever they are given."""
 
 _LOOKED_THROUGH = frozenset({*MOVE_OPS, *CAST_OPS, *CAT_OPS, *SCATTER_OPS, *TRIANGLE_OPS})

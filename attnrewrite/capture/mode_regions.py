@@ -8,6 +8,7 @@ with torch.autocast("cpu", torch.bfloat16):         scores = torch.baddbmm(mask.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def detach_in_regions(part: fx.GraphModule) -> None:
                 with_gradient.add(node)
         elif node.op != "call_function" or with_gradient.isdisjoint(node.all_input_nodes):
             continue
-        elif mode[node]:
+        elif mode[node] or node.target is operator.getitem:  # An item of a list is no operation of its own.
             if not is_tensor(node) or tensor(node).is_floating_point() or tensor(node).is_complex():
                 with_gradient.add(node)
         elif any(user.op != "output" for user in node.users):

@@ -1214,7 +1214,11 @@ class _MaskThroughAProduct(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
         bias = (1 - kept) * -1e9
-        if self.how == "buffer":
+        if self.how == "clamped":
+            bias = (kept.log().clamp(min=-1e9) @ self.segments)[:, None, None]
+        elif self.how == "alpha":
+            bias = (torch.sub(torch.zeros(1), 1 - kept, alpha=1e9) @ self.segments)[:, None, None]
+        elif self.how == "buffer":
             bias = (bias @ self.segments)[:, None, None]
         elif self.how == "slopes":
             bias = torch.einsum("bk,h->bhk", bias.repeat_interleave(2, 1), self.slopes)[:, :, None]
@@ -1224,7 +1228,7 @@ class _MaskThroughAProduct(nn.Module):
         return (q @ k.mT + bias).masked_fill(later, -1e9).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("how", ["buffer", "slopes", "projection"])
+@pytest.mark.parametrize("how", ["buffer", "slopes", "projection", "clamped", "alpha"])
 def test_a_mask_that_goes_through_a_product(how: str) -> None:
     """Left padding leaves the first rows without a key."""
     model = _MaskThroughAProduct(how)
