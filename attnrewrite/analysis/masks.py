@@ -376,5 +376,6 @@ def _as_added(mod: Bias, value: Value) -> Value:
         return added[0]
     if isinstance(value, Range):
         scaled = Range(min(added), max(added))
-        return scaled if scaled.largest <= -FAR_BELOW else ValueKind.ANY
+        # A mask to which positions were added is one.
+        return scaled if scaled.largest <= -FAR_BELOW and scaled.high >= -ORDINARY else ValueKind.ANY
     return value if abs(added[0]) <= ORDINARY else ValueKind.ANY

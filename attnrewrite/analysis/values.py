@@ -253,6 +253,8 @@ def _values_of_call(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> fro
     if target in ARANGE_OPS:
         ends = [end for arg in args[:2] for end in _values(arg, memo)]
         return frozenset({_between(0.0, *ends) if target is aten.arange.default else _between(*ends)})
+    if target is aten.exp.default and _reads_large_buffer(node):
+        return frozenset({ValueKind.ANY})
     if target in _MONOTONE:
         return frozenset(_monotone(_MONOTONE[target], value) for value in _values(args[0], memo))
     if target in _POWERS:
@@ -331,6 +333,20 @@ def _is_parameter(node: fx.Node) -> bool:
     while pending and len(seen) < _STEPS_TO_MASK:
         step = pending.pop()
         if isinstance(step.meta.get("example_value"), torch.nn.Parameter):
+            return True
+        if step.op == "call_function" and (is_elementwise(step) or step.target in _LOOKED_THROUGH):
+            seen.update(step.all_input_nodes)
+            pending += step.all_input_nodes
+    return False
+
+
+def _reads_large_buffer(node: fx.Node) -> bool:
+    """Whether a buffer whose exponential is no ordinary number went into the node, entry by entry."""
+    pending, seen = [node], {node}
+    while pending and len(seen) < _STEPS_TO_MASK:
+        step = pending.pop()
+        stored = step.meta.get("stored")
+        if isinstance(stored, StoredPattern) and not stored.holds_only_up_to(math.log(ORDINARY)):
             return True
         if step.op == "call_function" and (is_elementwise(step) or step.target in _LOOKED_THROUGH):
             seen.update(step.all_input_nodes)

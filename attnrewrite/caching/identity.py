@@ -86,6 +86,10 @@ def identity_of(gm: fx.GraphModule) -> Identity:
         else:
             # The order of the inputs differs from graph to graph; their names do not.
             names[node] = source_name(node) or str(node.target)
+    given = [node for node in gm.graph.nodes if node.op == "placeholder" and is_tensor(node)]
+    for node in sorted(given, key=names.__getitem__):
+        # Of what the model holds, such as a memory of keys, no argument shows the size.
+        sizes += [] if parameter_path(node) else list(tensor(node).shape)
     return Identity(text.hexdigest(), tuple(sizes), _data_sizes(gm))
 
 

@@ -133,14 +133,14 @@ class ModelPaths:
     def is_ambiguous(self, fingerprint: str, called_before: bool) -> bool:
         """Whether several layers may call a graph without parameters, so that nothing tells which one does.
 
-        Only one layer does where the whole model has no parameters, and the graph is called once in the model's call.
-        Once they may, they may always. It is warned of, but for a graph that is used alone.
+        Only one layer does where the whole model has no parameters and no two modules with the same forward, and the
+        graph is called once in the model's call. Once they may, they may always. It is warned of, but for a graph that is used alone.
 
         Args:
             called_before: whether the graph was called before in this call of the model; for a graph that is used
                 alone, in this step.
         """
-        if fingerprint not in self._ambiguous and (called_before or any(True for _ in self.module().parameters())):
+        if fingerprint not in self._ambiguous and (called_before or self._has_several_layers):
             self._ambiguous.add(fingerprint)
             if self.is_graph:
                 return True
@@ -150,6 +150,13 @@ class ModelPaths:
                 self.name,
             )
         return fingerprint in self._ambiguous
+
+    @property
+    def _has_several_layers(self) -> bool:
+        """Whether layers may share a graph that has no parameters."""
+        module = self.module()
+        forwards = [type(each).forward for each in module.modules()]
+        return any(True for _ in module.parameters()) or len(set(forwards)) < len(forwards)
 
     def attention_weight(self, path: str) -> float:
         """FasterCache's weight for the attention at a path; 0 for a method that has none."""

@@ -53,6 +53,7 @@ from attnrewrite.analysis.values import (
     ABSORBING,
     FAR_BELOW,
     ORDINARY,
+    Range,
     UNDERFLOW,
     ValueKind,
     as_stored,
@@ -438,6 +439,11 @@ def _terms_for_rows_without_key(site: AttentionSite, terms: list[Term]) -> list[
                 "the exponential of a score that a finite fill masks underflows, and a row without a key cannot be "
                 "ruled out (fill with -inf, call torch.softmax, or set options={'assume_attended_rows': True})"
             )
+        if any(isinstance(value, Range) and value.low < -ORDINARY for term in terms for value in _values(term)):
+            raise NotAttention(
+                "the exponential of scores underflows where the numbers that are computed from positions are low in a "
+                "whole row (call torch.softmax, or set options={'assume_attended_rows': True})"
+            )
     infinite = _may_be_infinite(terms) or site.underflows
     if site.differentiable and infinite and any(isinstance(term, Fill) and term.multiplied for term in terms):
         raise NotAttention(
@@ -554,6 +560,8 @@ def _lift_of_forward(site: AttentionSite, biases: list[Bias]) -> Lift:
     """What is done to the mask where there is no backward pass: kernels take numbers of the dtype of the query only."""
     if any(term.dtype.itemsize > site.compute_dtype.itemsize for term in biases) and site.in_half:
         values = [value for term in biases for value in _values(term)]
+        if len(biases) > 1 and ValueKind.ANY in values:
+            return Lift.SUBSET
         known = all(isinstance(value, float) and (value <= 0 or is_ordinary(value)) for value in values)
         return Lift.ABSORBED if known and any(map(may_mask, biases)) else Lift.NONE
     steps = len(biases) + sum(len(term.scales) + len(term.rescaled) + (term.factor != 1) for term in biases)

@@ -89,6 +89,9 @@ def joined_values(
         raise NotRegrouped("the parts of the attention weights are not known to cover all keys exactly once")
     require_one_dtype(leaves)
     values = [products[index].operands[1 - place] for index in order]
+    for part, value in zip((products[index].operands[place] for index in order), values, strict=True):
+        if not same(tensor(part).shape[dim], tensor(value).shape[letters.index(letter)]):
+            raise NotRegrouped("a part of the attention weights is repeated for several values")
     joined = _joined(values, letters.index(letter), _has_single_row(first, place), builder, view)
     whole = source
     for cast in casts:

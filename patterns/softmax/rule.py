@@ -98,6 +98,8 @@ class SoftmaxAttention:
             accepts=lambda product: _query_and_key(product, axes_of((key_dim,))),
             sink=softmax.sink is not None,
         )
+        if len({walk.product.node for walk in walks}) < len(walks):
+            raise NotAttention("the attention weights are multiplied with themselves, so they must exist in memory")
         readings: list[_FoundSite] = []
         reasons: list[NotAttention] = []
         for walk in walks:

@@ -439,7 +439,7 @@ def _with_values(value: Tensor, how: str) -> Tensor:
         return value * 3 if value.is_floating_point() else value
     if how == "all the same":
         return value[..., :1].expand_as(value).clone() if value.dim() else value
-    if how == "zero in half":
+    if how == "zero in half" and value.dim():
         value[..., ::2] = 0
     elif how == "twice the same" and value.dim() > 1:
         value[..., 1:, :] = value[..., :1, :]

@@ -261,7 +261,7 @@ _STRIDES = "by itself: the graph returns it, or an operator that may depend on i
         (_read_by_others, 1, "query, key and value are one projection to 48 features"),
         (_strides_asked_for, 2, f"key and value {_OF_TWO}; query {_STRIDES}"),
         (_memory_copied, 2, f"key and value {_OF_TWO}; query {_STRIDES}"),
-        (_without_a_gradient, 2, f"key and value {_OF_TWO}; {_BETWEEN}"),
+        (_without_a_gradient, 2, f"key and value {_OF_TWO}"),
         (_in_two_dtypes, 2, f"key and value {_OF_TWO}"),
         (_of_two_inputs, 2, f"query and value {_OF_TWO}"),
         (

@@ -57,11 +57,11 @@ class Mask:
             condition = self._condition(first.condition)
             self.node = condition if first.invert else call(aten.logical_not.default, condition)
         else:
-            self.node = self._replayed()
+            self.node = self._replayed(self._replay_dtype)
             if self._lift is not Lift.NONE:
                 self._written = self.node
                 several = bool(more) and self._lift > Lift.OPENED and self._site.in_half
-                self.node = self._lifted(self._replayed(each_lifted=True) if several else self.node)
+                self.node = self._lifted(self._replayed(torch.float64) if several else self.node)
             self.node = self._cast(self._within_range(self.node))
         if fills_decide:
             self._open_filled_rows()
@@ -116,34 +116,17 @@ class Mask:
             return False
         return term.factor == 1 and not term.scales and not term.rescaled
 
-    def _replayed(self, each_lifted: bool = False) -> fx.Node:
-        """What the source does to the scores, done to zeros.
-
-        Args:
-            each_lifted: less the highest number of each mask in the row, so that it absorbs nothing of the others.
-        """
+    def _replayed(self, wide: torch.dtype) -> fx.Node:
+        """What the source does to the scores, done to zeros in the dtype ``wide``."""
         call = self._builder.call
         total: fx.Node | None = None
         self._after_fill = None
-        wide = self._replay_dtype
         rescaled: tuple[float, ...] = ()
         for place, term in enumerate(self._terms):
             own = term.rescaled if isinstance(term, (Bias, Fill)) else ()
             total, rescaled = self._rescaled(total, rescaled, own)
             if isinstance(term, Bias):
-                bias = self._laid_out(term.operand)
-                if tensor(bias).dtype.itemsize > term.dtype.itemsize:
-                    # The sum is rounded, and a mask to minus infinity with it.
-                    bias = self._cast(bias, term.dtype)
-                bias = self._cast(bias, wide)
-                for scale in term.scales:
-                    bias = self._cast(modified(self._builder, bias, scale, self._dims), wide)
-                if term.factor != 1:
-                    bias = call(aten.mul.Scalar, bias, term.factor)
-                if each_lifted:
-                    highest = call(aten.detach.default, call(aten.amax.default, bias, [-1], True))
-                    finite = call(aten.clamp.default, highest, torch.finfo(wide).min)
-                    bias = call(aten.sub.Tensor, bias, finite)
+                bias = self._added(term, wide)
                 total = bias if total is None else call(aten.add.Tensor, total, bias)
                 if self._site.differentiable and any(isinstance(each, Fill) for each in self._terms[:place]):
                     self._after_fill = (
@@ -178,6 +161,17 @@ class Mask:
             lost = call(aten.any.dim, call(aten.isnan.default, total), -1, True)
             total = call(aten.where.ScalarSelf, lost, -math.inf, total)
         return total
+
+    def _added(self, term: Bias, wide: torch.dtype) -> fx.Node:
+        """What a bias adds, in the dtype ``wide``, before it is rescaled."""
+        bias = self._laid_out(term.operand)
+        if tensor(bias).dtype.itemsize > term.dtype.itemsize:
+            # The sum is rounded, and a mask to minus infinity with it.
+            bias = self._cast(bias, term.dtype)
+        bias = self._cast(bias, wide)
+        for scale in term.scales:
+            bias = self._cast(modified(self._builder, bias, scale, self._dims), wide)
+        return bias if term.factor == 1 else self._builder.call(aten.mul.Scalar, bias, term.factor)
 
     @property
     def _is_raised(self) -> bool:
@@ -281,8 +275,9 @@ class Mask:
             # By a large positive number, too.
             self.absorbed_rows = call(aten.ge.Scalar, call(aten.abs.default, written), -ABSORBED)
         if mask is not self._written:
-            # Each mask lifted by itself leaves the others their digits; not where the formula itself absorbs them.
+            # In float64 masks leave each other their digits, as in the formula; not where the formula absorbs them.
             own = call(aten.sub.Tensor, mask, call(aten.detach.default, call(aten.amax.default, mask, [-1], True)))
+            own = self._cast(own, tensor(lifted).dtype)
             lifted = own if self.absorbed_rows is None else call(aten.where.self, self.absorbed_rows, lifted, own)
         lifted = call(aten.where.ScalarSelf, infinite, 0.0, lifted)
         if self._dtype is torch.float16:
