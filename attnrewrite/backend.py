@@ -207,7 +207,9 @@ class _Compilation:
         CaptureError: the graph cannot be captured.
         """
         with self._steps.step("capture"):
-            gm = capture(self._gm, self._inputs).gm
+            captured = capture(self._gm, self._inputs)
+        gm = captured.gm
+        self._report.notes += filter(None, [captured.note])
         is_shown = _collector.get() is not None or self._dump is not None
         if self._dump is not None:
             self._dump.add("captured", gm)

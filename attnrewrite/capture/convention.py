@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import fx
 
 from attnrewrite.capture.opaque import OpaqueCalls
 from attnrewrite.capture.prepare import wants_gradients
+from attnrewrite.capture.subclasses import HeldCalls
 from attnrewrite.capture.support import CaptureError, attribute_of, storage_of
 from attnrewrite.ir.nodes import copy_attributes
 from attnrewrite.ir.ops import is_view
@@ -21,6 +23,7 @@ def restore_calling_convention(
     exported: fx.GraphModule,
     signature: Any,
     opaque: OpaqueCalls,
+    held: HeldCalls,
 ) -> fx.GraphModule:
     """Returns the traced graph with the inputs and outputs of Dynamo's graph.
 
@@ -32,17 +35,18 @@ def restore_calling_convention(
         prepared: the graph that was traced.
         exported: the result of tracing.
         signature: torch's ``GraphSignature`` of ``exported``.
-        opaque: the calls that stand-ins were traced for.
+        opaque, held: the calls that stand-ins were traced for.
 
     Raises:
         CaptureError: the calling convention cannot be restored.
     """
     restoration = _Restoration(original, prepared, exported, signature)
-    restoration.copy_inputs()
+    inputs = restoration.copy_inputs(held.inputs)
     restoration.copy_calls()
     updated = restoration.write_back_updates()
     restoration.copy_outputs(updated)
     opaque.restore(restoration.graph, restoration.attributes)
+    held.restore(restoration.graph, restoration.attributes, inputs)
     return restoration.module()
 
 
@@ -63,17 +67,25 @@ class _Restoration:
         self._copies: dict[fx.Node, fx.Node] = {}
         self._constants: list[str] = []
 
-    def copy_inputs(self) -> None:
-        """Adds Dynamo's inputs, in its order, and an attribute for each parameter or buffer that tracing lifted."""
+    def copy_inputs(self, held: Collection[fx.Node]) -> dict[fx.Node, fx.Node]:
+        """Adds Dynamo's inputs, in its order, and an attribute for each parameter or buffer that tracing lifted.
+
+        Returns the copies by Dynamo's inputs, of which those that are ``held`` were not traced.
+        """
         placeholders = self._original.graph.find_nodes(op="placeholder")
         user_inputs = [node for node in self._inputs if node.name not in self._lifted]
-        if len(user_inputs) != len(placeholders):
+        if len(user_inputs) != len(placeholders) - len(held):
             raise CaptureError(f"the traced graph has {len(user_inputs)} inputs, and Dynamo's {len(placeholders)}")
-        for source, traced in zip(placeholders, user_inputs, strict=True):
-            node = self.graph.placeholder(str(source.target))
+        traced_inputs = iter(user_inputs)
+        copies: dict[fx.Node, fx.Node] = {}
+        for source in placeholders:
+            node = copies[source] = self.graph.placeholder(str(source.target))
             copy_attributes(source, node)
-            node.meta = {**source.meta, "val": traced.meta["val"]}
-            self._copies[traced] = node
+            node.meta = {**source.meta}
+            if source not in held:
+                traced = next(traced_inputs)
+                node.meta["val"] = traced.meta["val"]
+                self._copies[traced] = node
         for traced in self._inputs:
             if traced.name in self._lifted:
                 name = self._lifted[traced.name]
@@ -81,6 +93,7 @@ class _Restoration:
                 node.meta = dict(traced.meta)
                 self._copies[traced] = node
                 self.attributes[name] = attribute_of(self._prepared, name)
+        return copies
 
     def copy_calls(self) -> None:
         """Adds all calls of the traced graph, without the assertions that tracing left."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -63,10 +63,9 @@ class OpaqueCalls:
             )
         tensors = [env[arg] for arg, value in zip(inputs, values, strict=True) if isinstance(value, torch.Tensor)]
         sizes = [env[arg] for arg, value in zip(inputs, values, strict=True) if not isinstance(value, torch.Tensor)]
-        index = next(_opaque_ids)
+        index = promise_outputs(flat)
         self._calls[index] = (node, modules)
-        _opaque_outputs[index] = flat
-        stand_in = graph.call_function(torch.ops.attnrewrite.opaque.default, (tensors, sizes, index))
+        stand_in = graph.call_function(STAND_IN, (tensors, sizes, index))
         stand_in.meta = dict(node.meta)
         if isinstance(outputs, (tuple, list)):
             return tuple(graph.call_function(operator.getitem, (stand_in, i)) for i in range(len(flat)))
@@ -74,8 +73,10 @@ class OpaqueCalls:
 
     def restore(self, graph: fx.Graph, attributes: dict[str, Any]) -> None:
         """Replaces the stand-ins in ``graph`` by the original calls, whose modules are added to ``attributes``."""
-        for node in graph.find_nodes(op="call_function", target=torch.ops.attnrewrite.opaque.default):
+        for node in graph.find_nodes(op="call_function", target=STAND_IN):
             tensors, sizes, index = node.args
+            if index not in self._calls:
+                continue
             call, modules = self._calls[index]
             tensors, sizes = iter(tensors), iter(sizes)
             env: dict[fx.Node, fx.Node] = {}
@@ -101,8 +102,19 @@ class OpaqueCalls:
 
     def forget(self) -> None:
         """Releases the outputs that stand-ins returned; called when tracing is over."""
-        for index in self._calls:
-            _opaque_outputs.pop(index, None)
+        forget_outputs(self._calls)
+
+
+def promise_outputs(values: Sequence[torch.Tensor]) -> int:
+    """The number of a stand-in whose results are like ``values``."""
+    index = next(_opaque_ids)
+    _opaque_outputs[index] = values
+    return index
+
+
+def forget_outputs(indices: Iterable[int]) -> None:
+    for index in indices:
+        _opaque_outputs.pop(index, None)
 
 
 _opaque_ids = itertools.count()
@@ -121,6 +133,9 @@ def _opaque_fake(tensors: Sequence[torch.Tensor], sizes: Sequence[int], index: i
 
 
 torch.library.register_fake("attnrewrite::opaque", _opaque_fake)
+
+STAND_IN = torch.ops.attnrewrite.opaque.default
+"""``(tensors, sizes, index)``: the results that were promised under the index."""
 
 
 def _refuse_mutation(call: fx.Node, module: torch.nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from attnrewrite.capture.autocast import AutocastRegions
 from attnrewrite.capture.decompositions import DECOMPOSITIONS
 from attnrewrite.capture.opaque import OpaqueCalls, is_opaque
+from attnrewrite.capture.subclasses import HeldCalls
 from attnrewrite.capture.support import attribute_of, enables_gradients, updated_in_place
 from attnrewrite.torch_private import checkpoint_ids, enter_autocast, exit_autocast
 
@@ -24,11 +25,13 @@ def wants_gradients(gm: fx.GraphModule) -> bool:
     )
 
 
-def prepared_graph(gm: fx.GraphModule, autocast: AutocastRegions, opaque: OpaqueCalls) -> fx.GraphModule:
+def prepared_graph(
+    gm: fx.GraphModule, autocast: AutocastRegions, opaque: OpaqueCalls, held: HeldCalls
+) -> fx.GraphModule:
     """A copy of ``gm`` that functional tracing can take; ``gm`` itself if nothing has to change.
 
-    Autocast regions take effect, checkpointed regions are inlined, opaque calls have stand-ins, and calls of whole
-    modules are decomposed.
+    Autocast regions take effect, checkpointed regions are inlined, opaque calls and those on tensor subclasses have
+    stand-ins, and calls of whole modules are decomposed.
     """
     special: tuple[Any, ...] = (
         enter_autocast,
@@ -36,10 +39,11 @@ def prepared_graph(gm: fx.GraphModule, autocast: AutocastRegions, opaque: Opaque
         torch.ops.higher_order.tag_activation_checkpoint,
     )
     special = (*special, *_DROPOUT, *DECOMPOSITIONS)
-    if not any(node.target in special or is_opaque(node, gm) for node in gm.graph.nodes):
+    if not held.any and not any(node.target in special or is_opaque(node, gm) for node in gm.graph.nodes):
         return gm
-    copy = _Preparation(opaque)
-    copy.graph.output(copy.copy(gm, {}, prefix="", tags={}))
+    copy = _Preparation(opaque, held)
+    results = copy.copy(gm, {}, prefix="", tags={})
+    copy.graph.output(tuple(held.as_output(result, copy.graph) for result in results))
     for node in copy.graph.nodes:
         autocast.substitute(node)
         node.target = DECOMPOSITIONS.get(node.target, node.target) if node.op == "call_function" else node.target
@@ -76,10 +80,11 @@ def _separate_dropout(graph: fx.Graph) -> None:
 class _Preparation:
     """Copies a graph, inlines its checkpointed regions and replaces opaque calls by their stand-ins."""
 
-    def __init__(self, opaque: OpaqueCalls) -> None:
+    def __init__(self, opaque: OpaqueCalls, held: HeldCalls) -> None:
         self.graph = fx.Graph()
         self.attributes: dict[str, Any] = {}
         self._opaque = opaque
+        self._held = held
 
     def copy(self, gm: fx.GraphModule, env: dict[fx.Node, Any], prefix: str, tags: dict[str, Any]) -> Any:
         """Copies the nodes of ``gm`` and returns its outputs.
@@ -95,12 +100,14 @@ class _Preparation:
                 continue
             if node.op == "output":
                 return fx.node.map_arg(node.args[0], env.__getitem__)
-            if is_opaque(node, gm):
-                env[node] = self._opaque.stand_in(node, gm, self.graph, env)
-            elif node.target is torch.ops.higher_order.tag_activation_checkpoint:
-                env[node] = self._inlined_checkpoint(node, gm, env, prefix)
-            elif node.target is operator.getitem and isinstance(env.get(node.args[0]), (tuple, list)):
+            if node.target is operator.getitem and isinstance(env.get(node.args[0]), (tuple, list)):
                 env[node] = env[node.args[0]][node.args[1]]
+            elif node.target is torch.ops.higher_order.tag_activation_checkpoint and not is_opaque(node, gm):
+                env[node] = self._inlined_checkpoint(node, gm, env, prefix)
+            elif self._held.holds(node, env):
+                env[node] = self._held.stand_in(node, gm, self.graph, env)
+            elif is_opaque(node, gm):
+                env[node] = self._opaque.stand_in(node, gm, self.graph, env)
             else:
                 env[node] = copied = self.graph.node_copy(node, env.__getitem__)
                 copied.meta.update(tags)

@@ -23,6 +23,7 @@ from attnrewrite.capture.mode_regions import cast_addends, detach_in_regions
 from attnrewrite.capture.normalize import normalize
 from attnrewrite.capture.opaque import OpaqueCalls
 from attnrewrite.capture.prepare import prepared_graph
+from attnrewrite.capture.subclasses import HeldCalls
 from attnrewrite.capture.support import (
     CaptureError,
     attribute_of,
@@ -33,7 +34,7 @@ from attnrewrite.capture.support import (
     updated_in_place,
 )
 from attnrewrite.capture.vmap import holds_vmap, vmap_lowered
-from attnrewrite.ir.source import ENDS_AT, source_name
+from attnrewrite.ir.source import ENDS_AT
 from attnrewrite.torch_private import (
     FORWARD_MODE_CALLS,
     FakeTensor,
@@ -43,7 +44,6 @@ from attnrewrite.torch_private import (
     break_after,
     detect_fake_mode,
     forward_mode_level,
-    is_traceable_wrapper_subclass,
     set_grad_enabled,
     tracing,
 )
@@ -53,9 +53,15 @@ __all__ = ["Captured", "capture"]
 
 @dataclass(frozen=True)
 class Captured:
-    """A captured graph: ``gm`` has the inputs and outputs of the original."""
+    """A captured graph.
+
+    Attributes:
+        gm: the graph; it has the inputs and outputs of the original.
+        note: what was not read, in words; empty if everything was.
+    """
 
     gm: fx.GraphModule
+    note: str = ""
 
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
@@ -74,13 +80,18 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     if gradients:
         _refuse_what_autograd_does_not_see(gm, torch.is_grad_enabled())
     placeholders = gm.graph.find_nodes(op="placeholder")
-    _refuse_subclasses(placeholders, example_inputs)
-    context, inputs = _tracing_inputs(placeholders, example_inputs)
+    held = HeldCalls(gm, example_inputs)
+    given = [pair for pair in zip(placeholders, example_inputs, strict=True) if pair[0] not in held.inputs]
+    context, inputs = _tracing_inputs([node for node, _ in given], [value for _, value in given])
     regions = AutocastRegions()
     opaque = OpaqueCalls()
-    prepared = prepared_graph(gm, regions, opaque)
-    exported, signature = _traced(prepared, inputs, context, regions, opaque)
-    ir = restore_calling_convention(gm, prepared, exported, signature, opaque)
+    prepared = prepared_graph(gm, regions, opaque, held)
+    try:
+        exported, signature = _traced(prepared, inputs, context, regions)
+    finally:
+        opaque.forget()
+        held.forget()
+    ir = restore_calling_convention(gm, prepared, exported, signature, opaque, held)
     broken = break_after(gm)
     if broken is not None:
         place = "".join(f", {frame.filename}:{frame.lineno}" for frame in broken.user_stack[-1:])
@@ -94,7 +105,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
         normalize(part, gradients=gradients)
         name_by_content(part)
         part.recompile()
-    return Captured(ir)
+    return Captured(ir, held.words)
 
 
 def _differentiate_noise(part: fx.GraphModule) -> None:
@@ -144,7 +155,6 @@ def _traced(
     inputs: Sequence[Any],
     context: TracingContext,
     regions: AutocastRegions,
-    opaque: OpaqueCalls,
 ) -> tuple[fx.GraphModule, Any]:
     """The traced graph, in which parameters and buffers are inputs, and its ``GraphSignature``.
 
@@ -160,8 +170,6 @@ def _traced(
             exported, signature = aot_export_module(prepared, inputs, trace_joint=False, pre_dispatch=True)
     except Exception as error:
         raise CaptureError(f"{type(error).__name__}: {first_line(error)}") from error
-    finally:
-        opaque.forget()
     assert isinstance(exported, fx.GraphModule)
     return exported, signature
 
@@ -260,20 +268,6 @@ def _graphs_among(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> Iterator[fx.G
         part = attribute_of(gm, str(node.target)) if node.op == "get_attr" else None
         if isinstance(part, fx.GraphModule):
             yield part
-
-
-def _refuse_subclasses(placeholders: Sequence[fx.Node], example_inputs: Sequence[Any]) -> None:
-    """Refuses graphs that are given a tensor made of others, which pre-dispatch tracing cannot express.
-
-    Raises:
-        CaptureError: an input is one.
-    """
-    for node, value in zip(placeholders, example_inputs, strict=True):
-        given = node.meta.get("example_value", value)
-        if is_traceable_wrapper_subclass(given):
-            kind = f"{type(given).__module__}.{type(given).__name__}"
-            name = source_name(node) or node.name
-            raise CaptureError(f"{name} is a {kind}, and graphs that are given tensor subclasses are not read")
 
 
 def _tracing_inputs(
