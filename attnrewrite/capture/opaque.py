@@ -41,7 +41,7 @@ class OpaqueCalls:
             if arg.op == "get_attr" and isinstance(attribute_of(gm, str(arg.target)), torch.nn.Module)
         }
         for module in modules.values():
-            _refuse_mutation(node, module)
+            refuse_mutation(node, module)
         inputs = [arg for arg in node.all_input_nodes if arg not in modules]
         values = [arg.meta["example_value"] for arg in inputs if "example_value" in arg.meta]
         outputs = node.meta["example_value"]
@@ -138,7 +138,7 @@ STAND_IN = torch.ops.attnrewrite.opaque.default
 """``(tensors, sizes, index)``: the results that were promised under the index."""
 
 
-def _refuse_mutation(call: fx.Node, module: torch.nn.Module) -> None:
+def refuse_mutation(call: fx.Node, module: torch.nn.Module) -> None:
     """Raises CaptureError if the body of an opaque call updates a tensor in place."""
     for submodule in module.modules():
         if not isinstance(submodule, fx.GraphModule):

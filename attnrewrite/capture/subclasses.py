@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.capture.opaque import STAND_IN, forget_outputs, promise_outputs
+from attnrewrite.capture.opaque import STAND_IN, forget_outputs, promise_outputs, refuse_mutation
 from attnrewrite.capture.support import CaptureError, attribute_of, has_storage, storage_of, updated_in_place
 from attnrewrite.ir.nodes import copy_attributes
 from attnrewrite.ir.source import source_name
 from attnrewrite.torch_private import (
     enter_autocast,
+    exit_autocast,
     is_traceable_wrapper_subclass,
     set_grad_enabled,
     tree_leaves,
@@ -113,6 +114,10 @@ class HeldCalls:
             CaptureError: its result is a number that is not known, or it is given the whole result of another.
         """
         held = Held(node, gm, {argument: env[argument] for argument in node.all_input_nodes})
+        for argument in node.all_input_nodes:
+            module = attribute_of(gm, str(argument.target)) if argument.op == "get_attr" else None
+            if isinstance(module, torch.nn.Module):
+                refuse_mutation(node, module)
         if any(isinstance(value, (tuple, list)) for value in held.given.values()):
             raise CaptureError(f"{node.name} is given several results of a call on a tensor subclass at once")
         if "example_value" not in node.meta or is_held(value := node.meta["example_value"]):
@@ -207,38 +212,71 @@ class HeldCalls:
 def _require_no_order(gm: fx.GraphModule, inputs: frozenset[fx.Node]) -> None:
     """
     Raises:
-        CaptureError: calls on subclasses stand in a region that switches a mode, or something is updated in place that
-            they read or give.
+        CaptureError: something that is held would move to where it is another: past a switch of a mode, or past an
+            update in place of what it reads.
     """
-    first = next(iter(inputs), None)
+    first = min(inputs, key=lambda node: node.name, default=None)
     name = "" if first is None else source_name(first) or first.name
     subject = f"a tensor subclass ({name})" if name else "a tensor subclass"
-    touched: set[fx.Node] = set()
+    parts = [part for part in gm.modules() if isinstance(part, fx.GraphModule)]
+    nodes = [node for part in parts for node in part.graph.nodes]
     shared: set[Any] = set()
-    for node in gm.graph.nodes:
-        if node.target in (enter_autocast, set_grad_enabled):
-            raise CaptureError(f"the graph switches autocast or gradients, and is given {subject}")
-        sources = [each for each in node.all_input_nodes if each in touched or each in inputs]
-        value = node.meta.get("example_value")
-        if not sources and not is_held(value) and node not in inputs:
-            continue
-        touched.add(node)
-        if updated_in_place(node):
-            raise CaptureError(f"{node.name} updates {subject} in place")
-        if not node.users and node.op not in ("placeholder", "output") and node.is_impure():
-            raise CaptureError(f"{node.name} has an effect on {subject}, and no result that is read")
-        later = any(each not in inputs for each in sources) or is_held(value)
-        # What is computed where a stand-in takes it up is read there, and a result may share memory with what it reads.
-        values = [each.meta.get("example_value") for each in (*node.all_input_nodes, node)] if later else [value]
-        shared.update(storage_of(each) for leaf in values for each in tree_leaves(leaf) if _has_memory(each))
-        if not is_held(value):
-            touched.discard(node)
-    for node in gm.graph.nodes:
+    for part in parts:
+        modes = _modes(part.graph)
+        for node in part.graph.nodes:
+            sources = [each for each in node.all_input_nodes if is_held(each.meta.get("example_value"))]
+            if not sources and not is_held(node.meta.get("example_value")):
+                continue
+            if any(modes[each] != modes[node] for each in sources if each.op != "placeholder"):
+                raise CaptureError(f"the graph switches autocast or gradients while it computes with {subject}")
+            if node.op == "output":
+                continue
+            if updated_in_place(node):
+                raise CaptureError(f"{node.name} updates {subject} in place")
+            if not node.users and node.op != "placeholder" and node.is_impure():
+                raise CaptureError(f"{node.name} has an effect on {subject}, and no result that is read")
+            shared.update(_memory_that_is_read_later(node, sources))
+    for node in nodes:
         for updated in updated_in_place(node):
             value = updated.meta.get("example_value")
-            if not _has_memory(value) or storage_of(value) in shared:
+            if not shared.isdisjoint(_memory(value)) or not isinstance(value, torch.Tensor):
                 raise CaptureError(f"{node.name} updates in place what {subject} is made of or gives")
 
 
-def _has_memory(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and has_storage(value)
+def _memory_that_is_read_later(node: fx.Node, sources: Sequence[fx.Node]) -> set[Any]:
+    """The memory of what a held call gives, or is made of where that is not read at once."""
+    value = node.meta.get("example_value")
+    given = {key for each in node.all_input_nodes for key in _memory(each.meta.get("example_value"))}
+    made = _memory(value)
+    if is_held(value):
+        return given | made
+    own = {key for each in sources for key in _memory(each.meta.get("example_value"))}
+    return own | (made if isinstance(value, (tuple, list)) else given & made)
+
+
+def _memory(value: Any) -> set[Any]:
+    """The memory of all tensors of a value, and of those that they are made of."""
+    found: set[Any] = set()
+    for leaf in tree_leaves(value):
+        if is_traceable_wrapper_subclass(leaf):
+            names, _ = leaf.__tensor_flatten__()
+            found |= {key for name in names for key in _memory(getattr(leaf, name))}
+        elif isinstance(leaf, torch.Tensor) and has_storage(leaf):
+            found.add(storage_of(leaf))
+    return found
+
+
+def _modes(graph: fx.Graph) -> dict[fx.Node, Any]:
+    """What tells apart, for each node, the switches of autocast and gradients that it stands behind."""
+    gradients = torch.is_grad_enabled()
+    autocast: tuple[fx.Node, ...] = ()
+    modes = {}
+    for node in graph.nodes:
+        if node.target is set_grad_enabled:
+            gradients = bool(node.args[0])
+        elif node.target is enter_autocast:
+            autocast = (*autocast, node)
+        elif node.target is exit_autocast:
+            autocast = tuple(each for each in autocast if each is not node.args[0])
+        modes[node] = gradients, autocast
+    return modes

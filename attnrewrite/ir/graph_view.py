@@ -31,11 +31,12 @@ class GraphView:
         """The graph break that ends the graph; empty if none does."""
         self._regions = regions(gm.graph)
         self.leads_to_product: dict[fx.Node, bool] = {}
-        inputs = [node for node in gm.graph.nodes if node.op in ("placeholder", "get_attr") and is_tensor(node)]
+        inputs = [node for node in gm.graph.nodes if node.op in ("placeholder", "get_attr")]
+        # A tensor subclass has no value in the IR, and may be what gradients are wanted of.
         self.has_gradients = has_gradients or any(
-            value.requires_grad
+            isinstance(value, torch.Tensor) and value.requires_grad
             for node in inputs
-            for value in (tensor(node), node.meta.get("example_value", tensor(node)))
+            for value in (node.meta.get("val"), node.meta.get("example_value"))
         )
 
     def _region(self, node: fx.Node) -> tuple[bool, AutocastState]:

@@ -284,10 +284,12 @@ class Replay:
             for name in str(node.target).split("."):
                 value = getattr(value, name)
             return value
-        assert node.op == "call_function" and callable(node.target), f"{node.op} in the IR"
         if node.target is set_grad_enabled:
             return None
         args, kwargs = fx.node.map_arg((step.args, step.kwargs), self._values.__getitem__)
+        if node.op == "call_method":  # Calls on tensor subclasses are those of the source.
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert node.op == "call_function" and callable(node.target), f"{node.op} in the IR"
         if node.target is enter_autocast:
             return self._autocast.enter(*args)
         if node.target is exit_autocast:

@@ -27,7 +27,7 @@ def carrying_gradients(gm: fx.GraphModule, inputs: Sequence[Any]) -> set[fx.Node
             carries = isinstance(value, Tensor) and value.requires_grad
         else:
             carries = any(read in found for read in node.all_input_nodes)
-        value = node.meta.get("val")
+        value = node.meta.get("val", node.meta.get("example_value"))  # A tensor subclass has no value in the IR.
         if carries and isinstance(value, Tensor) and value.is_floating_point():
             found.add(node)
     return found

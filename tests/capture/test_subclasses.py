@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
+from attnrewrite import PyramidAttentionBroadcastConfig, accelerate_attention, attention_cache
 from attnrewrite.backend import collect_reports
 from attnrewrite.report.rows import GraphReport
 from tests.support.helpers import relative_error, rewritten
@@ -121,15 +125,31 @@ def updates_it(x: Tensor, weight: Any) -> Tensor:
     return attend(plain(F.linear(x, weight)))
 
 
-def switches_gradients(x: Tensor, weight: Any) -> Tensor:
+def leaves_no_grad(x: Tensor, weight: Any) -> Tensor:
     with torch.no_grad():
-        projected = plain(F.linear(x, weight))
-    return attend(projected) + x
+        projected = F.linear(x, weight)
+    return attend(plain(projected)) + x
 
 
-def switches_autocast(x: Tensor, weight: Any) -> Tensor:
+def leaves_autocast(x: Tensor, weight: Any) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         projected = F.linear(x, weight)
+    return attend(plain(projected))
+
+
+def is_returned_from_autocast(x: Tensor, weight: Any) -> tuple[Tensor, Any]:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        projected = F.linear(x, weight)
+    return attend(x), projected
+
+
+def leaves_autocast_in_a_checkpoint(x: Tensor, weight: Any) -> Any:
+    return checkpoint(leaves_autocast, x, weight, use_reentrant=False)
+
+
+def is_read_after_an_update(x: Tensor, weight: Any) -> Tensor:
+    projected = F.linear(x, weight)
+    x.add_(1)
     return attend(plain(projected))
 
 
@@ -138,17 +158,147 @@ def switches_autocast(x: Tensor, weight: Any) -> Tensor:
     [
         (updates_what_it_gives, "in place"),
         (updates_it, "in place"),
-        (switches_gradients, "switches autocast or gradients"),
-        (switches_autocast, "switches autocast or gradients"),
+        (is_read_after_an_update, "in place"),
+        (leaves_no_grad, "switches autocast or gradients"),
+        (leaves_autocast, "switches autocast or gradients"),
+        (is_returned_from_autocast, "switches autocast or gradients"),
+        (leaves_autocast_in_a_checkpoint, "switches autocast or gradients"),
     ],
 )
 def test_what_has_an_order_is_left_alone(function: Callable[..., Any], words: str) -> None:
     torch._dynamo.reset()
-    given = [twice(WEIGHT) for _ in range(2)]
+    given = [(X.clone(), twice(WEIGHT)) for _ in range(2)]
     with collect_reports() as graphs:
-        found, expected = rewritten(function, "aot_eager")(X, given[0]), function(X, given[1])
+        found, expected = rewritten(function, "aot_eager")(*given[0]), function(*given[1])
+    found, expected = (each[0] if isinstance(each, tuple) else each for each in (found, expected))
     assert relative_error(found, expected) <= 1e-2
+    assert torch.equal(given[0][0], given[1][0])
     assert [(graph.captured, words in graph.reason) for graph in graphs] == [(False, True)]
+
+
+def within_no_grad(x: Tensor, weight: Any) -> Tensor:
+    with torch.no_grad():
+        projected = plain(F.linear(x, weight))
+    return attend(projected) + x
+
+
+def within_autocast(x: Tensor, weight: Any) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        projected = plain(F.linear(x, weight)).float()
+    return attend(projected)
+
+
+def beside_autocast(x: Tensor, weight: Any) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gate = (x @ x.mT).float().sum(-1, keepdim=True)
+    return attend(plain(F.linear(x, weight)) + gate)
+
+
+@pytest.mark.parametrize("function", [within_no_grad, within_autocast, beside_autocast])
+def test_what_lies_on_one_side_of_a_switch(function: Callable[..., Any]) -> None:
+    x = X.clone().requires_grad_()
+    assert statuses(both(function, x, twice(WEIGHT))) == ["rewritten"]
+
+
+def test_a_view_of_its_parts_is_one() -> None:
+    def function(x: Tensor, weight: Any) -> tuple[Tensor, Tensor]:
+        return attend(x), plain(weight)
+
+    weight = twice(WEIGHT)
+    with torch.no_grad():
+        _, view = rewritten(function, "aot_eager")(X, weight)
+        view.zero_()
+    assert not weight.a.any()
+
+
+# DTensors, on one process.
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+class Distributed(nn.Module):
+    """Each query is projected by a DTensor; row 3 has no key, and keeps the mean of the values."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.mesh = mesh
+        self.weight = nn.Parameter(distribute_tensor(WEIGHT.clone(), mesh, [Replicate()]))
+
+    def projected(self, x: Tensor) -> Tensor:
+        result: Tensor = F.linear(DTensor.from_local(x, self.mesh, [Replicate()]), self.weight).to_local()
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.projected(x)
+        bias = torch.zeros(10, 10)
+        bias[3] = torch.finfo(torch.float32).min
+        return self.projected((x @ x.mT / 4 + bias).softmax(-1) @ x)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_gradients_through_dtensors_alone(mesh: DeviceMesh, dynamic: bool) -> None:
+    model = Distributed(mesh)
+
+    def results(function: Callable[..., Any]) -> list[Tensor]:
+        model.zero_grad()
+        output = function(X)
+        output.square().sum().backward()
+        assert isinstance(model.weight.grad, DTensor)
+        return [output, model.weight.grad.full_tensor()]
+
+    compiled = rewritten(model, "aot_eager", dynamic=dynamic or None)
+    with collect_reports() as graphs:
+        found = results(compiled)
+    assert statuses(graphs) == ["rewritten"]
+    assert relative_error(found, results(model)) <= 1e-5
+
+
+def test_a_dtensor_that_is_trained(mesh: DeviceMesh) -> None:
+    weights = []
+    for compile_it in (lambda model: rewritten(model, "aot_eager"), lambda model: model):
+        model = Distributed(mesh)
+        function, optimizer = compile_it(model), torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            function(X).square().mean().backward()
+            optimizer.step()
+        assert isinstance(model.weight, DTensor)
+        weights.append(model.weight.full_tensor())
+    assert relative_error(weights[0], weights[1]) <= 1e-5
+    assert relative_error(weights[0], WEIGHT) > 1e-3
+
+
+def test_verified_and_accelerated(mesh: DeviceMesh) -> None:
+    model = Distributed(mesh)
+    with collect_reports() as graphs:
+        rewritten(model, "aot_eager", verify=True)(X)
+    assert [note for graph in graphs for note in graph.notes if note.startswith("verified: 1 site agrees")]
+    accelerated = accelerate_attention(Distributed(mesh), options={"inner_backend": "aot_eager"})
+    assert relative_error(accelerated(X), model(X)) <= 1e-5
+
+
+def test_attention_is_reused(mesh: DeviceMesh) -> None:
+    model = Distributed(mesh).eval()
+    compiled = rewritten(model, "aot_eager")
+    steps = iter([800, 780])
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(0, 1000),
+        current_timestep_callback=lambda: next(steps),
+    )
+    with torch.no_grad(), attention_cache(compiled, config):
+        first, second = compiled(X), compiled(X + 1)
+        assert relative_error(first, model(X)) <= 1e-5
+        # The attention's output is that of the call before.
+        assert relative_error(second, first) <= 1e-5
+
+
+# Quantized weights.
 
 
 class Block(nn.Module):
