@@ -63,7 +63,7 @@ from attnrewrite.analysis.values import (
     why_not_finite,
 )
 from attnrewrite.ir.axes import Operand, size_of
-from attnrewrite.ir.nodes import Size, same, tensor
+from attnrewrite.ir.nodes import Size, is_tensor, same, tensor
 from attnrewrite.ir.ops import CLAMP_OPS
 from attnrewrite.ir.reason import FINE, Reason
 from attnrewrite.ir.site import (
@@ -87,6 +87,7 @@ from attnrewrite.ir.site import (
     Zero,
     blaming,
 )
+from attnrewrite.ir.source import source_name
 from attnrewrite.options.compile_options import Policy
 from attnrewrite.passes.fold_batches import with_folded_batches
 from attnrewrite.torch_private import operator_name
@@ -173,8 +174,25 @@ def _require_sizes(site: AttentionSite) -> None:
             "a size depends on the data (such as a selection by a mask), and the choice of a kernel needs every size"
         )
     counted = [axis.size for axis in positions if has_free_unbacked_symbols(axis.size)]
-    if not site.fused and not all(statically_known_true(size > 0) for size in counted):
-        raise NotAttention("the number of queries or keys depends on the data and may be zero")
+    unknown = [size for size in counted if not statically_known_true(size > 0)]
+    if unknown and not site.fused:
+        # PyTorch's selector asks, and cannot be traced without an answer: check_nonzero_sequence_lengths_dense in
+        # https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/transformers/sdp_utils_cpp.h
+        size = _of_input(unknown[0], site.query.node.graph)
+        raise NotAttention(
+            f"the number of queries or keys{f' ({size}, marked unbacked)' if size else ''} depends on the data and may "
+            "be zero, which PyTorch's kernels must know when they are traced (if it never is, say so in the model: "
+            f"torch._check({size or 'number'} > 0))"
+        )
+
+
+def _of_input(size: Size, graph: fx.Graph) -> str:
+    """The size as one of an input of the graph; empty if it is none."""
+    for node in graph.find_nodes(op="placeholder"):
+        for dim, own in enumerate(tensor(node).shape if is_tensor(node) else ()):
+            if same(own, size):
+                return f"{source_name(node) or node.name}.shape[{dim}]"
+    return ""
 
 
 def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:

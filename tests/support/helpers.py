@@ -18,6 +18,7 @@ from attnrewrite.report.rows import SiteReport
 __all__ = [
     "cast",
     "compile_count",
+    "counted",
     "gradients",
     "outputs",
     "relative_error",
@@ -111,6 +112,14 @@ def no_more_graphs(
 ) -> bool:
     """Whether ``torch.compile`` alone needs as many graphs for the calls; one is the fewest, and is not counted."""
     return needed == 1 or needed <= compile_count(function, calls, backend)
+
+
+def counted(run: Callable[[], Any]) -> tuple[int, Any]:
+    """How many graphs Dynamo makes, and the result."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    before, result = counters["unique_graphs"], run()
+    return counters["unique_graphs"] - before, result
 
 
 def compile_count(function: Callable[..., Any], calls: Sequence[Sequence[Any]], backend: Any, **options: Any) -> int:

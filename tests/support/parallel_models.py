@@ -1,4 +1,4 @@
-"""Models on several processes: what one of them finds. Each is started with ``python -m tests.support.parallel_models``.
+"""Models on several processes: what one of them finds.
 
     python -m tests.support.parallel_models FOLDER RANK WORLD DEVICE CASE...
 
@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from attnrewrite.backend import collect_reports
-from tests.support.helpers import relative_error, rewritten
+from tests.support.helpers import counted, relative_error, rewritten
 
 __all__ = ["MODELS", "WAYS"]
 
@@ -48,8 +48,8 @@ def _llama() -> Models:
         intermediate_size=96,
         max_position_embeddings=64,
         use_cache=False,
-        attn_implementation="eager",
     )
+    config._attn_implementation = "eager"
     columns = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
     columns |= {f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
     rows = {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
@@ -69,8 +69,8 @@ def _bert() -> Models:
         max_position_embeddings=64,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        attn_implementation="eager",
     )
+    config._attn_implementation = "eager"
     columns = {f"attention.self.{name}": ColwiseParallel() for name in ("query", "key", "value")}
     columns |= {"intermediate.dense": ColwiseParallel()}
     rows = {"attention.output.dense": RowwiseParallel(), "output.dense": RowwiseParallel()}
@@ -102,7 +102,7 @@ def _both(models: Models, mesh: DeviceMesh) -> nn.Module:
 
 def _copied(models: Models, mesh: DeviceMesh) -> nn.Module:
     # Buckets so small that Dynamo cuts the graph within each layer.
-    dist._DEFAULT_FIRST_BUCKET_BYTES = 2**14
+    vars(dist)["_DEFAULT_FIRST_BUCKET_BYTES"] = 2**14
     return DistributedDataParallel(models[0], process_group=mesh.get_group(), bucket_cap_mb=2**14 / 2**20)
 
 
@@ -153,14 +153,14 @@ def _found(case: str, device: str) -> dict[str, Any]:
             with torch.no_grad():
                 return _hidden(compiled, *parts[own]), []
         found = _hidden(compiled, *parts[own])
-        found.square().mean().backward()
+        torch.autograd.backward([found.square().mean()])
         return found, _gradients(model)
 
-    plain_graphs, _ = _counted(lambda: run(torch.compile(model, backend="eager")))
+    plain_graphs, _ = counted(lambda: run(torch.compile(model, backend="eager")))
     with collect_reports() as graphs:
-        own_graphs, (output, gradients) = _counted(lambda: run(rewritten(model, "aot_eager")))
+        own_graphs, (output, gradients) = counted(lambda: run(rewritten(model, "aot_eager")))
     expected = [_hidden(single, *part) for part in parts]
-    torch.stack([part.square().mean() for part in expected]).mean().backward()
+    torch.autograd.backward([torch.stack([part.square().mean() for part in expected]).mean()])
     return {
         "plain_graphs": plain_graphs,
         "graphs": own_graphs,
@@ -169,14 +169,6 @@ def _found(case: str, device: str) -> dict[str, Any]:
         "sites": [[site.status, site.reason] for graph in graphs for site in graph.sites],
         "left": [graph.reason for graph in graphs if not graph.captured],
     }
-
-
-def _counted(run: Callable[[], Any]) -> tuple[int, Any]:
-    """How many graphs Dynamo makes, and the result."""
-    torch._dynamo.reset()
-    counters = torch._dynamo.utils.counters["stats"]
-    before, result = counters["unique_graphs"], run()
-    return counters["unique_graphs"] - before, result
 
 
 def _gradients(model: nn.Module) -> list[Tensor]:

@@ -78,3 +78,32 @@ def test_other_kernels_are_not_asked() -> None:
         rewritten(ragged, kernels=["flex"])(*operands(4, 2))
     reasons = {verdict.reason for row in graphs[0].sites for verdict in row.verdicts if verdict.kernel == "flex"}
     assert reasons == {"does not take a number of queries or keys that depends on the data"}
+
+
+def causal(x: Tensor) -> Tensor:
+    scores = x @ x.mT / 4
+    keep = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+    return scores.masked_fill(~keep, -torch.inf).softmax(-1) @ x
+
+
+def causal_and_never_empty(x: Tensor) -> Tensor:
+    torch._check(x.shape[1] > 0)  # type: ignore[no-untyped-call]
+    return causal(x)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("function", [causal, causal_and_never_empty])
+def test_sizes_that_are_marked_unbacked(function: Any, inner: str) -> None:
+    compiled = rewritten(function, inner, fullgraph=True)
+    with torch.no_grad(), collect_reports() as graphs:
+        for length in (8, 5, 2):
+            x = torch.randn(2, length, 16)
+            torch._dynamo.decorators.mark_unbacked(x, 1)
+            assert relative_error(compiled(x), function(x)) <= 1e-5
+    (graph,) = graphs
+    (row,) = graph.sites
+    if function is causal_and_never_empty:
+        assert row.status == "rewritten" and row.mask.startswith("causal")
+    else:
+        assert row.status == "kept" and "torch._check(L['x'].shape[1] > 0)" in row.reason
+        assert compiled(torch.randn(2, 0, 16)).shape == (2, 0, 16)
