@@ -55,8 +55,9 @@ def calibrate(
         threshold: the relative difference ``||x_t - x_{t-k}|| / ||x_t||`` that the proposals tolerate. Default 0.1.
         lags: how many earlier calls each call is compared with; as many values are stored for each attention. Skip
             ranges up to ``lags + 1`` are tried. Default 4.
-        spatial_attention_block_identifiers, temporal_attention_block_identifiers, cross_attention_block_identifiers,
-            memory_limit, offload: as in :class:`attnrewrite.PyramidAttentionBroadcastConfig`.
+        spatial_attention_block_identifiers, temporal_attention_block_identifiers, cross_attention_block_identifiers:
+            as in :class:`attnrewrite.PyramidAttentionBroadcastConfig`.
+        memory_limit, offload: as there.
 
     Raises:
         OptionError: an argument is wrong.

@@ -42,9 +42,9 @@ class PyramidAttentionBroadcastConfig:
         spatial_attention_block_skip_range, temporal_attention_block_skip_range, cross_attention_block_skip_range:
             attention of that kind is computed once in that many calls, and its output reused in the others; None:
             computed in every call. Default None; if all three are None, spatial attention uses 2, with a warning.
-        spatial_attention_timestep_skip_range, temporal_attention_timestep_skip_range,
-        cross_attention_timestep_skip_range: the timesteps, both ends excluded, between which outputs are reused, in
-            the scheduler's units. Default ``(100, 800)``.
+        spatial_attention_timestep_skip_range: the timesteps, both ends excluded, between which outputs are reused, in
+            the scheduler's units; ``temporal_attention_timestep_skip_range`` and
+            ``cross_attention_timestep_skip_range`` are those of the other kinds. Default ``(100, 800)``.
         spatial_attention_block_identifiers, temporal_attention_block_identifiers, cross_attention_block_identifiers:
             regular expressions, searched in the module path of an attention, that name the attentions of that kind.
             Default None: the graph determines the kind. Identifiers choose among self-attentions or among

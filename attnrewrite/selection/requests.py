@@ -55,8 +55,7 @@ def attention_backend(*names: str | Sequence[str], strict: bool = False) -> Iter
     Args:
         names: names of kernels, or one list of them; the first willing one serves. ``"auto"`` is the automatic choice.
         strict: whether a site that none of them can serve is an error. By default the next willing kernel serves it,
-        and
-            a warning says why.
+            and a warning says why.
 
     Raises:
         OptionError: a name is unknown.

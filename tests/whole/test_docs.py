@@ -1,14 +1,24 @@
-"""The documentation names files that exist, and docstrings and comments name files and modules that do."""
+"""The documentation names files that exist, and its code runs; docstrings and comments name files and modules that do."""
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+import attnrewrite
+from tests.support.doc_blocks import blocks_of, check_part, run
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+WITH_INDUCTOR = {"getting_started.md"}
+"""Pages whose models Inductor compiles, as it does for a reader; elsewhere they are run as they were rewritten, in seconds."""
 
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 BEGINNINGS = {ARCHITECTURE: (ROOT / "attnrewrite", ROOT / "attnrewrite" / "passes")}
@@ -74,3 +84,82 @@ def test_what_sources_name_exists() -> None:
     assert missing_in_source(text) == {"attnrewrite.axes", "tests/gone.py"}
     found = {path: missing_in_source(path.read_text(encoding="utf-8")) for path in SOURCES}
     assert {str(path.relative_to(ROOT)): names for path, names in found.items() if names} == {}
+
+
+def test_what_a_block_is_marked_as() -> None:
+    text = """
+<!-- block: runs after
+a = 1
+-->
+```python
+print(a)
+```
+
+```text
+1
+```
+
+- in a list
+  <!-- block: not run, it needs a GPU -->
+  ```python
+  b
+  ```
+"""
+    first, second = blocks_of(text)
+    assert (first.line, first.before, first.code, first.output) == (6, "a = 1", "print(a)\n", "1\n")
+    assert (second.code, second.runs, second.argument, second.output) == ("b\n", False, "it needs a GPU", None)
+    with pytest.raises(ValueError, match="unknown mark 'skipped'"):
+        blocks_of("<!-- block: skipped -->\n```python\nb\n```\n")
+
+
+def test_what_a_block_prints_is_compared(tmp_path: Path) -> None:
+    (block,) = blocks_of("```python\nprint([1.5, 2])\n```\n\n```text\n[1..., 2]\n```\n")
+    run(block, ROOT / "README.md", tmp_path)
+    (block,) = blocks_of("```python\nprint(3)\n```\n\n```text\n2\n```\n")
+    with pytest.raises(AssertionError, match="line 2 prints\n3"):
+        run(block, ROOT / "README.md", tmp_path)
+
+
+def test_part_of_a_file() -> None:
+    (block,) = blocks_of("<!-- block: part of examples/bert.py -->\n```python\nno such line\n```\n")
+    with pytest.raises(AssertionError, match=r"not in examples/bert\.py"):
+        check_part(block, ROOT)
+
+
+def compiled_quickly(compile_: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``torch.compile`` with another default of ``inner_backend``."""
+    if kwargs.get("backend") == "attnrewrite":
+        kwargs["options"] = {"inner_backend": "eager"} | (kwargs.get("options") or {})
+    return compile_(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if blocks_of(page.read_text(encoding="utf-8"))],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_every_block_of_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page.name not in WITH_INDUCTOR:
+        monkeypatch.setattr(torch, "compile", partial(compiled_quickly, torch.compile))
+    for block in blocks_of(page.read_text(encoding="utf-8")):
+        if block.runs:
+            run(block, page, tmp_path)
+        elif block.mark.startswith("part of"):
+            check_part(block, ROOT)
+        else:
+            compile(block.code, str(page), "exec")
+
+
+def test_the_graph_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the README and the front page show as the compiled graph is in it, line by line."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import vit_einsum
+
+    model, inputs = vit_einsum.EXAMPLE.build("small")
+    with torch.no_grad():
+        (graph,) = attnrewrite.explain(model.eval(), **inputs).graphs
+    lines = {line.partition(";")[0].strip() for line in graph.after_code.splitlines()}
+    for page in (ROOT / "README.md", ROOT / "docs" / "index.md"):
+        (shown,) = (block for block in blocks_of(page.read_text(encoding="utf-8")) if "what explain shows" in block.mark)
+        statements = {ast.unparse(statement) for statement in ast.parse(shown.code).body}
+        assert statements <= {ast.unparse(ast.parse(line)) for line in lines if line.startswith(("permute", "scaled"))}
