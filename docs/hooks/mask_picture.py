@@ -78,7 +78,7 @@ def is_operand(value: Any) -> bool:
 
 def picture(weights: Tensor, label: str) -> str:
     """The weights as SVG: a row for each query, a column for each key; the larger the weight, the darker."""
-    size = 6 if max(weights.shape) <= 20 else 3
+    size = 5 if max(weights.shape) <= 20 else 2
     shades = (weights.nan_to_num() * LEVELS).ceil().long()
     rows, columns = weights.shape
     paths = []

@@ -1,4 +1,4 @@
-"""The documentation names files that exist, and its code runs; docstrings and comments name files and modules that do."""
+"""The documentation names files that exist, and its code runs; docstrings and comments name what exists, too."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.doc_blocks import blocks_of, check_part, run
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 WITH_INDUCTOR = {"getting_started.md"}
-"""Pages whose models Inductor compiles, as it does for a reader; elsewhere they are run as they were rewritten, in seconds."""
+"""Pages whose models Inductor compiles, as it does for a reader; on others they run as they were rewritten."""
 
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 BEGINNINGS = {ARCHITECTURE: (ROOT / "attnrewrite", ROOT / "attnrewrite" / "passes")}
@@ -160,6 +160,8 @@ def test_the_graph_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
         (graph,) = attnrewrite.explain(model.eval(), **inputs).graphs
     lines = {line.partition(";")[0].strip() for line in graph.after_code.splitlines()}
     for page in (ROOT / "README.md", ROOT / "docs" / "index.md"):
-        (shown,) = (block for block in blocks_of(page.read_text(encoding="utf-8")) if "what explain shows" in block.mark)
+        (shown,) = (
+            block for block in blocks_of(page.read_text(encoding="utf-8")) if "what explain shows" in block.mark
+        )
         statements = {ast.unparse(statement) for statement in ast.parse(shown.code).body}
         assert statements <= {ast.unparse(ast.parse(line)) for line in lines if line.startswith(("permute", "scaled"))}

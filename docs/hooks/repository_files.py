@@ -55,7 +55,7 @@ def page_of(path: str) -> str:
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     uri = page.file.src_uri
-    folders = {generated: "" for generated in DOCUMENTS.values()}
+    folders = dict.fromkeys(DOCUMENTS.values(), "")
     return with_links_of_the_site(markdown, folders.get(uri, f"docs/{posixpath.dirname(uri)}"), posixpath.dirname(uri))
 
 

@@ -1,8 +1,8 @@
 """The catalogue of patterns: pages that are made of the specimens in patterns/ whenever the site is built.
 
 ``catalogue.md`` holds a text, and a marker where the patterns go: what the first lines of their files say, with the
-mathematics, and their families. Each family gets a page with its specimens, their source, a picture of the mask, and the
-graph that it becomes: its golden in tests/whole/golden, which a test compares with what is compiled.
+mathematics, and their families. Each family gets a page with its specimens: the source, a picture of the mask, and the
+graph that it becomes, which is its golden in tests/whole/golden: a test compares it with what is compiled.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from mask_picture import picture, weights_of
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
+from torch import Tensor
 
 from attnrewrite.patterns import Pattern, Specimen, catalogue, lookalikes, must_not_match
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "whole" / "golden"
-MARKER = "<!-- the patterns -->"
+PATTERNS, LOOKALIKES = "<!-- the patterns -->", "<!-- the lookalikes -->"
 LOOKALIKES_URI = "catalogue/lookalikes.md"
 PICTURES = 5
 """How many different masks stand beside a family."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """The specimens of one pattern that stand in one file."""
 
@@ -46,7 +47,8 @@ class Family:
 
     @property
     def title(self) -> str:
-        return parts_of(self.module)[0] if self.module is not inspect.getmodule(type(self.pattern)) else "By itself"
+        own = self.module is inspect.getmodule(type(self.pattern))
+        return f"Specimens of `{self.pattern.name}`" if own else parts_of(self.module)[0]
 
 
 @cache
@@ -73,9 +75,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     if page.file.src_uri != "catalogue.md":
         return markdown
-    if MARKER not in markdown:
-        raise ValueError(f"docs/catalogue.md has no {MARKER}, where the patterns go")
-    return markdown.replace(MARKER, patterns_section())
+    for marker in (PATTERNS, LOOKALIKES):
+        if marker not in markdown:
+            raise ValueError(f"docs/catalogue.md has no {marker}, where the hook writes what it has made")
+    link = f"[{parts_of(lookalikes)[0]}]({LOOKALIKES_URI}): {len(must_not_match())} of them."
+    return markdown.replace(PATTERNS, patterns_section()).replace(LOOKALIKES, link)
 
 
 def patterns_section() -> str:
@@ -92,9 +96,11 @@ def patterns_section() -> str:
 
 def family_page(family: Family) -> str:
     title, text = parts_of(family.module)
-    what = f"Found as `{family.pattern.name}`, in [the catalogue](../catalogue.md). The graph that a specimen becomes is one of"
-    what += " PyTorch's operators, for float32 on a CPU in inference."
-    return "\n\n".join((f"# {title}", text, what, *map(_entry, family.specimens, [family] * len(family.specimens))))
+    what = (
+        f"Reports call these `{family.pattern.name}`; back to [the catalogue](../catalogue.md). What a specimen "
+        "becomes is a graph of PyTorch's operators, here that for float32 on a CPU in inference."
+    )
+    return "\n\n".join((f"# {title}", text, what, *(_entry(each, family) for each in family.specimens)))
 
 
 def lookalikes_page() -> str:
@@ -104,7 +110,9 @@ def lookalikes_page() -> str:
     for specimen in must_not_match():
         why = f"> {specimen.reason}" if specimen.reason else "Not reported: it is no attention."
         entries += [f"### {_title(specimen)}", specimen.notes, why, f"```python\n{source_of(specimen.function)}\n```"]
-    return "\n\n".join((f"# {title}", text, f"{what} Back to [the catalogue](../catalogue.md).", *filter(None, entries)))
+    return "\n\n".join(
+        (f"# {title}", text, f"{what} Back to [the catalogue](../catalogue.md).", *filter(None, entries))
+    )
 
 
 def _entry(specimen: Specimen, family: Family) -> str:
@@ -114,10 +122,12 @@ def _entry(specimen: Specimen, family: Family) -> str:
     if specimen.status == "recognized":
         notes.append("It is in its best form already, and stays as it is.")
     golden = (GOLDEN / f"{specimen.name}.txt").read_text(encoding="utf-8")
-    figure = f'<figure class="mask">{drawn(specimen, family)}</figure>\n\n' if drawn(specimen, family) else ""
+    about = (
+        f'<div class="specimen" markdown>\n<div markdown>\n{" ".join(notes)}\n</div>\n{drawn(specimen, family)}\n</div>'
+    )
     after = textwrap.indent(f"```text\n{golden.strip()}\n```", "    ")
     return (
-        f"### {_title(specimen)}\n\n{figure}{' '.join(notes)}\n\n```python\n{source_of(specimen.function)}\n```\n\n"
+        f"### {_title(specimen)}\n\n{about}\n\n```python\n{source_of(specimen.function)}\n```\n\n"
         f'??? note "The graph that it becomes"\n\n{after}'
     )
 
@@ -128,17 +138,22 @@ def _title(specimen: Specimen) -> str:
 
 def drawn(specimen: Specimen, family: Family) -> str:
     """The picture of its mask; none where no softmax over keys is called."""
-    weights = None if family.pattern.name == "linear" else weights_of(specimen)
+    weights = mask_of(specimen, family)
     return "" if weights is None else picture(weights, f"the mask of {_title(specimen).lower()}")
 
 
+@cache
+def mask_of(specimen: Specimen, family: Family) -> Tensor | None:
+    return None if family.pattern.name == "linear" else weights_of(specimen)
+
+
 def _some_pictures(family: Family) -> str:
-    """Different ones."""
+    """Different ones, of scores that are masked or biased."""
     found: dict[str, str] = {}
     for specimen in family.specimens:
-        svg = drawn(specimen, family)
-        if svg:
-            found.setdefault(svg.partition("viewBox")[2], svg)
+        weights = mask_of(specimen, family)
+        if weights is not None and weights.nan_to_num().min() < 1:
+            found.setdefault(picture(weights, ""), drawn(specimen, family))
     return " ".join(list(found.values())[:PICTURES])
 
 
@@ -158,4 +173,6 @@ def source_of(function: Callable[..., Any]) -> str:
     drop = range(0)
     if ast.get_docstring(definition) and len(body) > 1:
         drop = range(first.lineno - 1, first.end_lineno or first.lineno)
-    return "\n".join(line for number, line in enumerate(lines) if number >= definition.lineno - 1 and number not in drop)
+    return "\n".join(
+        line for number, line in enumerate(lines) if number >= definition.lineno - 1 and number not in drop
+    )
