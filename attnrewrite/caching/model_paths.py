@@ -134,7 +134,8 @@ class ModelPaths:
         """Whether several layers may call a graph without parameters, so that nothing tells which one does.
 
         Only one layer does where the whole model has no parameters and no two modules with the same forward, and the
-        graph is called once in the model's call. Once they may, they may always. It is warned of, but for a graph that is used alone.
+        graph is called once in the model's call. Once they may, they may always. It is warned of, but for a graph that
+        is used alone.
 
         Args:
             called_before: whether the graph was called before in this call of the model; for a graph that is used

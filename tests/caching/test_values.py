@@ -447,6 +447,68 @@ def test_which_layer_calls_a_graph_without_parameters_is_not_guessed(clock: Cloc
         fast(tokens(0), 0)
 
 
+class _HeldWeights(nn.Module):
+    """A block that holds its weights as plain tensors."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.weights = [tokens(seed + number, 8, 8) * 0.3 for number in range(3)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (x @ weight for weight in self.weights)
+        return torch.softmax(q @ k.mT * 0.3, -1) @ v
+
+
+class _Chosen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([_HeldWeights(1), _HeldWeights(11)])
+
+    def forward(self, x: Tensor, which: int) -> Tensor:
+        result: Tensor = x + self.blocks[which](x)
+        return result
+
+
+def test_blocks_without_parameters_are_not_taken_for_each_other(clock: Clock) -> None:
+    torch._dynamo.reset()
+    model = _Chosen().eval()
+    for block in model.blocks:
+        block.compile(backend="attnrewrite", options={"inner_backend": "eager"})
+    attnrewrite.enable_cache(model, broadcast(clock))
+    with pytest.raises(CacheError, match="a graph without parameters, of which it cannot be told which layer calls it"):
+        model(tokens(0), 0)
+
+
+class _Memory(nn.Module):
+    """Attends keys that the model holds, as they are."""
+
+    memory: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(8, 8)
+
+    def remember(self, length: int) -> None:
+        self.memory = tokens(length, 2, 2, length, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.query(x).unflatten(-1, (2, 4)).transpose(1, 2)
+        return x + (torch.softmax(query @ self.memory.mT * 0.5, -1) @ self.memory).transpose(1, 2).flatten(-2)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_the_length_of_a_memory_that_no_argument_shows(clock: Clock, dynamic: bool | None) -> None:
+    torch.manual_seed(0)
+    model = _Memory().eval()
+    model.remember(3)
+    fast = compiled(model, "eager", dynamic=dynamic)
+    with attnrewrite.attention_cache(fast, broadcast(clock, None, cross_attention_block_skip_range=8)):
+        for number, length in enumerate((3, 4, 5)):
+            clock.now -= 10
+            model.remember(length)
+            assert relative_error(fast(tokens(number)), model(tokens(number))) <= 1e-5
+
+
 @pytest.mark.parametrize("grid", [lambda: torch.linspace(-1.0, 1.0, 8), lambda: torch.arange(0.0, 8.0)])
 def test_numbers_that_are_no_sizes(clock: Clock, grid: Callable[[], Tensor]) -> None:
     torch.manual_seed(0)

@@ -1297,3 +1297,123 @@ def lowered_with_positions(q: Tensor, k: Tensor, v: Tensor, padded: Tensor) -> T
 def lowered_far_with_positions(q: Tensor, k: Tensor, v: Tensor, padded: Tensor) -> Tensor:
     distance = (torch.arange(LENGTH)[:, None] - torch.arange(KEYS)).abs().float()
     return (q @ k.mT + (-0.25 * distance - padded[:, None, None].float() * 1e9)).softmax(-1) @ v
+
+
+def _by_hand(scores: Tensor) -> Tensor:
+    exponentials = scores.exp()
+    return exponentials / exponentials.sum(-1, keepdim=True)
+
+
+# Without a maximum a padded sequence is 0 / 0, whatever the positions add to its mask.
+
+
+@_case(Q, K, V, PADDED, _normal(LENGTH, KEYS).sigmoid() + 0.5)
+def exponentials_of_scores_lowered_with_positions(
+    q: Tensor, k: Tensor, v: Tensor, padded: Tensor, decay: Tensor
+) -> Tensor:
+    distance = (torch.arange(LENGTH)[:, None] - torch.arange(KEYS)).abs().float()
+    bias = padded[:, None, None].float() * -1e4 - 0.25 * distance
+    return _by_hand((q @ k.mT / 3 + bias) * decay) @ v
+
+
+@_case(Q, K, V, PADDED)
+def nan_replaced_where_scores_are_lowered_with_positions(q: Tensor, k: Tensor, v: Tensor, padded: Tensor) -> Tensor:
+    distance = (torch.arange(LENGTH)[:, None] - torch.arange(KEYS)).abs().float()
+    bias = padded[:, None, None].float() * -1e4 - 0.25 * distance
+    return torch.nan_to_num(_by_hand(q @ k.mT / 3 + bias)) @ v
+
+
+@_case(Q, K, V)
+def exponentials_of_low_positions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The last query is far from every key."""
+    i, j = torch.arange(LENGTH).float(), torch.arange(KEYS).float()
+    return _by_hand(q @ k.mT / 3 - 60.0 * (i[:, None] + j)) @ v
+
+
+class _Costs(nn.Module):
+    """The exponential of a buffer of ordinary numbers is a mask that a causal fill does not outweigh."""
+
+    log_cost: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("log_cost", torch.tensor([60.0, 55.0, 58.0, 0.0, 1.0, 0.0]))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        later = torch.ones(LENGTH, KEYS, dtype=torch.bool).triu(1)
+        return (q @ k.mT / 3 - self.log_cost.exp()).masked_fill(later, -1e9).softmax(-1) @ v
+
+
+def test_the_exponential_of_a_buffer() -> None:
+    with torch.no_grad():
+        assert relative_error(rewritten(_Costs(), "aot_eager")(Q, K, V), _Costs()(Q, K, V)) <= 1e-5
+
+
+def test_weights_that_are_multiplied_with_themselves() -> None:
+    """Either factor was taken for the weights, and the other for the value."""
+
+    def attend(q: Tensor, k: Tensor, queries: Tensor) -> Tensor:
+        weights = (q @ k.mT / 3).softmax(-1) * queries.unsqueeze(-1).repeat(1, 1, 1, KEYS)
+        turned = weights.mT.contiguous()
+        return turned.mT @ turned
+
+    queries = torch.rand(BATCH, HEADS, LENGTH, generator=torch.Generator().manual_seed(0))
+    assert relative_error(rewritten(attend, "aot_eager")(Q, K, queries), attend(Q, K, queries)) <= 1e-5
+    (row,) = rows(attend, Q, K, queries)
+    assert "multiplied with themselves" in row.reason
+
+
+def test_one_weight_for_several_values() -> None:
+    """``einsum`` repeats a part of the weights that has a single key."""
+
+    def attend(q: Tensor, old_k: Tensor, new_k: Tensor, old_v: Tensor, new_v: Tensor) -> Tensor:
+        old, new = q @ old_k.mT, (q @ new_k.mT)[..., :1]
+        weights = torch.cat([old, new], -1).softmax(-1)
+        length = old_k.shape[-2]
+        values = torch.einsum("bhls,bhsd->bhld", weights[..., :length], old_v)
+        return values + torch.einsum("bhls,bhsd->bhld", weights[..., length:], new_v)
+
+    inputs = (Q, K[:, :, :4], K[:, :, 4:], V[:, :, :4], V[:, :, 4:])
+    for dynamic in (None, True):
+        assert relative_error(rewritten(attend, "aot_eager", dynamic=dynamic)(*inputs), attend(*inputs)) <= 1e-5
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_bias_beside_masks_that_cover_a_row_together(dtype: torch.dtype, gradients: bool) -> None:
+    """The bias cancels the scores, so that eager, which loses both beside -1e9, gives the formula's numbers."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 6, 8, generator=generator).to(dtype) for _ in range(3))
+    keep = torch.ones(2, 6, dtype=torch.bool)
+    keep[0, :3] = False
+    bias = -(q.float() @ k.float().mT)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        s = q.float() @ k.float().mT + bias
+        s = s + torch.where(torch.ones(6, 6, dtype=torch.bool).tril(), 0.0, -1e9)
+        s = s + torch.where(keep[:, None, None, :], 0.0, -1e9)
+        return s.softmax(-1).to(v.dtype) @ v
+
+    call = [value.requires_grad_(gradients) for value in (q, k, v, bias)]
+    found = rewritten(attend, "aot_eager")(*call)
+    assert (found - attend(*call)).abs().max() <= 4 * torch.finfo(dtype).eps * v.abs().max()
+
+
+def test_a_given_mask_and_a_known_one_beside_rows_that_are_lowered_further() -> None:
+    """The sum of the first two is minus infinity in float16; in float32 the third one loses what they differ by."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, length, 8, generator=generator).half() for length in (5, 6, 6))
+    masked = torch.tensor([True, True, True, False, True, True])
+    bias = torch.zeros(2, 1, 5, 6).masked_fill(masked, -65504.0).half()
+    low_rows = torch.zeros(2, 1, 5, 6)
+    low_rows[0, 0, 2] = 1.0
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, masked: Tensor, low_rows: Tensor) -> Tensor:
+        s = q @ k.mT * 8**-0.5 + bias
+        s = s + torch.zeros(masked.shape, dtype=s.dtype).masked_fill(masked, torch.finfo(s.dtype).min)
+        s = s.float() + low_rows * -1e15
+        return s.softmax(-1).to(v.dtype) @ v
+
+    inputs = (q, k, v, bias, masked.expand(2, 1, 1, 6), low_rows)
+    with torch.no_grad():
+        assert relative_error(rewritten(attend, "aot_eager")(*inputs), attend(*inputs)) <= 4e-3
