@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols, statically_known_true
 
 from attnrewrite.ir.axes import Axis, Layout, Operand, axes_of
 from attnrewrite.ir.nodes import Size, tensor
@@ -470,6 +471,16 @@ class AttentionSite:
     def in_half(self) -> bool:
         """Whether the source computes in half precision: its formula in float64 is what the result is held to."""
         return self.compute_dtype.itemsize < 4
+
+    @property
+    def lengths_that_may_be_zero(self) -> tuple[Size, ...]:
+        """The numbers of queries and keys that depend on the data and are not known to be positive.
+
+        Empty for a call in the source, which decides itself.
+        """
+        sizes = () if self.fused else tuple(axis.size for axis in (*self.query_axes, *self.key_axes))
+        unknown = (size for size in sizes if has_free_unbacked_symbols(size))
+        return tuple(size for size in unknown if not statically_known_true(size > 0))
 
     @property
     def shared_axes(self) -> tuple[Axis, ...]:

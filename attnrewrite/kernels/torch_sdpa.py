@@ -18,6 +18,7 @@ from attnrewrite.ir.axes import Operand, size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import same, tensor
 from attnrewrite.ir.site import Bias, CanonicalAttention, Fill, Lift, Raise
+from attnrewrite.kernels.common.any_length import ATTENTION_OF_ANY_LENGTH
 from attnrewrite.kernels.common.base import Kernel
 from attnrewrite.kernels.common.layout import KernelLayout, padded, with_unit_stride
 from attnrewrite.kernels.common.limits import Capability, Limits, capability_of
@@ -171,6 +172,10 @@ class TorchSDPA(Kernel):
         kwargs: dict[str, Any],
         fake: torch.Tensor,
     ) -> fx.Node:
+        if site.lengths_that_may_be_zero:
+            *operands, _, is_causal = args
+            numbers = (is_causal, kwargs["scale"], kwargs["enable_gqa"])
+            return builder.insert(ATTENTION_OF_ANY_LENGTH, (*operands, *numbers), {}, fake)
         return builder.insert(aten.scaled_dot_product_attention.default, args, kwargs, fake)
 
 

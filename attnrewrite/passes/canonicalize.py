@@ -30,7 +30,7 @@ from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols, statically_known_true
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
 from attnrewrite.analysis.entries import Cases
 from attnrewrite.analysis.formulas import Formula, conjunction, negation
@@ -148,7 +148,9 @@ def canonicalized(site: AttentionSite, policy: Policy) -> CanonicalAttention:
     """
     _require_sizes(site)
     site = _with_maximum(site)
-    return with_folded_batches(CanonicalAttention.of(site, canonical_scores(site, policy)))
+    scores = canonical_scores(site, policy)
+    _require_lengths(site, scores)
+    return with_folded_batches(CanonicalAttention.of(site, scores))
 
 
 def _with_maximum(site: AttentionSite) -> AttentionSite:
@@ -165,7 +167,7 @@ def _with_maximum(site: AttentionSite) -> AttentionSite:
 
 def _require_sizes(site: AttentionSite) -> None:
     """Raises:
-    NotAttention: a size depends on the data, or the number of queries or keys does and may be zero.
+    NotAttention: a size other than the number of queries or keys depends on the data.
     """
     positions = {*site.query_axes, *site.key_axes}
     others = [axis.size for axis in (*site.query.axes, *site.key.axes, *site.value.axes) if axis not in positions]
@@ -173,16 +175,23 @@ def _require_sizes(site: AttentionSite) -> None:
         raise NotAttention(
             "a size depends on the data (such as a selection by a mask), and the choice of a kernel needs every size"
         )
-    counted = [axis.size for axis in positions if has_free_unbacked_symbols(axis.size)]
-    unknown = [size for size in counted if not statically_known_true(size > 0)]
-    if unknown and not site.fused:
-        # PyTorch's selector asks, and cannot be traced without an answer: check_nonzero_sequence_lengths_dense in
-        # https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/transformers/sdp_utils_cpp.h
-        size = _of_input(unknown[0], site.query.node.graph)
+
+
+def _require_lengths(site: AttentionSite, scores: CanonicalScores) -> None:
+    """Raises:
+    NotAttention: there may be no query or no key, and the operator that asks for that at run time does not do.
+    """
+    if not site.lengths_that_may_be_zero:
+        return
+    beyond = "gradients" if site.differentiable else "dropout" if site.dropout else "a sink" if site.sink else ""
+    if not beyond and scores.masked_rows.may_occur:
+        beyond = "a mask that may take every key from a row"
+    if beyond:
+        size = _of_input(site.lengths_that_may_be_zero[0], site.query.node.graph)
         raise NotAttention(
             f"the number of queries or keys{f' ({size}, marked unbacked)' if size else ''} depends on the data and may "
-            "be zero, which PyTorch's kernels must know when they are traced (if it never is, say so in the model: "
-            f"torch._check({size or 'number'} > 0))"
+            f"be zero, which PyTorch's kernels must know when they are traced, and here it has {beyond} (if it never "
+            f"is, say so in the model: torch._check({size or 'number'} > 0))"
         )
 
 

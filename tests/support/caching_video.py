@@ -79,7 +79,7 @@ def compiled(model: nn.Module, inner: Any = "eager", **arguments: Any) -> Any:
     return torch.compile(model, backend="attnrewrite", fullgraph=True, options=options, **arguments)
 
 
-def broadcast(clock: Callable[[], Any], every: int = 2, **settings: Any) -> PyramidAttentionBroadcastConfig:
+def broadcast(clock: Callable[[], Any], every: int | None = 2, **settings: Any) -> PyramidAttentionBroadcastConfig:
     chosen = {"spatial_attention_block_skip_range": every, **settings}
     return PyramidAttentionBroadcastConfig(**chosen, current_timestep_callback=clock)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import attnrewrite
 from attnrewrite.backend import collect_reports
 from attnrewrite.errors import OptionError
-from tests.support.helpers import gradients, relative_error, rewritten
+from tests.support.helpers import gradients, relative_error, rewritten, rows
 
 _OPTION: dict[str, Any] = {"capture_dynamic_output_shape_ops": True}
 
@@ -91,19 +91,57 @@ def causal_and_never_empty(x: Tensor) -> Tensor:
     return causal(x)
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-@pytest.mark.parametrize("function", [causal, causal_and_never_empty])
+def across(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.mT / 4).softmax(-1) @ y
+
+
+def across_kept(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
+    return (x @ y.mT / 4).masked_fill(~keep, -torch.inf).softmax(-1) @ y
+
+
+def unbacked(*shape: int) -> Tensor:
+    x = torch.randn(shape)
+    torch._dynamo.decorators.mark_unbacked(x, 1)
+    return x
+
+
+@pytest.mark.parametrize(
+    "function, inner",
+    [(causal, "eager"), (causal, "aot_eager"), (causal, "inductor"), (causal_and_never_empty, "aot_eager")],
+)
 def test_sizes_that_are_marked_unbacked(function: Any, inner: str) -> None:
+    """Inductor alone does not compile these: it asks whether the length is one."""
     compiled = rewritten(function, inner, fullgraph=True)
     with torch.no_grad(), collect_reports() as graphs:
         for length in (8, 5, 2):
-            x = torch.randn(2, length, 16)
-            torch._dynamo.decorators.mark_unbacked(x, 1)
+            x = unbacked(2, length, 16)
             assert relative_error(compiled(x), function(x)) <= 1e-5
-    (graph,) = graphs
+        if function is causal:
+            # Dynamo guards strides, and compiles once more for those of an empty tensor.
+            assert compiled(unbacked(2, 0, 16)).shape == (2, 0, 16)
+    graph = graphs[0]
     (row,) = graph.sites
-    if function is causal_and_never_empty:
-        assert row.status == "rewritten" and row.mask.startswith("causal")
-    else:
-        assert row.status == "kept" and "torch._check(L['x'].shape[1] > 0)" in row.reason
-        assert compiled(torch.randn(2, 0, 16)).shape == (2, 0, 16)
+    assert row.status == "rewritten" and row.mask.startswith("causal")
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_no_query_or_no_key(inner: str) -> None:
+    compiled = rewritten(across, inner, fullgraph=True)
+    with torch.no_grad(), collect_reports() as graphs:
+        for queries, keys in ((5, 7), (0, 7), (5, 0), (0, 0), (1, 1)):
+            inputs = unbacked(2, queries, 16), unbacked(2, keys, 16)
+            torch.testing.assert_close(compiled(*inputs), across(*inputs))
+    assert {row.status for graph in graphs for row in graph.sites} == {"rewritten"}
+
+
+def test_what_may_be_empty_is_kept_for_gradients_and_given_masks() -> None:
+    x, y = unbacked(2, 5, 16), unbacked(2, 7, 16)
+    (row,) = rows(across, x.requires_grad_(), y)
+    assert row.status == "kept"
+    assert "here it has gradients" in row.reason and "torch._check(L['x'].shape[1] > 0)" in row.reason
+    keep = torch.ones(2, 5, 7, dtype=torch.bool)
+    torch._dynamo.decorators.mark_unbacked(keep, 1)
+    torch._dynamo.decorators.mark_unbacked(keep, 2)
+    with torch.no_grad():
+        (row,) = rows(across_kept, unbacked(2, 5, 16), y, keep)
+    assert row.status == "kept" and "a mask that may take every key from a row" in row.reason

@@ -1299,7 +1299,7 @@ def lowered_far_with_positions(q: Tensor, k: Tensor, v: Tensor, padded: Tensor) 
     return (q @ k.mT + (-0.25 * distance - padded[:, None, None].float() * 1e9)).softmax(-1) @ v
 
 
-def _by_hand(scores: Tensor) -> Tensor:
+def _without_a_maximum(scores: Tensor) -> Tensor:
     exponentials = scores.exp()
     return exponentials / exponentials.sum(-1, keepdim=True)
 
@@ -1313,21 +1313,21 @@ def exponentials_of_scores_lowered_with_positions(
 ) -> Tensor:
     distance = (torch.arange(LENGTH)[:, None] - torch.arange(KEYS)).abs().float()
     bias = padded[:, None, None].float() * -1e4 - 0.25 * distance
-    return _by_hand((q @ k.mT / 3 + bias) * decay) @ v
+    return _without_a_maximum((q @ k.mT / 3 + bias) * decay) @ v
 
 
 @_case(Q, K, V, PADDED)
 def nan_replaced_where_scores_are_lowered_with_positions(q: Tensor, k: Tensor, v: Tensor, padded: Tensor) -> Tensor:
     distance = (torch.arange(LENGTH)[:, None] - torch.arange(KEYS)).abs().float()
     bias = padded[:, None, None].float() * -1e4 - 0.25 * distance
-    return torch.nan_to_num(_by_hand(q @ k.mT / 3 + bias)) @ v
+    return torch.nan_to_num(_without_a_maximum(q @ k.mT / 3 + bias)) @ v
 
 
 @_case(Q, K, V)
 def exponentials_of_low_positions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The last query is far from every key."""
     i, j = torch.arange(LENGTH).float(), torch.arange(KEYS).float()
-    return _by_hand(q @ k.mT / 3 - 60.0 * (i[:, None] + j)) @ v
+    return _without_a_maximum(q @ k.mT / 3 - 60.0 * (i[:, None] + j)) @ v
 
 
 class _Costs(nn.Module):
