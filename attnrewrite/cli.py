@@ -279,6 +279,36 @@ def bench_pass(repeats: int, blocks: tuple[int, ...], dynamic: bool, path: Path 
     _write(path, result.save)
 
 
+@bench.command("exported")
+@click.option(
+    "--model",
+    "models",
+    type=click.Choice(["bert", "llama", "vit"]),
+    multiple=True,
+    help="Which models to measure; may be repeated (default: all).",
+)
+@click.option(
+    "--size", type=click.Choice(["small", "base"]), default="base", help="One layer, or four wider ones (default base)."
+)
+@click.option("--repeats", type=click.IntRange(min=1), default=10, help="Number of calls of each package (default 10).")
+@click.option("--json", "path", type=_FILE, help="Write the raw data here.")
+def bench_exported(models: tuple[str, ...], size: str, repeats: int, path: Path | None) -> None:
+    """Compare exported programs with rewritten ones, both compiled ahead of time, on the CPU.
+
+    They run in a process that does not import attnrewrite. It takes a minute or two for each model.
+    """
+    from attnrewrite.bench.exported import print_exported_benchmark, run_exported_benchmark
+    from attnrewrite.errors import AttnRewriteError
+
+    _check_writable(path)
+    try:
+        result = run_exported_benchmark(models, repeats, size)
+    except AttnRewriteError as error:
+        raise _BadInput(_in_a_line(error)) from error
+    print_exported_benchmark(result)
+    _write(path, result.save)
+
+
 @bench.command("sites")
 @click.option(
     "--grid",

@@ -385,6 +385,16 @@ def block_mask_of_everything(query: torch.Tensor, key: torch.Tensor) -> Any:
     return _create_empty_block_mask(query, key)
 
 
+def aoti_compile_and_package(program: torch.export.ExportedProgram, path: str) -> None:
+    """``torch._inductor.aoti_compile_and_package``: the documented entry, whose module is private by its name.
+
+    https://docs.pytorch.org/docs/2.13/user_guide/torch_compiler/torch.compiler_aot_inductor.html
+    """
+    from torch._inductor import aoti_compile_and_package as compile_and_package
+
+    compile_and_package(program, package_path=path)
+
+
 def cpp_compiler() -> str:
     """The C++ compiler that Inductor uses.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attnrewrite.errors import AttnRewriteError
 
-__all__ = ["MODELS", "ModelCase", "with_own_sdpa"]
+__all__ = ["MODELS", "ModelCase", "bert", "llama", "vit", "with_own_sdpa"]
 
 Made = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 """A model, its arguments and its keyword arguments."""
@@ -92,7 +92,7 @@ def _gpt2(width: int, layers: int, batch: int, length: int) -> Made:
     return model, (), {"input_ids": _tokens(batch, length)}
 
 
-def _bert(width: int, layers: int, batch: int, length: int) -> Made:
+def bert(width: int, layers: int, batch: int, length: int) -> Made:
     model = _of_transformers(
         "BertModel",
         "BertConfig",
@@ -141,7 +141,7 @@ def _clip(width: int, layers: int, batch: int, side: int) -> Made:
     return model, (), {"pixel_values": pixels}
 
 
-def _llama(width: int, layers: int, batch: int, length: int) -> Made:
+def llama(width: int, layers: int, batch: int, length: int) -> Made:
     model = _of_transformers(
         "LlamaModel",
         "LlamaConfig",
@@ -155,6 +155,21 @@ def _llama(width: int, layers: int, batch: int, length: int) -> Made:
         use_cache=False,
     )
     return model, (), {"input_ids": _tokens(batch, length)}
+
+
+def vit(width: int, layers: int, batch: int, side: int) -> Made:
+    model = _of_transformers(
+        "ViTModel",
+        "ViTConfig",
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        intermediate_size=4 * width,
+        image_size=side,
+        patch_size=16,
+    )
+    pixels = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
+    return model, (), {"pixel_values": pixels}
 
 
 def _gemma2(width: int, layers: int, batch: int, length: int) -> Made:
@@ -205,10 +220,10 @@ def _unet(channels: tuple[int, ...], layers: int, batch: int, side: int) -> Made
 MODELS: dict[str, dict[str, ModelCase]] = {
     "base": {
         "gpt2": ModelCase("GPT-2 medium width, 12 layers, 8 x 1024", lambda: _gpt2(1024, 12, 8, 1024)),
-        "bert": ModelCase("BERT large width, 12 layers, 4 x 2048, padded", lambda: _bert(1024, 12, 4, 2048)),
+        "bert": ModelCase("BERT large width, 12 layers, 4 x 2048, padded", lambda: bert(1024, 12, 4, 2048)),
         "t5": ModelCase("T5 large encoder, 12 layers, 4 x 2048", lambda: _t5(1024, 12, 4, 2048)),
         "clip": ModelCase("CLIP L at 336, 12 layers, 32 images", lambda: _clip(1024, 12, 32, 336)),
-        "llama": ModelCase("Llama 1B width, 8 layers, 1 x 4096", lambda: _llama(2048, 8, 1, 4096)),
+        "llama": ModelCase("Llama 1B width, 8 layers, 1 x 4096", lambda: llama(2048, 8, 1, 4096)),
         "gemma2": ModelCase("Gemma 2 2B width, 8 layers, 1 x 4096", lambda: _gemma2(2304, 8, 1, 4096)),
         "unet": ModelCase(
             "UNet of Stable Diffusion 1.5, 2 x 64 x 64", lambda: _unet((320, 640, 1280, 1280), 2, 2, 64), torch.float16
@@ -216,10 +231,10 @@ MODELS: dict[str, dict[str, ModelCase]] = {
     },
     "small": {
         "gpt2": ModelCase("GPT-2, 1 layer, 2 x 64", lambda: _gpt2(128, 1, 2, 64)),
-        "bert": ModelCase("BERT, 1 layer, 2 x 64, padded", lambda: _bert(128, 1, 2, 64)),
+        "bert": ModelCase("BERT, 1 layer, 2 x 64, padded", lambda: bert(128, 1, 2, 64)),
         "t5": ModelCase("T5 encoder, 1 layer, 2 x 64", lambda: _t5(128, 1, 2, 64)),
         "clip": ModelCase("CLIP at 56, 1 layer, 2 images", lambda: _clip(128, 1, 2, 56)),
-        "llama": ModelCase("Llama, 1 layer, 1 x 64", lambda: _llama(256, 1, 1, 64)),
+        "llama": ModelCase("Llama, 1 layer, 1 x 64", lambda: llama(256, 1, 1, 64)),
         "gemma2": ModelCase("Gemma 2, 1 layer, 1 x 64", lambda: _gemma2(128, 1, 1, 64)),
         "unet": ModelCase("UNet, 1 level, 1 x 8 x 8", lambda: _unet((32,), 1, 1, 8), torch.float16),
     },
