@@ -135,7 +135,7 @@ def _measured(name: str, size: str, repeats: int) -> ExportedTimes:
     torch.manual_seed(0)
     model, _, kwargs = _MODELS[size][name]()
     module, inputs = _Hidden(model, tuple(kwargs)).eval(), tuple(kwargs.values())
-    dims = {0: Dim("batch", max=16)} | ({} if name == "vit" else {1: Dim("length", min=2, max=1024)})
+    dims = {0: Dim("batch", max=16)} | ({} if name == "vit" else {1: Dim("length", min=2, max=inputs[0].shape[1])})
     smaller = tuple(
         value[:1] if name == "vit" else value[:1, : value.shape[1] * 3 // 5].contiguous() for value in inputs
     )
