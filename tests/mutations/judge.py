@@ -17,6 +17,7 @@ from tests.mutations.steps import PRODUCTS, Step, Values, applied, drawn, prepar
 from tests.support.against_eager import Results, Tolerance, prepared, run, wrong
 from tests.support.helpers import outputs, rewritten
 from tests.support.reference import Reference, wide
+from tests.support.reordered import Rounded
 
 __all__ = ["Mutant", "Outcome", "draw", "judge", "shrunk"]
 
@@ -214,18 +215,25 @@ def _truth(attend: Callable[..., Any], inputs: list[Any], gradients: bool) -> Re
 def _rounding_does_as_much(
     attend: Callable[..., Any], inputs: list[Any], mutant: Mutant, own: Results, truth: Results
 ) -> bool:
-    """Whether inputs that differ in their last digits give results that are as far away: no kernel can do better."""
+    """Whether inputs and steps that are rounded otherwise give results as far away: no kernel can do better."""
+    moved = run(attend, _moved(inputs, mutant), mutant.gradients)
+    with Rounded(seed=7):
+        rounded = run(attend, _moved(inputs, mutant), mutant.gradients)
+    return any(wrong(mutant.rounded_to, each, own, truth) for each in (moved, rounded))
+
+
+def _moved(inputs: Sequence[Any], mutant: Mutant) -> list[Any]:
+    """Copies of the inputs, floating-point numbers moved by about two roundings."""
     generator = torch.Generator().manual_seed(7)
     eps = torch.finfo(mutant.dtype).eps
-    moved = []
+    moved: list[Any] = []
     for value in inputs:
-        if isinstance(value, Tensor) and value.requires_grad:
+        if isinstance(value, Tensor) and (value.requires_grad or (value.is_floating_point() and not mutant.gradients)):
             noise = torch.randn(value.shape, generator=generator).to(value)
-            value = (value.detach() * (1 + 2 * eps * noise)).requires_grad_()
-        elif isinstance(value, Tensor) and value.is_floating_point() and not mutant.gradients:
-            value = value * (1 + 2 * eps * torch.randn(value.shape, generator=generator).to(value))
-        moved.append(value)
-    return wrong(mutant.rounded_to, run(attend, moved, mutant.gradients), own, truth) != ""
+            moved.append((value.detach() * (1 + 2 * eps * noise)).requires_grad_(value.requires_grad))
+        else:
+            moved.append(value.clone() if isinstance(value, Tensor) else value)
+    return moved
 
 
 def _fails_without_us(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.support.reordered import Reordered
+from tests.support.reordered import Reordered, Rounded
 
 SCORES = torch.linspace(-1, 1, 64)
 
@@ -28,3 +28,11 @@ def test_sums_of_numbers_of_one_size_stay_but_for_a_rounding() -> None:
         added, updated = SCORES + SCORES.flip(0), SCORES.clone().sub_(SCORES.flip(0) / 2)
     torch.testing.assert_close(added, SCORES + SCORES.flip(0), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(updated, SCORES - SCORES.flip(0) / 2, rtol=1e-6, atol=1e-6)
+
+
+def test_two_results_of_one_formula_differ_by_roundings() -> None:
+    """Without it their difference is exactly zero, which no other kernel gives."""
+    assert not (SCORES.softmax(-1) - SCORES.softmax(-1)).any()
+    with Rounded(0):
+        difference = SCORES.softmax(-1) - SCORES.softmax(-1)
+    assert 0 < difference.abs().max() <= 10 * torch.finfo(torch.float32).eps * SCORES.softmax(-1).max()

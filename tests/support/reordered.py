@@ -1,4 +1,8 @@
-"""Another order of summation: what a result may differ by where a large number takes the digits of those beside it."""
+"""Other roundings: what a result may differ by for reasons of arithmetic alone.
+
+``Reordered`` is another order of summation, which counts where a large number takes the digits of those beside it.
+``Rounded`` rounds each result otherwise, which counts in the difference of two results that are equal by formula.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Reordered"]
+__all__ = ["Reordered", "Rounded"]
 
 aten = torch.ops.aten
 
@@ -48,3 +52,40 @@ class Reordered(TorchDispatchMode):
         share = torch.rand(smaller.shape, generator=self._generator).to(smaller)
         first = smaller * share
         return (larger + first) + (smaller - first)
+
+
+_ROUNDED = frozenset(
+    {
+        *(aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.add, aten.sub, aten.rsub, aten.mul, aten.div),
+        *(aten.exp, aten.sum, aten.mean, aten._softmax, aten._softmax_backward_data),
+        *(getattr(aten, name) for name in dir(aten) if name.startswith("_scaled_dot_product")),
+    }
+)
+
+
+class Rounded(TorchDispatchMode):
+    """Multiplies each result of arithmetic by numbers that are as far from one as a rounding is.
+
+    Two results of one formula, such as those of two kernels, differ by as much.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if func.overloadpacket not in _ROUNDED:
+            return results
+        if isinstance(results, Tensor):
+            return self._rounded(results)
+        # Behind the first stand statistics, which a backward pass takes as they are.
+        return (self._rounded(results[0]), *results[1:])
+
+    def _rounded(self, result: Tensor) -> Tensor:
+        if not result.is_floating_point():
+            return result
+        noise = torch.randn(result.shape, generator=self._generator).to(result)
+        return result * (1 + torch.finfo(result.dtype).eps * noise)
