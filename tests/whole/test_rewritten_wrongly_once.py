@@ -1417,3 +1417,12 @@ def test_a_given_mask_and_a_known_one_beside_rows_that_are_lowered_further() -> 
     inputs = (q, k, v, bias, masked.expand(2, 1, 1, 6), low_rows)
     with torch.no_grad():
         assert relative_error(rewritten(attend, "aot_eager")(*inputs), attend(*inputs)) <= 4e-3
+
+
+@_case(Q, K, V)
+def a_softmax_of_a_logarithm_of_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Two softmaxes go into one product: the exponentials, and those divided by their sum, which is one."""
+    s = (q @ k.mT / 3).flatten(0, 1)
+    exponentials = (s - s.logsumexp(-1, keepdim=True)).exp()
+    weights = exponentials / exponentials.sum(-1, keepdim=True)
+    return weights.view(BATCH, HEADS, LENGTH, KEYS) @ v
