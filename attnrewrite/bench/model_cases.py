@@ -126,19 +126,27 @@ def _t5(width: int, layers: int, batch: int, length: int) -> Made:
     return model, (), {"input_ids": _tokens(batch, length)}
 
 
-def _clip(width: int, layers: int, batch: int, side: int) -> Made:
+def _of_images(kind: str, width: int, layers: int, batch: int, side: int, patch: int) -> Made:
     model = _of_transformers(
-        "CLIPVisionModel",
-        "CLIPVisionConfig",
+        f"{kind}Model",
+        f"{kind}Config",
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=width // 64,
         intermediate_size=4 * width,
         image_size=side,
-        patch_size=14,
+        patch_size=patch,
     )
     pixels = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
     return model, (), {"pixel_values": pixels}
+
+
+def _clip(width: int, layers: int, batch: int, side: int) -> Made:
+    return _of_images("CLIPVision", width, layers, batch, side, 14)
+
+
+def vit(width: int, layers: int, batch: int, side: int) -> Made:
+    return _of_images("ViT", width, layers, batch, side, 16)
 
 
 def llama(width: int, layers: int, batch: int, length: int) -> Made:
@@ -155,21 +163,6 @@ def llama(width: int, layers: int, batch: int, length: int) -> Made:
         use_cache=False,
     )
     return model, (), {"input_ids": _tokens(batch, length)}
-
-
-def vit(width: int, layers: int, batch: int, side: int) -> Made:
-    model = _of_transformers(
-        "ViTModel",
-        "ViTConfig",
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        intermediate_size=4 * width,
-        image_size=side,
-        patch_size=16,
-    )
-    pixels = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
-    return model, (), {"pixel_values": pixels}
 
 
 def _gemma2(width: int, layers: int, batch: int, length: int) -> Made:

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
@@ -21,6 +20,7 @@ from attnrewrite import PyramidAttentionBroadcastConfig, accelerate_attention, a
 from attnrewrite.backend import collect_reports
 from attnrewrite.report.rows import GraphReport
 from tests.support.helpers import counted, relative_error, rewritten
+from tests.support.small_models import bert, llama
 
 X = torch.randn(2, 10, 16, generator=torch.Generator().manual_seed(0))
 WEIGHT = torch.randn(16, 16, generator=torch.Generator().manual_seed(1)) / 4
@@ -350,36 +350,6 @@ def test_quantized_weights(config: str, inner: str) -> None:
         found, expected = rewritten(model, inner)(x), model(x)
         assert relative_error(found, expected) <= allowed(model, expected, x * (1 + 1e-6))
     assert statuses(graphs) == ["rewritten", "rewritten"]
-
-
-def llama(implementation: str) -> nn.Module:
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        intermediate_size=96,
-        max_position_embeddings=64,
-        use_cache=False,
-    )
-    config._attn_implementation = implementation
-    model: nn.Module = transformers.LlamaModel(config)
-    return model.train(False)
-
-
-def bert(implementation: str) -> nn.Module:
-    config = transformers.BertConfig(
-        vocab_size=64,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        intermediate_size=96,
-        max_position_embeddings=64,
-    )
-    config._attn_implementation = implementation
-    model: nn.Module = transformers.BertModel(config, add_pooling_layer=False)
-    return model.train(False)
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -26,55 +26,26 @@ from torch.nn.parallel import DistributedDataParallel
 
 from attnrewrite.backend import collect_reports
 from tests.support.helpers import counted, relative_error, rewritten
+from tests.support.small_models import bert, llama
 
 __all__ = ["MODELS", "WAYS"]
-
-LAYERS = 2
 
 Models = tuple[nn.Module, Callable[[nn.Module], list[nn.Module]], dict[str, Any]]
 """A model, what its layers are, and the plan of tensor parallelism of a layer."""
 
 
 def _llama() -> Models:
-    from transformers import LlamaConfig, LlamaModel
-
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        initializer_range=0.1,
-        intermediate_size=96,
-        max_position_embeddings=64,
-        use_cache=False,
-    )
-    config._attn_implementation = "eager"
     columns = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
     columns |= {f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
     rows = {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
-    return LlamaModel(config), lambda model: list(model.layers), {**columns, **rows}
+    return llama(heads=16, initializer_range=0.1).train(), lambda model: list(model.layers), {**columns, **rows}
 
 
 def _bert() -> Models:
-    from transformers import BertConfig, BertModel
-
-    config = BertConfig(
-        vocab_size=64,
-        hidden_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=16,
-        initializer_range=0.1,
-        intermediate_size=96,
-        max_position_embeddings=64,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    config._attn_implementation = "eager"
     columns = {f"attention.self.{name}": ColwiseParallel() for name in ("query", "key", "value")}
     columns |= {"intermediate.dense": ColwiseParallel()}
     rows = {"attention.output.dense": RowwiseParallel(), "output.dense": RowwiseParallel()}
-    return BertModel(config, add_pooling_layer=False), lambda model: list(model.encoder.layer), {**columns, **rows}
+    return bert(heads=16, initializer_range=0.1).train(), lambda model: list(model.encoder.layer), {**columns, **rows}
 
 
 MODELS = {"llama": _llama, "bert": _bert}
