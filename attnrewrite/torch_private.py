@@ -388,7 +388,7 @@ def block_mask_of_everything(query: torch.Tensor, key: torch.Tensor) -> Any:
 def aoti_compile_and_package(program: torch.export.ExportedProgram, path: str) -> None:
     """``torch._inductor.aoti_compile_and_package``: the documented entry, whose module is private by its name.
 
-    https://docs.pytorch.org/docs/2.13/user_guide/torch_compiler/torch.compiler_aot_inductor.html
+    https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html
     """
     from torch._inductor import aoti_compile_and_package as compile_and_package
 

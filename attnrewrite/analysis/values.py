@@ -253,7 +253,7 @@ def _values_of_call(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> fro
     if target in ARANGE_OPS:
         ends = [end for arg in args[:2] for end in _values(arg, memo)]
         return frozenset({_between(0.0, *ends) if target is aten.arange.default else _between(*ends)})
-    if target is aten.exp.default and _reads_large_buffer(node):
+    if target is aten.exp.default and _reads_buffer_above(args[0], math.log(ORDINARY)):
         return frozenset({ValueKind.ANY})
     if target in _MONOTONE:
         return frozenset(_monotone(_MONOTONE[target], value) for value in _values(args[0], memo))
@@ -284,6 +284,9 @@ def _values_of_power(base: Any, exponent: Any, memo: dict[fx.Node, frozenset[Val
     if any(isinstance(value, Range) for value in bases | exponents):
         return frozenset(_power(a, b) for a, b in pairs)
     positive = all(isinstance(value, float) and 0 < value <= ORDINARY for value in bases)
+    growth = max([abs(math.log(value)) for value in bases if isinstance(value, float)]) if positive else 0.0
+    if growth and _reads_buffer_above(exponent, math.log(ORDINARY) / growth):
+        return frozenset({ValueKind.ANY})
     learned = all(value is ValueKind.LEARNED or isinstance(value, float) for value in bases)
     raised = all(isinstance(value, float) and 0 <= value <= 4 for value in exponents)
     safe = (positive and ValueKind.ANY not in exponents) or (learned and raised)
@@ -340,13 +343,14 @@ def _is_parameter(node: fx.Node) -> bool:
     return False
 
 
-def _reads_large_buffer(node: fx.Node) -> bool:
-    """Whether a buffer whose exponential is no ordinary number went into the node, entry by entry."""
-    pending, seen = [node], {node}
+def _reads_buffer_above(value: Any, size: float) -> bool:
+    """Whether a buffer that holds a number above ``size`` went into an exponent, entry by entry."""
+    pending = [value] if isinstance(value, fx.Node) else []
+    seen = set(pending)
     while pending and len(seen) < _STEPS_TO_MASK:
         step = pending.pop()
         stored = step.meta.get("stored")
-        if isinstance(stored, StoredPattern) and not stored.holds_only_up_to(math.log(ORDINARY)):
+        if isinstance(stored, StoredPattern) and not stored.holds_only_up_to(size):
             return True
         if step.op == "call_function" and (is_elementwise(step) or step.target in _LOOKED_THROUGH):
             seen.update(step.all_input_nodes)

@@ -65,6 +65,7 @@ from attnrewrite.analysis.values import (
 from attnrewrite.ir.axes import Operand, size_of
 from attnrewrite.ir.nodes import Size, is_tensor, same, tensor
 from attnrewrite.ir.ops import CLAMP_OPS
+from attnrewrite.ir.products import is_product
 from attnrewrite.ir.reason import FINE, Reason
 from attnrewrite.ir.site import (
     AttentionSite,
@@ -183,9 +184,14 @@ def _require_lengths(site: AttentionSite, scores: CanonicalScores) -> None:
     """
     if not site.lengths_that_may_be_zero:
         return
-    beyond = "gradients" if site.differentiable else "dropout" if site.dropout else "a sink" if site.sink else ""
+    beyond = (
+        "gradients" if site.differentiable else "dropout" if site.dropout else "a sink" if site.sink is not None else ""
+    )
     if not beyond and scores.masked_rows.may_occur:
         beyond = "a mask that may take every key from a row"
+    if not beyond and not is_product(site.result):
+        # Over no key, the sum that the product is divided by is zero.
+        beyond = "a division behind the product with the value"
     if beyond:
         size = _of_input(site.lengths_that_may_be_zero[0], site.query.node.graph)
         raise NotAttention(

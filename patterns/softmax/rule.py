@@ -293,7 +293,8 @@ class _FoundSite:
 def _served(readings: list[_FoundSite], view: GraphView) -> Iterator[Finding]:
     """The sites whose scores and weights need not exist: what else reads them are other such sites."""
     # One softmax may be part of another: exponentials less their logsumexp, divided by their sum. The last is whole.
-    accepted = list({reading.site.result: reading for reading in readings}.values())
+    readings = list({reading.site.result: reading for reading in readings}.values())
+    accepted = list(readings)
     while True:
         own = {node for reading in accepted for node in reading.site.interior}
         taken, added = (
@@ -314,9 +315,8 @@ def _served(readings: list[_FoundSite], view: GraphView) -> Iterator[Finding]:
         accepted = left
     yield from (reading.site for reading in accepted)
     anchors = {reading.site.anchor for reading in accepted}
-    results = {reading.site.result for reading in accepted}
     for reading in readings:
-        if reading.site.anchor in anchors or reading.site.result in results:
+        if any(reading is other for other in accepted) or reading.site.anchor in anchors:
             continue
         anchors.add(reading.site.anchor)
         node, users = next(iter(reading.others.items()))

@@ -36,3 +36,10 @@ def test_two_results_of_one_formula_differ_by_roundings() -> None:
     with Rounded(0):
         difference = SCORES.softmax(-1) - SCORES.softmax(-1)
     assert 0 < difference.abs().max() <= 10 * torch.finfo(torch.float32).eps * SCORES.softmax(-1).max()
+
+
+def test_masks_are_not_rounded_otherwise() -> None:
+    lowest = torch.finfo(torch.float32).min
+    with Rounded(0):
+        rounded = (SCORES * 0 + torch.ones(64) * lowest).softmax(-1)
+    torch.testing.assert_close(rounded, torch.full((64,), 1 / 64), rtol=1e-5, atol=0)

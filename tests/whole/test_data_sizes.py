@@ -134,6 +134,21 @@ def test_no_query_or_no_key(inner: str) -> None:
     assert {row.status for graph in graphs for row in graph.sites} == {"rewritten"}
 
 
+def divided_late(x: Tensor, y: Tensor) -> Tensor:
+    exponentials = (x @ y.mT / 4).exp()
+    return exponentials @ y / exponentials.sum(-1, keepdim=True)
+
+
+def test_without_a_key_a_division_behind_the_product_is_nan() -> None:
+    compiled = rewritten(divided_late, "aot_eager")
+    with torch.no_grad(), collect_reports() as graphs:
+        for queries, keys in ((5, 7), (5, 0)):
+            inputs = unbacked(2, queries, 16), unbacked(2, keys, 16)
+            torch.testing.assert_close(compiled(*inputs), divided_late(*inputs), equal_nan=True)
+        assert divided_late(*inputs).isnan().all()
+    assert all("a division behind the product" in row.reason for graph in graphs for row in graph.sites)
+
+
 def test_what_may_be_empty_is_kept_for_gradients_and_given_masks() -> None:
     x, y = unbacked(2, 5, 16), unbacked(2, 7, 16)
     (row,) = rows(across, x.requires_grad_(), y)
