@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnrewrite.backend import collect_reports
 from attnrewrite.numerics.judge import HALF
@@ -18,7 +17,8 @@ from tests.coverage.measure import outputs_of, parameter_gradients_of
 from tests.coverage.precision import Measured, judged, measured_in, nudged
 from tests.support.against_eager import Tolerance, wrong
 from tests.support.helpers import rewritten
-from tests.support.reordered import Reordered
+from tests.support.reordered import TF32, Reordered, Rounded
+from tests.support.scores import largest_score
 
 __all__ = ["DRAWS", "Model", "Outcome", "draw", "judge"]
 
@@ -115,11 +115,13 @@ def _judged(
         judged_as = measured, run, new, own, truth
         difference = _difference(*judged_as, gradients, device)
         if difference and gradients:
-            largest = _largest_score(measured, run)
+            largest = largest_score(lambda: measured.own(run))
             digits = 2 * torch.finfo(measured.dtype).eps * largest
             if _mostly_nan(own, new) or largest > 1e4 or not _difference(*judged_as, gradients, device, digits):
                 return "beyond range", difference
         if difference and _rounding_does_as_much(measured, run, own, truth, gradients, device):
+            return "ill-conditioned", difference
+        if difference and device != "cpu" and not _wrong_beside_tf32(measured, run, new, truth, gradients, device):
             return "ill-conditioned", difference
         if difference:
             theirs = measured.new(torch.compile(measured.model, backend=plain), run)
@@ -176,31 +178,6 @@ def _mostly_nan(*gradients: Any) -> bool:
     return all(2 * sum(each) > len(each) for each in lost)
 
 
-class _Scores(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the largest number that softmax is taken of."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.largest = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._softmax.default, torch.ops.aten._log_softmax.default):
-            self.largest = max(self.largest, float(_finite(args[0]).max()))
-        return func(*args, **(kwargs or {}))
-
-
-def _finite(scores: Tensor) -> Tensor:
-    """Their sizes; masked ones are 0."""
-    return torch.where(scores.isfinite() & (scores > -1e30), scores, 0.0).abs()
-
-
-def _largest_score(measured: Measured, run: Any) -> float:
-    scores = _Scores()
-    with scores:
-        measured.own(run)
-    return scores.largest
-
-
 def _rounding_does_as_much(measured: Measured, run: Any, own: Any, truth: Any, gradients: bool, device: str) -> bool:
     """Whether weights that differ in their last digit, or another order of summation, give results as far away.
 
@@ -222,6 +199,13 @@ def _rounding_does_as_much(measured: Measured, run: Any, own: Any, truth: Any, g
         if _difference(measured, run, reordered, own, truth, gradients, device):
             return True
     return False
+
+
+def _wrong_beside_tf32(measured: Measured, run: Any, new: Any, truth: Any, gradients: bool, device: str) -> str:
+    """What is wrong if the products of the source are computed as a GPU kernel computes them."""
+    with Rounded(seed=0, products=TF32):
+        own = measured.own(run)
+    return _difference(measured, run, new, own, truth, gradients, device)
 
 
 def _set_weights(model: nn.Module, factor: float, seed: int) -> None:

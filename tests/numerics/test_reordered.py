@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.support.reordered import Reordered, Rounded
+from tests.support.reordered import TF32, Reordered, Rounded
 
 SCORES = torch.linspace(-1, 1, 64)
 
@@ -43,3 +43,13 @@ def test_masks_are_not_rounded_otherwise() -> None:
     with Rounded(0):
         rounded = (SCORES * 0 + torch.ones(64) * lowest).softmax(-1)
     torch.testing.assert_close(rounded, torch.full((64,), 1 / 64), rtol=1e-5, atol=0)
+
+
+def test_products_are_rounded_as_those_of_tf32_and_whole_numbers_stay() -> None:
+    a, b = torch.randn(8, 16), torch.randn(16, 8)
+    whole = torch.arange(8.0).outer(torch.ones(8))
+    with Rounded(0, products=TF32):
+        error = (a @ b - a @ b).abs().max()
+        product = whole @ whole.T
+    assert 1e-4 < error < 2e-2
+    torch.testing.assert_close(product, whole @ whole.T)

@@ -14,7 +14,10 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Reordered", "Rounded"]
+__all__ = ["TF32", "Reordered", "Rounded"]
+
+TF32 = 2.0**-11
+"""What GPU kernels round the operands of a product to that is computed in float32."""
 
 aten = torch.ops.aten
 
@@ -54,11 +57,13 @@ class Reordered(TorchDispatchMode):
         return (larger + first) + (smaller - first)
 
 
+_FACTORS = {aten.mm: (0, 1), aten.bmm: (0, 1), aten.addmm: (1, 2), aten.baddbmm: (1, 2)}
+"""Where the operands stand whose product is summed."""
+_CALLS = frozenset(getattr(aten, name) for name in dir(aten) if name.startswith("_scaled_dot_product"))
 _ROUNDED = frozenset(
     {
-        *(aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.add, aten.sub, aten.rsub, aten.mul, aten.div),
+        *(*_FACTORS, *_CALLS, aten.add, aten.sub, aten.rsub, aten.mul, aten.div),
         *(aten.exp, aten.sum, aten.mean, aten._softmax, aten._softmax_backward_data),
-        *(getattr(aten, name) for name in dir(aten) if name.startswith("_scaled_dot_product")),
     }
 )
 
@@ -68,22 +73,38 @@ class Rounded(TorchDispatchMode):
 
     Two results of one formula, such as those of two kernels, differ by as much. Numbers above 64 stay: masks are exact,
     and which key a row without one attends must not depend on this.
+
+    Args:
+        seed: of the random numbers.
+        products: how far the operands of products in float32 are moved, relative to each (default: not at all).
+            Whole numbers stay, since a mask may be a product of them.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, products: float = 0.0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._generator = torch.Generator().manual_seed(seed)
+        self._products = products
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        packet = func.overloadpacket
+        if self._products:
+            operands = (0, 1, 2) if packet in _CALLS else _FACTORS.get(packet, ())
+            args = [self._operand(arg) if place in operands else arg for place, arg in enumerate(args)]
         results = func(*args, **(kwargs or {}))
-        if func.overloadpacket not in _ROUNDED:
+        if packet not in _ROUNDED:
             return results
         if isinstance(results, Tensor):
             return self._rounded(results)
         # Behind the first stand statistics, which a backward pass takes as they are.
         return (self._rounded(results[0]), *results[1:])
+
+    def _operand(self, value: Tensor) -> Tensor:
+        if value.dtype is not torch.float32:
+            return value
+        noise = torch.randn(value.shape, generator=self._generator).to(value)
+        return torch.where(value == value.round(), value, value * (1 + self._products * noise))
 
     def _rounded(self, result: Tensor) -> Tensor:
         if not result.is_floating_point():
