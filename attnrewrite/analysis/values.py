@@ -6,7 +6,7 @@ import enum
 import itertools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.formulas import largest
-from attnrewrite.ir.bounds import TENSOR_VALUES
+from attnrewrite.ir.bounds import BEHIND_PRODUCT, TENSOR_VALUES
 from attnrewrite.ir.model_state import is_model_state
 from attnrewrite.ir.nodes import is_tensor, tensor
 from attnrewrite.ir.ops import (
@@ -332,60 +332,76 @@ def _values_of_product(node: fx.Node, memo: dict[fx.Node, frozenset[Value]]) -> 
 
 def _is_parameter(node: fx.Node) -> bool:
     """Whether the node is a parameter, or computed from one entry by entry, such as a weight that is normalized."""
-    pending, seen = [node], {node}
-    while pending and len(seen) < _STEPS_TO_MASK:
-        step = pending.pop()
-        if isinstance(step.meta.get("example_value"), torch.nn.Parameter):
-            return True
-        if step.op == "call_function" and (is_elementwise(step) or step.target in _LOOKED_THROUGH):
-            seen.update(step.all_input_nodes)
-            pending += step.all_input_nodes
-    return False
+    return any(
+        step is not None and isinstance(step.meta.get("example_value"), torch.nn.Parameter)
+        for step in _steps_behind(node, _is_entry_by_entry)
+    )
 
 
 def _reads_buffer_above(value: Any, size: float) -> bool:
-    """Whether a buffer that holds a number above ``size`` went into an exponent, entry by entry."""
-    pending = [value] if isinstance(value, fx.Node) else []
-    seen = set(pending)
-    while pending and len(seen) < _STEPS_TO_MASK:
-        step = pending.pop()
-        stored = step.meta.get("stored")
-        if isinstance(stored, StoredPattern) and not stored.holds_only_up_to(size):
+    """Whether a buffer that holds a number above ``size`` went into an exponent, entry by entry, or may have."""
+    if not isinstance(value, fx.Node):
+        return False
+    for step in _steps_behind(value, _is_entry_by_entry):
+        stored = None if step is None else step.meta.get("stored")
+        if step is None or (isinstance(stored, StoredPattern) and not stored.holds_only_up_to(size)):
             return True
-        if step.op == "call_function" and (is_elementwise(step) or step.target in _LOOKED_THROUGH):
-            seen.update(step.all_input_nodes)
-            pending += step.all_input_nodes
     return False
 
 
 def _is_made_of_mask(node: fx.Node, given: bool) -> bool:
-    """Whether a number far below any score went into the node, through arithmetic and views: ``(1 - keep) * -1e9``.
+    """Whether a number far below any score went into the node, or may have, through arithmetic and views:
+    ``(1 - keep) * -1e9``.
 
     With ``given``, or an input that is none of the model's may have: it may be a mask.
 
-    Products are looked through as well: a mask that was summed up or spread by one is a mask. Behind activations there
-    is none, and their residual connections are a long way, so the walk ends after a while.
+    Products are looked through as well: a mask that was summed up or spread by one is a mask.
     """
-    pending, seen = [node], {node}
-    while pending and len(seen) < _STEPS_TO_MASK:
-        step = pending.pop()
+    for step in _steps_behind(node, _may_spread_mask):
+        if step is None:
+            return True
         if given and step.op == "placeholder" and _kind_of_input(step) is ValueKind.ANY and not is_model_state(step):
             return True
-        if step.op != "call_function" or step.target in _SQUASHING:
-            continue
-        computes = is_elementwise(step) or step.target in _TAKES_A_NUMBER
-        if not computes and step.target not in _LOOKED_THROUGH and not is_product(step):
-            continue
-        numbers = [constant_value(arg) for arg in (*step.args, *step.kwargs.values())] if computes else []
-        if any(number is not None and -abs(number) <= FAR_BELOW for number in numbers):
+        numbers = [constant_value(arg) for arg in (*step.args, *step.kwargs.values())] if _computes(step) else []
+        if any(number is not None and abs(number) >= _MASKING for number in numbers):
             return True
-        new = [source for source in step.all_input_nodes if source not in seen and is_tensor(source)]
-        seen.update(new)
-        pending += new
     return False
 
 
-_SQUASHING = frozenset({aten.sigmoid.default, aten.tanh.default, aten.exp.default, aten.erf.default})
+def _steps_behind(node: fx.Node, passes: Callable[[fx.Node], bool]) -> Iterator[fx.Node | None]:
+    """The node and what it is computed from, behind steps that ``passes``; at last None, if the search ended before."""
+    pending, seen = [node], {node}
+    while pending:
+        step = pending.pop()
+        yield step
+        if step.op == "call_function" and passes(step):
+            new = [source for source in step.all_input_nodes if source not in seen and is_tensor(source)]
+            seen.update(new)
+            pending += new
+        if not BEHIND_PRODUCT.allows(len(seen)):
+            yield None
+            return
+
+
+def _is_entry_by_entry(step: fx.Node) -> bool:
+    return is_elementwise(step) or step.target in _LOOKED_THROUGH
+
+
+def _may_spread_mask(step: fx.Node) -> bool:
+    return _computes(step) or step.target in _LOOKED_THROUGH or is_product(step)
+
+
+def _computes(step: fx.Node) -> bool:
+    squashes = step.op != "call_function" or step.target in _SQUASHING
+    return not squashes and (is_elementwise(step) or step.target in _TAKES_A_NUMBER)
+
+
+_MASKING = 1e4
+"""A number of this size may be there to mask scores, in half precision at least."""
+
+_SQUASHING = frozenset(
+    {aten.sigmoid.default, aten.tanh.default, aten.exp.default, aten.erf.default, aten.sin.default, aten.cos.default}
+)
 """What they give is no mask, whatever they are given."""
 
 _LOOKED_THROUGH = frozenset({*MOVE_OPS, *CAST_OPS, *CAT_OPS, *SCATTER_OPS, *TRIANGLE_OPS})
@@ -393,8 +409,6 @@ _LOOKED_THROUGH = frozenset({*MOVE_OPS, *CAST_OPS, *CAT_OPS, *SCATTER_OPS, *TRIA
 _TAKES_A_NUMBER = frozenset(
     {aten.full.default, aten.full_like.default, aten.scalar_tensor.default, *PAD_OPS, *MASKED_FILL_OPS}
 )
-
-_STEPS_TO_MASK = 64
 
 
 def _over(value: Value, number: float) -> Value:

@@ -18,6 +18,7 @@ __all__ = [
     "AROUND_SOFTMAX",
     "BEHIND_DIVISOR",
     "BEHIND_KEYS",
+    "BEHIND_PRODUCT",
     "BESIDE_ATTENTION",
     "BETWEEN_PRODUCTS",
     "BUFFER_ENTRIES",
@@ -175,6 +176,13 @@ ENTRY_NUMBERS = Bound(8, "at most {most} different numbers in one mask are follo
 """Different numbers in one mask, each with the formula of the positions where it stands.
 
 Beyond it, the mask's structure (causal, a band) is not seen, and fully masked rows cannot be ruled out.
+"""
+
+BEHIND_PRODUCT = Bound(256, "what a product beside the scores is made of was followed for {most} nodes")
+"""Nodes behind a matrix product, or in an exponent, among which a mask or a large buffer is looked for.
+
+Beyond it, the product may hold anything, so that fully masked rows cannot be ruled out. Behind a norm, a softmax or an
+activation that is bounded nothing is looked for: only residual connections without them are a long way.
 """
 
 NARROWED_STEPS = Bound(64, "a mask was carried back through only {most} steps to where it was expanded")

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from attnrewrite.analysis.values import Value, ValueKind, possible_values
 from attnrewrite.capture.legalize import legalized
 from attnrewrite.capture.trace import capture
+from attnrewrite.ir.bounds import BEHIND_PRODUCT, searching
 
 MASK = torch.zeros(2, 6)
 
@@ -47,3 +48,25 @@ def test_projections_are_of_ordinary_size(frozen: bool) -> None:
 def test_products_of_what_is_given_are_anything(product: Callable[[Tensor], Tensor]) -> None:
     """A mask of -1e9 may go in."""
     assert values_of(product, MASK) == {ValueKind.ANY}
+
+
+WEIGHT = nn.Parameter(torch.randn(6, 6))
+
+
+@pytest.mark.parametrize("number", [-1e4, -65504.0, -1e9])
+def test_products_of_masks_are_anything_whatever_they_are_multiplied_with(number: float) -> None:
+    assert values_of(lambda x, w: (1 - x) * number @ w, MASK, WEIGHT) == {ValueKind.ANY}
+    assert values_of(lambda x, w: (x * number).sin() @ w, MASK, WEIGHT) == {ValueKind.LEARNED}
+
+
+def test_a_mask_far_behind_a_product_is_not_ruled_out() -> None:
+    def function(x: Tensor, w: Tensor, steps: int) -> Tensor:
+        for _ in range(steps):
+            x = x * 0.5
+        return x @ w
+
+    within = BEHIND_PRODUCT.most - 2  # The product's operand and the input are nodes, too.
+    assert values_of(lambda x, w: function(x, w, within), MASK, WEIGHT) == {ValueKind.LEARNED}
+    with searching() as ended:
+        assert values_of(lambda x, w: function(x, w, within + 2), MASK, WEIGHT) == {ValueKind.ANY}
+    assert str(BEHIND_PRODUCT) in str(ended)
