@@ -1434,3 +1434,14 @@ def a_softmax_of_a_logarithm_of_weights(q: Tensor, k: Tensor, v: Tensor) -> Tens
     exponentials = (s - s.logsumexp(-1, keepdim=True)).exp()
     weights = exponentials / exponentials.sum(-1, keepdim=True)
     return weights.view(BATCH, HEADS, LENGTH, KEYS) @ v
+
+
+def test_a_learned_addend_that_counts_for_nothing_has_a_gradient_of_zeros() -> None:
+    addend = torch.nn.Parameter(torch.ones(6, 6))
+    call = [torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0)) for _ in range(3)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.baddbmm(addend.expand(3, 6, 6), q, k.mT, beta=0, alpha=0.3).softmax(-1) @ v
+
+    rewritten(attend, "aot_eager")(*call).sum().backward()
+    assert addend.grad is not None and not addend.grad.any()
