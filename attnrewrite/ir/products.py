@@ -214,7 +214,7 @@ def _baddbmm(node: fx.Node) -> _Terms | None:
     addend, lhs, rhs = node.args[:3]
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
     unused = isinstance(beta, (int, float)) and beta == 0
-    if unused and is_learned(addend):
+    if unused and isinstance(addend, fx.Node) and is_learned(addend):
         return None  # Its gradient is zeros, and of what is not read there is none.
     return _matrices(lhs, rhs, factor=alpha, addend=None if unused else addend, addend_factor=beta)
 
