@@ -310,18 +310,20 @@ def _reads_what_was_never_written(graph: fx.GraphModule, call: Sequence[Any]) ->
         return False
 
     class Filled(fx.Interpreter):
-        def __init__(self, number: float) -> None:
+        def __init__(self, seed: int) -> None:
             super().__init__(graph)
-            self.number = number
+            self.generator = torch.Generator().manual_seed(seed)
 
         def run_node(self, n: fx.Node) -> Any:
             result = super().run_node(n)
-            return result.fill_(self.number) if n.target is torch.empty else result
+            # Random, since a softmax does not show by how much all its numbers are larger.
+            filled = torch.rand(result.shape, generator=self.generator) if n.target is torch.empty else None
+            return result if filled is None else result.copy_(filled)
 
     with torch.no_grad():
         first, second = (
-            outputs(Filled(number).run(*(value.clone() if isinstance(value, Tensor) else value for value in call)))
-            for number in (0.5, 1.5)
+            outputs(Filled(seed).run(*(value.clone() if isinstance(value, Tensor) else value for value in call)))
+            for seed in (1, 2)
         )
     return not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True))
 
@@ -340,7 +342,10 @@ def _is_beyond_range(graph: fx.GraphModule, values: Values) -> bool:
 
 
 def _has_operand_beyond_range(graph: fx.GraphModule, values: Values) -> bool:
-    """Whether sums of what is multiplied overflow in one order or another."""
+    """Whether sums of what is multiplied overflow in one order or another, or a mask raises scores beyond range."""
+    tensors = [value for value in values.values() if isinstance(value, Tensor) and value.is_floating_point()]
+    if any(bool(((value > 1e38) & value.isfinite()).any()) for value in tensors):
+        return True
     operands = (values.get(operand.name) for node in graph.graph.nodes for operand in _operands(node))
     return any(
         bool((value.abs() > torch.finfo(value.dtype).max / 64).any())
