@@ -166,11 +166,19 @@ class _Restoration:
         return ir
 
     def _constants_in_use(self) -> list[str]:
-        """Removes the nodes of constants that nothing reads, and returns the names of the others."""
+        """Removes the nodes of constants that nothing reads, and returns the names of the others.
+
+        Raises:
+            CaptureError: tracing has lost the numbers of a constant.
+        """
         used: list[str] = []
         for name in dict.fromkeys(self._constants):
             nodes = self.graph.find_nodes(op="get_attr", target=name)
             if any(node.users for node in nodes):
+                if isinstance(self.attributes[name], FakeTensor):
+                    raise CaptureError(
+                        "a constant of the graph is traced without its numbers (make it by torch.tensor)"
+                    )
                 used.append(name)
                 continue
             for node in nodes:

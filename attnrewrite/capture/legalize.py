@@ -10,7 +10,7 @@ either. A copy of the result has no matrix behind it; nobody else can have the r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,8 @@ def _replaced(gm: fx.GraphModule, data: bool = False) -> fx.GraphModule | None:
     calls = set() if data else {node for node in gm.graph.nodes if _fills_diagonal(node)}
     read = {node for node in gm.graph.nodes if data and getattr(node.target, "__name__", "") == "_get_data_attr"}
     updated = set() if data else _updated_products(gm.graph)
-    if not calls and not updated and not children and not read:
+    made = set() if data else {node for node in gm.graph.nodes if _is_made_by_type(node)}
+    if not calls and not updated and not children and not read and not made:
         return None
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -67,6 +68,8 @@ def _replaced(gm: fx.GraphModule, data: bool = False) -> fx.GraphModule | None:
             copies[node] = graph.call_method("detach", (copies[node.args[0]],))
             copies[node].meta = {**node.meta}
             copy_attributes(node, copies[node])
+        elif node in made:
+            copies[node] = _made_by_function(graph, node, copies.__getitem__)
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copy_attributes(node, copies[node])
@@ -78,6 +81,44 @@ def _replaced(gm: fx.GraphModule, data: bool = False) -> fx.GraphModule | None:
     copy_attributes(gm, copy)
     copy.meta = gm.meta
     return copy
+
+
+_TYPES = type(torch.FloatTensor)
+
+
+def _is_made_by_type(node: fx.Node) -> bool:
+    """Whether the node calls a type of tensors with numbers, or with the sizes of a tensor without any."""
+    if node.op != "call_function" or not (node.target is torch.Tensor or isinstance(node.target, _TYPES)):
+        return False
+    if node.kwargs or not isinstance(node.meta.get("example_value"), torch.Tensor):
+        return False
+    if len(node.args) == 1 and isinstance(node.args[0], (list, tuple)):
+        # A torch.Size is sizes, and no numbers.
+        return not isinstance(node.args[0], torch.Size) and all(map(_is_number, _entries(node.args[0])))
+    return all(map(_is_number, node.args))
+
+
+def _entries(numbers: Any) -> Iterator[Any]:
+    for number in numbers:
+        yield from _entries(number) if isinstance(number, (list, tuple)) else [number]
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, fx.Node):
+        value = value.meta.get("example_value")
+    return isinstance(value, (bool, int, float, torch.SymInt, torch.SymFloat))
+
+
+def _made_by_function(graph: fx.Graph, node: fx.Node, copied: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    """Adds the call of ``torch.tensor``, or of ``torch.empty`` where sizes are given."""
+    value = node.meta["example_value"]
+    given = fx.node.map_arg(node.args, copied)
+    numbers = len(given) == 1 and isinstance(given[0], (list, tuple))
+    options = {"dtype": value.dtype, "device": value.device}
+    call = graph.call_function(torch.tensor if numbers else torch.empty, given if numbers else (list(given),), options)
+    call.meta = {**node.meta}
+    copy_attributes(node, call)
+    return call
 
 
 _FILL_DIAGONAL = frozenset(
