@@ -177,7 +177,7 @@ class _Restoration:
             if any(node.users for node in nodes):
                 if isinstance(self.attributes[name], FakeTensor):
                     raise CaptureError(
-                        "a constant of the graph is traced without its numbers (make it by torch.tensor)"
+                        "a constant of the graph is traced without its numbers (try torch.tensor or torch.arange)"
                     )
                 used.append(name)
                 continue

@@ -51,9 +51,17 @@ def test_a_size_among_its_numbers_may_change() -> None:
     assert compile_count(attention, calls, "attnrewrite") <= compile_count(attention, calls, "aot_eager")
 
 
-def test_a_graph_whose_constant_lost_its_numbers_is_left_alone() -> None:
+LOST: dict[str, Callable[[Tensor], Tensor]] = {
+    "device": lambda scores: scores * torch.Tensor([0.5], device="cpu"),
+    "range": lambda scores: scores + torch.range(1, 5),
+}
+
+
+@pytest.mark.parametrize("form", LOST)
+@pytest.mark.filterwarnings("ignore:torch.range is deprecated")
+def test_a_graph_whose_constant_lost_its_numbers_is_left_alone(form: str) -> None:
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return (query @ key.mT).softmax(-1) @ value * torch.Tensor([0.5], device="cpu")
+        return LOST[form](query @ key.mT).softmax(-1) @ value
 
     with collect_reports() as graphs:
         result = rewritten(attention, "aot_eager")(*heads())
