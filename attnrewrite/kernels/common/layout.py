@@ -78,6 +78,10 @@ def padded_to(builder: Builder, node: fx.Node, dim: int, multiple: int) -> fx.No
     missing = -size % multiple
     if same(missing, 0):
         return node
+    if dim == -1 and same(size, 1):
+        # A transposed tensor of one feature may count as one with channels last, and is padded as such:
+        # https://github.com/pytorch/pytorch/blob/v2.13.0/c10/core/MemoryFormat.h is_channels_last_strides_2d_s4
+        node = builder.call(aten.clone.default, node, memory_format=torch.contiguous_format)
     shape = [*tensor(node).shape]
     shape[dim] = size + missing
     pads = [0, 0] * (-1 - dim) + [0, missing]
