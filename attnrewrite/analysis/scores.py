@@ -269,6 +269,8 @@ def _walk_from_product(node: fx.Node, layout: Layout, context: _WalkContext) -> 
     if not (scalar(product.factor) and product.factor == 1):
         mods.append(Scale(_factor(product.factor)))
     if product.addend is not None:
+        if _number(product.addend_factor, node) == 0:
+            raise NotAttention(f"what {node_in_words(node)} adds counts for nothing, and has a gradient of zeros")
         mods.append(Bias(product.addend, tensor(node).dtype, _number(product.addend_factor, node)))
     return ScoreWalk(product, tuple(replace(mod, written_at=node) for mod in mods), product.nodes)
 

@@ -115,7 +115,9 @@ def _made_by_function(graph: fx.Graph, node: fx.Node, copied: Callable[[fx.Node]
     given = fx.node.map_arg(node.args, copied)
     numbers = len(given) == 1 and isinstance(given[0], (list, tuple))
     options = {"dtype": value.dtype, "device": value.device}
-    call = graph.call_function(torch.tensor if numbers else torch.empty, given if numbers else (list(given),), options)
+    # Without any argument there are no entries.
+    arguments = given if numbers else (list(given) or [0],)
+    call = graph.call_function(torch.tensor if numbers else torch.empty, arguments, options)
     call.meta = {**node.meta}
     copy_attributes(node, call)
     return call

@@ -12,7 +12,7 @@ from attnrewrite.ir.ops import CAST_OPS, CAT_OPS, COPY_OPS, SPLIT_OPS, VIEW_OPS
 from attnrewrite.ir.source import parameter_path
 from attnrewrite.torch_private import STATIC_INPUT
 
-__all__ = ["is_learned", "is_model_state", "is_module_tensor"]
+__all__ = ["is_learned", "is_model_state", "is_module_tensor", "may_have_gradient"]
 
 aten = torch.ops.aten
 
@@ -41,6 +41,20 @@ def is_learned(node: fx.Node) -> bool:
         sources = node.all_input_nodes if node.target in CAT_OPS else node.all_input_nodes[:1]
         return bool(sources) and all(map(is_learned, sources))
     return node.op == "get_attr" or (node.op == "placeholder" and _is_parameter(node))
+
+
+def may_have_gradient(node: fx.Node) -> bool:
+    """Whether an input that requires a gradient leads to the node."""
+    pending = [node]
+    seen = set(pending)
+    for step in pending:
+        known = step.meta.get("example_value", step.meta.get("val"))
+        if step.op in ("placeholder", "get_attr") and getattr(known, "requires_grad", False):
+            return True
+        sources = [each for each in step.all_input_nodes if each not in seen]
+        seen.update(sources)
+        pending += sources
+    return False
 
 
 def _is_parameter(placeholder: fx.Node) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from attnrewrite.ir.axes import Dim, Layout, Operand, broadcast, fresh_dim
-from attnrewrite.ir.model_state import is_learned
+from attnrewrite.ir.model_state import is_learned, may_have_gradient
 from attnrewrite.ir.nodes import Size, is_tensor, same, tensor
 from attnrewrite.ir.ops import MATRIX_OPS
 
@@ -214,8 +214,8 @@ def _baddbmm(node: fx.Node) -> _Terms | None:
     addend, lhs, rhs = node.args[:3]
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
     unused = isinstance(beta, (int, float)) and beta == 0
-    if unused and isinstance(addend, fx.Node) and is_learned(addend):
-        return None  # Its gradient is zeros, and of what is not read there is none.
+    if unused and torch.is_grad_enabled() and isinstance(addend, fx.Node):
+        unused = not may_have_gradient(addend)  # The gradient is zeros, and of what is not read there would be none.
     return _matrices(lhs, rhs, factor=alpha, addend=None if unused else addend, addend_factor=beta)
 
 

@@ -22,6 +22,7 @@ from torch import fx
 from attnrewrite.analysis.values import ABSORBING, constant_value
 from attnrewrite.ir.axes import Dim, Operand
 from attnrewrite.ir.builder import Builder
+from attnrewrite.ir.model_state import may_have_gradient
 from attnrewrite.ir.nodes import is_tensor, same, tensor
 from attnrewrite.ir.site import Bias, CanonicalAttention, Elementwise, Fill, Floor, Lift, Narrow, Raise, Scale, Shift
 from attnrewrite.kernels.common.base import Kernel
@@ -88,9 +89,13 @@ class Flex(Kernel):
             widths = [axis.size for axis in (*site.feature_axes, *site.value_axes)]
             if any(not isinstance(width, int) for width in widths):
                 return Verdict.no("takes head sizes that are numbers, and no symbols")
-            if site.differentiable and any(map(_may_have_gradient, _read_as_numbers(site))):
+            if site.differentiable and any(map(may_have_gradient, _read_as_numbers(site))):
                 return Verdict.no("a single learned number is read by the score_mod, which gives it no gradient")
-            if site.differentiable and not site.for_inductor and any(map(_may_have_gradient, _read_by_position(site))):
+            if (
+                site.differentiable
+                and not site.for_inductor
+                and any(may_have_gradient(read.node) for read in _read_by_position(site))
+            ):
                 # ``_maybe_new_buffer`` of sdpa_dense_backward asks the tensor, and what is computed requires none:
                 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_higher_order_ops/flex_attention.py
                 return Verdict.no(
@@ -358,20 +363,6 @@ def _read_as_numbers(site: CanonicalAttention) -> list[fx.Node]:
         and tensor(node).dtype.is_floating_point
         and all(same(size, 1) for size in tensor(node).shape)
     ]
-
-
-def _may_have_gradient(read: Operand | fx.Node) -> bool:
-    """Whether an input that requires a gradient leads to what is read."""
-    pending = [read.node if isinstance(read, Operand) else read]
-    seen = set(pending)
-    for node in pending:
-        known = node.meta.get("example_value", node.meta.get("val"))
-        if node.op in ("placeholder", "get_attr") and getattr(known, "requires_grad", False):
-            return True
-        sources = [each for each in node.all_input_nodes if each not in seen]
-        seen.update(sources)
-        pending += sources
-    return False
 
 
 def _indexed_in_32_bits(operand: Operand) -> bool:

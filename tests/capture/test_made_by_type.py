@@ -16,6 +16,7 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "Tensor of a list": lambda scores: scores + torch.Tensor([4.0, 3.0, 2.0, 1.0, 0.5]),
     "Tensor of lists": lambda scores: scores + torch.Tensor([[1.0], [2.0], [3.0], [4.0], [5.0]]),
     "Tensor of sizes": lambda scores: scores + torch.Tensor(5, 5).fill_(0.5),
+    "Tensor of nothing": lambda scores: scores + torch.cat([torch.Tensor(), torch.ones(5)]) * len(torch.Tensor().shape),
     "HalfTensor": lambda scores: scores * torch.HalfTensor([0.1]).float(),
     "LongTensor": lambda scores: scores + torch.arange(5.0)[torch.LongTensor([4, 3, 2, 1, 0])],
     "LongTensor of floats": lambda scores: scores * torch.LongTensor([1.7, 2.0, 1.0, 1.0, 3.9]),

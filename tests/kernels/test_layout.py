@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from attnrewrite.capture.legalize import legalized
 from attnrewrite.capture.trace import capture
 from attnrewrite.ir.builder import Builder
-from attnrewrite.kernels.common.layout import padded_to
+from attnrewrite.kernels.common.layout import padded_to, with_unit_stride
 
 
 @pytest.mark.parametrize("features", [1, 3, 8, 11])
@@ -24,7 +24,7 @@ def test_features_that_are_padded_lie_side_by_side(heads: int, features: int) ->
         output = captured.graph.output_node()
         (result,) = output.all_input_nodes
         builder = Builder(captured, before=output, like=result)
-        output.args = ([padded_to(builder, result, -1, 8)],)
+        output.args = ([padded_to(builder, with_unit_stride(builder, result), -1, 8)],)
         captured.recompile()
         return captured
 

@@ -174,7 +174,7 @@ def judge(mutant: Mutant, device: str = "cpu", inner: str | None = None) -> Outc
         if difference and sites == 0 and _as_wrong_without_us(attend, given, inner, mutant):
             return Outcome(mutant, "does not run", f"torch.compile: {difference}")
         if difference:
-            if _rounding_does_as_much(attend, call(), mutant, new, own, truth, device):
+            if _rounding_does_as_much(attend, call, mutant, new, own, truth, device):
                 return Outcome(mutant, "ill-conditioned", difference, sites)
             return Outcome(mutant, "wrong", difference, sites)
     return Outcome(mutant, "same", "", sites)
@@ -216,7 +216,7 @@ def _truth(attend: Callable[..., Any], inputs: list[Any], gradients: bool) -> Re
 
 def _rounding_does_as_much(
     attend: Callable[..., Any],
-    inputs: list[Any],
+    call: Callable[[], list[Any]],
     mutant: Mutant,
     new: Results,
     own: Results,
@@ -230,17 +230,17 @@ def _rounding_does_as_much(
     """
     dtype, tolerance = mutant.rounded_to, Tolerance.on(device)
     if mutant.gradients and dtype not in HALF:
-        digits = 4 * torch.finfo(dtype).eps * largest_score(lambda: run(attend, inputs, False))
+        digits = 4 * torch.finfo(dtype).eps * largest_score(lambda: run(attend, call(), False))
         tolerance = replace(tolerance, gradient=max(tolerance.gradient, digits))
-    moved = run(attend, _moved(inputs, mutant), mutant.gradients)
+    moved = run(attend, _moved(call(), mutant), mutant.gradients)
     with Rounded(seed=7):
-        rounded = run(attend, _moved(inputs, mutant), mutant.gradients)
+        rounded = run(attend, _moved(call(), mutant), mutant.gradients)
     if any(wrong(dtype, each, own, truth) for each in (moved, rounded)):
         return True
     others = [own, moved, rounded]
     if device != "cpu":
         with Rounded(seed=7, products=TF32):
-            others.append(run(attend, inputs, mutant.gradients))
+            others.append(run(attend, call(), mutant.gradients))
     return not all(wrong(dtype, new, each, truth, tolerance) for each in others)
 
 
@@ -356,8 +356,9 @@ def _has_operand_beyond_range(graph: fx.GraphModule, values: Values) -> bool:
 
 def _operands(node: fx.Node) -> list[fx.Node]:
     """What is multiplied and summed: no mask or bias that is added."""
-    inner = getattr(node.target, "__name__", "") == "scaled_dot_product_attention"
-    if not inner and node.target not in PRODUCTS:
+    name = getattr(node.target, "__name__", "")
+    inner = name == "scaled_dot_product_attention"
+    if not inner and name != "linalg_vecdot" and node.target not in PRODUCTS:
         return []
     operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
     if inner:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnrewrite.backend import collect_reports
 from attnrewrite.numerics.judge import HALF, disagreement
 from tests.support.helpers import gradients, outputs, relative_error, rewritten, rows
 
@@ -1436,12 +1437,15 @@ def a_softmax_of_a_logarithm_of_weights(q: Tensor, k: Tensor, v: Tensor) -> Tens
     return weights.view(BATCH, HEADS, LENGTH, KEYS) @ v
 
 
-def test_a_learned_addend_that_counts_for_nothing_has_a_gradient_of_zeros() -> None:
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_a_learned_addend_that_counts_for_nothing_has_a_gradient_of_zeros(factor: float) -> None:
     addend = torch.nn.Parameter(torch.ones(6, 6))
     call = [torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0)) for _ in range(3)]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.baddbmm(addend.expand(3, 6, 6), q, k.mT, beta=0, alpha=0.3).softmax(-1) @ v
+        return torch.baddbmm((addend * factor).expand(3, 6, 6), q, k.mT, beta=0, alpha=0.3).softmax(-1) @ v
 
-    rewritten(attend, "aot_eager")(*call).sum().backward()
+    with collect_reports() as reports:
+        rewritten(attend, "aot_eager")(*call).sum().backward()
     assert addend.grad is not None and not addend.grad.any()
+    assert ["gradient of zeros" in row.reason for report in reports for row in report.sites] == [True]

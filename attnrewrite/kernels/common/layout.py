@@ -78,10 +78,6 @@ def padded_to(builder: Builder, node: fx.Node, dim: int, multiple: int) -> fx.No
     missing = -size % multiple
     if same(missing, 0):
         return node
-    if dim == -1 and same(size, 1):
-        # A transposed tensor of one feature may count as one with channels last, and is padded as such:
-        # https://github.com/pytorch/pytorch/blob/v2.13.0/c10/core/MemoryFormat.h is_channels_last_strides_2d_s4
-        node = builder.call(aten.clone.default, node, memory_format=torch.contiguous_format)
     shape = [*tensor(node).shape]
     shape[dim] = size + missing
     pads = [0, 0] * (-1 - dim) + [0, missing]
@@ -92,12 +88,16 @@ def with_unit_stride(builder: Builder, node: fx.Node) -> fx.Node:
     """Fused kernels want the features of one position side by side, and those of another elsewhere.
 
     Windows of a series (``x.unfold(1, window, 1)``) overlap, and PyTorch's kernel for the CPU reads other numbers.
+
+    A view may give a single feature the stride of the positions. The tensor then counts as one with channels last, is
+    padded as such, and is refused:
+    https://github.com/pytorch/pytorch/blob/v2.13.0/c10/core/MemoryFormat.h is_channels_last_strides_2d_s4
     """
     strides, shape = tensor(node).stride(), tensor(node).shape
     overlaps = len(shape) > 1 and all(
         map(statically_known_true, (shape[-2] > 1, strides[-2] > 0, strides[-2] < shape[-1]))
     )
-    if not overlaps and (same(strides[-1], 1) or same(shape[-1], 1)):
+    if not overlaps and same(strides[-1], 1):
         return node
     return builder.call(aten.clone.default, node, memory_format=torch.contiguous_format)
 
