@@ -363,6 +363,35 @@ def test_a_mask_of_few_keys_in_training(mask: str, keys: int, inner: str) -> Non
     assert relative_error(of_mask(new), of_mask(attend)) <= 5e-4
 
 
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("kernel", ["_native_cudnn", "_native_flash", "_native_efficient"])
+@pytest.mark.parametrize("single", ["value", "every operand"])
+@pytest.mark.parametrize("key_heads", [2, 4])
+def test_values_of_one_feature(single: str, key_heads: int, kernel: str, inner: str) -> None:
+    """Cut from more, the stride of the feature is that of the positions, which kernels refuse."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (each.view(2, 17, -1, 16).transpose(1, 2) for each in (query, key, value))
+        if single == "every operand":
+            query, key = query[..., :1], key[..., :1]
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value[..., :1].repeat_interleave(groups, dim=1)
+        result: Tensor = (query @ key.mT * 0.25).softmax(-1) @ value
+        return result
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 17, heads * 16) for heads in (4, key_heads, key_heads)]
+    inputs = [torch.randn(shape, generator=generator).half().cuda() for shape in shapes]
+    (row,) = rows(attend, *(each.clone().requires_grad_() for each in inputs), kernels=kernel, strict=True)
+    assert row.kernel == kernel
+    new = rewritten(attend, inner, kernels=kernel, strict=True)
+    truth, own, expected = (
+        torch.cat([gradient.double().flatten() for gradient in gradients(function, given)])
+        for function, given in ((attend, [each.double() for each in inputs]), (new, inputs), (attend, inputs))
+    )
+    assert relative_error(own, truth) <= 2 * relative_error(expected, truth) + 8 * torch.finfo(torch.float16).eps
+
+
 @pytest.mark.parametrize("way", ["bias", "mask"])
 @pytest.mark.parametrize("length", [12, 140])
 def test_flex_with_an_input_that_is_updated_behind_it(length: int, way: str) -> None:
