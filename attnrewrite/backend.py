@@ -23,12 +23,14 @@ from attnrewrite.capture.known_buffers import KnownBuffers
 from attnrewrite.capture.legalize import legalized
 from attnrewrite.capture.support import CaptureError, computes_gradients, holds_higher_order
 from attnrewrite.capture.trace import capture
-from attnrewrite.errors import KernelError, OptionError
+from attnrewrite.errors import ContextParallelError, KernelError, OptionError
 from attnrewrite.inner import CompiledFn, InnerCompiler
 from attnrewrite.numerics.tolerance import Admission, admitted
 from attnrewrite.numerics.verify import Original, verified
 from attnrewrite.options.compile_options import DATA_DEPENDENT_SIZES, Policy
 from attnrewrite.options.environment import debug_directory, raises_defects
+from attnrewrite.parallel.conditions import Conditions
+from attnrewrite.parallel.parallelize import parallelize
 from attnrewrite.passes.pipeline import rewrite
 from attnrewrite.passes.result import Rewritten
 from attnrewrite.passes.rewriting import as_requested
@@ -41,7 +43,13 @@ from attnrewrite.report.report import RewriteReport
 from attnrewrite.report.rows import GraphReport
 from attnrewrite.selection.decorated_parts import options_without_effect
 from attnrewrite.selection.requests import unmatched_rules
-from attnrewrite.torch_private import CompileContext, compiles_to_be_saved, dynamo_config, trace_structured
+from attnrewrite.torch_private import (
+    CompileContext,
+    compiles_to_be_saved,
+    dynamo_config,
+    pytorch_context_parallel,
+    trace_structured,
+)
 from attnrewrite.variants import Variants
 
 __all__ = ["attnrewrite", "collect_reports"]
@@ -108,6 +116,11 @@ def attnrewrite(
 
 
 def _with_variants(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy) -> CompiledFn:
+    if policy.context_parallel is not None and (compiles_to_be_saved() or current_call() is not None):
+        raise ContextParallelError(
+            "context_parallel: neither a graph that is saved to a file nor a call that reuses attention (enable_cache) "
+            "can be shared among ranks: leave that, or the option, out"
+        )
     if compiles_to_be_saved():
         # Without what is checked and chosen at each call, which would be around it.
         return _Compilation(gm, example_inputs, policy, knows_buffers=False).run()[0]
@@ -167,7 +180,10 @@ class _Compilation:
         self._policy = policy
         self._call = current_call()
         self._inner = InnerCompiler(policy)
-        self._known_buffers = KnownBuffers(gm, example_inputs if knows_buffers else [None] * len(example_inputs))
+        self._conditions: Conditions | None = None
+        # Where the sequence is sharded there is no other graph to go back to, so what buffers hold is not read.
+        reads_buffers = knows_buffers and policy.context_parallel is None
+        self._known_buffers = KnownBuffers(gm, example_inputs if reads_buffers else [None] * len(example_inputs))
         self._report = GraphReport(_graph_name(), inner_backend=self._inner.name, node_count=len(gm.graph.nodes))
         self._report.notes += options_without_effect(gm, policy)
         if not knows_buffers:
@@ -210,6 +226,10 @@ class _Compilation:
             captured = capture(self._gm, self._inputs)
         gm = captured.gm
         self._report.notes += filter(None, [captured.note])
+        if self._policy.context_parallel is not None:
+            with self._steps.step("parallelize", gm):
+                self._conditions, notes = parallelize(gm, self._policy, self._policy.context_parallel)
+            self._report.notes += notes
         is_shown = _collector.get() is not None or self._dump is not None
         if self._dump is not None:
             self._dump.add("captured", gm)
@@ -221,7 +241,13 @@ class _Compilation:
         )
 
     def _passed_on(self, reason: CaptureError) -> CompiledFn:
-        """The unchanged graph, compiled by the inner compiler."""
+        """The unchanged graph, compiled by the inner compiler.
+
+        Raises:
+            ContextParallelError: the graph would compute of each rank's part by itself.
+        """
+        if self._policy.context_parallel is not None:
+            raise ContextParallelError(f"context_parallel: the graph cannot be read: {reason}")
         self._report.captured, self._report.reason = False, str(reason)
         self._publish_and_dump(self._gm, self._gm)
         return self._compiled(_Outcome(self._gm, self._gm, keep_attention=False))
@@ -250,7 +276,10 @@ class _Compilation:
             advice = "" if isinstance(error, PatternError) else ", please report this"
             log.warning("%s: rewriting failed%s", report.name, advice, exc_info=True)
             report.reason = f"rewriting failed, so the graph is unchanged: {type(error).__name__}: {error}"
+            if self._policy.context_parallel is not None:
+                raise  # The unchanged graph computes of each rank's part by itself.
             return _Outcome(self._gm, self._gm, keep_attention=True)
+        self._refuse_local_keys(rewritten)
         report.sites = rewritten.sites
         report.unmatched_rules = unmatched_rules(self._policy, [site.location for site in report.sites])
         if rewritten.regions_inlined and rewritten.changed:
@@ -264,8 +293,22 @@ class _Compilation:
         # If nothing was rewritten, the inner compiler gets the graph that it would get without attnrewrite.
         standing = unread.settle()
         report.notes += [f"{weights!r}, as the option unread_weights says" for weights in standing.values()]
-        gm = source.gm if rewritten.changed else self._gm
+        gm = source.gm if rewritten.changed or self._conditions is not None else self._gm
         return _Outcome(gm, source.gm, _holds_softmax_of_product(source.gm), rewritten, standing)
+
+    def _refuse_local_keys(self, rewritten: Rewritten) -> None:
+        """Raises:
+        ContextParallelError: PyTorch's own ``context_parallel`` is active, which exchanges the keys of calls of
+            ``scaled_dot_product_attention`` alone, and the graph has other attention.
+        """
+        if rewritten.sites and self._policy.context_parallel is None and pytorch_context_parallel():
+            raise ContextParallelError(
+                f"context_parallel: PyTorch's own context_parallel is active, which only sees calls of "
+                f"scaled_dot_product_attention: the attention at {rewritten.sites[0].location} would see the keys of "
+                "its own rank alone. Leave PyTorch's, and give options={'context_parallel': ...} "
+                "(docs/context_parallel.md), or call scaled_dot_product_attention; a model whose sequence is not "
+                "sharded has to be compiled outside of it"
+            )
 
     def _admitted(self, source: _Source) -> Admission | None:
         """The kernels that the option ``tolerance`` admits; None without it."""
@@ -331,6 +374,8 @@ class _Compilation:
     def _compiled(self, outcome: _Outcome) -> CompiledFn:
         with self._steps.step("inner"):
             compiled = self._inner.compile(outcome.gm, self._inputs, keep_attention=outcome.keep_attention)
+        if self._conditions is not None:
+            compiled = self._conditions.around(compiled)
         return with_standing(compiled, outcome.unread)
 
     def _compiled_with_verification(self, source: _Source, original: Original, outcome: _Outcome) -> CompiledFn:

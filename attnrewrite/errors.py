@@ -13,6 +13,7 @@ __all__ = [
     "CacheError",
     "CacheMemoryError",
     "CacheTypeError",
+    "ContextParallelError",
     "KernelError",
     "OptionError",
     "PatternError",
@@ -88,6 +89,10 @@ class _RaisedInBackend(AttnRewriteError, ShortenTraceback):
 
 class OptionError(_RaisedInBackend, ValueError):
     """An option, an environment variable or the name of a backend is not valid."""
+
+
+class ContextParallelError(_RaisedInBackend, ValueError):
+    """With ``context_parallel``: what the graph computes of the whole sequence is not known, or not supported."""
 
 
 class KernelError(_RaisedInBackend):

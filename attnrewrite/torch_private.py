@@ -9,9 +9,12 @@ Modules that ``torch._dynamo`` does not load itself are imported in the function
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sys
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -181,11 +184,15 @@ is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 is_traceable_wrapper_subclass = torch.utils._python_dispatch.is_traceable_wrapper_subclass
 """Whether a tensor wraps others (DTensor, quantized weights), and has no storage of its own."""
 
+collective_operators = torch.ops._c10d_functional
+"""Collectives that a graph may hold, by the name of their process group."""
+
 tree_leaves = torch.utils._pytree.tree_leaves
 tree_map_only = torch.utils._pytree.tree_map_only
 """Find tensors within arguments; ``torch.utils.pytree`` has neither function in 2.11."""
 
-SYMPY_QUOTIENTS = (torch.utils._sympy.functions.CleanDiv, torch.utils._sympy.functions.FloorDiv)
+FloorDiv = torch.utils._sympy.functions.FloorDiv
+SYMPY_QUOTIENTS = (torch.utils._sympy.functions.CleanDiv, FloorDiv)
 SYMPY_EXTREMES = (torch.utils._sympy.functions.Max, torch.utils._sympy.functions.Min)
 sympy_interp = torch.utils._sympy.interp.sympy_interp
 PythonReferenceAnalysis = torch.utils._sympy.reference.PythonReferenceAnalysis
@@ -332,6 +339,100 @@ def inductor_backend(mode: str | None, options: dict[str, Any]) -> Any:
         RuntimeError: the mode or an option is not valid.
     """
     return torch._TorchCompileInductorWrapper(mode, options, None)  # type: ignore[no-untyped-call]
+
+
+def group_by_name(name: str) -> Any:
+    """The process group of that name, as operators of ``torch.distributed`` find it:
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/_functional_collectives.py#L1
+    """
+    from torch._C._distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def assert_on_device(condition: torch.Tensor, message: str) -> None:
+    """An assertion for which the CPU does not wait."""
+    torch._assert_async(condition, message)
+
+
+def pytorch_context_parallel() -> bool:
+    """Whether PyTorch's own ``context_parallel`` is active: its ring attention is what DTensors dispatch to,
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/tensor/experimental/_context_parallel/_attention.py#L1001
+    """
+    if "torch.distributed.tensor.experimental._context_parallel._attention" not in sys.modules:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return torch.ops.aten._scaled_dot_product_flash_attention.default in DTensor._op_dispatcher._custom_op_handlers
+
+
+def ring_attention(
+    group: Any,
+    step: Callable[..., Any],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    causal: bool,
+    *,
+    balanced: bool,
+    scale: float,
+) -> tuple[Any, ...]:
+    """The loop over shards of keys and values of PyTorch's ring attention, called without its dispatcher:
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/tensor/experimental/_context_parallel/_attention.py#L317
+
+    Args:
+        step: ``(query, key, value, *, is_causal, scale) -> (output, logsumexp)`` between two shards.
+        balanced: shards are those of the head-tail load balancer.
+    """
+    from torch.distributed.tensor.experimental._context_parallel import _attention
+
+    with _ring_settings(balanced, query.dtype):
+        return _attention._templated_ring_attention(group, 2, step, query, key, value, causal, scale=scale)
+
+
+def ring_attention_backward(
+    group: Any,
+    step: Callable[..., Any],
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    logsumexp: torch.Tensor,
+    causal: bool,
+    *,
+    balanced: bool,
+    scale: float,
+) -> tuple[Any, ...]:
+    """The gradients of :func:`ring_attention`; ``step`` gives those between two shards."""
+    from torch.distributed.tensor.experimental._context_parallel import _attention
+
+    operands = (query, key, value, output, logsumexp)
+    with _ring_settings(balanced, query.dtype):
+        return _attention._templated_ring_attention_backward(
+            group, 2, step, gradient, "grad_out", *operands, causal, scale=scale
+        )
+
+
+_ring_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _ring_settings(balanced: bool, dtype: torch.dtype) -> Iterator[None]:
+    """PyTorch's ring attention reads its settings from a global, which is set for the call and put back."""
+    from torch.distributed.tensor.experimental._context_parallel import _attention
+
+    settings = _attention._cp_options
+    with _ring_lock:
+        before = dict(vars(settings))
+        settings.enable_load_balance = balanced
+        # In double precision, float32 would lose digits.
+        settings.convert_to_f32 = dtype.itemsize < 4
+        settings.rotate_method = _attention._RotateMethod.ALL_TO_ALL
+        try:
+            yield
+        finally:
+            vars(settings).update(before)
 
 
 def lower_to_memory(op: torch._ops.OpOverload) -> None:

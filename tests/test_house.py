@@ -40,6 +40,7 @@ OWN_TABLES = {
     "attnrewrite.caching.graphs": {"_AFFINE", "_MULTILINEAR"},  # What may be extrapolated from step to step.
     "attnrewrite.caching.identity": {"_INDEXED"},  # Numbers that say which part is read.
     "attnrewrite.ir.views": {"_REPEATS", "_SHAPE_ONLY"},  # The operators that its two functions see through.
+    "attnrewrite.parallel.partition": {"_LEARNED"},  # What makes features of data; positions and masks do without.
     "attnrewrite.passes.canonicalize": {"_BOUNDED"},  # Functions of scores without infinite results.
     "attnrewrite.passes.fuse_projections": {"_PRODUCTS", "_READS_STRIDES"},  # What is fused, and what would show it.
     "attnrewrite.passes.slice_sources": {"_CONSTANT"},  # Factories that only sizes and a number are given to.

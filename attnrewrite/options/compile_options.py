@@ -10,6 +10,7 @@ from typing import Any
 
 from attnrewrite.errors import OptionError
 from attnrewrite.options.cache_config import FasterCacheConfig, PyramidAttentionBroadcastConfig, validated
+from attnrewrite.options.context_parallel import ContextParallel, context_parallel_option
 from attnrewrite.options.environment import request_of_environment, switched
 from attnrewrite.options.request import kernel_names
 from attnrewrite.torch_private import inductor_config
@@ -53,6 +54,8 @@ class Policy:
             while Dynamo traces; ``torch.compile`` has already traced the graph when it reads options. Default False.
         unread_weights: globs, over the module's path or over "file:line", of attentions whose weights the model stores
             or returns although nobody reads them. Default none.
+        context_parallel: which inputs are shards of a sequence, over which processes (:mod:`attnrewrite.parallel`).
+            Default None.
         mode: ``torch.compile``'s mode, for Inductor only.
         inner_options: the options that are passed to the inner compiler.
     """
@@ -70,6 +73,7 @@ class Policy:
     cache: PyramidAttentionBroadcastConfig | FasterCacheConfig | None = None
     capture_dynamic_output_shape_ops: bool = False
     unread_weights: tuple[str, ...] = ()
+    context_parallel: ContextParallel | None = None
     mode: str | None = None
     inner_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -105,6 +109,10 @@ class Policy:
             own["kernel_rules"] = _rules(own["kernel_rules"])
         if "unread_weights" in own:
             own["unread_weights"] = _globs(own["unread_weights"])
+        if "context_parallel" in own:
+            own["context_parallel"] = context_parallel_option(own["context_parallel"])
+            if own["context_parallel"] is not None:
+                _refuse_beside_context_parallel(own)
         request_of_environment()  # Raises for mistakes now, instead of in the middle of a graph.
         return Policy(mode=None if mode == "default" else mode, inner_options=inner, **own)
 
@@ -127,6 +135,13 @@ class Policy:
 
 OWN_OPTIONS = tuple(f.name for f in dataclasses.fields(Policy) if f.name not in ("mode", "inner_options"))
 """The keys of ``options`` that attnrewrite reads."""
+
+
+def _refuse_beside_context_parallel(own: Mapping[str, Any]) -> None:
+    """What would run the source, which computes of each rank's part by itself, or leave a rank out of an exchange."""
+    for key in ("verify", "tolerance", "cache"):
+        if own.get(key):
+            raise OptionError(f"options[{key!r}] and options['context_parallel'] cannot be combined: leave one out")
 
 
 def _tolerance(value: Any) -> float | None:
