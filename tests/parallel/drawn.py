@@ -121,7 +121,7 @@ def main(argv: Sequence[str]) -> int:
                 verdict, about = "crashed", str(error)
             counts[verdict] += 1
             if verdict == "refused":
-                reasons[re.sub(r" at \S+:\d+ \(.*?\)(?= )", "", about)[:160]] += 1
+                reasons[re.sub(r"/\S*/", "", about)[:160]] += 1
             elif verdict != "same":
                 failures.append(f"{number} {verdict}: {case}\n{about}")
                 print(failures[-1], flush=True)

@@ -133,8 +133,9 @@ def pooled_by_attention(x: Tensor, padding: Tensor, labels: Tensor, table: Tenso
 
 
 def sdpa_of_shared_heads(x: Tensor, padding: Tensor, labels: Tensor, table: Tensor) -> Tensor:
-    heads = x.view(x.shape[0], x.shape[1], 4, 2).transpose(1, 2)
-    y = F.scaled_dot_product_attention(heads, heads[:, :2], heads[:, 2:], is_causal=True, enable_gqa=True, scale=0.3)
+    projected = (x, x @ table[:WIDTH, :4], x @ table[:WIDTH, 4:])
+    heads, keys, values = (each.view(*x.shape[:2], -1, 2).transpose(1, 2) for each in projected)
+    y = F.scaled_dot_product_attention(heads, keys, values, is_causal=True, enable_gqa=True, scale=0.3)
     return y.transpose(1, 2).flatten(2)
 
 
@@ -162,7 +163,7 @@ IDIOMS: tuple[Idiom, ...] = (
 )
 
 
-def difference(function: Idiom, balanced: bool, inner: str = "eager") -> str:
+def difference(function: Idiom, balanced: bool, inner: str = "eager", kernel: str = "auto") -> str:
     """In one of the processes: what is wrong with its values and its gradients of x, in words."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     torch.manual_seed(0)
@@ -175,7 +176,7 @@ def difference(function: Idiom, balanced: bool, inner: str = "eager") -> str:
     own[0].requires_grad_()
     for each in own:
         torch._dynamo.mark_dynamic(each, 1)
-    option: dict[str, Any] = {"mesh": init_device_mesh("cpu", (ranks,)), "load_balance": balanced}
+    option: dict[str, Any] = {"mesh": init_device_mesh("cpu", (ranks,)), "load_balance": balanced, "kernel": kernel}
     option |= {"buffers": ["x", "padding", "labels", "table"], "buffer_seq_dims": [1, 1, 1, None]}
     expected = function(x, padding, labels, table)
     result = rewritten(function, inner, fullgraph=True, context_parallel=option)(*own, table)

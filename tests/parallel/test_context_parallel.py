@@ -76,6 +76,7 @@ CHECKS = [
     # A batch of one: the shard of a rank is a view.
     model(Case("documents", batch=1, lengths=(10, 4), spelling="sdpa")),
     *(Check(2, idioms.difference, (idiom, bool(at % 2))) for at, idiom in enumerate(idioms.IDIOMS)),
+    Check(2, idioms.difference, (idioms.sdpa_of_shared_heads, True, "eager", "ulysses")),
     of_transformers("llama", {}, False),
     of_transformers("llama", {"load_balance": True}, True),
     of_transformers("bert", {"kernel": "ulysses"}, True),

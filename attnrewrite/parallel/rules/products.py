@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import fx
 
@@ -155,7 +157,7 @@ class Attention(Rule):
     def emit(self, node: fx.Node, placement: Placement, part: Emitter) -> fx.Node:
         query, key, value = node.args[:3]
         rows = placement is not None and placement.dim == tensor(node).dim() - 2
-        of_keys = None if rows else placement
+        of_keys = None if rows else _of_shared_heads(node, placement)
         mask = argument(node, 3, "attn_mask")
         causal = argument(node, 5, "is_causal", False)
         dims = tensor(node).dim()
@@ -171,6 +173,14 @@ class Attention(Rule):
         if len(node.args) > 6:
             raise part.refuse(node, "has its scale as a positional argument, which is not read")
         return part.call(node, node.target, *parts, mask, *numbers, **options)
+
+
+def _of_shared_heads(node: fx.Node, placement: Placement) -> Placement:
+    """Where key and value are sharded: heads of the query that share one of theirs are beside each other."""
+    if placement is None or placement.dim != tensor(node).dim() - 3:
+        return placement
+    query, key = (expression(tensor(operand).shape[-3]) for operand in node.args[:2])
+    return placement if key == query else replace(placement, inner=placement.inner / (query / key))
 
 
 def _causal(node: fx.Node, key: fx.Node, placement: Shard, part: Emitter) -> fx.Node:
