@@ -14,6 +14,7 @@ __all__ = [
     "CacheMemoryError",
     "CacheTypeError",
     "ContextParallelError",
+    "IntegrationError",
     "KernelError",
     "OptionError",
     "PatternError",
@@ -34,7 +35,7 @@ class BackendTypeError(AttnRewriteError, TypeError):
 
 
 class AttentionInputError(AttnRewriteError, ValueError):
-    """The arguments of ``attention_forward`` do not fit together."""
+    """The arguments of one attention do not fit together, or one of them is not known."""
 
 
 class AttentionCheckError(AttnRewriteError):
@@ -59,6 +60,10 @@ class UnreadWeightsError(AttnRewriteError, AttributeError):
 
 class ExportError(AttnRewriteError, ValueError):
     """An exported program cannot be rewritten, or not so that PyTorch alone can load the result."""
+
+
+class IntegrationError(AttnRewriteError, ImportError):
+    """The library of an integration is not installed, or is too old."""
 
 
 class PatternError(AttnRewriteError, ValueError):

@@ -9,9 +9,7 @@ Source: https://github.com/modelscope/DiffSynth-Studio/blob/16ab67bf/diffsynth/c
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,11 +19,10 @@ from torch import Tensor
 from torch.fx.traceback import annotate
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from attnrewrite.api.arguments import PLAIN, CallSettings, ScoreMod, checked, under_autocast
+from attnrewrite.api.arguments import PLAIN, CallSettings, ScoreMod, checked
+from attnrewrite.api.eager_calls import run_compiled, within_graph
 from attnrewrite.errors import AttentionInputError
-from attnrewrite.ir.source import SourceLocation, called_from, own_files
-from attnrewrite.options.environment import request_of_environment
-from attnrewrite.options.request import Request
+from attnrewrite.ir.source import own_files
 from attnrewrite.selection.requests import COMPATIBILITY, KERNEL_OF_CALL
 from attnrewrite.torch_private import FailOnRecompileLimitHit
 
@@ -88,49 +85,18 @@ def attention_forward(
     sizes = tuple(dims.items()) if dims else ()
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
     settings = CallSettings(*patterns, sizes, scale, is_causal, compatibility_mode, window_size, use_flex)
-    if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+    if within_graph():
         return _attend(settings, q, k, v, attn_mask, score_mod)
     # Errors are raised here, and not from a half-traced graph.
     checked(settings, q, k, v, attn_mask, score_mod)
-    compiled = _compiled(settings, _kind(q, k, v, attn_mask), request_of_environment())
-    caller = sys._getframe(1)
-    token = called_from.set(SourceLocation(caller.f_code.co_filename, caller.f_lineno, caller.f_code.co_name, ""))
     try:
-        return compiled(q, k, v, attn_mask, score_mod)
+        result: Tensor = run_compiled(_attend, settings, q, k, v, attn_mask, score_mod)
     except FailOnRecompileLimitHit:
         raise AttentionInputError(
             "attention_forward was compiled too often for one kind of call; define score_mod once, outside of the "
             "loop, or raise torch._dynamo.config.recompile_limit"
         ) from None
-    finally:
-        called_from.reset(token)
-
-
-# Eager calls.
-
-
-def _kind(*tensors: Any) -> tuple[Any, ...]:
-    """All that Dynamo guards on, except sizes: each kind has its own function, and so its own recompilation limit."""
-    own = [(x.dtype, x.device, x.dim(), x.requires_grad) if isinstance(x, Tensor) else type(x) for x in tensors]
-    return (*own, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), under_autocast(tensors[0]))
-
-
-@functools.cache
-def _compiled(settings: CallSettings, kind: tuple[Any, ...], asked: Request | None) -> Callable[..., Tensor]:
-    """The function for these settings.
-
-    Args:
-        kind: of the tensors.
-        asked: what the environment asks for, which is read when a graph is compiled.
-    """
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any, score_mod: ScoreMod | None) -> Tensor:
-        return _attend(settings, q, k, v, attn_mask, score_mod)
-
-    # Dynamo's cache is keyed by code object.
-    attend.__code__ = attend.__code__.replace()
-    compiled: Callable[..., Tensor] = torch.compile(attend, backend="attnrewrite", fullgraph=True)
-    return compiled
+    return result
 
 
 # The mathematics.

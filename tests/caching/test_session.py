@@ -240,7 +240,7 @@ def the_machine() -> tuple[Any, nn.Module, dict[int, list[Any]]]:
     return machine
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(config=configs(), drawn=series())
 def test_series_of_calls_give_what_the_reference_gives(config: Any, drawn: tuple[list[Call], bool]) -> None:
     calls, separate = drawn

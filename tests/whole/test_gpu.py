@@ -382,7 +382,12 @@ def test_values_of_one_feature(single: str, key_heads: int, kernel: str, inner: 
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 17, heads * 16) for heads in (4, key_heads, key_heads)]
     inputs = [torch.randn(shape, generator=generator).half().cuda() for shape in shapes]
-    (row,) = rows(attend, *(each.clone().requires_grad_() for each in inputs), kernels=kernel, strict=True)
+    try:
+        (row,) = rows(attend, *(each.clone().requires_grad_() for each in inputs), kernels=kernel, strict=True)
+    except KernelError as error:
+        # FlashAttention takes one head size for all, and the memory-efficient kernel no groups of heads.
+        assert "takes values of the query's head size" in str(error) or "needs as many key heads" in str(error)
+        pytest.skip("the kernel is not willing")
     assert row.kernel == kernel
     new = rewritten(attend, inner, kernels=kernel, strict=True)
     truth, own, expected = (

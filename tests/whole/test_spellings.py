@@ -11,7 +11,7 @@ from tests.spellings.forms import Spelling
 from tests.spellings.judge import Outcome, judge
 from tests.spellings.strategy import spellings
 
-CASES = 80
+CASES = 40
 
 
 def test_random_spellings() -> None:
