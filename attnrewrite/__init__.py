@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         CacheMemoryError,
         ContextParallelError,
         ExportError,
+        IntegrationError,
         KernelError,
         OptionError,
     )
@@ -59,6 +60,7 @@ __all__ = [
     "ExportError",
     "FasterCacheConfig",
     "GraphReport",
+    "IntegrationError",
     "KernelError",
     "OptionError",
     "PatternError",
@@ -103,6 +105,7 @@ _NAMES = {
         "CacheMemoryError",
         "ContextParallelError",
         "ExportError",
+        "IntegrationError",
         "KernelError",
         "OptionError",
     ),

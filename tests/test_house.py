@@ -24,6 +24,7 @@ TORCH_PRIVATE = "attnrewrite.torch_private"
 PRIVATE_OF_OTHERS = {
     ("attnrewrite.api.eager_calls", "_getframe"),  # sys: the caller's line at each eager call, in no time.
     ("attnrewrite.caching.guidance", "_replace"),  # Of a named tuple; public in spite of its name.
+    ("attnrewrite.integrations.transformers", "_replace"),  # The same.
     ("attnrewrite.kernels.xformers", "_build_metadata"),  # xformers: the torch that it was built for.
     ("attnrewrite.kernels.xformers", "_cpp_library_load_exception"),  # xformers: why its library was not loaded.
 }
