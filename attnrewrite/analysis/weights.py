@@ -421,7 +421,7 @@ def _without_maximum(
     if inner is None or inner.target is not aten.sub.Tensor or inner.kwargs or not is_tensor(inner.args[1]):
         return argument, ()
     source: Any = inner.args[0]
-    if not is_tensor(source):
+    if not is_tensor(source) or not same_shape(tensor(source).shape, tensor(inner).shape):
         return argument, ()
     maximum = row_maximum(inner.args[1], source, layout, key_axes, own_row)
     return (source, (*maximum, inner, *casts)) if maximum is not None else (argument, ())
@@ -486,7 +486,7 @@ def split_sink(softmax: Softmax, key_dim: Dim) -> tuple[Softmax, Dim, bool] | No
             continue
         if node.target is aten.sub.Tensor and is_tensor(args[0]) and is_tensor(args[1]) and not node.kwargs:
             maximum = row_maximum(args[1], args[0], layout, axes_of((key_dim,)))
-            if maximum is None:
+            if maximum is None or not same_shape(tensor(args[0]).shape, tensor(node).shape):
                 return None
             chain.extend([*maximum, node])
             node = args[0]

@@ -145,7 +145,8 @@ def judge(mutant: Mutant, device: str = "cpu", inner: str | None = None) -> Outc
     """
     torch._dynamo.reset()
     built = mutant.built()
-    assert built is not None
+    if built is None:
+        return Outcome(mutant, "does not run", "what it reads of empty memory is another number in each run")
     graph, calls = built
     if device != "cpu" and _has_half_mask_of_one_column(graph, calls):
         return Outcome(mutant, "does not run", "a mask of one column ends the process in PyTorch's own call")
@@ -343,7 +344,19 @@ def _is_beyond_range(graph: fx.GraphModule, values: Values) -> bool:
         or _has_operand_beyond_range(graph, values)
         or _has_exponential_beyond_range(graph, values)
         or _masks_what_is_no_number(graph, values)
+        or _divides_by_zero(graph, values)
     )
+
+
+def _divides_by_zero(graph: fx.GraphModule, values: Values) -> bool:
+    """Whether a number that is not zero is divided by zero: sums of infinities are NaN in some orders."""
+    for node in graph.graph.nodes:
+        if node.target not in _QUOTIENTS:
+            continue
+        above, below = (values.get(arg.name) if isinstance(arg, fx.Node) else None for arg in node.args[:2])
+        if _floats(above) and _floats(below) and bool(((below == 0) & (above != 0) & ~above.isnan()).any()):
+            return True
+    return False
 
 
 def _masks_what_is_no_number(graph: fx.GraphModule, values: Values) -> bool:

@@ -1449,3 +1449,17 @@ def test_a_learned_addend_that_counts_for_nothing_has_a_gradient_of_zeros(factor
         rewritten(attend, "aot_eager")(*call).sum().backward()
     assert addend.grad is not None and not addend.grad.any()
     assert ["gradient of zeros" in row.reason for report in reports for row in report.sites] == [True]
+
+
+@_case(Q, K, V)
+def a_maximum_with_one_dimension_more_than_its_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.mT / 3
+    highest = s.amax(-1, keepdim=True)[None].clamp(min=0)
+    exponentials = (s - highest).exp()
+    return exponentials / ((-highest).exp() + exponentials.sum(-1, keepdim=True)) @ v
+
+
+@_case(Q, K, V)
+def a_maximum_with_one_dimension_more_than_its_scores_and_a_sink(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = torch.cat([q @ k.mT / 3, torch.zeros(BATCH, HEADS, LENGTH, 1)], dim=-1)
+    return (s - s.amax(-1, keepdim=True)[None]).softmax(-1)[..., :-1] @ v
