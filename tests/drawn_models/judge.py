@@ -18,7 +18,7 @@ from tests.coverage.precision import Measured, judged, measured_in, nudged
 from tests.support.against_eager import Tolerance, wrong
 from tests.support.helpers import rewritten
 from tests.support.reordered import TF32, Reordered, Rounded
-from tests.support.scores import largest_score
+from tests.support.scores import digits_of_scores, largest_score
 
 __all__ = ["DRAWS", "Model", "Outcome", "draw", "judge"]
 
@@ -114,10 +114,11 @@ def _judged(
             return _failure(measured, run, error, plain)
         judged_as = measured, run, new, own, truth
         difference = _difference(*judged_as, gradients, device)
-        if difference and gradients:
+        if difference and (gradients or device != "cpu"):
             largest = largest_score(lambda: measured.own(run))
-            digits = 2 * torch.finfo(measured.dtype).eps * largest
-            if _mostly_nan(own, new) or largest > 1e4 or not _difference(*judged_as, gradients, device, digits):
+            digits = digits_of_scores(largest, measured.dtype, device)
+            lost = gradients and (_mostly_nan(own, new) or largest > 1e4)
+            if lost or not _difference(*judged_as, gradients, device, digits):
                 return "beyond range", difference
         if difference and _rounding_does_as_much(measured, run, own, truth, gradients, device):
             return "ill-conditioned", difference
@@ -142,7 +143,7 @@ def _failure(measured: Measured, run: Any, error: Exception, plain: str) -> tupl
 def _difference(
     measured: Measured, run: Any, new: Any, own: Any, truth: Any, gradients: bool, device: str, digits: float = 0.0
 ) -> str:
-    """``digits``: the least relative error of a gradient that is allowed in float32 and float64."""
+    """``digits``: the least relative error that is allowed in float32 and float64."""
     if measured.dtype in HALF:
         how: dict[str, Any] = {"beside": 0.25, "whole": True} if gradients else {}
         if not gradients and any(_overflows(o, t) for o, t in zip(own, truth, strict=True)):
@@ -153,7 +154,9 @@ def _difference(
     results = [_results(each, gradients) for each in (new, own, truth)]
     # Key biases have gradients of zero, which are sums over all positions.
     tolerance = Tolerance.on(device)
-    tolerance = replace(tolerance, small=0.1, gradient=max(tolerance.gradient, digits))
+    tolerance = replace(
+        tolerance, small=0.1, gradient=max(tolerance.gradient, digits), value=max(tolerance.value, digits)
+    )
     return wrong(measured.dtype, results[0], results[1], results[2], tolerance)
 
 

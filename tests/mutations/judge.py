@@ -19,7 +19,7 @@ from tests.support.against_eager import Results, Tolerance, prepared, run, wrong
 from tests.support.helpers import outputs, rewritten
 from tests.support.reference import Reference, wide
 from tests.support.reordered import TF32, Rounded
-from tests.support.scores import largest_score
+from tests.support.scores import digits_of_scores, largest_score
 
 __all__ = ["Mutant", "Outcome", "draw", "judge", "shrunk"]
 
@@ -232,9 +232,10 @@ def _rounding_does_as_much(
     kernel have the rounding of the largest score.
     """
     dtype, tolerance = mutant.rounded_to, Tolerance.on(device)
-    if mutant.gradients and dtype not in HALF:
-        digits = 4 * torch.finfo(dtype).eps * largest_score(lambda: run(attend, call(), False))
-        tolerance = replace(tolerance, gradient=max(tolerance.gradient, digits))
+    if dtype not in HALF and (mutant.gradients or device != "cpu"):
+        digits = digits_of_scores(largest_score(lambda: run(attend, call(), False)), dtype, device, roundings=4)
+        value = tolerance.value if device == "cpu" else max(tolerance.value, digits)
+        tolerance = replace(tolerance, value=value, gradient=max(tolerance.gradient, digits))
     moved = run(attend, _moved(call(), mutant), mutant.gradients)
     with Rounded(seed=7):
         rounded = run(attend, _moved(call(), mutant), mutant.gradients)
