@@ -465,4 +465,5 @@ _RULES: dict[Any, Any] = {
     aten.index_put.default: _assigned_by_numbers,
     aten.slice_scatter.default: _step_on_a_part,
     aten.select_scatter.default: _step_on_a_part,
+    aten.diagonal_scatter.default: _step_on_a_part,
 }

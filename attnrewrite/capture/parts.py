@@ -3,6 +3,7 @@
     x[:, 1:] += bias       =  x + pad(bias)         padded with -0.0, which changes no number
     x[:, 1:] *= factor     =  x * pad(factor)       padded with 1
     x[:, mask_of_a_part]   =  x.masked_fill(pad(mask), value)
+    x.diagonal().fill_(value)  =  x.masked_fill(row == column, value)
     x[:, 1:] = (x[:, 1:].view(shape) + bias).view(...)   =  x + pad(bias.expand(shape).view(...))
 
 Functional tracing writes them as ``slice_scatter(x, step(slice(x)))``. A result keeps its bits.
@@ -37,6 +38,8 @@ def applied_to_all(ir: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """
     args: Any = node.args
     whole, written = args[:2]
+    if node.target is aten.diagonal_scatter.default:
+        return _filled_diagonal(ir, node)
     if node.target not in _SCATTERS or not is_tensor(whole) or not is_tensor(written):
         return None
     span = span_of(node, tensor(written), 2)
@@ -56,6 +59,40 @@ def applied_to_all(ir: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     for step in steps:
         result = step(result)
     return result
+
+
+def _filled_diagonal(ir: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """What ``node``, ``diagonal_scatter``, is as a fill by a mask; None if it does not write one number."""
+    args: list[Any] = [*node.args, *(0, 0, 1)[len(node.args) - 2 :]]
+    whole, written, offset, first, second = args
+    if node.kwargs or not is_tensor(whole) or not is_tensor(written):
+        return None
+    fill = _fill(written)
+    if fill is None or tensor(written).dtype is not tensor(whole).dtype:
+        return None
+    rank = tensor(whole).dim()
+    builder = Builder(ir, before=node, like=node)
+
+    def positions(dim: int) -> fx.Node:
+        size = tensor(whole).shape[dim]
+        numbers = builder.call(aten.arange.default, size, dtype=torch.int64, device=tensor(whole).device)
+        behind = rank - 1 - dim % rank
+        return builder.call(aten.reshape.default, numbers, [size, *[1] * behind]) if behind else numbers
+
+    rows = builder.call(aten.add.Tensor, positions(first), offset) if offset else positions(first)
+    mask = builder.call(aten.eq.Tensor, rows, positions(second))
+    return fill(builder, whole, mask)
+
+
+def _fill(node: fx.Node) -> Callable[[Builder, fx.Node, fx.Node], fx.Node] | None:
+    """How the one number that ``node`` writes everywhere is written where a mask is true; None if it does not."""
+    args: Any = node.args
+    if node.target is aten.zero.default:
+        return lambda builder, whole, mask: builder.call(aten.masked_fill.Scalar, whole, mask, 0)
+    by_mask: Any = {aten.fill.Scalar: aten.masked_fill.Scalar, aten.fill.Tensor: aten.masked_fill.Tensor}.get(
+        node.target
+    )  # type: ignore[call-overload]
+    return by_mask and (lambda builder, whole, mask: builder.call(by_mask, whole, mask, args[1]))
 
 
 _Step = Callable[[fx.Node], fx.Node]
@@ -156,9 +193,9 @@ def _step(node: fx.Node, part: _Part) -> tuple[fx.Node | None, _Step] | None:
         return None
     if target in COPY_OPS and target is not aten.detach.default:
         return args[0], lambda whole: whole
-    if target in (aten.fill.Scalar, aten.fill.Tensor):
-        fill = aten.masked_fill.Tensor if target is aten.fill.Tensor else aten.masked_fill.Scalar
-        return None, lambda whole: call(fill, whole, part.number(True, False, torch.bool), args[1])
+    fill = _fill(node)
+    if fill is not None:
+        return None, lambda whole: fill(part.builder, whole, part.number(True, False, torch.bool))
     if target in MASKED_FILL_OPS:
         return args[0], lambda whole: call(target, whole, part.padded(args[1], False), args[2])
     return _arithmetic_step(node, part)

@@ -44,6 +44,14 @@ def corner_in_another_shape(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, colum
     return scores.softmax(-1) @ v
 
 
+@_spelling.add(_Q, _Q, _Q)
+def diagonal_filled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """No position attends to itself."""
+    scores = q @ k.mT * 8**-0.5
+    scores.diagonal(dim1=-2, dim2=-1).fill_(-math.inf)
+    return scores.softmax(-1) @ v
+
+
 @_spelling.add(_Q, _K, _V, keep(2, 1, 1, "S"), keep(1, 1, "L", "S"))
 def filled_twice_with_a_number(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, mask: Tensor) -> Tensor:
     scores = (q @ k.mT * 8**-0.5).masked_fill(~padding, -1e10)

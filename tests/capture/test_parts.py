@@ -71,9 +71,16 @@ def numbers(s: Tensor) -> None:
     s[..., 3] = s[..., 3] / 2 - 0.25
 
 
+def diagonals(s: Tensor) -> None:
+    s.diagonal(dim1=-2, dim2=-1).fill_(-math.inf)
+    s.diagonal(2, 2, 3).fill_(torch.finfo(s.dtype).min)
+    s.diagonal(offset=1, dim1=3, dim2=2).fill_(-1e4)
+    s.diagonal(-6, -1, -2).zero_()
+
+
 STEPS = (
     *(added, subtracted_from_rows, added_to_a_head, added_to_a_batch, multiplied, divided),
-    *(masked, assigned, filled, filled_column, filled_corner, numbers),
+    *(masked, assigned, filled, filled_column, filled_corner, numbers, diagonals),
 )
 
 
@@ -97,7 +104,11 @@ def a_function(s: Tensor) -> None:
     s[:, :, 1:] = s[:, :, 1:].tanh()
 
 
-OTHERS = (steps_of_an_odd_kind, a_part_of_another_tensor, another_part, no_identity, a_function)
+def a_diagonal_of_numbers(s: Tensor) -> None:
+    s.diagonal(dim1=-2, dim2=-1).copy_(_bias(s, 7))
+
+
+OTHERS = (a_diagonal_of_numbers, steps_of_an_odd_kind, a_part_of_another_tensor, another_part, no_identity, a_function)
 
 
 def attention(step: Callable[[Tensor], None]) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
