@@ -86,6 +86,11 @@ enter_autocast = torch.amp.autocast_mode._enter_autocast
 exit_autocast = torch.amp.autocast_mode._exit_autocast
 """The calls of ``torch.autocast`` in a graph: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/amp/autocast_mode.py#L391"""
 
+switch_sdpa_backends = torch.nn.attention._sdpa_kernel
+"""The call of ``torch.nn.attention.sdpa_kernel`` in a graph, at both ends of a region:
+https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/attention/__init__.py#L82
+"""
+
 set_grad_enabled = torch._C._set_grad_enabled
 """The call of ``torch.no_grad`` and ``torch.enable_grad`` in a graph."""
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from attnrewrite.errors import AttentionInputError
+from attnrewrite.options.environment import diffusers_checks
 
 __all__ = ["PLAIN", "CallSettings", "ScoreMod", "checked", "under_autocast"]
 
@@ -55,6 +56,11 @@ def checked(
     _check_sizes(settings, q, k, v)
     if mask is not None:
         _check_mask(settings, mask, q, k)
+        if settings.is_causal and diffusers_checks():
+            raise AttentionInputError(
+                "attn_mask and is_causal=True are both given, which DIFFUSERS_ATTN_CHECKS forbids; put the causal mask "
+                "into attn_mask, or unset the variable: masks are combined then"
+            )
     if settings.use_flex:
         _check_flex(q, k, v)
     return q, k, v

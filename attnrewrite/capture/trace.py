@@ -23,6 +23,7 @@ from attnrewrite.capture.mode_regions import cast_addends, detach_in_regions
 from attnrewrite.capture.normalize import normalize
 from attnrewrite.capture.opaque import OpaqueCalls
 from attnrewrite.capture.prepare import prepared_graph
+from attnrewrite.capture.sdpa_regions import annotate_sdpa_regions
 from attnrewrite.capture.subclasses import HeldCalls
 from attnrewrite.capture.support import (
     CaptureError,
@@ -68,13 +69,14 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     """Returns the IR of ``gm``.
 
     Args:
-        gm: a graph made by Dynamo, legalized (:mod:`attnrewrite.capture.legalize`). It is not changed.
+        gm: a graph made by Dynamo, legalized (:mod:`attnrewrite.capture.legalize`). It is changed in annotations alone.
         example_inputs: the inputs that Dynamo passes to the backend; used for placeholders without a fake value.
 
     Raises:
         CaptureError: functional tracing cannot express the graph. Nothing was changed.
     """
     gm = with_data_detached(_without_vmap(gm))
+    annotate_sdpa_regions(gm)
     _refuse_function_transforms(gm)
     gradients = torch.is_grad_enabled() or enables_gradients(gm)
     if gradients:

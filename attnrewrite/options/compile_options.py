@@ -11,7 +11,7 @@ from typing import Any
 from attnrewrite.errors import OptionError
 from attnrewrite.options.cache_config import FasterCacheConfig, PyramidAttentionBroadcastConfig, validated
 from attnrewrite.options.context_parallel import ContextParallel, context_parallel_option
-from attnrewrite.options.environment import request_of_environment, switched
+from attnrewrite.options.environment import diffusers_checks, request_of_environment, switched
 from attnrewrite.options.request import kernel_names
 from attnrewrite.torch_private import inductor_config
 
@@ -36,7 +36,8 @@ class Policy:
         tolerance: the largest error, relative to the largest number of a site's result, with which a kernel of lower
             precision is admitted (:mod:`attnrewrite.numerics.tolerance`). Default None: only by name.
         checks: whether device, dtype and shapes of the operands are checked before each call of a kernel
-            (:mod:`attnrewrite.passes.insert_checks`). Default ``ATTNREWRITE_CHECKS``, which is False where it is unset.
+            (:mod:`attnrewrite.passes.insert_checks`). Default ``ATTNREWRITE_CHECKS``, or where it is unset
+            ``DIFFUSERS_ATTN_CHECKS``, or False.
         kernels: the kernels to use, in order of preference; empty for the automatic choice.
         kernel_rules: kernels for single sites: pairs of a glob, over the module's path or over "file:line", and names.
             The first match applies. The option is a dictionary.
@@ -90,8 +91,9 @@ class Policy:
         inner: dict[str, Any] = {}
         for key, value in (options or {}).items():
             (own if key in OWN_OPTIONS else inner)[key] = value
-        for key in ("verify", "checks", "autotune"):
-            own.setdefault(key, bool(switched(f"ATTNREWRITE_{key.upper()}")))
+        for key, otherwise in (("verify", False), ("checks", diffusers_checks()), ("autotune", False)):
+            given = switched(f"ATTNREWRITE_{key.upper()}")
+            own.setdefault(key, otherwise if given is None else given)
         if own.get("fuse_projections") is None:
             own["fuse_projections"] = switched("ATTNREWRITE_FUSE_PROJECTIONS")
         for key in ("assume_attended_rows", "verify", "checks", "strict", "autotune", DATA_DEPENDENT_SIZES):

@@ -14,6 +14,7 @@ __all__ = [
     "cache_directory",
     "debug_directory",
     "debug_tensor_limit",
+    "diffusers_checks",
     "raises_defects",
     "request_of_environment",
     "switched",
@@ -70,6 +71,14 @@ def switched(name: str) -> bool | None:
     if value not in ("", "0", "1"):
         raise OptionError(f"{name} takes 1 or 0; got {value!r}")
     return value == "1" if value else None
+
+
+def diffusers_checks() -> bool:
+    """``DIFFUSERS_ATTN_CHECKS``: whether diffusers checks operands, and forbids a mask beside ``is_causal``.
+
+    It is true as diffusers reads it: https://github.com/huggingface/diffusers/blob/v0.36.0/src/diffusers/utils/constants.py
+    """
+    return os.environ.get("DIFFUSERS_ATTN_CHECKS", "0").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def raises_defects() -> bool:

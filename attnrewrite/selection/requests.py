@@ -1,9 +1,10 @@
 """The kernels that a site is offered, in their order.
 
-Kernels that the user requested come first. A request has one of seven levels; from the strongest: an argument of the
+Kernels that the user requested come first. A request has one of eight levels; from the strongest: an argument of the
 call (``compatibility_mode`` of :func:`attnrewrite.attention_forward`), ``kernels=`` of the decorator (a rule for all
 sites of a part of the model), ``options["kernel_rules"]``, the context manager :func:`attention_backend`,
-``options["kernels"]``, ``ATTNREWRITE_KERNELS``, then the variables that diffusers and DiffSynth-Studio read.
+``options["kernels"]``, ``ATTNREWRITE_KERNELS``, then the variables that diffusers and DiffSynth-Studio read. Without
+them, a call under ``torch.nn.attention.sdpa_kernel(...)`` in the source asks for the back ends that are left to it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from contextvars import ContextVar
 
 from torch import fx
 
+from attnrewrite.capture.sdpa_regions import SDPA_BACKENDS
+from attnrewrite.ir.nodes import is_tensor, tensor
 from attnrewrite.ir.source import SourceLocation
 from attnrewrite.kernels import Kernel, kernel_named, registered_kernels
 from attnrewrite.options.compile_options import Policy
@@ -94,7 +97,30 @@ def request_for(policy: Policy, location: SourceLocation | None, call: fx.Node) 
     if policy.kernels:
         return Request(policy.kernels, "options['kernels']", policy.strict)
     environment = request_of_environment()
-    return environment and Request(environment.names, environment.origin, environment.strict or policy.strict)
+    if environment is None:
+        return _request_of_region(call, policy.strict)
+    return Request(environment.names, environment.origin, environment.strict or policy.strict)
+
+
+_KERNELS_OF_BACKENDS = {
+    "cuda": {
+        "FLASH_ATTENTION": "_native_flash",
+        "EFFICIENT_ATTENTION": "_native_efficient",
+        "CUDNN_ATTENTION": "_native_cudnn",
+        "MATH": "_native_math",
+    },
+    "cpu": {"FLASH_ATTENTION": "native", "MATH": "_native_math"},
+}
+"""By the type of device and the name of an ``SDPBackend``, the kernel that is it."""
+
+
+def _request_of_region(call: fx.Node, strict: bool) -> Request | None:
+    names = call.meta.get("custom", {}).get(SDPA_BACKENDS)
+    if names is None or not is_tensor(call):
+        return None
+    known = _KERNELS_OF_BACKENDS.get(tensor(call).device.type, {})
+    kernels = tuple(known[name] for name in names.split(",") if name in known)
+    return Request(kernels, "torch.nn.attention.sdpa_kernel", strict) if kernels else None
 
 
 def unmatched_rules(policy: Policy, locations: Iterable[SourceLocation | None]) -> tuple[str, ...]:
