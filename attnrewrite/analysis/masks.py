@@ -13,7 +13,18 @@ from typing import Any
 import sympy
 
 from attnrewrite.analysis.entries import Cases, Entries, Unknown, expression_of, symbols_of
-from attnrewrite.analysis.formulas import All, AtLeast, Formula, Known, Some, negation, parts, symbols
+from attnrewrite.analysis.formulas import (
+    All,
+    AtLeast,
+    Formula,
+    Known,
+    Some,
+    conjunction,
+    disjunction,
+    negation,
+    parts,
+    symbols,
+)
 from attnrewrite.analysis.values import (
     FAR_BELOW,
     ORDINARY,
@@ -303,15 +314,16 @@ def _compares_entries(key: Any) -> bool:
 def attended_everywhere(mods: Sequence[ScoreMod | Raise], positions: Positions) -> str | None:
     """The proof that every query row has a key that no mod masks; None if none was found.
 
-    The proof is a witness in words, such as "key position = query position". Three are tried: the first key, the
-    query's own position, and the query's position counted from the end.
+    The proof is a witness in words, such as "key position = query position". Four are tried: the first key, the
+    query's own position, the query's position counted from the end, and the first key or the second, whichever is open
+    (no position attends to itself).
     """
     masking = [mod for mod in mods if isinstance(mod, (Bias, Fill))]
     if not masking:
         return "there is no mask"
     query_axes, key_axes = positions.query_axes, positions.key_axes
     if len(query_axes) > 1 or len(key_axes) > 1:
-        return "no term masks" if all(_is_open(mod, positions, {}) for mod in masking) else None
+        return "no term masks" if conjunction(_open_where(mod, positions, {}) for mod in masking) is True else None
     keys, queries = positions.keys, positions.queries
     query = positions.symbol(query_axes[0]) if query_axes else sympy.Integer(0)
     witnesses = [("the first key", sympy.Integer(0))]
@@ -320,17 +332,27 @@ def attended_everywhere(mods: Sequence[ScoreMod | Raise], positions: Positions) 
             ("key position = query position", query),
             ("key position = query position, counted from the end", query + keys - queries),
         ]
-    for words, witness in witnesses:
+
+    def open_at(witness: Any) -> Formula:
         at = {key_axes[0]: witness} if key_axes else {}
-        if all(_is_open(mod, positions, at) for mod in masking):
+        return conjunction(_open_where(mod, positions, at) for mod in masking)
+
+    for words, witness in witnesses:
+        if open_at(witness) is True:
             return words
+    # A number: tracing takes a symbol for two at least, also where an exported program is given one.
+    if isinstance(keys, sympy.Integer) and keys >= 2:
+        first, second = (open_at(sympy.Integer(key)) for key in range(2))
+        if disjunction([first, second]) is True:
+            return "the first or the second key"
     return None
 
 
-def _is_open(mod: Bias | Fill, positions: Positions, at: dict[Axis, Any]) -> bool:
-    """Whether a modification never masks a score at the positions ``at``."""
+def _open_where(mod: Bias | Fill, positions: Positions, at: dict[Axis, Any]) -> Formula:
+    """Under which condition a modification masks no score at the positions ``at``; False where that is not known."""
     if isinstance(mod, Fill):
-        return truth(positions.of(mod.condition, at)) is mod.invert
+        filled = truth(positions.of(mod.condition, at))
+        return False if filled is None else filled if mod.invert else negation(filled)
 
     def harmless(value: object) -> bool:
         added = mod.of(value) if isinstance(value, float) else None
@@ -340,7 +362,8 @@ def _is_open(mod: Bias | Fill, positions: Positions, at: dict[Axis, Any]) -> boo
         return True
     entry = positions.of(mod.operand, at)
     if isinstance(entry, Cases):
-        return all(harmless(number) for number, formula in entry.numbers if formula is not False)
+        possible = [number for number, formula in entry.numbers if formula is not False]
+        return all(map(harmless, possible)) or entry.where(harmless)
     return isinstance(entry, sympy.Number) and harmless(float(entry))
 
 

@@ -396,6 +396,16 @@ def _triangle(
     return builder.call(compare, apart, argument_of(whole, 2, "offset", 0))
 
 
+def _identity(ir: fx.GraphModule, node: fx.Node) -> None:
+    """``eye(n, m)`` is ``(row == column).to(dtype)``."""
+    value = tensor(node)
+    builder = Builder(ir, before=node, like=node)
+    kind = {"device": value.device, "pin_memory": False}
+    rows, columns = (builder.call(aten.arange.default, size, **kind) for size in value.shape)
+    equal = builder.call(aten.eq.Tensor, builder.call(aten.unsqueeze.default, rows, 1), columns)
+    _replace(node, equal if value.dtype is torch.bool else builder.call(aten.to.dtype, equal, value.dtype))
+
+
 def _conversions(ir: fx.GraphModule, node: fx.Node) -> None:
     """Decomposes ``aten.copy``, which slice assignments leave, into conversions, which have a derivative."""
     builder = Builder(ir, before=node, like=node)
@@ -455,6 +465,8 @@ _RULES: dict[Any, Any] = {
     aten.new_ones.default: _fill_value(1),
     aten.full_like.default: _fill_value(None),
     aten.new_full.default: _fill_value(None),
+    aten.eye.default: _identity,
+    aten.eye.m: _identity,
     aten.type_as.default: _dtype_of_other,
     aten.to.dtype_layout: _layout_as_it_is,
     aten.view_as.default: _shape_of_other(aten.reshape.default),

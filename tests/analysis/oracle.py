@@ -157,9 +157,15 @@ class _Case:
             "key position = query position": query,
             "key position = query position, counted from the end": query + self.keys - self.queries,
         }
-        witness = witnesses[words]
-        open_there = [self.drawing.is_kept(n, batch, query, witness) for n in range(len(self.drawing.terms))]
-        self._claim("attended_everywhere", words, z3.And(witness >= 0, witness < self.keys, *open_there))
+        if words == "the first or the second key":
+            either = [self._is_open(batch, query, z3.IntVal(key)) for key in range(2)]
+            self._claim("attended_everywhere", words, z3.Or(*either))
+            return
+        self._claim("attended_everywhere", words, self._is_open(batch, query, witnesses[words]))
+
+    def _is_open(self, batch: Any, query: Any, key: Any) -> Any:
+        kept = [self.drawing.is_kept(n, batch, query, key) for n in range(len(self.drawing.terms))]
+        return z3.And(key >= 0, key < self.keys, *kept)
 
     def _of_all(self, kept: Formula) -> None:
         """What is said of all terms together."""

@@ -469,3 +469,42 @@ def test_a_mask_by_vmap_that_reads_a_tensor() -> None:
     (row,) = rows(attention, *inputs)
     assert row.status == "rewritten"
     assert relative_error(rewritten(attention)(*inputs), attention(*inputs)) <= 1e-5
+
+
+def not_itself(queries: int, keys: int) -> Tensor:
+    i, j = _positions(queries, keys)
+    return i != j
+
+
+def not_identity(queries: int, keys: int) -> Tensor:
+    return ~torch.eye(queries, keys, dtype=torch.bool)
+
+
+def identity_lowered(queries: int, keys: int) -> Tensor:
+    return torch.eye(queries, keys) * -1e9
+
+
+def not_two_diagonals(queries: int, keys: int) -> Tensor:
+    i, j = _positions(queries, keys)
+    return (i != j) & (i + 1 != j)
+
+
+@pytest.mark.parametrize("mask", [not_itself, not_identity, identity_lowered])
+def test_a_row_that_does_not_attend_to_itself_has_the_first_key_or_the_second(mask: Any) -> None:
+    attention, inputs = _attend(mask)
+    (row,) = rows(attention, *inputs)
+    assert row.proof == ("every row keeps a key: the first or the second key",)
+
+
+@pytest.mark.parametrize(
+    ("mask", "keys"), [(not_itself, 1), (not_identity, 1), (not_two_diagonals, 1), (not_two_diagonals, 2)]
+)
+def test_rows_without_a_key_beside_those_that_do_not_attend_to_themselves(mask: Any, keys: int) -> None:
+    """A single key is the first query's own, and with two diagonals the first query has none of two."""
+    attention, inputs = _attend(mask, keys)
+    with torch.no_grad():
+        (row,) = rows(attention, *inputs)
+        assert "the first or the second key" not in " ".join(row.proof)
+        actual, expected = rewritten(attention)(*inputs), attention(*inputs)
+    assert expected.isnan().any() and torch.equal(actual.isnan(), expected.isnan())
+    assert relative_error(actual.nan_to_num(), expected.nan_to_num()) <= 1e-5
