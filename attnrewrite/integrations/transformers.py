@@ -5,12 +5,17 @@ its attentions, and :func:`attention_mask`, which it makes their masks with. A m
 mathematics there, which the backend reads like any other attention; in a model that is not, each attention runs
 compiled by itself.
 
+A mask of None means in transformers' eager path that all keys are seen, and in its sdpa path what ``is_causal`` of the
+module says. Models that do not support the latter have an ``is_causal`` that nothing reads, and change masks as
+numbers. So they are given eager's masks, and None means there what it means in eager.
+
 Source: https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/integrations/sdpa_attention.py for what
 the arguments mean, and the ``eager_attention_forward`` of each model for what is computed.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
@@ -24,8 +29,8 @@ from attnrewrite.ir.source import own_files
 from attnrewrite.torch_private import FailOnRecompileLimitHit
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+    from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask, sdpa_mask
 except ImportError as error:
     raise IntegrationError(
         f"attnrewrite.integrations.transformers needs transformers 4.53 or later ({error}); "
@@ -53,6 +58,9 @@ def register() -> None:
 def attention_mask(*, allow_is_causal_skip: bool = True, **arguments: Any) -> Tensor | None:
     """The mask of transformers' ``sdpa_mask``: (batch, 1, queries, keys), true where a key counts; None for all keys.
 
+    For a model that does not support transformers' sdpa path it is that of ``eager_mask``, which is added to the
+    scores.
+
     Windows, chunks, padding and packed sequences are in the mask. It is None where it would say no more than
     :func:`attention` knows: that the keys are the queries' own positions and each sees those before it (unless the
     module says that it is not causal), or that there is one query, which sees all. With a static cache of more places
@@ -60,8 +68,11 @@ def attention_mask(*, allow_is_causal_skip: bool = True, **arguments: Any) -> Te
 
     Args:
         allow_is_causal_skip: whether a causal mask may be None. Default True.
-        arguments: those of ``sdpa_mask``.
+        arguments: those of ``sdpa_mask``, and ``config``.
     """
+    if not _supports_sdpa(type(arguments.get("config"))):
+        added: Tensor | None = eager_mask(allow_is_causal_skip=allow_is_causal_skip, **arguments)
+        return added
     # Before transformers 5 the queries are given by their positions.
     positions = arguments.get("cache_position")
     queries = arguments["q_length"] if positions is None else positions.shape[0]
@@ -107,7 +118,8 @@ def attention(
         sliding_window: the window of the layer. transformers has it in the mask, where it is not None; without a mask
             there must be no more keys than it reaches. Default None.
         is_causal: whether, without a mask, a query sees only the keys up to its own position; a single query sees
-            all. Default None, which asks ``module.is_causal``, and is true if that is not there.
+            all. Default None: ``module.is_causal``, or True without it. It counts for models that support transformers'
+            sdpa path (by ``module.config``), or where the module has no ``config``.
         sinks: as ``s_aux``, in a shape that is broadcast to (batch, heads, queries, 1). Default None.
         output_attentions: whether the weights are returned. Default None, which is False.
         others: arguments of the model that say nothing about its attention.
@@ -121,8 +133,11 @@ def attention(
     """
     _check_others(others, attention_mask)
     queries, keys = query.shape[-2], key.shape[-2]
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
+    config = getattr(module, "config", None)
+    if config is not None and not _supports_sdpa(type(config)):
+        is_causal = False  # Also where such a model hands it on: its masks say it.
+    elif is_causal is None:
+        is_causal = config is not None and getattr(module, "is_causal", True)
     # A branch for each: the comparison of two symbolic sizes is a symbol, and not the answer.
     causal = bool(is_causal) and attention_mask is None
     if causal and queries == 1:
@@ -150,6 +165,18 @@ def attention(
             "compile the model"
         ) from None
     return result
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.cache
+def _supports_sdpa(config: type) -> bool:
+    """Whether the model of a configuration supports transformers' sdpa path; False for one that is not known."""
+    try:
+        models = MODEL_MAPPING[config]
+    except KeyError:
+        return False
+    listed: tuple[Any, ...] = models if isinstance(models, tuple) else (models,)
+    return all(model._supports_sdpa for model in listed)
 
 
 class _Settings(NamedTuple):

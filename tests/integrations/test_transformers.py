@@ -16,7 +16,7 @@ from attnrewrite.integrations import transformers as integration
 from tests.coverage.case import Case
 from tests.coverage.entries_transformers import CASES
 from tests.support.helpers import outputs, relative_error
-from tests.support.zoo import ids, padded
+from tests.support.zoo import TOKENS, ids, padded, transformer
 
 BY_NAME = {case.name: case for case in CASES}
 TYPES = [
@@ -130,6 +130,43 @@ def test_gradients(name: str, compiled: bool) -> None:
         assert float((ours - theirs).abs().max()) <= 1e-4 * max(float(theirs.abs().max()), 1e-2 * largest)
 
 
+_SEQ2SEQ = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+    "dropout": 0.0,
+    "use_cache": False,
+    **TOKENS,
+}
+_EXPERTS = {"num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2}
+_ENCODER = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+WITHOUT_SDPA: dict[str, dict[str, Any]] = {
+    "BigBirdPegasus": _SEQ2SEQ,
+    "PegasusX": _SEQ2SEQ,
+    "NllbMoe": {**_SEQ2SEQ, **_EXPERTS},
+    "Splinter": {**_ENCODER, "intermediate_size": 48},
+}
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("name", WITHOUT_SDPA)
+@pytest.mark.parametrize("compiled", [False, True], ids=["uncompiled", "compiled"])
+def test_models_that_do_not_support_sdpa(name: str, compiled: bool) -> None:
+    """Their ``is_causal``, which nothing else reads, is that of no mask that they leave out."""
+    model = transformer(f"{name}Model", f"{name}Config", **WITHOUT_SDPA[name])
+    inputs = {"input_ids": ids(2, 7, 0), **({} if name == "Splinter" else {"decoder_input_ids": ids(2, 5, 1)})}
+    own, new = model(), switched(model())
+    call = torch.compile(new, backend="attnrewrite", options={"inner_backend": "eager"}) if compiled else new
+    with torch.no_grad():
+        assert relative_error(call(**inputs)[0], own(**inputs)[0]) <= 1e-5
+
+
 @pytest.mark.parametrize("cache", ["static", "dynamic"])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_generated_tokens(name: str, cache: str) -> None:
@@ -159,7 +196,6 @@ def test_generated_tokens(name: str, cache: str) -> None:
 
 def operands() -> tuple[nn.Module, Tensor, Tensor, Tensor]:
     module = nn.Module()
-    module.is_causal = True  # type: ignore[assignment]
     query, key, value = torch.randn(3, 2, 4, 6, 8).unbind()
     return module.eval(), query, key[:, :2], value[:, :2]
 
@@ -185,7 +221,7 @@ def test_what_is_refused(given: dict[str, Any], message: str) -> None:
 def test_a_causal_attention_of_more_keys_than_queries_needs_a_mask() -> None:
     module, query, key, value = operands()
     with pytest.raises(AttentionInputError, match="does not say which keys a query sees"):
-        integration.attention(module, query[:, :, :4], key, value, None)
+        integration.attention(module, query[:, :, :4], key, value, None, is_causal=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
