@@ -154,7 +154,6 @@ WITHOUT_SDPA: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.every
 @pytest.mark.parametrize("name", WITHOUT_SDPA)
 @pytest.mark.parametrize("compiled", [False, True], ids=["uncompiled", "compiled"])
 def test_models_that_do_not_support_sdpa(name: str, compiled: bool) -> None:

@@ -1,7 +1,7 @@
 """Large families of tests: a run of the whole suite draws a part of each, another one in each run.
 
 Tests with many parameters cross forms, dtypes and kernels. All of them take the suite over its time; each run takes one
-in fourteen of each family, by a seed that it prints. ``--every`` asks for all, and so does a path, ``-k`` or ``-m``.
+in twenty of each family, by a seed that it prints. ``--every`` asks for all, and so does a path, ``-k`` or ``-m``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["draw", "seed"]
 _FEWEST = 2
 """A family of no more members is not drawn from, and no fewer are drawn."""
 
-_SHARES = {"parameters": 14, "module": 4}
+_SHARES = {"parameters": 20, "module": 4}
 """One in so many: of a test with many parameters, and of a module that is marked ``drawn``, whose tests take long."""
 
 
