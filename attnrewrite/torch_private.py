@@ -183,6 +183,16 @@ TorchDispatchMode = torch.utils._python_dispatch.TorchDispatchMode
 disable_current_modes = torch.utils._python_dispatch._disable_current_modes
 """Leaves every dispatch mode, so that none sees what is computed inside."""
 
+
+def is_transformed_or_watched() -> bool:
+    """Whether ``torch.jit.trace``, a transform of ``torch.func`` or a mode of ``__torch_dispatch__`` is active:
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/utils/_python_dispatch.py#L1
+    """
+    if torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return torch._C._functorch.maybe_current_level() is not None
+
+
 is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 """Whether a tensor is one of a level of ``torch.func``, which has no memory of its own."""
 

@@ -15,6 +15,7 @@ from attnrewrite.api.arguments import under_autocast
 from attnrewrite.ir.source import SourceLocation, called_from, own_files
 from attnrewrite.options.environment import request_of_environment
 from attnrewrite.options.request import Request
+from attnrewrite.torch_private import forward_mode_level, is_transformed_or_watched
 
 __all__ = ["run_compiled", "within_graph"]
 
@@ -22,8 +23,14 @@ own_files.add(__file__)
 
 
 def within_graph() -> bool:
-    """Whether the call is being traced: then the mathematics goes into the graph as it is."""
-    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+    """Whether the call is being traced, transformed or watched: then the mathematics runs as it is, and is seen.
+
+    ``torch.func``, ``torch.jit.trace``, forward-mode differentiation and dispatch modes (``FlopCounterMode``,
+    ``FakeTensorMode``) ask for the operations themselves; Dynamo compiles nothing under most of them.
+    """
+    if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+        return True
+    return forward_mode_level() >= 0 or is_transformed_or_watched()
 
 
 def run_compiled(function: Callable[..., Any], settings: Hashable, *operands: Any) -> Any:

@@ -40,7 +40,7 @@ def annotate_sdpa_regions(gm: fx.GraphModule, names: tuple[str, ...] = ()) -> No
             names = _left(*node.args)
         elif names and node.target is torch.nn.functional.scaled_dot_product_attention:
             node.meta["custom"] = {**node.meta.get("custom", {}), SDPA_BACKENDS: ",".join(names)}
-        elif names or node.op == "call_function":
+        elif node.op == "call_function":
             for child in _graphs(gm, node):
                 annotate_sdpa_regions(child, names)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask
 
 import attnrewrite
@@ -588,3 +589,21 @@ def test_an_eager_call_stands_where_the_user_wrote_it(caplog: pytest.LogCaptureF
     assert row.location.function == "test_an_eager_call_stands_where_the_user_wrote_it"
     (message,) = [record.message for record in caplog.records if "was requested by" in record.message]
     assert f"{__file__}:{row.location.line}" in message and "functional.py:" not in message.replace(__file__, "")
+
+
+def test_eager_calls_under_transforms_and_modes() -> None:
+    """They ask for the operations themselves: nothing is compiled, and Dynamo would find no frame or crash."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention_forward(q, k, v, is_causal=True)
+
+    q, k, v = torch.randn(3, 2, 3, 12, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    expected = attend(q, k, v)
+    with collect_reports() as reports:
+        traced: Any = torch.jit.trace(attend, (q, k, v), check_trace=False)  # type: ignore[no-untyped-call]
+        results = [traced(q, k, v), torch.vmap(lambda q, k, v: attend(q[None], k[None], v[None])[0])(q, k, v)]
+        with FakeTensorMode() as mode:
+            assert attend(mode.from_tensor(q), mode.from_tensor(k), mode.from_tensor(v)).shape == expected.shape
+    assert not reports
+    for result in results:
+        assert relative_error(result, expected) <= 1e-5

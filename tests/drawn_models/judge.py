@@ -24,7 +24,8 @@ __all__ = ["DRAWS", "Model", "Outcome", "draw", "judge"]
 
 Verdict = Literal["same", "wrong", "crashed", "ill-conditioned", "does not run", "beyond range"]
 """Beyond range: gradients at scores of more than 1e4, or that differ by the digits that a logsumexp of that size loses,
-and gradients of a loss that is NaN, most of which are NaN in both (docs/exactness.md)."""
+and gradients of a loss that is NaN, most of which are NaN in both; on a GPU also values that differ by what its kernels
+lose of scores of that size (docs/exactness.md)."""
 
 DRAWS = 8
 """Weights and masks for each model that is compiled."""

@@ -14,25 +14,12 @@ from attnrewrite.backend import collect_reports
 from attnrewrite.errors import OptionError
 from attnrewrite.integrations.accelerate import AttnRewritePlugin
 from tests.support.helpers import relative_error
-from tests.support.zoo import ids
+from tests.support.zoo import NO_DROPOUT, ids, transformer
 
 
 def classifier() -> nn.Module:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    config._attn_implementation = "eager"
-    model: nn.Module = BertForSequenceClassification(config)
-    return model.train()
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return transformer("BertForSequenceClassification", "BertConfig", **sizes, **NO_DROPOUT)().train()
 
 
 def batch(seed: int) -> dict[str, Tensor]:

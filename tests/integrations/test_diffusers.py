@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,8 +18,11 @@ import attnrewrite
 from attnrewrite.backend import collect_reports
 from attnrewrite.errors import AttentionInputError
 from attnrewrite.options.compile_options import Policy
+from tests.processors.models import MODELS
 from tests.support.helpers import relative_error, rewritten, rows
 from tests.support.zoo import noise
+
+FLUX = MODELS["flux"]
 
 
 @pytest.fixture(autouse=True)
@@ -31,30 +33,12 @@ def _process_as_before() -> Iterator[None]:
 
 
 def flux() -> nn.Module:
-    torch.manual_seed(0)
-    model: Any = FluxTransformer2DModel(  # type: ignore[no-untyped-call]
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=(4, 4, 8),
-    )
-    flux: nn.Module = model.eval()
-    return flux
+    model: nn.Module = FLUX.build()
+    return model
 
 
 def inputs() -> dict[str, Any]:
-    return {
-        "hidden_states": noise(1, 16, 4, seed=0),
-        "encoder_hidden_states": noise(1, 6, 32, seed=1),
-        "pooled_projections": noise(1, 32, seed=2),
-        "timestep": torch.ones(1),
-        "img_ids": noise(16, 3, seed=3),
-        "txt_ids": noise(6, 3, seed=4),
-    }
+    return dict(FLUX.inputs(0))
 
 
 def kernels(model: nn.Module, **options: Any) -> list[str | None]:
@@ -71,14 +55,14 @@ NAMES = [("native", "native"), ("_native_math", "_native_math"), ("_native_flash
 @pytest.mark.parametrize(("name", "kernel"), NAMES)
 def test_the_backend_of_a_model(name: str, kernel: str) -> None:
     model: Any = flux()
-    assert kernels(model) == ["native"] * 2
+    assert kernels(model) == ["native"] * FLUX.sites
     model.set_attention_backend(name)
-    assert kernels(model) == [kernel] * 2
+    assert kernels(model) == [kernel] * FLUX.sites
     with torch.no_grad():
-        assert relative_error(rewritten(model)(**inputs()).sample, model(**inputs()).sample) <= 1e-5
+        assert relative_error(rewritten(model)(**inputs())[0], model(**inputs())[0]) <= 1e-5
     model.reset_attention_backend()
     with attention_backend("native"):
-        assert kernels(model) == ["native"] * 2
+        assert kernels(model) == ["native"] * FLUX.sites
 
 
 @pytest.mark.parametrize(("name", "kernel"), NAMES)
@@ -88,14 +72,14 @@ def test_the_backend_of_a_call(name: str, kernel: str) -> None:
         compiled(**inputs())
     with torch.no_grad(), attention_backend(name), collect_reports() as within:
         compiled(**inputs())
-    assert [row.kernel for report in before for row in report.sites] == ["native"] * 2
-    assert [row.kernel for report in within for row in report.sites] == [kernel] * 2 * (name != "native")
+    assert [row.kernel for report in before for row in report.sites] == ["native"] * FLUX.sites
+    assert [row.kernel for report in within for row in report.sites] == [kernel] * FLUX.sites * (name != "native")
 
 
 def test_what_is_asked_of_attnrewrite_counts_first() -> None:
     model: Any = flux()
     model.set_attention_backend("_native_math")
-    assert kernels(model, kernels="native") == ["native"] * 2
+    assert kernels(model, kernels="native") == ["native"] * FLUX.sites
 
 
 def one(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig
 
 from attnrewrite.backend import collect_reports
@@ -239,3 +242,42 @@ def test_weights_and_everything_else_at_once(dtype: torch.dtype) -> None:
     assert weights is not None
     torch.testing.assert_close(weights, expected)
     torch.testing.assert_close(result, (expected @ value.repeat_interleave(2, 1)).transpose(1, 2))
+
+
+def per_example(model: Any, inputs: dict[str, Any]) -> Tensor:
+    rows = torch.randn(3, 1, 6, 32, generator=torch.Generator().manual_seed(0))
+    result: Tensor = torch.vmap(lambda x: model(inputs_embeds=x).last_hidden_state)(rows)
+    return result
+
+
+def functional_gradient(model: Any, inputs: dict[str, Any]) -> Tensor:
+    def loss(embeddings: Tensor) -> Tensor:
+        result: Tensor = model(inputs_embeds=embeddings).last_hidden_state
+        return result.pow(3).sum()
+
+    result: Tensor = torch.func.grad(loss)(torch.ones(1, 6, 32).cumsum(1).sin())
+    return result
+
+
+def counted_operations(model: Any, inputs: dict[str, Any]) -> Tensor:
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    assert counter.get_total_flops() > 0
+    return torch.tensor(0.0)
+
+
+def fake(model: Any, inputs: dict[str, Any]) -> Tensor:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        result = model(**{name: mode.from_tensor(value) for name, value in inputs.items()}).last_hidden_state
+    return torch.tensor(result.shape)
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("run", [per_example, functional_gradient, counted_operations, fake])
+def test_transforms_and_modes(run: Any) -> None:
+    """They ask for the operations themselves, and nothing is compiled under them."""
+    case = BY_NAME["llama"]
+    with torch.no_grad() if run is not functional_gradient else contextlib.nullcontext():
+        expected, actual = (run(model, case.inputs()) for model in (case.build(), switched(case.build())))
+    assert relative_error(actual, expected) <= 1e-5
