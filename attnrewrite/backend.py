@@ -51,6 +51,7 @@ from attnrewrite.torch_private import (
     trace_structured,
 )
 from attnrewrite.variants import Variants
+from attnrewrite.warm_start.entry import Entry, Place
 
 __all__ = ["attnrewrite", "collect_reports"]
 
@@ -194,15 +195,24 @@ class _Compilation:
         self._dump = None if directory is None else GraphDump.begin(directory, self._report.name)
         self._steps = Steps(self._report.name, self._dump)
         self._report.seconds = self._steps.seconds
+        # Reports with code and dumps show the steps, so that these are gone through.
+        shown = _collector.get() is not None or self._dump is not None
+        is_stored = policy.warm_start and reads_buffers and self._call is None and not shown
+        self._place = Place(gm, example_inputs, policy) if is_stored else None
 
     def run(self) -> tuple[CompiledFn, bool]:
         """The compiled graph, and whether it depends on the request and the plan of reuse."""
+        with self._steps.step("look up"):
+            stored = None if self._place is None else self._place.entry()
+        if stored is not None and self._known_buffers.read_again(stored.buffers):
+            return self._from_stored(stored)
         try:
             source = self._captured()
         except CaptureError as reason:
             return self._passed_on(reason), False
         self._known_buffers.attach(source.gm)
         outcome = self._rewritten(source)
+        self._store(outcome)
         self._note_inner_settings(outcome)
         kept = self._kept_for_reuse(source, outcome)
         self._publish_and_dump(source.before, outcome.after)
@@ -215,6 +225,47 @@ class _Compilation:
         if outcome.rewritten.changed:
             compiled = self._known_buffers.guarded(compiled, self._original, self._report.name)
         return compiled, outcome.rewritten.offered or bool(outcome.rewritten.results)
+
+    # What an earlier process stored, in place of the steps; and what is stored for later ones.
+
+    def _from_stored(self, stored: Entry) -> tuple[CompiledFn, bool]:
+        report = self._report
+        for name in ("captured", "reason", "sites", "notes", "unmatched_rules"):
+            setattr(report, name, getattr(stored.report, name))
+        rewritten = Rewritten(
+            report.sites,
+            offered=stored.varies,
+            projections_changed=stored.projections_changed,
+            regions_changed=stored.regions_changed,
+        )
+        gm = self._gm if stored.gm is None else stored.gm
+        outcome = _Outcome(gm, gm, stored.keep_attention, rewritten)
+        self._note_inner_settings(outcome)
+        report.notes.append("the rewritten graph was stored by an earlier compilation (option warm_start)")
+        self._publish_and_dump(self._gm, gm)
+        compiled = self._compiled(outcome)
+        if rewritten.changed:
+            compiled = self._known_buffers.guarded(compiled, self._original, report.name)
+        return compiled, stored.varies
+
+    def _store(self, outcome: _Outcome | None) -> None:
+        """Stores what became of the graph; without an outcome, that it cannot be captured."""
+        report = self._report
+        if self._place is None or (outcome is not None and report.reason):
+            return  # Not after a defect, of which each process is to hear.
+        with self._steps.step("store"):
+            rewritten = Rewritten() if outcome is None else outcome.rewritten
+            self._place.store(
+                Entry(
+                    gm=None if outcome is None or outcome.gm is self._gm else outcome.gm,
+                    keep_attention=outcome is not None and outcome.keep_attention,
+                    varies=rewritten.offered or bool(rewritten.results),
+                    projections_changed=rewritten.projections_changed,
+                    regions_changed=rewritten.regions_changed,
+                    report=report,
+                    buffers=self._known_buffers.read(),
+                )
+            )
 
     # The steps, in their order.
 
@@ -249,6 +300,7 @@ class _Compilation:
         if self._policy.context_parallel is not None:
             raise ContextParallelError(f"context_parallel: the graph cannot be read: {reason}")
         self._report.captured, self._report.reason = False, str(reason)
+        self._store(None)
         self._publish_and_dump(self._gm, self._gm)
         return self._compiled(_Outcome(self._gm, self._gm, keep_attention=False))
 

@@ -214,6 +214,17 @@ PythonReferenceAnalysis = torch.utils._sympy.reference.PythonReferenceAnalysis
 """Compute a symbolic size in Python, from values or proxies of nodes."""
 
 
+def shape_environment(values: Any) -> Any:
+    """The ``ShapeEnv`` of symbolic sizes among fake tensors and numbers; None if there is none. Its fields
+    ``var_to_range``, ``replacements``, ``guards`` and the like have no public reading.
+    """
+    mode = detect_fake_mode(list(values))
+    if mode is not None:
+        return mode.shape_env
+    symbols = [value for value in values if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))]
+    return symbols[0].node.shape_env if symbols else None
+
+
 def vmap_depth() -> int:
     """How many levels of ``torch.func`` transforms are open."""
     stack = torch._C._functorch.get_interpreter_stack()  # None if there is no level, contrary to its stub.
@@ -229,6 +240,7 @@ def leave_vmap_level() -> None:
 
 dynamo_config = torch._dynamo.config
 """Its ``patch`` sets ``recompile_limit`` and ``capture_dynamic_output_shape_ops`` for single calls."""
+
 
 ShortenTraceback = torch._dynamo.exc.ShortenTraceback
 """Base class of errors that Dynamo raises unchanged, not wrapped into ``BackendCompilerFailed``:
@@ -345,6 +357,26 @@ def inductor_config() -> Any:
     import torch._inductor.config
 
     return torch._inductor.config
+
+
+def config_hashes() -> str:
+    """The settings of Dynamo, AOTAutograd and Inductor that change what is compiled; of the last two a digest:
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/utils/_config_module.py#L747
+
+    Dynamo's own digest has addresses of functions in it.
+    """
+    of_dynamo = {
+        name: value
+        for name, value in dynamo_config.get_config_copy().items()
+        if isinstance(value, (bool, int, float, str, type(None)))
+    }
+    digests = [configuration.get_hash().hex() for configuration in (torch._functorch.config, inductor_config())]
+    return f"{sorted(of_dynamo.items())} {digests}"
+
+
+def inductor_caches() -> bool:
+    """Whether Inductor stores compiled graphs for other processes."""
+    return bool(inductor_config().fx_graph_cache and not torch.compiler.config.force_disable_caches)
 
 
 def inductor_backend(mode: str | None, options: dict[str, Any]) -> Any:

@@ -28,6 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
     drawn.seed()
     # A defect of the rewriting fails the test, and graphs are checked after each step.
     os.environ["ATTNREWRITE_RAISE"] = "1"
+    # What is tested is not what an earlier run has stored.
+    os.environ["ATTNREWRITE_WARM_START"] = "0"
     # One thread a worker: the tests share their cores with each other.
     torch.set_num_threads(1)
     # Records of each compilation, which pytest would keep for a test that fails.

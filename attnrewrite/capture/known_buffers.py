@@ -7,16 +7,17 @@ data compared. Writes that PyTorch does not count (``buffer.data.fill_(...)``, a
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from attnrewrite.ir.bounds import BUFFER_ENTRIES
-from attnrewrite.ir.stored import StoredPattern
+from attnrewrite.ir.stored import StoredPattern, tensor_bytes
 from attnrewrite.torch_private import STATIC_INPUT
 
 __all__ = ["KnownBuffers"]
@@ -41,6 +42,21 @@ class KnownBuffers:
         for position, node in enumerate(captured.graph.find_nodes(op="placeholder")):
             if position in self._buffers:
                 node.meta["stored"] = self._buffers[position]
+
+    def read(self) -> dict[int, str]:
+        """A digest of the contents of each buffer that was read, by the place of the input."""
+        return {place: _digest(stored.tensor) for place, stored in self._buffers.items() if stored.was_read}
+
+    def read_again(self, digests: Mapping[int, str]) -> bool:
+        """Whether buffers hold what :meth:`read` said in another process; if so, they count as read."""
+        stored = {place: self._buffers.get(place) for place in digests}
+        for place, buffer in stored.items():
+            if buffer is None or buffer.tensor.device.type == "meta" or _digest(buffer.tensor) != digests[place]:
+                return False
+        for buffer in stored.values():
+            assert buffer is not None
+            buffer.was_read = True
+        return True
 
     def guarded(
         self, compiled: Callable[..., Any], original: Callable[[], Callable[..., Any]], name: str
@@ -73,6 +89,11 @@ class KnownBuffers:
             return untouched(*args)
 
         return call
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    contents = hashlib.blake2b(tensor_bytes(tensor), digest_size=20).hexdigest()
+    return f"{tensor.dtype} {tuple(tensor.shape)} {contents}"
 
 
 def _readable(value: Any) -> bool:

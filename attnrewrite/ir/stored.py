@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 
 from attnrewrite.ir.bounds import BUFFER_ENTRIES
 
-__all__ = ["StoredPattern", "Triangle"]
+__all__ = ["StoredPattern", "Triangle", "tensor_bytes"]
 
 
 @dataclass
@@ -85,3 +86,9 @@ def _pattern_of(values: torch.Tensor) -> float | range | Triangle | None:
     if not torch.equal(torch.where(triangle, inside, outside), matrix):
         return None
     return Triangle(float(inside), float(outside), diagonal)
+
+
+def tensor_bytes(value: torch.Tensor) -> bytes:
+    """The numbers of a tensor with strides, in the order of its positions."""
+    plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return ctypes.string_at(plain.data_ptr(), plain.numel() * plain.element_size()) if plain.numel() else b""

@@ -1,0 +1,272 @@
+"""Graphs and their arguments as data that JSON takes, and back."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnrewrite.ir.nodes import copy_attributes
+from attnrewrite.ir.stored import tensor_bytes
+from attnrewrite.torch_private import HigherOrderOperator, OpOverload, operator_name, schema_of
+
+__all__ = ["NotStorable", "decoded_graph", "encoded", "encoded_graph", "trusted_name"]
+
+
+class NotStorable(Exception):
+    """Why a graph is not stored, or why what is stored is not used, in words."""
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+_OF_TORCH: tuple[tuple[str, type], ...] = (
+    ("dtype", torch.dtype),
+    ("layout", torch.layout),
+    ("memory_format", torch.memory_format),
+)
+
+
+def encoded(value: Any, place_of: Callable[[fx.Node], int]) -> Any:
+    """An argument of a node, or another plain value, as data.
+
+    Args:
+        place_of: the place in the graph of a node among the arguments.
+
+    Raises:
+        NotStorable: the value is of a type that data does not express.
+    """
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if type(value) is float:
+        return {"float": value.hex()}
+    if isinstance(value, fx.Node):
+        return {"node": place_of(value)}
+    if isinstance(value, (list, tuple)) and type(value).__name__ in _SEQUENCES:
+        return {_SEQUENCES[type(value).__name__]: [encoded(part, place_of) for part in value]}
+    if isinstance(value, dict) and type(value).__name__ in ("dict", "immutable_dict"):
+        return {"dict": [[encoded(key, place_of), encoded(part, place_of)] for key, part in value.items()]}
+    if type(value) is slice:
+        return {"slice": [encoded(part, place_of) for part in (value.start, value.stop, value.step)]}
+    if type(value) is complex:
+        return {"complex": [value.real.hex(), value.imag.hex()]}
+    if type(value) is torch.device:
+        return {"device": str(value)}
+    if value is ...:
+        return {"ellipsis": True}
+    for kind, class_ in _OF_TORCH:
+        if isinstance(value, class_):
+            return {kind: str(value).removeprefix("torch.")}
+    raise NotStorable(f"an argument of type {type(value).__name__}")
+
+
+_SEQUENCES = {"list": "list", "immutable_list": "list", "tuple": "tuple", "Size": "tuple"}
+
+
+def _decoded(data: Any, nodes: Sequence[fx.Node]) -> Any:
+    if not isinstance(data, dict):
+        return data
+    ((kind, content),) = data.items()
+    if kind == "node":
+        return nodes[content]
+    if kind in ("list", "tuple"):
+        return (list if kind == "list" else tuple)(_decoded(part, nodes) for part in content)
+    if kind == "dict":
+        return {_decoded(key, nodes): _decoded(part, nodes) for key, part in content}
+    if kind == "slice":
+        return slice(*(_decoded(part, nodes) for part in content))
+    if kind == "ellipsis":
+        return ...
+    if kind in ("float", "complex"):
+        return float.fromhex(content) if kind == "float" else complex(*map(float.fromhex, content))
+    if kind == "device":
+        return torch.device(content)
+    return getattr(torch, content)
+
+
+# -- targets -----------------------------------------------------------------------------------------------------------
+
+
+def trusted_name(target: Any) -> str:
+    """The name of what a node calls, if its behavior follows from PyTorch's version and that of this package.
+
+    Raises:
+        NotStorable: it is the user's, or another package's, or reads what is not in the graph.
+    """
+    if isinstance(target, OpOverload):
+        if target.namespace not in ("aten", "prims", "attnrewrite"):
+            raise NotStorable(f"the operator {target}, which is not PyTorch's")
+        schema = schema_of(target)
+        return f"operator:{schema.name}.{schema.overload_name}"
+    if isinstance(target, HigherOrderOperator):
+        if operator_name(target) not in _HIGHER_ORDER:
+            raise NotStorable(f"the operator {operator_name(target)}")
+        return f"higher_order:{operator_name(target)}"
+    module, name = getattr(target, "__module__", None) or "", getattr(target, "__qualname__", "")
+    if module.partition(".")[0] not in ("torch", "_operator", "math", "attnrewrite") or not name or "<" in name:
+        raise NotStorable(f"a call of {name or type(target).__name__}, which is not PyTorch's")
+    return f"function:{module}:{name}"
+
+
+_HIGHER_ORDER = ("tag_activation_checkpoint", "flex_attention", "cond", "while_loop", "invoke_subgraph")
+"""Those that say all in the graph: ``triton_kernel_wrapper_mutation``, for one, names a kernel by a number that only
+its process knows.
+"""
+
+_MODULES = ("_operator", "math", "torch.amp.autocast_mode")
+_FUNCTIONS = ("function:torch._C:_set_grad_enabled",)
+
+
+def _named(name: str) -> Any:
+    """The target of that name; only what compiled graphs call, since a name comes from a file.
+
+    Raises:
+        NotStorable: there is none.
+    """
+    kind, _, path = name.partition(":")
+    module, _, function = path.rpartition(":")
+    try:
+        if kind == "operator" and path.partition("::")[0] in ("aten", "prims", "attnrewrite"):
+            namespace, _, rest = path.partition("::")
+            packet, _, overload = rest.partition(".")
+            return getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
+        if kind == "higher_order" and path in _HIGHER_ORDER:
+            return getattr(torch.ops.higher_order, path)
+        is_symbolic = module == "torch" and function.startswith(("sym_", "_sym_"))
+        if kind == "function" and (module in _MODULES or is_symbolic or name in _FUNCTIONS):
+            return getattr(importlib.import_module(module), function)
+    except AttributeError as error:
+        raise NotStorable(f"{name} does not exist here") from error
+    raise NotStorable(f"{name} is not called by compiled graphs")
+
+
+def _name_to_find(target: Any) -> str:
+    """The name of a target by which :func:`_named` finds it again.
+
+    Raises:
+        NotStorable: it does not.
+    """
+    name = trusted_name(target)
+    if _named(name) is not target:
+        raise NotStorable(f"{name} is not found by its name")
+    return name
+
+
+# -- graphs ------------------------------------------------------------------------------------------------------------
+
+_KEPT = ("stack_trace", "custom", "recompute", "ac_graph_id")
+"""What is kept of what is noted at a node: where it comes from, and what the partitioner reads."""
+
+_LEFT = frozenset(
+    {
+        *("val", "example_value", "tensor_meta", "stored", "grapharg", "tensor_dict"),  # Read by the rewriting alone.
+        *("nn_module_stack", "source_fn_stack", "torch_fn", "original_aten", "from_node", "seq_nr"),  # Provenance.
+        "creation_timestamp",
+    }
+)
+
+
+_LARGEST_CONSTANT = 2**16
+"""In bytes."""
+
+
+def encoded_graph(gm: fx.GraphModule) -> dict[str, Any]:
+    """A rewritten graph as data, with the graphs and the constants in it.
+
+    Raises:
+        NotStorable: it has something that data does not express.
+    """
+    places = {node: place for place, node in enumerate(gm.graph.nodes)}
+    texts: dict[str, int] = {}
+    attributes = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    return {
+        "class": type(gm).__name__,
+        "nodes": [_encoded_node(node, places.__getitem__, texts) for node in places],
+        "texts": list(texts),
+        "attributes": {name: _encoded_attribute(gm, name) for name in sorted(attributes)},
+    }
+
+
+def _encoded_node(node: fx.Node, place_of: Callable[[fx.Node], int], texts: dict[str, int]) -> list[Any]:
+    if node.op == "call_module":
+        raise NotStorable("a call of a module")
+    unknown = node.meta.keys() - _LEFT - set(_KEPT)
+    if unknown:
+        raise NotStorable(f"a note {sorted(unknown)[0]!r} at a node")
+    target = node.target if isinstance(node.target, str) else _name_to_find(node.target)
+    notes = {}
+    for key in _KEPT if node.op != "placeholder" else ():
+        if node.meta.get(key) is not None:
+            noted = node.meta[key]
+            is_text = isinstance(noted, str)
+            notes[key] = {"text": texts.setdefault(noted, len(texts))} if is_text else encoded(noted, place_of)
+    return [node.op, node.name, target, encoded(node.args, place_of), encoded(node.kwargs, place_of), notes]
+
+
+def _encoded_attribute(gm: fx.GraphModule, name: str) -> dict[str, Any]:
+    value = getattr(gm, name, None)
+    if isinstance(value, fx.GraphModule):
+        return {"graph": encoded_graph(value)}
+    if type(value) is not torch.Tensor or value.requires_grad or value.device.type != "cpu":
+        raise NotStorable(f"a constant of type {type(value).__name__}")
+    if value.layout is not torch.strided or value.numel() * value.element_size() > _LARGEST_CONSTANT:
+        raise NotStorable("a large constant")
+    return {
+        "dtype": str(value.dtype).removeprefix("torch."),
+        "shape": list(value.shape),
+        "bytes": base64.b64encode(tensor_bytes(value)).decode(),
+        "is_buffer": name in dict(gm.named_buffers(recurse=False)),
+    }
+
+
+def decoded_graph(data: Mapping[str, Any], original: fx.GraphModule | None = None) -> fx.GraphModule:
+    """The graph that :func:`encoded_graph` wrote.
+
+    Args:
+        original: Dynamo's graph, whose inputs it has, with what Dynamo noted at them; None for a graph in a graph.
+
+    Raises:
+        NotStorable: the data names what this process does not have.
+    """
+    graph = fx.Graph()
+    inputs = iter(original.graph.find_nodes(op="placeholder") if original is not None else ())
+    nodes: list[fx.Node] = []
+    for op, name, target, args, kwargs, notes in data["nodes"]:
+        called = _named(target) if op == "call_function" else target
+        node = graph.create_node(op, called, _decoded(args, nodes), _decoded(kwargs, nodes), name=name)
+        if node.name != name:
+            raise NotStorable(f"the name {name} is taken")
+        node.meta = {key: _noted(noted, data["texts"], nodes) for key, noted in notes.items()}
+        if op == "placeholder" and original is not None:
+            source = next(inputs)
+            copy_attributes(source, node)
+            node.meta = {**source.meta}
+        nodes.append(node)
+    attributes = {name: _decoded_attribute(value) for name, value in data["attributes"].items()}
+    gm = fx.GraphModule(attributes, graph, data["class"])
+    for name, value in attributes.items():
+        if isinstance(value, torch.Tensor) and not data["attributes"][name]["is_buffer"]:
+            # As capture leaves constants.
+            delattr(gm, name)
+            gm.__dict__[name] = value
+    if original is not None:
+        copy_attributes(original, gm)
+        gm.meta = original.meta
+    return gm
+
+
+def _noted(noted: Any, texts: Sequence[str], nodes: Sequence[fx.Node]) -> Any:
+    return texts[noted["text"]] if isinstance(noted, dict) and "text" in noted else _decoded(noted, nodes)
+
+
+def _decoded_attribute(data: Mapping[str, Any]) -> Any:
+    if "graph" in data:
+        return decoded_graph(data["graph"])
+    dtype: torch.dtype = getattr(torch, data["dtype"])
+    if not math.prod(data["shape"]):
+        return torch.empty(data["shape"], dtype=dtype)
+    return torch.frombuffer(bytearray(base64.b64decode(data["bytes"])), dtype=dtype).reshape(data["shape"])

@@ -1,0 +1,131 @@
+"""What is stored of one rewritten graph: the graph for the inner compiler, the report, and what buffers held."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from attnrewrite.ir.source import SourceLocation
+from attnrewrite.options.compile_options import Policy
+from attnrewrite.report.rows import GraphReport, KernelVerdict, SiteReport
+from attnrewrite.warm_start import directory
+from attnrewrite.warm_start.codec import NotStorable, decoded_graph, encoded_graph
+from attnrewrite.warm_start.key import key_of, known_of_sizes
+
+__all__ = ["Entry", "Place"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One rewritten graph.
+
+    Attributes:
+        gm: the graph for the inner compiler; None if that is Dynamo's, since nothing was rewritten.
+        keep_attention: whether the graph has attention that was kept on purpose.
+        varies: whether the result depends on the request.
+        projections_changed, regions_changed: as in ``passes.result.Rewritten``.
+        report: what the report says of the graph.
+        buffers: a digest of what each buffer held that was read, by the place of the input.
+    """
+
+    gm: fx.GraphModule | None
+    keep_attention: bool
+    varies: bool
+    projections_changed: bool
+    regions_changed: bool
+    report: GraphReport
+    buffers: Mapping[int, str] = field(default_factory=dict)
+
+
+class Place:
+    """The place of one graph among those that are stored; where it has none, nothing is found and nothing stored.
+
+    Attributes:
+        why_none: why the graph has no place, in words; empty if it has one.
+    """
+
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy) -> None:
+        """Args:
+        gm: Dynamo's graph, legalized and not captured yet.
+        """
+        self._gm, self._inputs = gm, example_inputs
+        self._key = self.why_none = ""
+        try:
+            self._key = key_of(gm, example_inputs, policy)
+            self._sizes = known_of_sizes(example_inputs)
+        except NotStorable as reason:
+            self.why_none = str(reason)
+
+    def entry(self) -> Entry | None:
+        """What an earlier compilation of the same graph stored; None if there is nothing."""
+        data = directory.load(self._key) if self._key else None
+        if data is None:
+            return None
+        try:
+            gm = None if data["graph"] is None else decoded_graph(data["graph"], self._gm)
+        except NotStorable as reason:
+            self.why_none = str(reason)
+            return None
+        kept = {name: data[name] for name in _PLAIN}
+        report = _report(data["report"])
+        return Entry(
+            gm=gm, report=report, buffers={int(place): held for place, held in data["buffers"].items()}, **kept
+        )
+
+    def store(self, entry: Entry) -> None:
+        """Stores a rewritten graph, unless it depends on more than the key says."""
+        if not self._key:
+            return
+        try:
+            if known_of_sizes(self._inputs) != self._sizes:
+                raise NotStorable("the rewriting has added guards on sizes")
+            if any(_warned(site) for site in entry.report.sites):
+                raise NotStorable("a warning that each process has to give")
+            data = {
+                "graph": None if entry.gm is None else encoded_graph(entry.gm),
+                "report": _report_data(entry.report),
+                "buffers": {str(place): held for place, held in entry.buffers.items()},
+                **{name: getattr(entry, name) for name in _PLAIN},
+            }
+        except NotStorable as reason:
+            self.why_none = str(reason)
+            return
+        directory.store(self._key, data)
+
+
+_PLAIN = ("keep_attention", "varies", "projections_changed", "regions_changed")
+
+
+def _warned(site: SiteReport) -> bool:
+    """Whether a kernel was asked for that does not serve the site (``selection.choose``)."""
+    return bool(site.requested) and (site.kernel is None or site.kernel not in site.requested)
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+_OF_REPORT = ("captured", "reason", "notes", "unmatched_rules")
+
+
+def _report_data(report: GraphReport) -> dict[str, Any]:
+    return {
+        **{name: getattr(report, name) for name in _OF_REPORT},
+        "sites": [dataclasses.asdict(site) for site in report.sites],
+    }
+
+
+def _report(data: dict[str, Any]) -> GraphReport:
+    given = {name: data[name] for name in _OF_REPORT}
+    given["unmatched_rules"] = tuple(given["unmatched_rules"])
+    return GraphReport("", sites=[_site(site) for site in data["sites"]], **given)
+
+
+def _site(data: dict[str, Any]) -> SiteReport:
+    # JSON has one kind of sequence.
+    data = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    location = data.pop("location")
+    verdicts = tuple(KernelVerdict(**verdict) for verdict in data.pop("verdicts"))
+    return SiteReport(location=None if location is None else SourceLocation(**location), verdicts=verdicts, **data)
