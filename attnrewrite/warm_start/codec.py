@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from attnrewrite.ir.nodes import copy_attributes
 from attnrewrite.ir.stored import tensor_bytes
@@ -58,6 +59,8 @@ def encoded(value: Any, place_of: Callable[[fx.Node], int]) -> Any:
         return {"device": str(value)}
     if value is ...:
         return {"ellipsis": True}
+    if type(value) is CheckpointPolicy:
+        return {"policy": value.name}
     for kind, class_ in _OF_TORCH:
         if isinstance(value, class_):
             return {kind: str(value).removeprefix("torch.")}
@@ -85,6 +88,8 @@ def _decoded(data: Any, nodes: Sequence[fx.Node]) -> Any:
         return float.fromhex(content) if kind == "float" else complex(*map(float.fromhex, content))
     if kind == "device":
         return torch.device(content)
+    if kind == "policy":
+        return CheckpointPolicy[content]
     return getattr(torch, content)
 
 
