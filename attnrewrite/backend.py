@@ -202,9 +202,8 @@ class _Compilation:
 
     def run(self) -> tuple[CompiledFn, bool]:
         """The compiled graph, and whether it depends on the request and the plan of reuse."""
-        with self._steps.step("look up"):
-            stored = None if self._place is None else self._place.entry()
-        if stored is not None and self._known_buffers.read_again(stored.buffers):
+        stored = self._looked_up()
+        if stored is not None:
             return self._from_stored(stored)
         try:
             source = self._captured()
@@ -227,6 +226,14 @@ class _Compilation:
         return compiled, outcome.rewritten.offered or bool(outcome.rewritten.results)
 
     # What an earlier process stored, in place of the steps; and what is stored for later ones.
+
+    def _looked_up(self) -> Entry | None:
+        if self._place is None:
+            return None
+        with self._steps.step("look up"):
+            stored = self._place.entry()
+            holds = stored is not None and self._known_buffers.read_again(stored.buffers)
+        return stored if holds else None
 
     def _from_stored(self, stored: Entry) -> tuple[CompiledFn, bool]:
         report = self._report

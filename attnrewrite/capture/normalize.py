@@ -244,9 +244,9 @@ def _reaches(start: fx.Node, neighbors: Callable[[fx.Node], Iterable[fx.Node]], 
 
 
 def _is_step(node: fx.Node) -> bool:
-    # Fills do not say that they are elementwise.
+    # Fills and assignments do not say that they are elementwise.
     named = node.target in CAST_OPS or node.target in SCATTER_OPS or node.target in MASKED_FILL_OPS
-    return named or is_view(node) or is_elementwise(node)
+    return named or node.target is aten.index_put.default or is_view(node) or is_elementwise(node)
 
 
 def _step_on_a_part(ir: fx.GraphModule, node: fx.Node) -> None:

@@ -137,7 +137,7 @@ def _value(value: Any, storages: dict[Any, int]) -> Any:
         "parameter" if isinstance(value, torch.nn.Parameter) else "tensor",
         *sizes,
         str(value.storage_offset()),
-        *map(str, (value.dtype, value.device, value.requires_grad, value.is_leaf, value._is_view())),
+        *map(str, (value.dtype, value.device, value.requires_grad, value.is_leaf)),
         *map(str, (value.is_conj(), value.is_neg(), value.is_inference())),
         storages.setdefault(storage_of(value), len(storages)),
     ]

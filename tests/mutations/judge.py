@@ -148,8 +148,8 @@ def judge(mutant: Mutant, device: str = "cpu", inner: str | None = None) -> Outc
     if built is None:
         return Outcome(mutant, "does not run", "what it reads of empty memory is another number in each run")
     graph, calls = built
-    if device != "cpu" and _has_half_mask_of_one_column(graph, calls):
-        return Outcome(mutant, "does not run", "a mask of one column ends the process in PyTorch's own call")
+    if device != "cpu" and _has_half_mask_misread(graph, calls):
+        return Outcome(mutant, "does not run", "PyTorch's own call misreads the mask")
     if device != "cpu":
         _move(graph, device)
     attend = _called(graph)
@@ -432,8 +432,12 @@ def _has_factor_beyond_range(graph: fx.GraphModule, values: Values) -> bool:
     return False
 
 
-def _has_half_mask_of_one_column(graph: fx.GraphModule, calls: Sequence[Sequence[Any]]) -> bool:
-    """Whether a call has a mask of one column in half precision, at which PyTorch 2.11 ends with a CUDA error."""
+def _has_half_mask_misread(graph: fx.GraphModule, calls: Sequence[Sequence[Any]]) -> bool:
+    """Whether a call in half precision has a mask that PyTorch 2.11 misreads on CUDA.
+
+    At one of one column it ends with a CUDA error, and cuDNN reads one of float32 as if it were of half precision:
+    https://github.com/pytorch/pytorch/pull/191612
+    """
     masks = [
         [call.args[index] if len(call.args) > index else call.kwargs.get(name) for index, name in _KEY_AND_MASK]
         for call in graph.graph.nodes
@@ -442,7 +446,9 @@ def _has_half_mask_of_one_column(graph: fx.GraphModule, calls: Sequence[Sequence
     for values in (_values(graph, call) for call in calls) if masks else ():
         for pair in masks:
             key, mask = (None if each is None or values is None else values.get(each.name) for each in pair)
-            if _floats(key) and key.dtype in HALF and isinstance(mask, Tensor) and mask.shape[-1:] == (1,):
+            if not _floats(key) or key.dtype not in HALF or not isinstance(mask, Tensor):
+                continue
+            if mask.shape[-1:] == (1,) or (mask.is_floating_point() and mask.dtype != key.dtype):
                 return True
     return False
 

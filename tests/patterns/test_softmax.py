@@ -199,6 +199,29 @@ def test_assigned_by_the_indices_of_a_triangle(triangle: Callable[..., Tensor], 
     assert relative_error(found.nan_to_num(), expected.nan_to_num()) <= 1e-6
 
 
+@pytest.mark.parametrize("low", [-5e4, -1e30, -math.inf])
+@pytest.mark.parametrize("last", [torch.finfo(torch.float32).min, -math.inf])
+def test_assigned_twice_by_indices(low: float, last: float) -> None:
+    """The diagonal and what is above it, as reformer-pytorch 1.4.4 writes it."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ q.mT
+        places = torch.arange(q.shape[-2])
+        scores[..., places, places] = low
+        rows_, columns = torch.triu_indices(q.shape[-2], q.shape[-2], 1)
+        scores[..., rows_, columns] = last
+        return scores.softmax(-1) @ v
+
+    q, _, v = heads()
+    v = v[..., : q.shape[-2], :]
+    with torch.no_grad():
+        (row,) = rows(function, q, q, v)
+        assert row.status == "rewritten"
+        expected, found = function(q, q, v), rewritten(function)(q, q, v)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert relative_error(found.nan_to_num(), expected.nan_to_num()) <= 1e-6
+
+
 def columns_of_some_rows(s: Tensor, places: Tensor) -> None:
     s[:, :, places[:, None], places] = -1e9
 

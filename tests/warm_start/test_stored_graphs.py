@@ -34,7 +34,7 @@ def without_seconds(report: GraphReport) -> dict[str, Any]:
     return {**dataclasses.asdict(report), "notes": notes, "seconds": {}, "name": ""}
 
 
-MODELS = ["bert", "gpt2", "llama", "t5", "gpt-neo", "swin", "unet", "gpt-oss", "dat", "convit"]
+MODELS = ["bert", "gpt2", "llama", "t5", "gpt-neo", "unet", "gpt-oss", "dat", "convit"]
 
 
 @pytest.mark.parametrize("trains", [False, True])
