@@ -1198,6 +1198,13 @@ def _require_factor_of_weights(mod: Scale) -> None:
     return _require_ordinary_factor(1 / mod.factor if mod.divide else float(mod.factor))
 
 
+def _zeroed_of_masked(mod: Zero, positions: Positions, kept: Formula | None) -> Formula | None:
+    """Where weights are set to zero, if all of them were masked before softmax; None if that is not proved."""
+    zeroed = truth(positions.of(mod.condition))
+    zeroed = None if zeroed is None else negation(zeroed) if mod.invert else zeroed
+    return zeroed if zeroed is not None and kept is not None and conjunction([zeroed, kept]) is False else None
+
+
 def _placed_weight_mods(
     site: AttentionSite, positions: Positions, kept: Formula | None, masked_rows: MaskedRows
 ) -> tuple[tuple[WeightMod, ...], tuple[WeightMod, ...], MaskedRows]:
@@ -1212,18 +1219,21 @@ def _placed_weight_mods(
     """
     value_mods: list[WeightMod] = []
     output_mods: list[WeightMod] = []
+    fills = [mod for mod in site.weight_mods if isinstance(mod, Zero) and not mod.multiplied]
+    by_fills = [zeroed for mod in fills if (zeroed := _zeroed_of_masked(mod, positions, kept)) is not None]
     for mod in site.weight_mods:
         with blaming(mod.written_at):
             if isinstance(mod, Scale):
                 _require_factor_of_weights(mod)
             else:
-                zeroed = truth(positions.of(mod.condition))
-                zeroed = None if zeroed is None else negation(zeroed) if mod.invert else zeroed
-                if zeroed is not None and kept is not None and conjunction([zeroed, kept]) is False:
+                zeroed = _zeroed_of_masked(mod, positions, kept)
+                if zeroed is not None and kept is not None:
                     # What is zeroed was masked: it is zero already, except in rows that have no key.
                     if not masked_rows.may_occur:
                         continue
-                    if conjunction([negation(zeroed), negation(kept)]) is False:
+                    # Two fills may zero what two masks have masked, each its own.
+                    others = [zeroed] if mod.multiplied else by_fills
+                    if conjunction([*map(negation, others), negation(kept)]) is False:
                         stays = mod.multiplied and masked_rows.may_be_nan
                         masked_rows = MaskedRows.ZERO_UNLESS_NAN if stays else MaskedRows.ZERO
                         continue

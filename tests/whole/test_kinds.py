@@ -225,6 +225,33 @@ def zeroed_weights(d: Drawn) -> Member:
     return attend, [(*d.operands(), d.keep())]
 
 
+def zeroed_by_two_masks(d: Drawn) -> Member:
+    """Two masks, one after the other, and the weights of what each of them hides become zero (speechbrain)."""
+
+    def fill(w: Tensor, keep: Tensor) -> Tensor:
+        return w.masked_fill(~keep, 0.0)
+
+    def choice(w: Tensor, keep: Tensor) -> Tensor:
+        return torch.where(keep, w, torch.zeros((), dtype=w.dtype))
+
+    def product(w: Tensor, keep: Tensor) -> Tensor:
+        return w * keep
+
+    zeroed = d.chance.choices([fill, choice, product], [4, 2, 1], k=2)
+    first, second = d.masked(d.low()), d.masked(d.low())
+    softmax, swapped = d.softmax(), d.chance.random() < 0.5
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, keys: Tensor) -> Tensor:
+        w = softmax(second(first(q @ k.mT * d.scale, keep), keys))
+        for way, mask in zip(zeroed, (keys, keep) if swapped else (keep, keys), strict=True):
+            w = way(w, mask)
+        return w @ v
+
+    keys = torch.ones(d.batch, 1, 1, d.length, dtype=torch.bool)
+    keys[0, ..., d.chance.randrange(d.length) :] = False
+    return attend, [(*d.operands(), d.keep(), keys)]
+
+
 def masked_by_a_factor(d: Drawn) -> Member:
     """A mask that is multiplied, before softmax or to its exponentials, lets NaN and infinities through."""
     number = -1e4 if d.dtype == torch.float16 else d.chance.choice([-1e4, -1e9])
@@ -360,6 +387,7 @@ KINDS: list[Callable[[Drawn], Member]] = [
     float_positions,
     mask_by_product,
     zeroed_weights,
+    zeroed_by_two_masks,
     masked_by_a_factor,
     floor_between,
     not_a_number,

@@ -481,9 +481,8 @@ class Mask:
             if isinstance(mod, Zero) and mod not in placed:
                 zeroed = self._condition(mod.condition)
                 zeroed = call(aten.logical_not.default, zeroed) if mod.invert else zeroed
-                rows = call(aten.all.dim, zeroed, -1, True)
-                lost = rows if lost is None else call(aten.logical_or.default, lost, rows)
-        return self._rows_without_key() if lost is None else lost
+                lost = zeroed if lost is None else call(aten.logical_or.default, lost, zeroed)
+        return self._rows_without_key() if lost is None else call(aten.all.dim, lost, -1, True)
 
     def _rows_without_key(self, masked: float = FAR_BELOW) -> fx.Node:
         """Rows whose scores are all lowered to ``masked`` or further."""
