@@ -59,15 +59,21 @@ log = logging.getLogger("attnrewrite")
 
 aten = torch.ops.aten
 
-_collector: ContextVar[list[GraphReport] | None] = ContextVar("attnrewrite_collector", default=None)
+_collector: ContextVar[tuple[list[GraphReport], bool] | None] = ContextVar("attnrewrite_collector", default=None)
+"""Where reports go, and whether they have the source code of graphs."""
+
 _unnamed = itertools.count()
 
 
 @contextlib.contextmanager
-def collect_reports() -> Iterator[list[GraphReport]]:
-    """Collects the report of every graph that is compiled inside, including its source code."""
+def collect_reports(*, code: bool = True) -> Iterator[list[GraphReport]]:
+    """Collects the report of every graph that is compiled inside.
+
+    Args:
+        code: whether reports have the source code of graphs; stored graphs (``warm_start``) then do not serve.
+    """
     reports: list[GraphReport] = []
-    token = _collector.set(reports)
+    token = _collector.set((reports, code))
     try:
         yield reports
     finally:
@@ -196,9 +202,14 @@ class _Compilation:
         self._steps = Steps(self._report.name, self._dump)
         self._report.seconds = self._steps.seconds
         # Reports with code and dumps show the steps, so that these are gone through.
-        shown = _collector.get() is not None or self._dump is not None
-        is_stored = policy.warm_start and reads_buffers and self._call is None and not shown
+        is_stored = policy.warm_start and reads_buffers and self._call is None and not self._is_shown
         self._place = Place(gm, example_inputs, policy) if is_stored else None
+
+    @property
+    def _is_shown(self) -> bool:
+        """Whether the graphs are written out."""
+        collector = _collector.get()
+        return self._dump is not None or (collector is not None and collector[1])
 
     def run(self) -> tuple[CompiledFn, bool]:
         """The compiled graph, and whether it depends on the request and the plan of reuse."""
@@ -288,12 +299,11 @@ class _Compilation:
             with self._steps.step("parallelize", gm):
                 self._conditions, notes = parallelize(gm, self._policy, self._policy.context_parallel)
             self._report.notes += notes
-        is_shown = _collector.get() is not None or self._dump is not None
         if self._dump is not None:
             self._dump.add("captured", gm)
         return _Source(
             gm,
-            before=fx.GraphModule(gm, copy.deepcopy(gm.graph)) if is_shown else gm,
+            before=fx.GraphModule(gm, copy.deepcopy(gm.graph)) if self._is_shown else gm,
             original=Original(gm) if self._policy.verify else None,
             identity=None if self._call is None else identity_of(gm),
         )
@@ -412,7 +422,7 @@ class _Compilation:
 
     def _publish_and_dump(self, before: fx.GraphModule, after: fx.GraphModule) -> None:
         """Completes the report, publishes it, and dumps the graph."""
-        if _collector.get() is not None or self._dump is not None:
+        if self._is_shown:
             self._report.before_code, self._report.after_code = graph_source(before), graph_source(after)
         _publish(self._report)
         if self._dump is not None:
@@ -475,7 +485,7 @@ def _publish(report: GraphReport) -> None:
     """Sends the report to the collector, the log (``TORCH_LOGS=+attnrewrite``) and the trace (``TORCH_TRACE``)."""
     collector = _collector.get()
     if collector is not None:
-        collector.append(report)
+        collector[0].append(report)
     if not report.captured:
         log.warning("%s: not captured, passed unchanged to %s: %s", report.name, report.inner_backend, report.reason)
     else:

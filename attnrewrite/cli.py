@@ -309,6 +309,35 @@ def bench_exported(models: tuple[str, ...], size: str, repeats: int, path: Path 
     _write(path, result.save)
 
 
+@bench.command("start")
+@click.option(
+    "--model",
+    "models",
+    type=click.Choice(["bert", "llama", "unet"]),
+    multiple=True,
+    help="Which models to measure; may be repeated (default: all).",
+)
+@click.option(
+    "--size", type=click.Choice(["small", "base"]), default="base", help="One layer, or whole models (default base)."
+)
+@click.option("--repeats", type=click.IntRange(min=1), default=5, help="Number of starts of each kind (default 5).")
+@click.option("--json", "path", type=_FILE, help="Write the raw data here.")
+def bench_start(models: tuple[str, ...], size: str, repeats: int, path: Path | None) -> None:
+    """Compare the first call of compiled models, cold and warm, with plain torch.compile, on the CPU.
+
+    Each start is a process of its own; a cold one takes up to a minute.
+    """
+    from attnrewrite.bench.start import print_start_benchmark, run_start_benchmark
+
+    _check_writable(path)
+    try:
+        result = run_start_benchmark(models, repeats, size)
+    except RuntimeError as error:
+        raise _BadInput(_in_a_line(error)) from error
+    print_start_benchmark(result)
+    _write(path, result.save)
+
+
 @bench.command("sites")
 @click.option(
     "--grid",

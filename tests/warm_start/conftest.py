@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import fx
 
-import attnrewrite.backend
+from attnrewrite.backend import collect_reports
 from attnrewrite.inner import CompiledFn, InnerCompiler
 from attnrewrite.report.rows import GraphReport
 
@@ -58,15 +58,12 @@ class Store:
         compiled: Any = torch.compile(
             function, backend="attnrewrite", dynamic=dynamic, options={"inner_backend": "eager", **options}
         )
-        found.result = compiled(*inputs, **(keywords or {}))
+        with collect_reports(code=False) as found.reports:
+            found.result = compiled(*inputs, **(keywords or {}))
         return found
 
     def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        publish, compile_graph = attnrewrite.backend._publish, InnerCompiler.compile
-
-        def published(report: GraphReport) -> None:
-            publish(report)
-            self._current.reports.append(report)
+        compile_graph = InnerCompiler.compile
 
         def compiled(
             inner: InnerCompiler, gm: fx.GraphModule, inputs: Sequence[Any], *, keep_attention: bool
@@ -76,7 +73,6 @@ class Store:
             self._current.graphs.append([*(str(part.graph) for part in parts), str(notes), str(keep_attention)])
             return compile_graph(inner, gm, inputs, keep_attention=keep_attention)
 
-        monkeypatch.setattr(attnrewrite.backend, "_publish", published)
         monkeypatch.setattr(InnerCompiler, "compile", compiled)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import attnrewrite
+from attnrewrite.backend import collect_reports
 from attnrewrite.warm_start import directory
 from attnrewrite.warm_start.codec import NotStorable, decoded_graph
 from tests.warm_start.conftest import Store
@@ -131,9 +132,9 @@ def test_a_stored_graph_is_compiled_again_for_other_kernels(store: Store) -> Non
     torch.compiler.reset()
     compiled = torch.compile(attention, backend="attnrewrite", options={"inner_backend": "eager"})
     compiled(*inputs)
-    with attnrewrite.attention_backend("_native_math"):
+    with attnrewrite.attention_backend("_native_math"), collect_reports(code=False) as reports:
         torch.testing.assert_close(compiled(*inputs), attention(*inputs))
-    assert store._current.kernels[-1] == "_native_math"
+    assert [site.kernel for report in reports for site in report.sites] == ["_native_math"]
 
 
 def test_other_settings_of_torch(store: Store) -> None:
@@ -255,17 +256,16 @@ def test_the_oldest_files_are_removed(store: Store, monkeypatch: pytest.MonkeyPa
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 PROCESS = """
-import json, math, sys, torch, attnrewrite, attnrewrite.backend
+import json, sys, torch
+from attnrewrite.backend import collect_reports
 from torch._dynamo.utils import counters
 
 def attention(query, key, value):
     return torch.softmax(query @ key.transpose(-2, -1) / 3, -1) @ value
 
-reports, publish = [], attnrewrite.backend._publish
-attnrewrite.backend._publish = lambda report: (publish(report), reports.append(report))
 torch.manual_seed(0)
 inputs = torch.randn(3, 2, 4, 6, 8).unbind()
-with torch.no_grad():
+with torch.no_grad(), collect_reports(code=False) as reports:
     result = torch.compile(attention, backend="attnrewrite", options=json.loads(sys.argv[1]))(*inputs)
     error = float((result - attention(*inputs)).abs().max())
 print(json.dumps({
