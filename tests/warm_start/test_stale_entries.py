@@ -176,7 +176,11 @@ def _tampered(text: str) -> str:
     return changed
 
 
-@pytest.mark.parametrize("damage", [_truncated, _tampered, lambda text: "", lambda text: "\x00" * 99], ids=str)
+@pytest.mark.parametrize(
+    "damage",
+    [_truncated, _tampered, lambda text: "", lambda text: "\x00" * 99],
+    ids=["truncated", "tampered", "empty", "zeros"],
+)
 def test_a_damaged_file(store: Store, damage: Callable[[str], str], caplog: pytest.LogCaptureFixture) -> None:
     inputs = heads()
     store.compiled(attention, *inputs)
