@@ -112,7 +112,11 @@ def trusted_name(target: Any) -> str:
             raise NotStorable(f"the operator {operator_name(target)}")
         return f"higher_order:{operator_name(target)}"
     module, name = getattr(target, "__module__", None) or "", getattr(target, "__qualname__", "")
-    if module.partition(".")[0] not in ("torch", "_operator", "math", "attnrewrite") or not name or "<" in name:
+    if (
+        module.partition(".")[0] not in ("torch", "builtins", "_operator", "math", "attnrewrite")
+        or not name
+        or "<" in name
+    ):
         raise NotStorable(f"a call of {name or type(target).__name__}, which is not PyTorch's")
     return f"function:{module}:{name}"
 
