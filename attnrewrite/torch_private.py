@@ -374,11 +374,6 @@ def config_hashes() -> str:
     return f"{sorted(of_dynamo.items())} {digests}"
 
 
-def inductor_caches() -> bool:
-    """Whether Inductor stores compiled graphs for other processes."""
-    return bool(inductor_config().fx_graph_cache and not torch.compiler.config.force_disable_caches)
-
-
 def inductor_backend(mode: str | None, options: dict[str, Any]) -> Any:
     """The backend that ``torch.compile(backend="inductor")`` makes from its mode and options.
 

@@ -13,7 +13,7 @@ from attnrewrite.options.cache_config import FasterCacheConfig, PyramidAttention
 from attnrewrite.options.context_parallel import ContextParallel, context_parallel_option
 from attnrewrite.options.environment import diffusers_checks, request_of_environment, switched
 from attnrewrite.options.request import kernel_names
-from attnrewrite.torch_private import inductor_caches, inductor_config
+from attnrewrite.torch_private import inductor_config
 
 __all__ = ["DATA_DEPENDENT_SIZES", "OWN_OPTIONS", "Policy", "tracing_settings"]
 
@@ -58,8 +58,7 @@ class Policy:
         context_parallel: which inputs are shards of a sequence, over which processes (:mod:`attnrewrite.parallel`).
             Default None.
         warm_start: whether rewritten graphs are stored for other processes, and theirs are used
-            (:mod:`attnrewrite.warm_start`). Default ``ATTNREWRITE_WARM_START``, or where it is unset True, unless
-            PyTorch's own caches are off.
+            (:mod:`attnrewrite.warm_start`). Default ``ATTNREWRITE_WARM_START``, which is False where it is unset.
         mode: ``torch.compile``'s mode, for Inductor only.
         inner_options: the options that are passed to the inner compiler.
     """
@@ -78,7 +77,7 @@ class Policy:
     capture_dynamic_output_shape_ops: bool = False
     unread_weights: tuple[str, ...] = ()
     context_parallel: ContextParallel | None = None
-    warm_start: bool = True
+    warm_start: bool = False
     mode: str | None = None
     inner_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -95,7 +94,7 @@ class Policy:
         inner: dict[str, Any] = {}
         for key, value in (options or {}).items():
             (own if key in OWN_OPTIONS else inner)[key] = value
-        defaults = {"verify": False, "checks": diffusers_checks(), "autotune": False, "warm_start": inductor_caches()}
+        defaults = {"verify": False, "checks": diffusers_checks(), "autotune": False, "warm_start": False}
         for key, otherwise in defaults.items():
             given = switched(f"ATTNREWRITE_{key.upper()}")
             own.setdefault(key, otherwise if given is None else given)

@@ -167,6 +167,14 @@ def test_what_depends_on_more_than_the_key_is_not_stored(store: Store) -> None:
     assert store.files == []
 
 
+def test_nothing_is_stored_unless_it_is_asked_for(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ATTNREWRITE_WARM_START")
+    store.compiled(attention, *heads())
+    assert store.files == []
+    store.compiled(attention, *heads(), warm_start=True)
+    assert len(store.files) == 1
+
+
 class OwnFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
