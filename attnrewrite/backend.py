@@ -243,7 +243,7 @@ class _Compilation:
             return None
         with self._steps.step("look up"):
             stored = self._place.entry()
-            holds = stored is not None and self._known_buffers.read_again(stored.buffers)
+            holds = stored is not None and self._known_buffers.hold(stored.buffers)
         return stored if holds else None
 
     def _from_stored(self, stored: Entry) -> tuple[CompiledFn, bool]:
@@ -281,7 +281,7 @@ class _Compilation:
                     projections_changed=rewritten.projections_changed,
                     regions_changed=rewritten.regions_changed,
                     report=report,
-                    buffers=self._known_buffers.read(),
+                    buffers=self._known_buffers.seen(),
                 )
             )
 
@@ -317,7 +317,9 @@ class _Compilation:
         if self._policy.context_parallel is not None:
             raise ContextParallelError(f"context_parallel: the graph cannot be read: {reason}")
         self._report.captured, self._report.reason = False, str(reason)
-        self._store(None)
+        if reason.__cause__ is None:
+            # An error of tracing may be this process's alone: its memory, or the depth of its stack.
+            self._store(None)
         self._publish_and_dump(self._gm, self._gm)
         return self._compiled(_Outcome(self._gm, self._gm, keep_attention=False))
 

@@ -51,6 +51,9 @@ def codegen_of(graph: fx.Graph) -> Any:
 OpOverload = torch._ops.OpOverload
 """The class of ``aten.add.Tensor`` and the like."""
 
+OpOverloadPacket = torch._ops.OpOverloadPacket
+"""The class of ``torch.ops.aten.add`` and the like, which choose an overload."""
+
 HigherOrderOperator = torch._ops.HigherOrderOperator
 """The class of ``torch.ops.higher_order.flex_attention`` and the like."""
 
@@ -73,6 +76,22 @@ def is_composite(target: torch._ops.OpOverload) -> bool:
 def custom_op_function(function: Any) -> Any:
     """The Python function behind a ``torch.library.custom_op``; anything else as it is."""
     return getattr(function, "_init_fn", function)
+
+
+def defined_in_python(name: str) -> bool:
+    """Whether an operator, such as ``aten::add``, was defined by a ``torch.library.Library``:
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/library.py#L60
+    """
+    return name in torch.library._defs
+
+
+def replaced_operators() -> list[str]:
+    """Implementations that were given to PyTorch's operators, as "aten/add.Tensor/CPU", without the kinds that PyTorch
+    itself writes in Python.
+    """
+    own = ("Meta", "CUDA", "MPS", "FuncTorchBatched")
+    given = (each for each in torch.library._impls if each.startswith("aten/"))
+    return sorted(each for each in given if each.rpartition("/")[2] not in own)
 
 
 def custom_op_functions() -> dict[str, Callable[..., Any]]:
@@ -240,7 +259,6 @@ def leave_vmap_level() -> None:
 
 dynamo_config = torch._dynamo.config
 """Its ``patch`` sets ``recompile_limit`` and ``capture_dynamic_output_shape_ops`` for single calls."""
-
 
 ShortenTraceback = torch._dynamo.exc.ShortenTraceback
 """Base class of errors that Dynamo raises unchanged, not wrapped into ``BackendCompilerFailed``:

@@ -43,19 +43,23 @@ class KnownBuffers:
             if position in self._buffers:
                 node.meta["stored"] = self._buffers[position]
 
-    def read(self) -> dict[int, str]:
-        """A digest of the contents of each buffer that was read, by the place of the input."""
-        return {place: _digest(stored.tensor) for place, stored in self._buffers.items() if stored.was_read}
+    def seen(self) -> dict[int, tuple[str, bool]]:
+        """Of each buffer that was looked at, by the place of the input: a digest of its contents, and whether the
+        rewriting relies on them.
+        """
+        looked_at = {place: stored for place, stored in self._buffers.items() if stored.was_looked_at}
+        return {place: (_digest(stored.tensor), stored.was_read) for place, stored in looked_at.items()}
 
-    def read_again(self, digests: Mapping[int, str]) -> bool:
-        """Whether buffers hold what :meth:`read` said in another process; if so, they count as read."""
-        stored = {place: self._buffers.get(place) for place in digests}
-        for place, buffer in stored.items():
-            if buffer is None or buffer.tensor.device.type == "meta" or _digest(buffer.tensor) != digests[place]:
+    def hold(self, seen: Mapping[int, tuple[str, bool]]) -> bool:
+        """Whether buffers hold what :meth:`seen` said in another process; if so, what was relied on there counts as
+        read.
+        """
+        for place, (digest, _) in seen.items():
+            buffer = self._buffers.get(place)
+            if buffer is None or buffer.tensor.device.type == "meta" or _digest(buffer.tensor) != digest:
                 return False
-        for buffer in stored.values():
-            assert buffer is not None
-            buffer.was_read = True
+        for place, (_, was_read) in seen.items():
+            self._buffers[place].was_read |= was_read
         return True
 
     def guarded(

@@ -102,7 +102,10 @@ def _writes_to_first(node: fx.Node) -> bool:
         return True
     if node.kwargs.get("inplace") or not isinstance(node.target, FunctionType):
         return bool(node.kwargs.get("inplace"))
-    parameters = list(inspect.signature(node.target).parameters)
+    try:
+        parameters = list(inspect.signature(node.target).parameters)
+    except ValueError:  # It wraps a builtin, which has no signature, and no parameter of that name.
+        return False
     place = parameters.index("inplace") if "inplace" in parameters else len(node.args)
     return place < len(node.args) and bool(node.args[place])
 

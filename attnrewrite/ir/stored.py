@@ -51,6 +51,11 @@ class StoredPattern:
         self.was_read = self.was_read or found is not None
         return found
 
+    @property
+    def was_looked_at(self) -> bool:
+        """Whether anything was asked of the contents, whatever the answer."""
+        return not {"_pattern", "_largest"}.isdisjoint(self.__dict__)
+
     def holds_only_up_to(self, size: float) -> bool:
         """Whether no absolute value is above ``size``; True counts as read."""
         if self.tensor.dim() and BUFFER_ENTRIES.allows(self.tensor.numel()) and self._largest <= size:

@@ -25,7 +25,14 @@ from attnrewrite.kernels.torch_varlen import VARLEN_KERNELS
 from attnrewrite.kernels.xformers import XFORMERS_KERNELS
 from attnrewrite.kernels.xla import XLA_KERNELS
 
-__all__ = ["LIBRARY_KERNELS", "kernel_named", "register_kernel", "registered_kernels", "unregister_kernel"]
+__all__ = [
+    "LIBRARY_KERNELS",
+    "added_kernels",
+    "kernel_named",
+    "register_kernel",
+    "registered_kernels",
+    "unregister_kernel",
+]
 
 LIBRARY_KERNELS: tuple[LibraryKernel, ...] = (
     *FLASH_KERNELS,
@@ -61,6 +68,11 @@ _OWN = frozenset(_KERNELS)
 def registered_kernels() -> tuple[Kernel, ...]:
     """Every kernel that attnrewrite knows, in the order of preference."""
     return tuple(_KERNELS.values())
+
+
+def added_kernels() -> tuple[Kernel, ...]:
+    """The kernels of users."""
+    return tuple(kernel for name, kernel in _KERNELS.items() if name not in _OWN)
 
 
 def kernel_named(name: str, where: str = "") -> Kernel:

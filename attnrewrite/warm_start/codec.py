@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import base64
 import importlib
+import keyword
 import math
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -14,7 +19,14 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from attnrewrite.ir.nodes import copy_attributes
 from attnrewrite.ir.stored import tensor_bytes
-from attnrewrite.torch_private import HigherOrderOperator, OpOverload, operator_name, schema_of
+from attnrewrite.torch_private import (
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+    custom_op_functions,
+    defined_in_python,
+    operator_name,
+)
 
 __all__ = ["NotStorable", "decoded_graph", "encoded", "encoded_graph", "trusted_name"]
 
@@ -90,7 +102,10 @@ def _decoded(data: Any, nodes: Sequence[fx.Node]) -> Any:
         return torch.device(content)
     if kind == "policy":
         return CheckpointPolicy[content]
-    return getattr(torch, content)
+    for known, class_ in _OF_TORCH:
+        if kind == known and isinstance(found := getattr(torch, content, None), class_):
+            return found
+    raise NotStorable(f"an argument of the kind {kind!r}")
 
 
 # -- targets -----------------------------------------------------------------------------------------------------------
@@ -102,23 +117,53 @@ def trusted_name(target: Any) -> str:
     Raises:
         NotStorable: it is the user's, or another package's, or reads what is not in the graph.
     """
-    if isinstance(target, OpOverload):
-        if target.namespace not in ("aten", "prims", "attnrewrite"):
-            raise NotStorable(f"the operator {target}, which is not PyTorch's")
-        schema = schema_of(target)
-        return f"operator:{schema.name}.{schema.overload_name}"
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        name = str(target)
+        namespace, _, rest = name.partition(".")
+        operator = f"{namespace}::{rest.partition('.')[0]}"
+        if namespace == "attnrewrite":
+            # By its Python function, where there is one: the namespace is open to all.
+            function = custom_op_functions().get(operator)
+            is_known = function is not None and _is_written_in(function, _OWN)
+        else:
+            is_known = namespace == "aten" and not defined_in_python(operator)
+        if not is_known:
+            raise NotStorable(f"the operator {name}, which is not PyTorch's")
+        return f"operator:{name}"
     if isinstance(target, HigherOrderOperator):
         if operator_name(target) not in _HIGHER_ORDER:
             raise NotStorable(f"the operator {operator_name(target)}")
         return f"higher_order:{operator_name(target)}"
-    module, name = getattr(target, "__module__", None) or "", getattr(target, "__qualname__", "")
-    if (
-        module.partition(".")[0] not in ("torch", "builtins", "_operator", "math", "attnrewrite")
-        or not name
-        or "<" in name
-    ):
-        raise NotStorable(f"a call of {name or type(target).__name__}, which is not PyTorch's")
+    module, name = getattr(target, "__module__", None) or "", _name_in_module(target)
+    is_known = isinstance(target, BuiltinFunctionType) or target is torch.Size
+    is_known = is_known or _is_written_in(target, _TORCH) or _is_written_in(target, _OWN)
+    if module.partition(".")[0] not in ("torch", "builtins", "_operator", "math", "attnrewrite") or not name:
+        is_known = False
+    if not is_known:
+        what = getattr(target, "__qualname__", type(target).__name__)
+        raise NotStorable(f"a call of {what}, which is not PyTorch's")
     return f"function:{module}:{name}"
+
+
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_OWN = str(Path(__file__).parents[1]) + os.sep
+
+
+def _is_written_in(function: Any, folder: str) -> bool:
+    """Whether a Python function's code is from a file in the folder; its name may be copied (``functools.wraps``)."""
+    return isinstance(function, FunctionType) and function.__code__.co_filename.startswith(folder)
+
+
+def _name_in_module(target: Any) -> str:
+    """The name under which its module has the target; empty if it has another object there, or none."""
+    module = sys.modules.get(getattr(target, "__module__", None) or "")
+    for name in (getattr(target, "__qualname__", ""), getattr(target, "__name__", "")):
+        found: Any = module
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if found is target:
+            return str(name)
+    return ""
 
 
 _HIGHER_ORDER = ("tag_activation_checkpoint", "flex_attention", "cond", "while_loop", "invoke_subgraph")
@@ -126,31 +171,42 @@ _HIGHER_ORDER = ("tag_activation_checkpoint", "flex_attention", "cond", "while_l
 its process knows.
 """
 
-_MODULES = ("_operator", "math", "torch.amp.autocast_mode")
-_FUNCTIONS = ("function:torch._C:_set_grad_enabled",)
+_ON_SIZES = (
+    *("getitem", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "pos", "abs"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_"),
+)
+_CALLED = frozenset(
+    {
+        *(f"function:_operator:{name}" for name in _ON_SIZES),
+        *(f"function:math:{name}" for name in ("ceil", "floor", "trunc", "sqrt", "pow", "log", "log2", "exp")),
+        *(f"function:torch.amp.autocast_mode:{name}" for name in ("_enter_autocast", "_exit_autocast")),
+        *(f"function:torch:sym_{name}" for name in ("float", "int", "ite", "max", "min", "not", "sum")),
+        *("function:torch:_sym_sqrt", "function:torch._C:_set_grad_enabled"),
+    }
+)
+"""The functions, beside operators, that rewritten graphs call."""
 
 
 def _named(name: str) -> Any:
-    """The target of that name; only what compiled graphs call, since a name comes from a file.
+    """The target of that name; only what rewritten graphs call, since a name comes from a file.
 
     Raises:
         NotStorable: there is none.
     """
     kind, _, path = name.partition(":")
-    module, _, function = path.rpartition(":")
-    try:
-        if kind == "operator" and path.partition("::")[0] in ("aten", "prims", "attnrewrite"):
-            namespace, _, rest = path.partition("::")
-            packet, _, overload = rest.partition(".")
-            return getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
-        if kind == "higher_order" and path in _HIGHER_ORDER:
-            return getattr(torch.ops.higher_order, path)
-        is_symbolic = module == "torch" and function.startswith(("sym_", "_sym_"))
-        if kind == "function" and (module in _MODULES or is_symbolic or name in _FUNCTIONS):
-            return getattr(importlib.import_module(module), function)
-    except AttributeError as error:
-        raise NotStorable(f"{name} does not exist here") from error
-    raise NotStorable(f"{name} is not called by compiled graphs")
+    found: Any = None
+    if kind == "operator" and path.partition(".")[0] in ("aten", "attnrewrite") and path.count(".") == 2:
+        found = torch.ops
+        for part in path.split("."):
+            found = getattr(found, part, None)
+    elif kind == "higher_order" and path in _HIGHER_ORDER:
+        found = getattr(torch.ops.higher_order, path)
+    elif name in _CALLED:
+        module, _, function = path.rpartition(":")
+        found = getattr(importlib.import_module(module), function)
+    if found is None or trusted_name(found) != name:
+        raise NotStorable(f"{name} is not called by rewritten graphs")
+    return found
 
 
 def _name_to_find(target: Any) -> str:
@@ -179,6 +235,8 @@ _LEFT = frozenset(
 )
 
 
+_OPS = ("placeholder", "get_attr", "call_function", "output")
+
 _LARGEST_CONSTANT = 2**16
 """In bytes."""
 
@@ -201,8 +259,8 @@ def encoded_graph(gm: fx.GraphModule) -> dict[str, Any]:
 
 
 def _encoded_node(node: fx.Node, place_of: Callable[[fx.Node], int], texts: dict[str, int]) -> list[Any]:
-    if node.op == "call_module":
-        raise NotStorable("a call of a module")
+    if node.op not in _OPS:
+        raise NotStorable(f"a node of the kind {node.op}")
     unknown = node.meta.keys() - _LEFT - set(_KEPT)
     if unknown:
         raise NotStorable(f"a note {sorted(unknown)[0]!r} at a node")
@@ -245,17 +303,21 @@ def decoded_graph(data: Mapping[str, Any], original: fx.GraphModule | None = Non
     inputs = iter(original.graph.find_nodes(op="placeholder") if original is not None else ())
     nodes: list[fx.Node] = []
     for op, name, target, args, kwargs, notes in data["nodes"]:
-        called = _named(target) if op == "call_function" else target
+        called = _named(target) if op == "call_function" else _plain_target(op, target, data["attributes"])
+        _require_identifiers([name, *(key for key, _ in kwargs["dict"])])
         node = graph.create_node(op, called, _decoded(args, nodes), _decoded(kwargs, nodes), name=name)
         if node.name != name:
             raise NotStorable(f"the name {name} is taken")
         node.meta = {key: _noted(noted, data["texts"], nodes) for key, noted in notes.items()}
         if op == "placeholder" and original is not None:
             source = next(inputs)
+            if target != source.target:
+                raise NotStorable(f"an input {target} in place of {source.target}")
             copy_attributes(source, node)
             node.meta = {**source.meta}
         nodes.append(node)
     attributes = {name: _decoded_attribute(value) for name, value in data["attributes"].items()}
+    _require_identifiers([data["class"], *attributes])
     gm = fx.GraphModule(attributes, graph, data["class"])
     for name, value in attributes.items():
         if isinstance(value, torch.Tensor) and not data["attributes"][name]["is_buffer"]:
@@ -268,6 +330,23 @@ def decoded_graph(data: Mapping[str, Any], original: fx.GraphModule | None = Non
     return gm
 
 
+def _plain_target(op: str, target: Any, attributes: Mapping[str, Any]) -> str:
+    """
+    Raises:
+        NotStorable: a node is of a kind that is not stored, or its target is no name: fx writes it into code that runs.
+    """
+    if op not in _OPS or (op == "get_attr" and target not in attributes):
+        raise NotStorable(f"a node of the kind {op}")
+    _require_identifiers([target])
+    return str(target)
+
+
+def _require_identifiers(names: Sequence[Any]) -> None:
+    for name in names:
+        if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+            raise NotStorable(f"{name!r} is no name")
+
+
 def _noted(noted: Any, texts: Sequence[str], nodes: Sequence[fx.Node]) -> Any:
     return texts[noted["text"]] if isinstance(noted, dict) and "text" in noted else _decoded(noted, nodes)
 
@@ -275,7 +354,9 @@ def _noted(noted: Any, texts: Sequence[str], nodes: Sequence[fx.Node]) -> Any:
 def _decoded_attribute(data: Mapping[str, Any]) -> Any:
     if "graph" in data:
         return decoded_graph(data["graph"])
-    dtype: torch.dtype = getattr(torch, data["dtype"])
+    dtype = getattr(torch, data["dtype"], None)
+    if not isinstance(dtype, torch.dtype):
+        raise NotStorable(f"a constant of the dtype {data['dtype']!r}")
     if not math.prod(data["shape"]):
         return torch.empty(data["shape"], dtype=dtype)
     return torch.frombuffer(bytearray(base64.b64decode(data["bytes"])), dtype=dtype).reshape(data["shape"])

@@ -81,10 +81,11 @@ def _digest(key: str, content: str) -> str:
 
 
 def _remove_oldest(directory: Path) -> None:
-    files = [*directory.glob("*.json"), *directory.glob("*.part")]
-    if len(files) <= _MOST_FILES:
-        return
-    for file in sorted(files, key=lambda each: each.stat().st_mtime)[: len(files) - _MOST_FILES]:
+    times: dict[Path, float] = {}
+    for file in (*directory.glob("*.json"), *directory.glob("*.part")):
+        with contextlib.suppress(FileNotFoundError):  # Another process has removed it.
+            times[file] = file.stat().st_mtime
+    for file in sorted(times, key=times.__getitem__)[: max(0, len(times) - _MOST_FILES)]:
         file.unlink(missing_ok=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from attnrewrite.ir.source import SourceLocation
+from attnrewrite.kernels import registered_kernels
 from attnrewrite.options.compile_options import Policy
 from attnrewrite.report.rows import GraphReport, KernelVerdict, SiteReport
 from attnrewrite.warm_start import directory
@@ -17,6 +19,8 @@ from attnrewrite.warm_start.codec import NotStorable, decoded_graph, encoded_gra
 from attnrewrite.warm_start.key import key_of, known_of_sizes
 
 __all__ = ["Entry", "Place"]
+
+log = logging.getLogger("attnrewrite")
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Entry:
         varies: whether the result depends on the request.
         projections_changed, regions_changed: as in ``passes.result.Rewritten``.
         report: what the report says of the graph.
-        buffers: a digest of what each buffer held that was read, by the place of the input.
+        buffers: what buffers held, as ``KnownBuffers.seen`` gives it.
     """
 
     gm: fx.GraphModule | None
@@ -38,7 +42,7 @@ class Entry:
     projections_changed: bool
     regions_changed: bool
     report: GraphReport
-    buffers: Mapping[int, str] = field(default_factory=dict)
+    buffers: Mapping[int, tuple[str, bool]] = field(default_factory=dict)
 
 
 class Place:
@@ -66,15 +70,16 @@ class Place:
         if data is None:
             return None
         try:
-            gm = None if data["graph"] is None else decoded_graph(data["graph"], self._gm)
+            entry = _entry(data, self._gm)
+            _require_kernels(entry.report)
         except NotStorable as reason:
             self.why_none = str(reason)
-            return None
-        kept = {name: data[name] for name in _PLAIN}
-        report = _report(data["report"])
-        return Entry(
-            gm=gm, report=report, buffers={int(place): held for place, held in data["buffers"].items()}, **kept
-        )
+        except (AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+            self.why_none = f"what is stored has another form: {type(error).__name__}: {error}"
+        else:
+            return entry
+        log.warning("a stored graph is not used, and written anew: %s", self.why_none)
+        return None
 
     def store(self, entry: Entry) -> None:
         """Stores a rewritten graph, unless it depends on more than the key says."""
@@ -100,9 +105,33 @@ class Place:
 _PLAIN = ("keep_attention", "varies", "projections_changed", "regions_changed")
 
 
+def _entry(data: Mapping[str, Any], original: fx.GraphModule) -> Entry:
+    return Entry(
+        gm=None if data["graph"] is None else decoded_graph(data["graph"], original),
+        report=_report(data["report"]),
+        buffers={int(place): (digest, was_read) for place, (digest, was_read) in data["buffers"].items()},
+        **{name: data[name] for name in _PLAIN},
+    )
+
+
+def _require_kernels(report: GraphReport) -> None:
+    """
+    Raises:
+        NotStorable: a kernel that the graph calls cannot run in this process.
+    """
+    called = {site.kernel for site in report.sites}
+    for kernel in registered_kernels():
+        if kernel.name in called and not kernel.availability().available:
+            raise NotStorable(f"{kernel.name} cannot run: {kernel.availability().detail}")
+
+
 def _warned(site: SiteReport) -> bool:
-    """Whether a kernel was asked for that does not serve the site (``selection.choose``)."""
-    return bool(site.requested) and (site.kernel is None or site.kernel not in site.requested)
+    """Whether a kernel was asked for that does not serve the site (``selection.choose``), so that a warning was given.
+
+    ``requested`` reads "NAME, NAME by ORIGIN".
+    """
+    names = site.requested.partition(" by ")[0].split(", ")
+    return bool(site.requested) and site.kernel not in names
 
 
 # -- the report --------------------------------------------------------------------------------------------------------

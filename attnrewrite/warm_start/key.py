@@ -6,7 +6,7 @@
     the process     PyTorch's settings and switches, environment variables, versions of all packages that have kernels,
                     the device, and the source of this package
 
-What a buffer holds is not in it: it is stored what buffers were read, and compared.
+What a buffer holds is not in it: what each held that was looked at is stored with the graph, and compared.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from torch import fx
 from attnrewrite.capture.support import has_storage, storage_of
 from attnrewrite.ir.nodes import known_number
 from attnrewrite.ir.source import called_from, source_name
-from attnrewrite.kernels import registered_kernels
-from attnrewrite.kernels.registry import LIBRARY_KERNELS
+from attnrewrite.kernels.registry import LIBRARY_KERNELS, added_kernels
 from attnrewrite.options.compile_options import Policy
 from attnrewrite.patterns.registry import registered
 from attnrewrite.selection.requests import request_in_force
@@ -40,6 +39,7 @@ from attnrewrite.torch_private import (
     config_hashes,
     forward_mode_level,
     pytorch_context_parallel,
+    replaced_operators,
     shape_environment,
 )
 from attnrewrite.warm_start.codec import NotStorable, encoded, trusted_name
@@ -230,13 +230,16 @@ def _versions() -> list[str]:
     """Of everything whose code decides about the rewriting.
 
     Raises:
-        NotStorable: the user has added a kernel or a pattern.
+        NotStorable: the user has added a kernel or a pattern, or replaced an operator of PyTorch.
     """
-    for added in (*registered_kernels(), *registered()):
-        if type(added).__module__.partition(".")[0] != "attnrewrite":
-            raise NotStorable(f"{type(added).__name__}, which is not attnrewrite's")
+    added = [*(kernel.name for kernel in added_kernels()), *(pattern.name for pattern in registered())]
+    if added:
+        raise NotStorable(f"{added[0]}, which is not attnrewrite's")
+    if replaced_operators():
+        raise NotStorable(f"{replaced_operators()[0]}, which has been replaced")
     packages = sorted({kernel.vendor.package.distribution for kernel in LIBRARY_KERNELS})
-    torch_versions = (torch.__version__, torch.version.git_version, torch.version.cuda, torch.version.hip)
+    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    torch_versions = (torch.__version__, torch.version.git_version, torch.version.cuda, torch.version.hip, cudnn)
     return [*map(str, torch_versions), platform.python_version(), _own_source(), *map(_version_of, packages)]
 
 
@@ -262,13 +265,17 @@ def _own_source() -> str:
 
 
 def _devices(example_inputs: Sequence[Any]) -> list[str]:
+    """Of the inputs, and the GPUs, on which the graph may make tensors."""
     found = {value.device for value in example_inputs if isinstance(value, torch.Tensor)}
+    found.update(torch.device("cuda", number) for number in range(torch.cuda.device_count()))
     return sorted(map(_device, found))
 
 
 def _device(device: torch.device) -> str:
     if device.type == "cuda":
-        return f"{device} {torch.cuda.get_device_properties(device)}"
+        # Not the whole: it names the one board.
+        known = torch.cuda.get_device_properties(device)
+        return f"{device} {known.name} {known.major}.{known.minor} {known.total_memory} {known.multi_processor_count}"
     if device.type == "cpu":
         return f"{device} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     raise NotStorable(f"a device of type {device.type}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attnrewrite
@@ -157,9 +159,80 @@ def test_another_torch_and_another_attnrewrite(store: Store, monkeypatch: pytest
         changed.setattr(torch.version, "git_version", "another")
         assert store.compiled(attention, *heads()).was_stored == [False]
     with monkeypatch.context() as changed:
+        changed.setattr(torch.backends.cudnn, "version", lambda: 92900)
+        assert store.compiled(attention, *heads()).was_stored == [False]
+    with monkeypatch.context() as changed:
         changed.setattr("attnrewrite.warm_start.key._own_source", lambda: "another")
         assert store.compiled(attention, *heads()).was_stored == [False]
     assert store.compiled(attention, *heads()).was_stored == [True]
+
+
+# -- other code of the same name ---------------------------------------------------------------------------------------
+
+
+def _attends(split: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def function(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attention(split(query), split(key), split(value))
+
+    return function
+
+
+@pytest.mark.parametrize("namespace", ["warm_start_test", "aten"])
+@pytest.mark.parametrize("called", ["packet", "overload"])
+def test_an_operator_of_the_user_with_another_implementation(store: Store, namespace: str, called: str) -> None:
+    """It decomposes in capture, so that nothing of it is left in the rewritten graph."""
+
+    def apart(x: Tensor, heads: int) -> Tensor:
+        return x.view(1, 6, heads, -1).transpose(1, 2)
+
+    def interleaved(x: Tensor, heads: int) -> Tensor:
+        return x.view(1, 6, -1, heads).permute(0, 3, 1, 2)
+
+    for split in (apart, interleaved):
+        library = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
+        try:
+            name = f"split_{called}"
+            library.define(f"{name}(Tensor(a) x, int heads) -> Tensor(a)")  # type: ignore[no-untyped-call]
+            library.impl(name, split, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+            packet = getattr(getattr(torch.ops, namespace), name)
+            operator = packet if called == "packet" else packet.default
+            function = _attends(lambda x, operator=operator: operator(x, 2))  # type: ignore[misc]
+            inputs = [torch.randn(1, 6, 16) for _ in range(3)]
+            found = store.compiled(function, *inputs)
+            assert found.kernels == ["native"]
+            torch.testing.assert_close(found.result, function(*inputs))
+        finally:
+            library._destroy()  # type: ignore[no-untyped-call]
+    assert store.files == []
+
+
+def test_a_function_that_has_the_name_of_one_of_torch(store: Store) -> None:
+    for factor in (4.0, 0.1):
+
+        @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+        @functools.wraps(F.softmax)
+        def softmax(x: Tensor, dim: int, factor: float = factor) -> Tensor:
+            return torch.softmax(x * factor, dim)
+
+        def function(query: Tensor, key: Tensor, value: Tensor, softmax: Any = softmax) -> Tensor:
+            weights: Tensor = softmax(query @ key.transpose(-2, -1), -1)
+            return weights @ value
+
+        inputs = heads()
+        found = store.compiled(function, *inputs)
+        assert found.kernels == ["native"]
+        torch.testing.assert_close(found.result, function(*inputs))
+    assert store.files == []
+
+
+def test_an_operator_of_torch_that_is_replaced(store: Store) -> None:
+    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    try:
+        library.impl("celu", lambda x, alpha=1.0: x.clone(), "CPU")  # type: ignore[no-untyped-call]
+        store.compiled(attention, *heads())
+        assert store.files == []
+    finally:
+        library._destroy()  # type: ignore[no-untyped-call]
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -224,20 +297,89 @@ def test_a_directory_that_others_can_write_to(store: Store, caplog: pytest.LogCa
         "function:os:system",
         "function:torch:load",
         "function:torch.hub:load",
-        "operator:mine::run.default",
+        "operator:mine.run.default",
         "higher_order:wrap",
         "os.system",
     ],
 )
-def test_a_file_names_nothing_but_what_compiled_graphs_call(name: str) -> None:
+def test_a_file_names_nothing_but_what_rewritten_graphs_call(name: str) -> None:
     data = {
         "class": "G",
         "texts": [],
         "attributes": {},
         "nodes": [["call_function", "x", name, {"tuple": []}, {"dict": []}, {}]],
     }
-    with pytest.raises(NotStorable, match="is not called by compiled graphs"):
+    with pytest.raises(NotStorable, match="is not called by rewritten graphs"):
         decoded_graph(data)
+
+
+COMMAND = "__import__('os').system('touch {}')"
+
+
+def _with_default(data: dict[str, Any], command: str) -> None:
+    node = next(node for node in data["nodes"] if node[0] == "placeholder")
+    node[2] += f"={command}"
+
+
+def _with_method(data: dict[str, Any], command: str) -> None:
+    data["nodes"].insert(-1, ["call_method", "more", "numpy", {"tuple": [{"node": 0}]}, {"dict": []}, {}])
+
+
+def _with_class(data: dict[str, Any], command: str) -> None:
+    data["class"] = f"X({command})"
+
+
+def _with_name(data: dict[str, Any], command: str) -> None:
+    data["nodes"][0][1] = f"x = {command}"
+
+
+def _with_keyword(data: dict[str, Any], command: str) -> None:
+    node = next(node for node in data["nodes"] if node[0] == "call_function")
+    node[4]["dict"].append([f"x={command}, y", 1])
+
+
+def _with_operator(data: dict[str, Any], command: str) -> None:
+    call = ["call_function", "more", "function:_operator:methodcaller", {"tuple": ["numpy"]}, {"dict": []}, {}]
+    data["nodes"].insert(-1, call)
+
+
+def _with_attribute(data: dict[str, Any], command: str) -> None:
+    data["nodes"].insert(-1, ["get_attr", "more", "__class__", {"tuple": []}, {"dict": []}, {}])
+
+
+def _with_another_kind(data: dict[str, Any], command: str) -> None:
+    data["nodes"][-1][3] = {"tuple": [{"hub": "load"}]}
+
+
+def _without_a_part(data: dict[str, Any], command: str) -> None:
+    del data["attributes"]
+
+
+def _in_another_shape(data: dict[str, Any], command: str) -> None:
+    data["nodes"][0] = "placeholder"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(_with_default, _with_method, _with_class, _with_name, _with_keyword, _with_operator, _with_attribute),
+        *(_with_another_kind, _without_a_part, _in_another_shape),
+    ],
+    ids=lambda change: change.__name__,
+)
+def test_a_file_with_a_digest_made_anew_runs_no_code(
+    store: Store, tmp_path: Path, change: Callable[[dict[str, Any], str], None]
+) -> None:
+    inputs = heads()
+    store.compiled(attention, *inputs)
+    (file,) = store.files
+    data = json.loads(file.read_text().partition("\n")[2])
+    change(data["graph"], COMMAND.format(tmp_path / "ran"))
+    content = json.dumps(data)
+    file.write_text(f"{directory._digest(file.stem, content)}\n{content}")
+    found = store.compiled(attention, *inputs)
+    assert found.was_stored == [False] and not (tmp_path / "ran").exists()
+    torch.testing.assert_close(found.result, attention(*inputs))
 
 
 def test_the_files_hold_data_alone(store: Store) -> None:

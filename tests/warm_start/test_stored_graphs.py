@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import attnrewrite
+from attnrewrite.ir.builder import Builder
+from attnrewrite.ir.finding import Finding
+from attnrewrite.ir.graph_view import GraphView
+from attnrewrite.ir.site import CanonicalAttention
+from attnrewrite.kernels import Availability, Verdict
 from attnrewrite.kernels.torch_sdpa import TorchSDPA
 from attnrewrite.patterns import Specimen
 from attnrewrite.report.rows import GraphReport
+from attnrewrite.selection import choose
 from tests.coverage.measure import CASES, built
 from tests.support.helpers import outputs, specimens_for_kernels
 from tests.warm_start.conftest import Store
@@ -35,7 +43,7 @@ def without_seconds(report: GraphReport) -> dict[str, Any]:
     return {**dataclasses.asdict(report), "notes": notes, "seconds": {}, "name": ""}
 
 
-MODELS = ["bert", "gpt2", "llama", "t5", "gpt-neo", "unet", "gpt-oss", "dat", "convit"]
+MODELS = ["bert", "gpt2", "llama", "t5", "gpt-neo", "unet", "gemma2", "dat", "convit"]
 
 
 @pytest.mark.parametrize("trains", [False, True])
@@ -43,6 +51,8 @@ MODELS = ["bert", "gpt2", "llama", "t5", "gpt-neo", "unet", "gpt-oss", "dat", "c
 def test_a_models_graphs_are_found_again(store: Store, name: str, trains: bool) -> None:
     case = CASES[name]
     model, inputs = built(case), case.inputs()
+    with torch.no_grad():
+        model(**inputs)  # Some keep what their first call has made, and the next is another program.
     with torch.set_grad_enabled(trains):
         first = store.compiled(model, keywords=inputs, dynamic=trains or None)
         again = store.compiled(model, keywords=inputs, dynamic=trains or None)
@@ -139,11 +149,29 @@ def test_sizes_stay_symbolic(store: Store) -> None:
     assert len(store.files) == 1
 
 
-class Registered(TorchSDPA):
-    name = "registered"
+class Own:
+    """A kernel by its parts alone, and not by its base class."""
+
+    name, automatic, needs = "own", True, "nothing"
+
+    def __init__(self) -> None:
+        self._kernel = TorchSDPA()
+
+    def availability(self) -> Availability:
+        return self._kernel.availability()
+
+    def supports(self, site: CanonicalAttention) -> Verdict:
+        return self._kernel.supports(site)
+
+    def emit(self, site: CanonicalAttention, builder: Builder) -> fx.Node:
+        return self._kernel.emit(site, builder)
 
 
-Registered.__module__ = "users"
+class Looks:
+    name, precedence, specimens = "looks", 5, ()
+
+    def find(self, view: GraphView) -> Iterator[Finding]:
+        return iter(())
 
 
 def test_what_depends_on_more_than_the_key_is_not_stored(store: Store) -> None:
@@ -157,14 +185,36 @@ def test_what_depends_on_more_than_the_key_is_not_stored(store: Store) -> None:
     store.compiled(attention, *inputs, tolerance=1e-2)
     store.compiled(attention, *inputs, inner_backend=lambda gm, inputs: gm.forward)
     store.compiled(attention, *inputs, warm_start=False)
-    # The warning that another kernel serves is given in each process.
-    store.compiled(attention, *inputs, kernels="_flash_3")
-    attnrewrite.register_kernel(Registered())
-    try:
-        store.compiled(attention, *inputs)
-    finally:
-        attnrewrite.unregister_kernel("registered")
     assert store.files == []
+
+
+@pytest.mark.parametrize("name", ["_flash_3", "_native_flash", "_native_cudnn", "_native_efficient"])
+def test_a_warning_is_given_each_time(store: Store, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where the name of the kernel that serves instead, ``native``, is a part of it."""
+    for _ in range(2):
+        choose._warn_once.cache_clear()
+        caplog.clear()
+        store.compiled(attention, *heads(), kernels=name)
+        assert "cannot serve the attention" in caplog.text
+    assert store.files == []
+
+
+def test_a_kernel_and_a_pattern_of_the_user(store: Store) -> None:
+    inputs = heads()
+    store.compiled(attention, *inputs)
+    (file,) = store.files
+    attnrewrite.register_kernel(Own())
+    try:
+        found = store.compiled(attention, *inputs)
+    finally:
+        attnrewrite.unregister_kernel("own")
+    assert found.kernels == ["own"] and found.was_stored == [False]
+    attnrewrite.register_pattern(Looks)
+    try:
+        assert store.compiled(attention, *inputs).was_stored == [False]
+    finally:
+        attnrewrite.unregister_pattern("looks")
+    assert store.files == [file] and store.compiled(attention, *inputs).was_stored == [True]
 
 
 def test_nothing_is_stored_unless_it_is_asked_for(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,3 +293,37 @@ def test_a_buffer_that_changes_after_a_stored_graph_was_taken(store: Store) -> N
     with torch.no_grad():
         model.keep[:] = True  # type: ignore[operator]
     torch.testing.assert_close(compiled(*inputs), model(*inputs))
+
+
+def test_a_buffer_without_a_pattern_is_compared_as_well(store: Store) -> None:
+    """What was looked at and found to be no pattern decides, too: a causal mask gets the graph of a causal mask."""
+    inputs = heads()
+    fresh = store.compiled(model_with_buffer(TRIANGLE.clone()), *inputs)
+    for file in store.files:
+        file.unlink()
+    store.compiled(model_with_buffer(torch.rand(6, 6) > 0.5), *inputs)
+    found = store.compiled(model_with_buffer(TRIANGLE.clone()), *inputs)
+    assert found.was_stored == [False] and found.graphs == fresh.graphs
+
+
+def test_a_failure_of_tracing_is_not_stored(store: Store) -> None:
+    """The depth of the stack is this process's alone."""
+
+    def deep(levels: int, function: Callable[[], Any]) -> Any:
+        return deep(levels - 1, function) if levels else function()
+
+    limit = sys.getrecursionlimit()
+    depth = len(inspect.stack(0))
+    failed: list[str] = []
+    for levels in range(limit // 3, limit - depth, 8):
+        try:
+            found = deep(levels, lambda: store.compiled(attention, *heads()))
+        except RecursionError:
+            continue
+        failed += [report.reason for report in found.reports if "Recursion" in report.reason]
+        if failed:
+            break
+        for file in store.files:
+            file.unlink()
+    assert failed and store.files == []
+    assert store.compiled(attention, *heads()).kernels == ["native"]
