@@ -206,11 +206,12 @@ def test_an_operator_of_the_user_with_another_implementation(store: Store, names
     assert store.files == []
 
 
-def test_a_function_that_has_the_name_of_one_of_torch(store: Store) -> None:
+@pytest.mark.parametrize("of", [F.softmax, torch.softmax], ids=["python", "builtin, which has no signature"])
+def test_a_function_that_has_the_name_of_one_of_torch(store: Store, of: Callable[..., Tensor]) -> None:
     for factor in (4.0, 0.1):
 
         @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-        @functools.wraps(F.softmax)
+        @functools.wraps(of)
         def softmax(x: Tensor, dim: int, factor: float = factor) -> Tensor:
             return torch.softmax(x * factor, dim)
 
