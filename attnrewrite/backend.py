@@ -21,6 +21,7 @@ from attnrewrite.caching.identity import Identity, identity_of
 from attnrewrite.caching.session import Session
 from attnrewrite.capture.known_buffers import KnownBuffers
 from attnrewrite.capture.legalize import legalized
+from attnrewrite.capture.settled_floats import settle_floats
 from attnrewrite.capture.support import CaptureError, computes_gradients, holds_higher_order
 from attnrewrite.capture.trace import capture
 from attnrewrite.errors import ContextParallelError, KernelError, OptionError
@@ -47,6 +48,7 @@ from attnrewrite.torch_private import (
     CompileContext,
     compiles_to_be_saved,
     dynamo_config,
+    leave_constants,
     pytorch_context_parallel,
     trace_structured,
 )
@@ -107,8 +109,15 @@ def attnrewrite(
             f"options[{DATA_DEPENDENT_SIZES!r}] has no effect through torch.compile, which has already traced the "
             f"graph: set torch._dynamo.config.{DATA_DEPENDENT_SIZES} = True, or use accelerate_attention"
         )
-    # Legalized here, since the inner compiler gets this graph if it cannot be captured or has no attention.
-    gm = legalized(gm)
+    settle_floats(gm)
+    try:
+        # Legalized here, since the inner compiler gets this graph if it cannot be captured or has no attention.
+        return _with_cache(legalized(gm), example_inputs, policy)
+    finally:
+        leave_constants()
+
+
+def _with_cache(gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy) -> CompiledFn:
     call = current_call()
     if policy.cache is None or (call is not None and call.is_of_graph):
         return _with_variants(gm, example_inputs, policy)

@@ -14,9 +14,9 @@ import re
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch._dynamo
@@ -259,6 +259,26 @@ def leave_vmap_level() -> None:
 
 dynamo_config = torch._dynamo.config
 """Its ``patch`` sets ``recompile_limit`` and ``capture_dynamic_output_shape_ops`` for single calls."""
+
+
+_made_constants: set[str] = set()
+
+
+def trace_again_with_constants(floats: Iterable[torch.SymFloat]) -> NoReturn:
+    """Leaves the backend, and has Dynamo trace the function again with these floats as constants under guards, as
+    AOTAutograd does with floats that it cannot make tensors of:
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/fx/passes/_tensorify_python_scalars.py#L445
+    """
+    _made_constants.update(str(each.node.expr) for each in floats)
+    torch._dynamo.symbolic_convert.TensorifyState.force_specializations.update(_made_constants)
+    raise torch._dynamo.exc.TensorifyScalarRestartAnalysis
+
+
+def leave_constants() -> None:
+    """Ends what :func:`trace_again_with_constants` began; Dynamo would make them constants in all later functions."""
+    torch._dynamo.symbolic_convert.TensorifyState.force_specializations.difference_update(_made_constants)
+    _made_constants.clear()
+
 
 ShortenTraceback = torch._dynamo.exc.ShortenTraceback
 """Base class of errors that Dynamo raises unchanged, not wrapped into ``BackendCompilerFailed``:

@@ -323,6 +323,8 @@ def not_a_number(d: Drawn) -> Member:
         return softmax(q @ k.mT * d.scale) @ v
 
     operands = d.operands(keys)
+    # No product with an infinite key is minus infinity, which would leave a row finite (docs/exactness.md).
+    operands[0][..., 0], operands[0][..., 1] = 1.0, -1.0
     place = d.chance.choice([0, 0, 1, 2])
     operands[place][:, :, d.chance.randrange(operands[place].shape[-2])] = d.chance.choice([math.nan, math.inf])
     return attend, [operands]
