@@ -104,8 +104,8 @@ def _writes_to_first(node: fx.Node) -> bool:
         return bool(node.kwargs.get("inplace"))
     try:
         parameters = list(inspect.signature(node.target).parameters)
-    except ValueError:  # It wraps a builtin, which has no signature, and no parameter of that name.
-        return False
+    except ValueError:  # It wraps a builtin, which has no signature.
+        parameters = list(inspect.signature(node.target, follow_wrapped=False).parameters)
     place = parameters.index("inplace") if "inplace" in parameters else len(node.args)
     return place < len(node.args) and bool(node.args[place])
 
