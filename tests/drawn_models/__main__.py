@@ -1,13 +1,14 @@
-"""``python -m tests.drawn_models --cases 2000 --seed 0``: models, masks and weights drawn, and all that is wrong.
-
-On a GPU set ``PYTORCH_JIT=0``: the TorchScript functions of DeBERTa's eager code read illegal memory there under the
-reference.
-"""
+"""``python -m tests.drawn_models --cases 2000 --seed 0``: models, masks and weights drawn, and all that is wrong."""
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
+
+# Before torch is imported: on a GPU the TorchScript functions of DeBERTa's eager code read illegal memory under the
+# reference.
+os.environ.setdefault("PYTORCH_JIT", "0")
 
 from tests.drawn_models.judge import Outcome, draw, judge
 from tests.support.fuzzing import BAD, parser, report, seed_of

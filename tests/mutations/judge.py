@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 
 from attnrewrite.backend import collect_reports
 from attnrewrite.numerics.judge import HALF
@@ -141,7 +142,8 @@ def judge(mutant: Mutant, device: str = "cpu", inner: str | None = None) -> Outc
     Args:
         mutant: what is judged.
         device: where its tensors lie.
-        inner: the backend that the rewritten graph is given to (default: none, with gradients ``aot_eager``).
+        inner: the backend that the rewritten graph is given to (default: none, with gradients ``aot_eager`` unless a
+            ``log_softmax`` is in it).
     """
     torch._dynamo.reset()
     built = mutant.built()
@@ -159,7 +161,9 @@ def judge(mutant: Mutant, device: str = "cpu", inner: str | None = None) -> Outc
         truths = [_truth(attend, call(), mutant.gradients) for call in given]
     except Exception as error:  # noqa: BLE001 - A cast or a write that eager refuses: the program is none.
         return Outcome(mutant, "does not run", f"{type(error).__name__}: {str(error)[:200]}")
-    inner = inner or ("aot_eager" if mutant.gradients else "eager")
+    # Tracing gives log_softmax's gradient strides that it does not have: beside a reshape plain aot_eager fails too.
+    traced = mutant.gradients and not _has_log_softmax(graph)
+    inner = inner or ("aot_eager" if traced else "eager")
     function = rewritten(attend, inner, dynamic=mutant.dynamic or None)
     with collect_reports() as reports:
         try:
@@ -260,6 +264,10 @@ def _moved(inputs: Sequence[Any], mutant: Mutant) -> list[Any]:
         else:
             moved.append(value.clone() if isinstance(value, Tensor) else value)
     return moved
+
+
+def _has_log_softmax(graph: fx.GraphModule) -> bool:
+    return any(node.target in ("log_softmax", functional.log_softmax, torch.log_softmax) for node in graph.graph.nodes)
 
 
 def _fails_without_us(
