@@ -2,6 +2,7 @@
 
     batch_norm(s, mean, var, weight, bias)   =   s * scale + shift        with the statistics that were stored
     s.sum(dim)                               =   s.reshape(...)           over a dimension of size one
+    where(c, s + x, s)                       =   s + where(c, x, 0)
 
 Batch norm of scores has a factor and a number for each head, which patterns read like any other.
 """
@@ -9,16 +10,18 @@ Batch norm of scores has a factor and a number for each head, which patterns rea
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 from attnrewrite.analysis.scores import sources_of_scores
+from attnrewrite.analysis.values import FAR_BELOW, as_stored
 from attnrewrite.ir.bounds import AROUND_SOFTMAX
 from attnrewrite.ir.builder import Builder
-from attnrewrite.ir.nodes import is_tensor, same, tensor
-from attnrewrite.ir.ops import STORED_NORM_OPS
+from attnrewrite.ir.nodes import is_tensor, same, same_shape, tensor
+from attnrewrite.ir.ops import ADD_OPS, STORED_NORM_OPS, SUB_OPS
 from attnrewrite.ir.products import is_product
 from attnrewrite.passes.regrouping import Found, NotRegrouped, Weights, softmaxes_of
 
@@ -52,6 +55,8 @@ def plain_step(node: fx.Node, builder: Builder, weights: Weights, softmaxes: set
     softmaxes |= readers
     if node.target is operator.getitem:
         return Found(_normalized(node, source, builder), ())
+    if node.target is aten.where.self:
+        return Found(_added(node, source, builder), ())
     return Found(builder.call(aten.reshape.default, source, [*tensor(node).shape]), ())
 
 
@@ -63,6 +68,8 @@ def _source_of(node: fx.Node) -> fx.Node | None:
     if node.target is operator.getitem:
         norm = args[0]
         return norm.args[0] if args[1] == 0 and norm.target in STORED_NORM_OPS else None
+    if node.target is aten.where.self:
+        return _common_source(node)
     if node.target is not aten.sum.dim_IntList or is_product(node):
         return None
     dims = [args[1]] if isinstance(args[1], int) else args[1]
@@ -110,3 +117,73 @@ def _normalized(node: fx.Node, scores: fx.Node, builder: Builder) -> fx.Node:
     channels = [tensor(mean).shape[0], *[1] * (tensor(scores).dim() - 2)]
     factor, shift = (builder.call(aten.reshape.default, each, channels) for each in (factor, shift))
     return builder.call(aten.add.Tensor, builder.call(aten.mul.Tensor, scores, factor), shift)
+
+
+@dataclass(frozen=True)
+class _SumWith:
+    """``source + sign * added``."""
+
+    source: fx.Node
+    added: fx.Node | float = 0.0
+    sign: float = 1.0
+
+
+def _sums_of(node: Any) -> list[_SumWith]:
+    """What ``node`` is the sum of, in each way to read it: itself and nothing, and a tensor and what is added to it."""
+    if not is_tensor(node):
+        return []
+    found = [_SumWith(node)]
+    if node.op == "call_function" and node.target in ADD_OPS | SUB_OPS and not node.kwargs and len(node.args) == 2:
+        first: Any = node.args[0]
+        second: Any = node.args[1]
+        subtracted = node.target in SUB_OPS
+        if is_tensor(first) and (is_tensor(second) or isinstance(second, (int, float))):
+            found.append(_SumWith(first, second, -1.0 if subtracted else 1.0))
+        if is_tensor(second) and not subtracted and is_tensor(first):
+            found.append(_SumWith(second, first))
+    return found
+
+
+def _common_sums(node: fx.Node) -> tuple[_SumWith, _SumWith] | None:
+    """Both values of ``where`` as sums with one tensor that has their shape and dtype; None if they are not."""
+    _, chosen, other = node.args
+    for one in _sums_of(chosen):
+        for two in _sums_of(other):
+            source = tensor(one.source)
+            alike = source.dtype is tensor(node).dtype and same_shape(source.shape, tensor(node).shape)
+            if (
+                one.source is two.source
+                and one != two
+                and alike
+                and all(_keeps_dtype(each, node) for each in (one, two))
+            ):
+                return one, two
+    return None
+
+
+def _keeps_dtype(part: _SumWith, node: fx.Node) -> bool:
+    """Whether what is added is the same number in the dtype of the sum, or as good as minus infinity in both."""
+    dtype = tensor(node).dtype
+    if isinstance(part.added, fx.Node):
+        return tensor(part.added).dtype is dtype
+    stored = as_stored(part.added, dtype)
+    return stored == part.added or max(stored * part.sign, part.added * part.sign) <= FAR_BELOW
+
+
+def _common_source(node: fx.Node) -> fx.Node | None:
+    sums = _common_sums(node)
+    return None if sums is None else sums[0].source
+
+
+def _added(node: fx.Node, source: fx.Node, builder: Builder) -> fx.Node:
+    sums = _common_sums(node)
+    assert sums is not None
+    like = tensor(node)
+
+    def added(part: _SumWith) -> fx.Node:
+        if isinstance(part.added, fx.Node):
+            return part.added if part.sign == 1 else builder.call(aten.neg.default, part.added)
+        return builder.call(aten.full.default, [], part.added * part.sign, dtype=like.dtype, device=like.device)
+
+    chosen = builder.call(aten.where.self, node.args[0], *map(added, sums))
+    return builder.call(aten.add.Tensor, source, chosen)

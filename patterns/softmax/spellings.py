@@ -615,3 +615,17 @@ def batch_norm_of_scores(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Ten
     batch, heads, queries, keys = scores.shape
     scores = scores.reshape(batch, 1, heads, queries, keys).sum(dim=1)
     return torch.einsum("bgij,bgjc->bgic", scores.softmax(-1), v)
+
+
+@_spelling.add(_Q, _K, _V, keep(2, 1, "L", "S"))
+def mask_by_lowered_scores(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    """Keras: scores are lowered where they are masked, by a choice between them and less."""
+    scores = q @ k.mT * 8**-0.5
+    return torch.where(kept, scores, scores - 1e9).softmax(-1) @ v
+
+
+@_spelling.add(_Q, _K, _V, learned("L", "S"))
+def bias_where_one_holds(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    scores = q @ k.mT * 8**-0.5
+    near = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril().triu(-2)
+    return torch.where(near, bias + scores, scores - 2.0).softmax(-1) @ v

@@ -720,3 +720,56 @@ def test_a_product_of_weights_is_no_sum_of_them(combined: Callable[[Tensor], Ten
     q, k, v = (torch.randn(2, 4, length, 8, generator=generator) for length in (6, 1, 1))
     inputs = (q, k, v, torch.randn(2, 4, 6, 1, generator=generator))
     assert relative_error(rewritten(function)(*inputs), function(*inputs)) <= 1e-5
+
+
+def _lowered(scores: Tensor, keep: Tensor) -> Tensor:
+    return torch.where(keep, scores, scores - 1e9)
+
+
+def _raised(scores: Tensor, keep: Tensor) -> Tensor:
+    return torch.where(keep, 2.0 + scores, scores)
+
+
+def _two_sums(scores: Tensor, keep: Tensor) -> Tensor:
+    return torch.where(keep, scores + 0.5, scores - torch.linspace(-1.0, 1.0, 7, dtype=scores.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("step", [_lowered, _raised, _two_sums])
+def test_scores_or_a_sum_with_them(step: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    """Also in a row that is lowered as a whole: its scores are left in float64, and it is NaN in float16."""
+    keep = torch.rand(6, 7, generator=torch.Generator().manual_seed(3)) > 0.4
+    keep[2] = False
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return step(q @ k.mT, keep).softmax(-1) @ v
+
+    inputs = [each.to(dtype) for each in operands(6, 7, 7)]
+    limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    with torch.no_grad():
+        assert [row.status for row in rows(attend, *inputs)] == ["rewritten"]
+        torch._dynamo.reset()
+        torch.testing.assert_close(rewritten(attend)(*inputs), attend(*inputs), rtol=0, atol=limit, equal_nan=True)
+
+
+@pytest.mark.parametrize("step", [_lowered, _raised, _two_sums])
+def test_gradients_of_scores_or_a_sum_with_them(step: Callable[..., Tensor]) -> None:
+    keep = torch.rand(6, 7, generator=torch.Generator().manual_seed(3)) > 0.4
+    keep[:, 0] = True
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return step(q @ k.mT, keep).softmax(-1) @ v
+
+    check(attend, *operands(6, 7, 7))
+
+
+def test_a_number_that_half_precision_rounds_stays_in_its_sum() -> None:
+    """bfloat16 adds 10000 to a score before it rounds; as a mask's entry it would be 9984."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT
+        return torch.where(torch.ones(6, 7).tril() > 0, scores, scores - 10000.0).softmax(-1) @ v
+
+    inputs = [each.bfloat16() for each in operands(6, 7, 7)]
+    with torch.no_grad():
+        assert [row.status for row in rows(attend, *inputs)] == ["kept"]
