@@ -253,6 +253,8 @@ class _Compilation:
         with self._steps.step("look up"):
             stored = self._place.entry()
             holds = stored is not None and self._known_buffers.hold(stored.buffers)
+        if stored is not None and not holds:
+            self._report.notes.append("a graph that was stored does not serve: a buffer held something else")
         return stored if holds else None
 
     def _from_stored(self, stored: Entry) -> tuple[CompiledFn, bool]:
@@ -293,6 +295,8 @@ class _Compilation:
                     buffers=self._known_buffers.seen(),
                 )
             )
+        if self._place.why_none:
+            report.notes.append(f"the rewritten graph is not stored for other processes: {self._place.why_none}")
 
     # The steps, in their order.
 

@@ -14,7 +14,7 @@ import re
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
@@ -92,6 +92,18 @@ def replaced_operators() -> list[str]:
     own = ("Meta", "CUDA", "MPS", "FuncTorchBatched")
     given = (each for each in torch.library._impls if each.startswith("aten/"))
     return sorted(each for each in given if each.rpartition("/")[2] not in own)
+
+
+def function_spaces() -> dict[str, Mapping[str, Any]]:
+    """The functions and methods of PyTorch that graphs call, or that those call, by where they stand."""
+    variables = torch._C._VariableFunctions
+    return {
+        "Tensor": {**vars(torch._C.TensorBase), **vars(torch.Tensor)},
+        "torch": vars(torch),
+        "torch.nn.functional": vars(torch.nn.functional),
+        "torch._C._nn": vars(torch._C._nn),
+        "torch._C._VariableFunctions": {name: getattr(variables, name) for name in dir(variables)},
+    }
 
 
 def custom_op_functions() -> dict[str, Callable[..., Any]]:

@@ -8,9 +8,9 @@ import keyword
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -26,7 +26,9 @@ from attnrewrite.torch_private import (
     custom_op_functions,
     defined_in_python,
     operator_name,
+    schema_of,
 )
+from attnrewrite.warm_start.replaced import OF_TORCH, is_written_in
 
 __all__ = ["NotStorable", "decoded_graph", "encoded", "encoded_graph", "trusted_name"]
 
@@ -87,6 +89,8 @@ def _decoded(data: Any, nodes: Sequence[fx.Node]) -> Any:
         return data
     ((kind, content),) = data.items()
     if kind == "node":
+        if type(content) is not int or content < 0:
+            raise NotStorable(f"a node {content!r}")
         return nodes[content]
     if kind in ("list", "tuple"):
         return (list if kind == "list" else tuple)(_decoded(part, nodes) for part in content)
@@ -124,7 +128,7 @@ def trusted_name(target: Any) -> str:
         if namespace == "attnrewrite":
             # By its Python function, where there is one: the namespace is open to all.
             function = custom_op_functions().get(operator)
-            is_known = function is not None and _is_written_in(function, _OWN)
+            is_known = function is not None and is_written_in(function, _OWN)
         else:
             is_known = namespace == "aten" and not defined_in_python(operator)
         if not is_known:
@@ -136,7 +140,7 @@ def trusted_name(target: Any) -> str:
         return f"higher_order:{operator_name(target)}"
     module, name = getattr(target, "__module__", None) or "", _name_in_module(target)
     is_known = isinstance(target, BuiltinFunctionType) or target is torch.Size
-    is_known = is_known or _is_written_in(target, _TORCH) or _is_written_in(target, _OWN)
+    is_known = is_known or is_written_in(target, OF_TORCH) or is_written_in(target, _OWN)
     if module.partition(".")[0] not in ("torch", "builtins", "_operator", "math", "attnrewrite") or not name:
         is_known = False
     if not is_known:
@@ -145,13 +149,7 @@ def trusted_name(target: Any) -> str:
     return f"function:{module}:{name}"
 
 
-_TORCH = str(Path(torch.__file__).parent) + os.sep
 _OWN = str(Path(__file__).parents[1]) + os.sep
-
-
-def _is_written_in(function: Any, folder: str) -> bool:
-    """Whether a Python function's code is from a file in the folder; its name may be copied (``functools.wraps``)."""
-    return isinstance(function, FunctionType) and function.__code__.co_filename.startswith(folder)
 
 
 def _name_in_module(target: Any) -> str:
@@ -204,9 +202,29 @@ def _named(name: str) -> Any:
     elif name in _CALLED:
         module, _, function = path.rpartition(":")
         found = getattr(importlib.import_module(module), function)
-    if found is None or trusted_name(found) != name:
+    if found is None or trusted_name(found) != name or (isinstance(found, OpOverload) and not _stays_in_graph(found)):
         raise NotStorable(f"{name} is not called by rewritten graphs")
     return found
+
+
+def _stays_in_graph(operator: Any) -> bool:
+    """Whether an operator reads no file, and writes to no tensor, but by ``copy_``, as graphs update their inputs."""
+    schema = schema_of(operator)
+    return (not schema.is_mutable or schema.name in _UPDATES) and all(
+        part.name != "filename" for part in schema.arguments
+    )
+
+
+_UPDATES = ("aten::copy_",)
+
+
+def _takes(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operator has so many arguments, of those names, and no others that it needs."""
+    arguments = schema_of(operator).arguments
+    positional = [part for part in arguments if not part.kwarg_only]
+    left = {part.name: part for part in [*positional[len(args) :], *(part for part in arguments if part.kwarg_only)]}
+    needed = {name for name, part in left.items() if not part.has_default_value()}
+    return len(args) <= len(positional) and needed <= kwargs.keys() <= left.keys()
 
 
 def _name_to_find(target: Any) -> str:
@@ -305,7 +323,10 @@ def decoded_graph(data: Mapping[str, Any], original: fx.GraphModule | None = Non
     for op, name, target, args, kwargs, notes in data["nodes"]:
         called = _named(target) if op == "call_function" else _plain_target(op, target, data["attributes"])
         _require_identifiers([name, *(key for key, _ in kwargs["dict"])])
-        node = graph.create_node(op, called, _decoded(args, nodes), _decoded(kwargs, nodes), name=name)
+        given, keywords = _decoded(args, nodes), _decoded(kwargs, nodes)
+        if not isinstance(given, tuple) or (isinstance(called, OpOverload) and not _takes(called, given, keywords)):
+            raise NotStorable(f"{target} does not take the arguments of {name}")
+        node = graph.create_node(op, called, given, keywords, name=name)
         if node.name != name:
             raise NotStorable(f"the name {name} is taken")
         node.meta = {key: _noted(noted, data["texts"], nodes) for key, noted in notes.items()}
@@ -316,6 +337,8 @@ def decoded_graph(data: Mapping[str, Any], original: fx.GraphModule | None = Non
             copy_attributes(source, node)
             node.meta = {**source.meta}
         nodes.append(node)
+    _require_ends(nodes, inputs, original)
+    graph.lint()
     attributes = {name: _decoded_attribute(value) for name, value in data["attributes"].items()}
     _require_identifiers([data["class"], *attributes])
     gm = fx.GraphModule(attributes, graph, data["class"])
@@ -328,6 +351,23 @@ def decoded_graph(data: Mapping[str, Any], original: fx.GraphModule | None = Non
         copy_attributes(original, gm)
         gm.meta = original.meta
     return gm
+
+
+def _require_ends(nodes: Sequence[fx.Node], left: Iterator[fx.Node], original: fx.GraphModule | None) -> None:
+    """
+    Raises:
+        NotStorable: the graph has other inputs or another number of outputs than Dynamo's; ``left`` gives the inputs of
+            that which were not met.
+    """
+    if not nodes or nodes[-1].op != "output":
+        raise NotStorable("a graph without an output")
+    if original is not None:
+        results: Any = nodes[-1].args[0]
+        (end,) = original.graph.find_nodes(op="output")
+        expected: Any = end.args[0]
+        alike = isinstance(results, (list, tuple)) and isinstance(expected, (list, tuple))
+        if not alike or len(results) != len(expected) or next(left, None) is not None:
+            raise NotStorable("other inputs or outputs than the source's")
 
 
 def _plain_target(op: str, target: Any, attributes: Mapping[str, Any]) -> str:

@@ -6,7 +6,8 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torch import fx
 
@@ -49,7 +50,7 @@ class Place:
     """The place of one graph among those that are stored; where it has none, nothing is found and nothing stored.
 
     Attributes:
-        why_none: why the graph has no place, in words; empty if it has one.
+        why_none: why the graph has no place, or what is stored there is not used, in words; empty otherwise.
     """
 
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy) -> None:
@@ -63,6 +64,8 @@ class Place:
             self._sizes = known_of_sizes(example_inputs)
         except NotStorable as reason:
             self.why_none = str(reason)
+        except RecursionError:
+            self.why_none = "the graph is too deep for what is left of the stack"
 
     def entry(self) -> Entry | None:
         """What an earlier compilation of the same graph stored; None if there is nothing."""
@@ -74,7 +77,7 @@ class Place:
             _require_kernels(entry.report)
         except NotStorable as reason:
             self.why_none = str(reason)
-        except (AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - The file may hold anything; the graph is rewritten anew.
             self.why_none = f"what is stored has another form: {type(error).__name__}: {error}"
         else:
             return entry
@@ -98,20 +101,57 @@ class Place:
             }
         except NotStorable as reason:
             self.why_none = str(reason)
-            return
-        directory.store(self._key, data)
+        else:
+            self.why_none = ""
+            directory.store(self._key, data)
 
 
 _PLAIN = ("keep_attention", "varies", "projections_changed", "regions_changed")
 
 
 def _entry(data: Mapping[str, Any], original: fx.GraphModule) -> Entry:
-    return Entry(
+    """
+    Raises:
+        NotStorable: the data is not what :meth:`Place.store` writes; other errors, by which part of it is missing.
+    """
+    entry = Entry(
         gm=None if data["graph"] is None else decoded_graph(data["graph"], original),
         report=_report(data["report"]),
         buffers={int(place): (digest, was_read) for place, (digest, was_read) in data["buffers"].items()},
         **{name: data[name] for name in _PLAIN},
     )
+    _require_types(entry)
+    return entry
+
+
+def _require_types(record: Any) -> None:
+    """
+    Raises:
+        NotStorable: a field of a dataclass is of another type than it says.
+    """
+    hints = get_type_hints(type(record))
+    for part in dataclasses.fields(record):
+        if not _fits(getattr(record, part.name), hints[part.name]):
+            raise NotStorable(f"what is stored has another form: {part.name} of {type(record).__name__}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if kind is Literal:
+        return value in parts
+    if kind in (list, tuple):
+        if parts[-1] is ... or kind is list:
+            return type(value) is kind and all(_fits(each, parts[0]) for each in value)
+        return type(value) is tuple and len(value) == len(parts) and all(map(_fits, value, parts))
+    if kind in (dict, Mapping):
+        return type(value) is dict and all(_fits(key, parts[0]) and _fits(value[key], parts[1]) for key in value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        return False
+    if dataclasses.is_dataclass(hint):
+        _require_types(value)
+    return True
 
 
 def _require_kernels(report: GraphReport) -> None:

@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,10 @@ from attnrewrite.torch_private import (
     config_hashes,
     forward_mode_level,
     pytorch_context_parallel,
-    replaced_operators,
     shape_environment,
 )
 from attnrewrite.warm_start.codec import NotStorable, encoded, trusted_name
+from attnrewrite.warm_start.replaced import replaced
 
 __all__ = ["key_of", "known_of_sizes"]
 
@@ -134,6 +135,7 @@ def _value(value: Any, storages: dict[Any, int]) -> Any:
         raise NotStorable(f"an input of type {type(value).__name__}")
     sizes = [[*map(str, part), *(str(known_number(size)) for size in part)] for part in (value.shape, value.stride())]
     return [
+        type(value).__name__,  # A buffer under a fake mode holds nothing that is read.
         "parameter" if isinstance(value, torch.nn.Parameter) else "tensor",
         *sizes,
         str(value.storage_offset()),
@@ -230,13 +232,14 @@ def _versions() -> list[str]:
     """Of everything whose code decides about the rewriting.
 
     Raises:
-        NotStorable: the user has added a kernel or a pattern, or replaced an operator of PyTorch.
+        NotStorable: the user has added a kernel or a pattern, or replaced an operator or a function of PyTorch, or this
+            package is another on disk than in the process.
     """
     added = [*(kernel.name for kernel in added_kernels()), *(pattern.name for pattern in registered())]
     if added:
         raise NotStorable(f"{added[0]}, which is not attnrewrite's")
-    if replaced_operators():
-        raise NotStorable(f"{replaced_operators()[0]}, which has been replaced")
+    if others := replaced():
+        raise NotStorable(f"{others[0]}, which has been replaced")
     packages = sorted({kernel.vendor.package.distribution for kernel in LIBRARY_KERNELS})
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     torch_versions = (torch.__version__, torch.version.git_version, torch.version.cuda, torch.version.hip, cudnn)
@@ -251,16 +254,26 @@ def _version_of(distribution: str) -> str:
         return ""
 
 
+_IMPORTED = time.time()
+
+
 @functools.cache
 def _own_source() -> str:
-    """A digest of this package's files: a change in any of them is another version."""
+    """A digest of this package's files: a change in any of them is another version.
+
+    Raises:
+        NotStorable: a file has changed since the package was imported.
+    """
     root = Path(__file__).parents[1]
     digest = hashlib.blake2b(digest_size=20)
     # Patterns may be a link, which rglob does not follow.
     files = [*root.rglob("*.py"), *root.rglob("*.json"), *(root / "patterns").glob("**/*.py")]
     for file in sorted(set(files)):
+        content, status = file.read_bytes(), file.stat()
+        if max(status.st_ctime, status.st_mtime) > _IMPORTED:
+            raise NotStorable(f"{file.name}, which has changed since it was imported")
         digest.update(str(file.relative_to(root)).encode())
-        digest.update(file.read_bytes())
+        digest.update(content)
     return digest.hexdigest()
 
 
@@ -268,7 +281,9 @@ def _devices(example_inputs: Sequence[Any]) -> list[str]:
     """Of the inputs, and the GPUs, on which the graph may make tensors."""
     found = {value.device for value in example_inputs if isinstance(value, torch.Tensor)}
     found.update(torch.device("cuda", number) for number in range(torch.cuda.device_count()))
-    return sorted(map(_device, found))
+    is_set_up: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    current = torch.cuda.current_device() if is_set_up else 0
+    return [*sorted(map(_device, found)), f"cuda:{current} is current"]
 
 
 def _device(device: torch.device) -> str:
