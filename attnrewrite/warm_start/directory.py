@@ -24,7 +24,7 @@ log = logging.getLogger("attnrewrite")
 _MOST_FILES = 1024
 """The files that were read or written longest ago are removed beyond this."""
 
-_LARGEST = 2**26
+_LARGEST_FILE = 2**26
 """In bytes."""
 
 _OWN_NAME = re.compile(r"[0-9a-f]{40}\.json|graph_.*\.part")
@@ -36,7 +36,7 @@ def load(key: str) -> dict[str, Any] | None:
     try:
         file = _directory() / f"{key}.json"
         status = file.lstat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST or not _is_own(status):
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_FILE or not _is_own(status):
             raise NotStorable(f"{file} is none that was written here")
         text = file.read_text()
         with contextlib.suppress(OSError):  # Only the order in which files are removed.
@@ -60,7 +60,7 @@ def load(key: str) -> dict[str, Any] | None:
 def store(key: str, data: dict[str, Any]) -> None:
     """Stores data under the key, in place of what is there."""
     content = json.dumps(data)
-    if len(content) > _LARGEST // 2:  # A character may take more than a byte.
+    if len(content) > _LARGEST_FILE // 2:  # A character may take more than a byte.
         _say_once("a rewritten graph is not stored: it is too large")
         return
     try:

@@ -145,7 +145,7 @@ def test_a_file_that_is_too_large(
     store: Store, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.compiled(attention, *heads())
-    monkeypatch.setattr(directory, "_LARGEST", 100)
+    monkeypatch.setattr(directory, "_LARGEST_FILE", 100)
     directory._say_once.cache_clear()
     with caplog.at_level(logging.WARNING, "attnrewrite"):
         assert store.compiled(attention, *heads()).was_stored == [False]
