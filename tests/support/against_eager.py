@@ -63,7 +63,7 @@ def wrong(
         truth: what the function gives in float64.
         tolerance: in float32 and float64.
         moved: gives the truth for inputs that are rounded once more, several times; asked only where something seems
-            wrong in half precision.
+            wrong. A sum of numbers that cancel (the gradient of a learned scale) moves by more than it is far off.
     """
     tolerance = tolerance or Tolerance()
     for what, limit in (("value", tolerance.value), ("gradient", tolerance.gradient)):
@@ -74,7 +74,10 @@ def wrong(
             if difference and moved is not None:
                 difference = disagreements(*results, dtype, beside=beside, moved=[draw[what] for draw in moved()])
         else:
-            difference = _difference(new[what], own[what], truth[what], limit, tolerance, what)
+            results = new[what], own[what], truth[what]
+            difference = _difference(*results, limit, tolerance, what)
+            if difference and moved is not None:
+                difference = _difference(*results, limit, tolerance, what, [draw[what] for draw in moved()])
         if difference:
             return f"{what}: {difference}"
     return ""
@@ -92,10 +95,25 @@ def truth(
 def moved(
     function: Callable[..., Any], call: Sequence[Any], dtype: torch.dtype, gradients: bool, device: str, draws: int = 4
 ) -> list[Results]:
-    """The truth in half precision for inputs that are rounded once more, ``draws`` times."""
+    """The truth for inputs that are rounded once more, ``draws`` times."""
     generator = torch.Generator().manual_seed(11)
+    if dtype not in HALF:
+        return [run(function, _rounded(call, dtype, gradients, device, generator), gradients) for _ in range(draws)]
     inputs = prepared(call, dtype, gradients, device)
     return [_in_float64(function, inputs, gradients, generator) for _ in range(draws)]
+
+
+def _rounded(
+    call: Sequence[Any], dtype: torch.dtype, gradients: bool, device: str, generator: torch.Generator
+) -> list[Any]:
+    """The tensors of a call in float64, those that no mask is made of moved as rounding to ``dtype`` may move them."""
+    inputs = prepared(call, torch.float64, gradients, device)
+    for value, plain in zip(inputs, prepared(call, torch.float64, True, device), strict=True):
+        if isinstance(value, Tensor) and plain.requires_grad:
+            signs = torch.randint(0, 2, value.shape, generator=generator).to(value) * 2 - 1
+            with torch.no_grad():
+                value.mul_(1 + signs * torch.finfo(dtype).eps / 2)
+    return inputs
 
 
 def _in_float64(
@@ -150,6 +168,7 @@ def _difference(
     limit: float,
     tolerance: Tolerance,
     what: str,
+    moved: Sequence[Sequence[Tensor]] = (),
 ) -> str:
     """What differs, in words; empty if nothing does."""
     # A gradient of nothing but rounding is no gradient: what is small beside the others is measured by them.
@@ -158,7 +177,7 @@ def _difference(
     largest = max((t.double().nan_to_num().abs().max().item() for t in truth if t.numel()), default=0.0)
     least = tolerance.nothing if largest < 1e-12 else tolerance.least
     floor = max(small * largest, least if what == "gradient" else 0.0)
-    for n, o, t in zip(new, own, truth, strict=True):
+    for n, o, t, *others in zip(new, own, truth, *moved, strict=True):
         if n.shape != o.shape or n.dtype != o.dtype:
             return f"{n.dtype} {tuple(n.shape)} in place of {o.dtype} {tuple(o.shape)}"
         if not n.numel():
@@ -173,6 +192,10 @@ def _difference(
         scale = t.masked_fill(unknown, 0.0).abs().max().clamp_min(max(floor, 1e-30))
         mistake = ((o - t).abs() / scale).masked_fill(unknown, 0.0)
         doubtful |= mistake > tolerance.doubtful
+        for other in others:
+            mistake = torch.maximum(
+                mistake, ((other.double() - t).abs() / scale).nan_to_num(0.0, 0.0).masked_fill(unknown, 0.0)
+            )
         # A row whose scores are rounded is so as a whole, whichever of its numbers came out well.
         if doubtful.dim():
             doubtful = doubtful.any(-1, keepdim=True).expand_as(doubtful)
