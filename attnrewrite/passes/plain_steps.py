@@ -147,6 +147,8 @@ def _sums_of(node: Any) -> list[_SumWith]:
 def _common_sums(node: fx.Node) -> tuple[_SumWith, _SumWith] | None:
     """Both values of ``where`` as sums with one tensor that has their shape and dtype; None if they are not."""
     _, chosen, other = node.args
+    if not tensor(node).dtype.is_floating_point:
+        return None
     for one in _sums_of(chosen):
         for two in _sums_of(other):
             source = tensor(one.source)

@@ -68,13 +68,12 @@ def store(key: str, data: dict[str, Any]) -> None:
         # Another process never sees half a file.
         with tempfile.NamedTemporaryFile("w", dir=directory, prefix="graph_", suffix=".part", delete=False) as part:
             written = Path(part.name)
-            try:
-                part.write(f"{_digest(key, content)}\n{content}")
-                part.flush()
-                os.replace(written, directory / f"{key}.json")
-            except OSError:
-                written.unlink(missing_ok=True)
-                raise
+        try:
+            written.write_text(f"{_digest(key, content)}\n{content}")
+            os.replace(written, directory / f"{key}.json")  # Closed, as Windows wants it.
+        except OSError:
+            written.unlink(missing_ok=True)
+            raise
         _remove_oldest(directory)
     except (OSError, NotStorable) as error:
         _say_once(f"rewritten graphs are not stored: {error}")

@@ -773,3 +773,15 @@ def test_a_number_that_half_precision_rounds_stays_in_its_sum() -> None:
     inputs = [each.bfloat16() for each in operands(6, 7, 7)]
     with torch.no_grad():
         assert [row.status for row in rows(attend, *inputs)] == ["kept"]
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool])
+def test_sums_that_are_no_scores_stay(dtype: torch.dtype) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        return (q @ k.mT).softmax(-1) @ v, torch.where(other != 0, other + 1, other)
+
+    q, k, v = operands(6, 7, 7)
+    other = torch.arange(4).to(dtype)
+    result, chosen = rewritten(attend)(q, k, v, other)
+    expected, kept = attend(q, k, v, other)
+    assert relative_error(result, expected) <= 1e-5 and torch.equal(chosen, kept)
