@@ -32,7 +32,7 @@ from attnrewrite.analysis.formulas import (
     symbols,
 )
 from attnrewrite.analysis.formulas import parts as conjuncts
-from attnrewrite.analysis.values import as_stored, constant_value, is_held
+from attnrewrite.analysis.values import constant_value, is_held
 from attnrewrite.ir.bounds import ENTRY_NUMBERS
 from attnrewrite.ir.nodes import is_tensor, same, tensor
 from attnrewrite.ir.ops import (
@@ -46,6 +46,7 @@ from attnrewrite.ir.ops import (
     TRIANGLE_OPS,
     WHERE_OPS,
 )
+from attnrewrite.ir.rounding import as_stored
 from attnrewrite.ir.spans import span_of
 from attnrewrite.ir.stored import StoredPattern, Triangle
 

@@ -29,6 +29,8 @@ aten = torch.ops.aten
 
 _ROW_BY_ROW = (aten.gather.default, aten.take_along_dim.default)
 
+_INDEXING = frozenset({aten.index.Tensor, aten.index_select.default, *_ROW_BY_ROW})
+
 
 @dataclass(frozen=True)
 class Repetition:
@@ -100,7 +102,7 @@ def _dim_first(dim: int, shape: Sequence[Size]) -> list[Size]:
 def _indexed(node: fx.Node) -> tuple[fx.Node, int, fx.Node] | None:
     """(source, dim, index) of a node that indexes one dimension by a tensor of integers; None for any other node."""
     args: Any = node.args
-    if node.op != "call_function" or not args or not is_tensor(args[0]) or not is_tensor(node):
+    if node.target not in _INDEXING or not args or not is_tensor(args[0]) or not is_tensor(node):
         return None
     rank = tensor(args[0]).dim()
     if node.target is aten.index.Tensor:

@@ -25,6 +25,7 @@ from attnrewrite.analysis.formulas import (
     parts,
     symbols,
 )
+from attnrewrite.analysis.shared_entries import SharedEntries
 from attnrewrite.analysis.values import (
     FAR_BELOW,
     ORDINARY,
@@ -56,7 +57,13 @@ __all__ = [
 class Positions:
     """Symbols for the axes of an attention, in which the entries of its masks are expressed."""
 
-    def __init__(self, query_axes: Sequence[Axis], key_axes: Sequence[Axis]) -> None:
+    def __init__(
+        self, query_axes: Sequence[Axis], key_axes: Sequence[Axis], shared: SharedEntries | None = None
+    ) -> None:
+        """Args:
+        shared: what is known of the graph's tensors from its other attentions; default: nothing.
+        """
+        self._shared = shared or SharedEntries()
         self.query_axes, self.key_axes = tuple(query_axes), tuple(key_axes)
         self._symbols: dict[Axis, Any] = {}
         self._highest: dict[Any, Any] = {}
@@ -95,7 +102,7 @@ class Positions:
 
     def of(self, operand: Operand, at: dict[Axis, Any] | None = None) -> Any:
         """The operand's entry at the symbolic index, where ``at`` gives other positions for some axes."""
-        return self.entries.at(operand.node, self.index(operand, at))
+        return self._shared.at(operand.node, self.index(operand, at), self.entries, self._highest)
 
 
 def kept_where(mod: Bias | Fill, positions: Positions) -> Formula | None:

@@ -15,7 +15,6 @@ from attnrewrite.analysis.values import (
     ABSORBING,
     ORDINARY,
     UNDERFLOW,
-    as_stored,
     constant_value,
     is_far_below,
     number_of,
@@ -26,6 +25,7 @@ from attnrewrite.ir.bounds import AROUND_SOFTMAX
 from attnrewrite.ir.nodes import dtype_name, is_tensor, same_shape, scalar, tensor
 from attnrewrite.ir.ops import ADD_OPS, CLAMP_OPS, DIV_OPS, MASKED_FILL_OPS, MUL_OPS, SUB_OPS, WHERE_OPS, is_cast
 from attnrewrite.ir.products import Product, is_product, product_from_result
+from attnrewrite.ir.rounding import as_stored
 from attnrewrite.ir.site import Bias, Elementwise, Fill, Floor, Narrow, NotAttention, Scale, ScoreMod, Shift, blaming
 from attnrewrite.ir.source import source_location
 from attnrewrite.ir.views import is_layout_op, pull, push

@@ -38,6 +38,7 @@ from attnrewrite.ir.ops import (
     is_elementwise,
 )
 from attnrewrite.ir.products import is_product
+from attnrewrite.ir.rounding import as_stored
 from attnrewrite.ir.stored import StoredPattern
 
 __all__ = [
@@ -49,7 +50,6 @@ __all__ = [
     "Range",
     "Value",
     "ValueKind",
-    "as_stored",
     "constant_value",
     "is_far_below",
     "is_held",
@@ -645,8 +645,3 @@ def is_held(value: float, dtype: torch.dtype) -> bool:
 
 _INTEGERS = 2**53 - 1
 """Integers up to this size are exact in float64, as which single numbers are followed."""
-
-
-def as_stored(value: float, dtype: torch.dtype) -> float:
-    """The number after a cast to ``dtype``: float32's lowest is minus infinity in bfloat16, 0.5 is 0 in int64."""
-    return float(torch.tensor(value, dtype=torch.float64).to(dtype))

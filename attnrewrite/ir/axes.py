@@ -51,7 +51,15 @@ Layout = tuple[Dim, ...]
 
 def resolve(layout: Iterable[Dim]) -> Layout:
     """The layout with each divided axis replaced by its parts."""
-    return tuple(tuple(leaf for axis in dim for leaf in axis.leaves()) for dim in layout)
+    return tuple(dim if _is_undivided(dim) else _leaves(dim) for dim in layout)
+
+
+def _is_undivided(dim: Dim) -> bool:
+    return all(axis.parts is None for axis in dim)
+
+
+def _leaves(dim: Dim) -> Dim:
+    return tuple(leaf for axis in dim for leaf in axis.leaves())
 
 
 def axes_of(layout: Iterable[Dim]) -> tuple[Axis, ...]:

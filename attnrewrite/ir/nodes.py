@@ -70,7 +70,8 @@ def hint(size: Size) -> int:
 
 def same(a: Size, b: Size) -> bool:
     """Whether two sizes are known to be equal, whatever the inputs. Adds no guard."""
-    return statically_known_true(a == b)
+    equal = a == b
+    return equal if isinstance(equal, bool) else statically_known_true(equal)
 
 
 def same_shape(a: Sequence[Size], b: Sequence[Size]) -> bool:

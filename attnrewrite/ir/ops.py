@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -258,8 +259,12 @@ def is_function(target: Any) -> bool:
 
 def is_pure(node: fx.Node) -> bool:
     """Whether the operator mutates nothing and returns the same for the same arguments; False outside of ATen."""
-    target: Any = node.target
-    return is_function(target) and target is not operator.getitem and target.namespace == "aten"
+    return isinstance(node.target, OpOverload) and _is_pure(node.target)
+
+
+@functools.cache
+def _is_pure(target: OpOverload) -> bool:
+    return is_function(target) and target.namespace == "aten"
 
 
 def is_elementwise(node: fx.Node) -> bool:
@@ -270,7 +275,7 @@ def is_elementwise(node: fx.Node) -> bool:
 
 def is_pointwise(node: fx.Node) -> bool:
     """Whether each entry of the result depends only on the entries of the arguments that broadcast to its position."""
-    return is_pure(node) and is_elementwise(node)
+    return isinstance(node.target, OpOverload) and _is_pure(node.target) and is_elementwise(node)
 
 
 def shares_memory(node: fx.Node) -> bool:

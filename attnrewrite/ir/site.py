@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols, sta
 from attnrewrite.ir.axes import Axis, Layout, Operand, axes_of
 from attnrewrite.ir.nodes import Size, tensor
 from attnrewrite.ir.reason import FINE, Reason
+from attnrewrite.ir.rounding import as_stored
 
 __all__ = [
     "AttentionSite",
@@ -107,19 +108,15 @@ class Bias(_Step):
         for scale in self.scales:
             if not isinstance(scale.factor, (int, float)):
                 return None
-            value = _stored(value / scale.factor if scale.divide else value * scale.factor, self.dtype)
+            value = as_stored(value / scale.factor if scale.divide else value * scale.factor, self.dtype)
         for factor in (self.factor, *self.rescaled):
-            value = _stored(value * factor, self.dtype)
+            value = as_stored(value * factor, self.dtype)
         return value
 
     def scaled(self, scale: Scale) -> Bias:
         """The bias with one more factor, applied after the others and rounded by itself."""
         own = () if self.factor == 1 else (Scale(self.factor),)
         return replace(self, factor=1.0, scales=(*self.scales, *own, scale))
-
-
-def _stored(value: float, dtype: torch.dtype) -> float:
-    return float(torch.tensor(value, dtype=torch.float64).to(dtype))
 
 
 @dataclass(frozen=True)

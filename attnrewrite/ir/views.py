@@ -51,6 +51,11 @@ _REPEATS = frozenset(
 )
 
 
+_PERMUTES = frozenset({aten.permute.default, aten.transpose.int, aten.t.default})
+
+_MAY_BE_FOLLOWED = _SHAPE_ONLY | _SAME_LAYOUT | _REPEATS | _PERMUTES | {aten.slice.Tensor}
+
+
 def permutation_of(node: fx.Node) -> list[int] | None:
     """For each dimension of the result that of the operand; None if the operator does more than reorder them."""
     rank = tensor(node.args[0]).dim()
@@ -72,18 +77,11 @@ def permutation_of(node: fx.Node) -> list[int] | None:
 
 def is_layout_op(node: fx.Node) -> bool:
     """Whether the node is a view, copy or repetition that ``pull`` can follow."""
-    return (
-        node.op == "call_function"
-        and bool(node.args)
-        and is_tensor(node.args[0])
-        and (
-            node.target in _SHAPE_ONLY
-            or node.target in _SAME_LAYOUT
-            or node.target in _REPEATS
-            or permutation_of(node) is not None
-            or _takes_all(node)
-        )
-    )
+    if node.target not in _MAY_BE_FOLLOWED or node.op != "call_function":
+        return False
+    if not node.args or not is_tensor(node.args[0]):
+        return False
+    return node.target is not aten.slice.Tensor or _takes_all(node)
 
 
 def _takes_all(node: fx.Node) -> bool:

@@ -13,10 +13,11 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from attnrewrite.analysis.values import FAR_BELOW, ORDINARY, Range, ValueKind, as_stored, possible_values
+from attnrewrite.analysis.values import FAR_BELOW, ORDINARY, Range, ValueKind, possible_values
 from attnrewrite.ir.axes import Operand, size_of
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import same, tensor
+from attnrewrite.ir.rounding import as_stored
 from attnrewrite.ir.site import Bias, CanonicalAttention, Fill, Lift, Raise
 from attnrewrite.kernels.common.any_length import ATTENTION_OF_ANY_LENGTH
 from attnrewrite.kernels.common.base import Kernel

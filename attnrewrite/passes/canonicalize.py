@@ -48,6 +48,7 @@ from attnrewrite.analysis.masks import (
     truth,
 )
 from attnrewrite.analysis.scores import bounds_of
+from attnrewrite.analysis.shared_entries import SharedEntries
 from attnrewrite.analysis.values import (
     ABSORBED,
     ABSORBING,
@@ -56,7 +57,6 @@ from attnrewrite.analysis.values import (
     UNDERFLOW,
     Range,
     ValueKind,
-    as_stored,
     is_nan_by_formula,
     is_ordinary,
     possible_values,
@@ -67,6 +67,7 @@ from attnrewrite.ir.nodes import Size, is_tensor, same, tensor
 from attnrewrite.ir.ops import CLAMP_OPS
 from attnrewrite.ir.products import is_product
 from attnrewrite.ir.reason import FINE, Reason
+from attnrewrite.ir.rounding import as_stored
 from attnrewrite.ir.site import (
     AttentionSite,
     Band,
@@ -141,15 +142,18 @@ class _Reading:
         self.inexpressible, self.softcap = Reason(reason), None
 
 
-def canonicalized(site: AttentionSite, policy: Policy) -> CanonicalAttention:
+def canonicalized(site: AttentionSite, policy: Policy, shared: SharedEntries | None = None) -> CanonicalAttention:
     """The site with its scores in canonical form and with batches that share keys and values folded.
+
+    Args:
+        shared: what is known of the graph's tensors from its other attentions; default: nothing.
 
     Raises:
         NotAttention: no canonical form gives the source's values for every input.
     """
     _require_sizes(site)
     site = _with_maximum(site)
-    scores = canonical_scores(site, policy)
+    scores = canonical_scores(site, policy, shared)
     _require_lengths(site, scores)
     return with_folded_batches(CanonicalAttention.of(site, scores))
 
@@ -210,7 +214,7 @@ def _of_input(size: Size, graph: fx.Graph) -> str:
     return ""
 
 
-def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
+def canonical_scores(site: AttentionSite, policy: Policy, shared: SharedEntries | None = None) -> CanonicalScores:
     """The canonical form of the site's score mods and weight mods.
 
     If only a kernel that takes any ``score_mod`` can compute the source, the form's ``inexpressible`` has the reason,
@@ -219,7 +223,7 @@ def canonical_scores(site: AttentionSite, policy: Policy) -> CanonicalScores:
     Raises:
         NotAttention: no canonical form gives the source's values for every input.
     """
-    positions = Positions(site.query_axes, site.key_axes)
+    positions = Positions(site.query_axes, site.key_axes, shared)
     reading = _read_mods(site, positions)
     counting, graded = _counting(site, reading.terms, positions)
     # Unless a reason names another operation, it is the mask that is in the way.

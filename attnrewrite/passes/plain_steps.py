@@ -17,12 +17,13 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.scores import sources_of_scores
-from attnrewrite.analysis.values import FAR_BELOW, as_stored
+from attnrewrite.analysis.values import FAR_BELOW
 from attnrewrite.ir.bounds import AROUND_SOFTMAX
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import is_tensor, same, same_shape, tensor
 from attnrewrite.ir.ops import ADD_OPS, STORED_NORM_OPS, SUB_OPS
 from attnrewrite.ir.products import is_product
+from attnrewrite.ir.rounding import as_stored
 from attnrewrite.passes.regrouping import Found, NotRegrouped, Weights, softmaxes_of
 
 __all__ = ["may_be_plain", "plain_step"]

@@ -6,11 +6,13 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import takewhile
 
 from torch import fx
 
 from attnrewrite.analysis.kinds import SiteKind, begins_with_batch, kinds_of
 from attnrewrite.analysis.scores import node_in_words
+from attnrewrite.analysis.shared_entries import SharedEntries
 from attnrewrite.errors import KernelError
 from attnrewrite.ir.bounds import searching
 from attnrewrite.ir.linear_site import LinearAttention
@@ -69,6 +71,14 @@ def current_site(site: AttentionSite, replaced: dict[fx.Node, fx.Node], policy: 
     return replace(redirected(site, replaced), for_inductor=policy.inner_backend == "inductor")
 
 
+def _before_attentions(findings: Sequence[Finding], graph: fx.Graph) -> Iterator[fx.Node]:
+    """The nodes before the first that may be replaced; a merged site that is kept is replaced slice by slice."""
+    sites = [finding for finding in findings if not isinstance(finding, NearMiss)]
+    sites += [part for site in sites if isinstance(site, AttentionSite) for part in site.parts]
+    results = {site.result for site in sites}
+    return takewhile(lambda node: node not in results, graph.nodes)
+
+
 class Rewriting:
     """One run of the passes over a graph, which changes in place.
 
@@ -101,6 +111,7 @@ class Rewriting:
         self._kinds: dict[fx.Node, SiteKind] = {}
         self._begins_with_batch: frozenset[fx.Node] = frozenset()
         self._regrouped = Regrouped()
+        self._entries = SharedEntries()
 
     def step(self, name: str, site: str = "") -> contextlib.AbstractContextManager[None]:
         """Context manager of one step; ``site`` is the name of the site if the step runs once for each site."""
@@ -125,6 +136,7 @@ class Rewriting:
 
         The name of a site does not depend on the outcome of others, since requests refer to names.
         """
+        self._entries = SharedEntries(_before_attentions(findings, self._gm.graph))
         self._pending.extend((f"site{index}", finding) for index, finding in enumerate(findings))
         while self._pending:
             yield self._pending.popleft()
@@ -169,7 +181,7 @@ class Rewriting:
         policy = policy_at(self._policy, site.anchor)
         try:
             with searching() as ended:
-                attention = canonicalized(site, policy)
+                attention = canonicalized(site, policy, self._entries)
         except NotAttention as reason:
             row.reason = ended.added_to(str(reason))
             row.blamed = node_in_words(reason.node or site.anchor)
