@@ -33,14 +33,15 @@ PRIVATE_OF_OTHERS = {
 OWN_TABLES = {
     "attnrewrite.analysis.empty_rows": {"_REDUCTIONS"},  # What is minus infinity in empty rows alone.
     "attnrewrite.analysis.features": {"_NORMS", "_SUMS"},  # What keeps the sign of a feature map.
-    "attnrewrite.analysis.indices": {"_ROW_BY_ROW"},  # Indices that may differ from row to row.
+    "attnrewrite.analysis.indices": {"_INDEXING", "_ROW_BY_ROW"},  # Indices, and those that may differ by row.
     "attnrewrite.analysis.scores": {"BOUNDED", "_ELEMENTWISE", "_MAXIMA", "_REDUCTIONS", "_UNARY"},  # Steps of scores.
     # How large the values of a mask may be.
     "attnrewrite.analysis.values": {"_COMPUTED", "_ORDINARY", "_POWERS", "_SQUASHING", "_TAKES_A_NUMBER"},
     "attnrewrite.analysis.weights": {"_PASSING"},  # Steps between softmax and the value.
     "attnrewrite.caching.graphs": {"_AFFINE", "_MULTILINEAR"},  # What may be extrapolated from step to step.
     "attnrewrite.caching.identity": {"_INDEXED"},  # Numbers that say which part is read.
-    "attnrewrite.ir.views": {"_REPEATS", "_SHAPE_ONLY"},  # The operators that its two functions see through.
+    # The operators that its two functions see through.
+    "attnrewrite.ir.views": {"_MAY_BE_FOLLOWED", "_PERMUTES", "_REPEATS", "_SHAPE_ONLY"},
     "attnrewrite.parallel.partition": {"_LEARNED"},  # What makes features of data; positions and masks do without.
     "attnrewrite.passes.canonicalize": {"_BOUNDED"},  # Functions of scores without infinite results.
     "attnrewrite.passes.fuse_projections": {"_PRODUCTS", "_READS_STRIDES"},  # What is fused, and what would show it.
