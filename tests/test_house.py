@@ -41,7 +41,7 @@ OWN_TABLES = {
     "attnrewrite.caching.graphs": {"_AFFINE", "_MULTILINEAR"},  # What may be extrapolated from step to step.
     "attnrewrite.caching.identity": {"_INDEXED"},  # Numbers that say which part is read.
     # The operators that its two functions see through.
-    "attnrewrite.ir.views": {"_MAY_BE_FOLLOWED", "_PERMUTES", "_REPEATS", "_SHAPE_ONLY"},
+    "attnrewrite.ir.views": {"_PERMUTES", "_REPEATS", "_SHAPE_ONLY"},
     "attnrewrite.parallel.partition": {"_LEARNED"},  # What makes features of data; positions and masks do without.
     "attnrewrite.passes.canonicalize": {"_BOUNDED"},  # Functions of scores without infinite results.
     "attnrewrite.passes.fuse_projections": {"_PRODUCTS", "_READS_STRIDES"},  # What is fused, and what would show it.
