@@ -380,6 +380,7 @@ class AttentionSite:
         mods: the operations on the scores, in order.
         sink: the score of one more key, whose value is zero: a number, or a tensor over all axes but the key's.
         sink_is_shifted: a row whose scores are all minus infinity is NaN in spite of the sink.
+        sink_of_masked: the sink stands for the keys that the last fill masks, so that they, too, leave no row empty.
         weight_mods: the operations on the weights between softmax and the product with the value, except dropout.
         underflows: a row whose scores are all far below zero is NaN.
         rounds_rows: the weights of a row whose scores are all far below zero, but finite, are 1 each.
@@ -430,6 +431,7 @@ class AttentionSite:
     interior: tuple[fx.Node, ...] = ()
     sink: Operand | float | None = None
     sink_is_shifted: bool = False
+    sink_of_masked: bool = False
     weight_mods: tuple[WeightMod, ...] = ()
     nan_to_zero: bool = False
     never_nan: bool = False

@@ -384,7 +384,7 @@ def _attended(
         NotAttention: it is not known, and neither is the source's value of a row without a key.
     """
     asserted = "asserted by the option assume_attended_rows" if policy.assume_attended_rows else None
-    attended = attended_everywhere(terms, positions) or _attended_by_sink(site) or asserted
+    attended = attended_everywhere(terms, positions) or _attended_by_sink(site, terms) or asserted
     if site.foreign and attended is None and any(map(_may_mask, terms)):
         raise NotAttention(
             "the library's result for a row whose keys are all masked is not known, and such a row cannot be ruled out "
@@ -1263,11 +1263,13 @@ def _placed_weight_mods(
 # Values of the terms.
 
 
-def _attended_by_sink(site: AttentionSite) -> str | None:
+def _attended_by_sink(site: AttentionSite, terms: Sequence[Term]) -> str | None:
     """The proof by a sink, a further key that is never masked; None unless its score is an ordinary number."""
     sink = site.sink
     if sink is None or site.sink_is_shifted:
         return None
+    if site.sink_of_masked and sum(map(_may_mask, terms)) == 1:
+        return "the sink of the masked keys"
     values = possible_values(sink.node) if isinstance(sink, Operand) else {float(sink)}
     return "the sink" if all(is_ordinary(value) for value in values) else None
 

@@ -10,14 +10,20 @@ from attnrewrite.options.compile_options import Policy
 from attnrewrite.passes.bias_lookups import biases_on_gpu, sort_gradients_of_lookups
 from attnrewrite.passes.canonicalize import canonicalized
 from attnrewrite.passes.find import find
-from attnrewrite.passes.finite_rows import with_factors_of_finite_rows
 from attnrewrite.passes.fuse_projections import fuse_projections
 from attnrewrite.passes.join_projections import join_projections
 from attnrewrite.passes.merge_slices import merge_slices
 from attnrewrite.passes.regions import holds_repeated, inline_repeated, regions_of
 from attnrewrite.passes.regroup_products import regroup_products
 from attnrewrite.passes.result import Rewritten
-from attnrewrite.passes.rewriting import AdjustRequest, Rewriting, adjusted_within, as_requested, current_site
+from attnrewrite.passes.rewriting import (
+    AdjustRequest,
+    Rewriting,
+    adjusted_within,
+    as_requested,
+    current_site,
+    with_written,
+)
 from attnrewrite.passes.steps import Steps
 from attnrewrite.passes.unrepeat_kv import unrepeat_kv
 from attnrewrite.patterns import Finding, GraphView, NearMiss
@@ -140,5 +146,5 @@ def read_sites(gm: fx.GraphModule, policy: Policy) -> list[CanonicalAttention]:
         NotAttention: a site has no canonical form.
     """
     sites = [finding for finding in find_sites(GraphView(gm)) if isinstance(finding, AttentionSite)]
-    current = [with_factors_of_finite_rows(current_site(site, {}, policy), gm) for site in sites]
+    current = [with_written(current_site(site, {}, policy), gm) for site in sites]
     return [canonicalized(site, policy) for site in current]

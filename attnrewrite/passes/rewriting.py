@@ -35,6 +35,7 @@ from attnrewrite.passes.regroup_products import Regrouped, regroup_products
 from attnrewrite.passes.result import ReportedSite, Rewritten
 from attnrewrite.passes.splice import WrittenByRegion, current_operand, latest, redirected, remove_unused, splice
 from attnrewrite.passes.steps import Steps
+from attnrewrite.passes.zeroed_keys import with_sink_of_zeroed_keys
 from attnrewrite.patterns import Finding, GraphView, NearMiss
 from attnrewrite.report.rows import SiteReport
 from attnrewrite.selection.choose import choose
@@ -42,7 +43,7 @@ from attnrewrite.selection.decorated_parts import policy_at
 from attnrewrite.selection.requests import request_for
 from attnrewrite.torch_private import is_erased
 
-__all__ = ["AdjustRequest", "Rewriting", "as_requested", "current_site"]
+__all__ = ["AdjustRequest", "Rewriting", "as_requested", "current_site", "with_written"]
 
 AdjustRequest = Callable[[str, CanonicalAttention, Request | None], Request | None]
 """From a site's name in the report, the site, and the user's request: the request to use there."""
@@ -69,6 +70,11 @@ def current_site(site: AttentionSite, replaced: dict[fx.Node, fx.Node], policy: 
         replaced: nodes that are no longer in the graph, each with its replacement.
     """
     return replace(redirected(site, replaced), for_inductor=policy.inner_backend == "inductor")
+
+
+def with_written(site: AttentionSite, gm: fx.GraphModule) -> AttentionSite:
+    """The site with nodes that its canonical form has and the graph lacked."""
+    return with_sink_of_zeroed_keys(with_factors_of_finite_rows(site, gm), gm)
 
 
 def _before_attentions(findings: Sequence[Finding], graph: fx.Graph) -> Iterator[fx.Node]:
@@ -174,7 +180,7 @@ class Rewriting:
 
     def with_written(self, site: AttentionSite) -> AttentionSite:
         """The site with nodes that its canonical form has and the graph lacked."""
-        return with_factors_of_finite_rows(site, self._gm)
+        return with_written(site, self._gm)
 
     def canonicalized(self, site: AttentionSite, row: SiteReport) -> CanonicalAttention | None:
         """The site in canonical form; None if it has none, and then the row says why."""

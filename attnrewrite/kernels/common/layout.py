@@ -63,7 +63,11 @@ def _reshaped(builder: Builder, node: fx.Node, shape: Sequence[Size]) -> fx.Node
 
 
 def padded(builder: Builder, node: fx.Node, dim: int, value: float) -> fx.Node:
-    """``node`` with one more entry of ``value`` at the end of ``dim``, counted from the last."""
+    """``node`` with one more entry of ``value`` at the end of ``dim``, counted from the last.
+
+    Features that are not side by side are laid out so before: padding keeps channels last, and kernels refuse the mask.
+    """
+    node = with_unit_stride(builder, node)
     fake = tensor(node)
     shape = [*fake.shape]
     shape[dim] = shape[dim] + 1
@@ -78,6 +82,7 @@ def padded_to(builder: Builder, node: fx.Node, dim: int, multiple: int) -> fx.No
     missing = -size % multiple
     if same(missing, 0):
         return node
+    node = with_unit_stride(builder, node)
     shape = [*tensor(node).shape]
     shape[dim] = size + missing
     pads = [0, 0] * (-1 - dim) + [0, missing]
