@@ -58,7 +58,7 @@ def test_a_mask_of_permuted_heads_is_given_a_sink_side_by_side(heads: int) -> No
 
     call = [torch.randn(4, heads, 6, 8) for _ in range(3)]
     call += [torch.randn(13, heads), torch.randn(4, heads, 1, 6)]
-    options = {"inner_backend": lambda gm, inputs: Reading(gm).run}
+    options: dict[str, Any] = {"inner_backend": lambda gm, inputs: Reading(gm).run}
     compiled = torch.compile(attention, backend="attnrewrite", options=options)
     torch.testing.assert_close(compiled(*call), attention(*call))
     ((*_, mask),) = seen
