@@ -22,6 +22,7 @@ from attnrewrite.caching.session import Session
 from attnrewrite.capture.known_buffers import KnownBuffers
 from attnrewrite.capture.legalize import legalized
 from attnrewrite.capture.settled_floats import settle_floats
+from attnrewrite.capture.substitutes import substitute_questions_about_masks
 from attnrewrite.capture.support import CaptureError, computes_gradients, holds_higher_order
 from attnrewrite.capture.trace import capture
 from attnrewrite.errors import ContextParallelError, KernelError, OptionError
@@ -58,6 +59,8 @@ from attnrewrite.warm_start.entry import Entry, Place
 __all__ = ["attnrewrite", "collect_reports"]
 
 log = logging.getLogger("attnrewrite")
+
+substitute_questions_about_masks()
 
 aten = torch.ops.aten
 

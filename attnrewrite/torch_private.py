@@ -26,6 +26,7 @@ import torch._higher_order_ops.wrap
 import torch._logging._internal
 import torch._ops
 import torch._subclasses.fake_tensor
+import torch.nn.modules.transformer
 import torch.utils._python_dispatch
 import torch.utils._pytree
 import torch.utils._sympy.functions
@@ -266,6 +267,11 @@ def leave_vmap_level() -> None:
     """Closes the innermost level; tracing that fails midway leaves its levels open."""
     torch._C._functorch.pop_dynamic_layer_stack()
 
+
+detect_is_causal_mask = torch.nn.modules.transformer._detect_is_causal_mask
+"""How ``nn.Transformer`` asks whether a mask is causal: by comparing its numbers, unless the caller says so.
+https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/transformer.py#L1209
+"""
 
 # -- Dynamo ------------------------------------------------------------------------------------------------------------
 
