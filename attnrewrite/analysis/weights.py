@@ -164,7 +164,7 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
     total = _denominator(denominator, top)
     if total is None or not same_shape(tensor(node).shape, tensor(numerator).shape):
         return None
-    dim, addends, bottom_nodes, kept_dim = total
+    dim, addends, lowest, bottom_nodes, kept_dim = total
     layout = fresh_layout(tensor(top.node).shape)
     divided = _result_layout(numerator, top.node, layout, late_views, weight_views) if late else layout
     sums = _sum_layout(bottom_nodes, layout, dim, kept_dim)
@@ -177,6 +177,8 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
     if fills is None:
         return None
     negligible = torch.finfo(tensor(node).dtype).eps / 2 if exact and not fills else None
+    if lowest is not None and (negligible is None or addends or not lowest <= 1):
+        return None  # A clamp of the sum does nothing if that is at least 1.
     read = _sink_among(addends, shifted, maximum, layout, axes_of((layout[dim],)), negligible)
     if read is None:
         return None
@@ -354,9 +356,14 @@ def _exponentials(node: Any) -> _Exponentials | None:
     return None
 
 
-def _denominator(node: fx.Node, top: _Exponentials) -> tuple[int, list[Any], list[fx.Node], bool] | None:
-    """(dim, addends, nodes from the last on, keepdim) of ``sum(exponentials, dim) + addends``; None for other nodes."""
+def _denominator(node: fx.Node, top: _Exponentials) -> tuple[int, list[Any], float | None, list[fx.Node], bool] | None:
+    """``sum(exponentials, dim) + addends``, or the sum clamped from below; None for other nodes.
+
+    Returns:
+        The dim, the addends, the number that it is clamped to, the nodes from the last on, and keepdim.
+    """
     addends: list[Any] = []
+    lowest: float | None = None
     nodes: list[fx.Node] = []
     current: Any = node
     while is_tensor(current) and current.op == "call_function" and tensor(current).dtype in FLOATING:
@@ -366,8 +373,13 @@ def _denominator(node: fx.Node, top: _Exponentials) -> tuple[int, list[Any], lis
             dims, keep = args[1], bool(args[2]) if len(args) > 2 else bool(current.kwargs.get("keepdim"))
             if not isinstance(dims, (list, tuple)) or len(dims) != 1 or not _equal_up_to_casts(args[0], top, nodes):
                 return None
-            return int(dims[0]) % tensor(top.node).dim(), addends, nodes, keep
-        if is_cast(current) or is_layout_op(current):
+            return int(dims[0]) % tensor(top.node).dim(), addends, lowest, nodes, keep
+        if current.target in CLAMP_OPS and lowest is None:
+            low, high = bounds_of(current)
+            if not isinstance(low, (int, float)) or high is not None:
+                return None
+            lowest, current = float(low), args[0]
+        elif is_cast(current) or is_layout_op(current):
             current = args[0]
         elif current.target in ADD_OPS and not current.kwargs and not addends:
             first, second = args[:2]
@@ -395,7 +407,7 @@ def _reaches_sum(node: Any) -> bool:
     while is_tensor(node) and node.op == "call_function":
         if node.target is aten.sum.dim_IntList:
             return True
-        if not (is_cast(node) or is_layout_op(node) or node.target in ADD_OPS):
+        if not (is_cast(node) or is_layout_op(node) or node.target in ADD_OPS or node.target in CLAMP_OPS):
             return False
         node = node.args[0]
     return False
@@ -432,7 +444,7 @@ def _sink_in_denominator(
 ) -> tuple[Operand | float, list[fx.Node]] | None:
     """The sink of ``addend``, with its nodes; None if ``addend`` is not a sink.
 
-    It is ``exp(sink)``, or with a maximum ``exp(sink - max)`` or ``exp(-max)`` (a sink of zero).
+    It is ``exp(sink)``, or with a maximum ``exp(sink - max)`` (the sink may be a number) or ``exp(-max)``, of zero.
     """
     inner, casts = _behind_casts(addend)
     if inner is None or inner.target is not aten.exp.default or not is_tensor(inner.args[0]):
@@ -456,6 +468,10 @@ def _sink_in_denominator(
         if subtracted is _result_of(maximum) and is_tensor(sink):
             found = operand(sink)
             return None if found is None else (found, [*nodes, argument])
+    if argument.target is aten.rsub.Scalar and len(argument.args) == 2 and not argument.kwargs:
+        subtracted, number = argument.args
+        if subtracted is _result_of(maximum) and isinstance(number, (int, float)):
+            return float(number), [*nodes, argument]
     return None
 
 

@@ -1,16 +1,18 @@
 """Sums of products with parts of the weights, or with sums of weights, as products with the weights themselves.
 
 Keys in several parts (:mod:`attnrewrite.passes.split_keys`), sums of attention weights
-(:mod:`attnrewrite.passes.weight_sums`) and plain steps in another form (:mod:`attnrewrite.passes.plain_steps`) get the
-form in which patterns read attention, before these look at the graph.
+(:mod:`attnrewrite.passes.weight_sums`), weights that are divided by a sum that is known
+(:mod:`attnrewrite.passes.renormalization`) and plain steps in another form (:mod:`attnrewrite.passes.plain_steps`)
+get the form in which patterns read attention, before these look at the graph.
 Where no kernel takes an attention in the end, the source's form is put back.
 """
 
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import fx
@@ -23,6 +25,7 @@ from attnrewrite.ir.products import contraction_of
 from attnrewrite.ir.reason import Reason
 from attnrewrite.passes.plain_steps import may_be_plain, plain_step
 from attnrewrite.passes.regrouping import Found, NotRegrouped, Weights, require_one_region
+from attnrewrite.passes.renormalization import may_be_renormalized, renormalized
 from attnrewrite.passes.saved_nodes import SavedNode
 from attnrewrite.passes.splice import latest, remove_unused, replace_node
 from attnrewrite.passes.split_keys import joined_scores, joined_values
@@ -95,13 +98,33 @@ def regroup_products(view: GraphView, replaced: dict[fx.Node, fx.Node]) -> Regro
     """Brings sums into the new form, in place; ``replaced`` is told what took the place of a node."""
     result = Regrouped()
     weights = Weights(view.graph)
-    for node in reversed(view.graph.nodes) if weights.nodes else ():
-        if is_erased(node) or not _may_have_new_form(node):
+    if weights.nodes:
+        divisions = [node for node in view.graph.nodes if may_be_renormalized(node)]
+        _regroup(divisions, renormalized, weights, view, replaced, result)
+        # What is nearest to the result first: it may be a sum of products with weights that are sums themselves.
+        others = [node for node in reversed(view.graph.nodes) if _may_have_new_form(node)]
+        _regroup(others, partial(_new_form, view), weights, view, replaced, result)
+    return result
+
+
+def _regroup(
+    nodes: Sequence[fx.Node],
+    new_form: Callable[[fx.Node, Builder, Weights, set[fx.Node]], Found | None],
+    weights: Weights,
+    view: GraphView,
+    replaced: dict[fx.Node, fx.Node],
+    result: Regrouped,
+) -> None:
+    """Brings nodes into their new form, if they have one, in place."""
+    for node in nodes:
+        if is_erased(node):
             continue
         builder = Builder(view.gm, before=node, like=node)
         softmaxes: set[fx.Node] = set()
         try:
-            found = _new_form(node, builder, view, weights, softmaxes)
+            found = new_form(node, builder, weights, softmaxes)
+            if found is not None:
+                _require_alike(node, found, builder, view)
         except NotRegrouped as reason:
             for softmax in softmaxes:
                 result.reasons.setdefault(softmax, Reason(str(reason)))
@@ -110,7 +133,6 @@ def regroup_products(view: GraphView, replaced: dict[fx.Node, fx.Node]) -> Regro
         else:
             if found is not None:
                 result.changes.append(_replaced(node, found, builder, view, replaced))
-    return result
 
 
 def _may_have_new_form(node: fx.Node) -> bool:
@@ -122,20 +144,25 @@ def _may_have_new_form(node: fx.Node) -> bool:
 
 
 def _new_form(
-    node: fx.Node, builder: Builder, view: GraphView, weights: Weights, softmaxes: set[fx.Node]
+    view: GraphView, node: fx.Node, builder: Builder, weights: Weights, softmaxes: set[fx.Node]
 ) -> Found | None:
-    found = (
+    return (
         joined_values(node, builder, view, weights, softmaxes)
         or joined_scores(node, builder, view, weights, softmaxes)
         or sum_of_attentions(node, builder, weights, softmaxes)
         or plain_step(node, builder, weights, softmaxes)
     )
-    if found is not None:
-        require_one_region(node, builder, view)
-        alike = tensor(found.new).dtype is tensor(node).dtype
-        if not alike or not same_shape(tensor(found.new).shape, tensor(node).shape):
-            raise NotRegrouped("the sum of products would have another shape or dtype than the source's")
-    return found
+
+
+def _require_alike(node: fx.Node, found: Found, builder: Builder, view: GraphView) -> None:
+    """
+    Raises:
+        NotRegrouped: the new form is computed in other modes than the source's, or is another tensor.
+    """
+    require_one_region(node, builder, view)
+    alike = tensor(found.new).dtype is tensor(node).dtype
+    if not alike or not same_shape(tensor(found.new).shape, tensor(node).shape):
+        raise NotRegrouped("the sum of products would have another shape or dtype than the source's")
 
 
 def _replaced(

@@ -52,7 +52,8 @@ class Weights:
     """The attention weights of a graph, and what is made of them."""
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.nodes = {softmax.node for softmax in every_softmax(graph) if softmax.late is None}
+        self.softmaxes = {softmax.node: softmax for softmax in every_softmax(graph) if softmax.late is None}
+        self.nodes = set(self.softmaxes)
 
     def behind(self, node: Any) -> fx.Node | None:
         """The weights that ``node`` is made of by casts, views, slices, dropout, masks and factors; None if of none."""

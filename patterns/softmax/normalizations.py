@@ -131,6 +131,23 @@ def softmax_plus_one_of_a_clamped_maximum(q: Tensor, k: Tensor, v: Tensor) -> Te
 
 
 @_spelling.add(_Q, _K, _V)
+def over_a_clamped_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The sum of exponentials of scores less their maximum is at least one."""
+    scores = q @ k.mT * 8**-0.5
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return weights / weights.sum(-1, keepdim=True).clamp(min=1e-6) @ v
+
+
+@_spelling.add(_Q, _K, _V)
+def sink_of_a_number_less_the_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch Geometric's restricted softmax."""
+    scores = q @ k.mT * 8**-0.5
+    highest = scores.amax(-1, keepdim=True).clamp(min=0)
+    weights = (scores - highest).exp()
+    return weights / (weights.sum(-1, keepdim=True) + (0.0 - highest).exp()) @ v
+
+
+@_spelling.add(_Q, _K, _V)
 def padded_with_a_zero(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = F.pad(q @ k.mT * 8**-0.5, (1, 0))
     return scores.softmax(-1)[..., 1:] @ v
@@ -156,6 +173,22 @@ def attention_sinks_and_a_mask(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, m
 
 
 # Weights that are changed after softmax.
+
+
+@_spelling.add(_Q, _K, _V)
+def divided_by_their_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT * 8**-0.5).softmax(-1)
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+@_spelling.add(_Q, _K, _V, normal(4, "L", "S"), learned(4))
+def mixture_divided_by_its_sum(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, gating: Tensor) -> Tensor:
+    """ConViT: content and positions, mixed by a gate for each head."""
+    content, places = (q @ k.mT * 8**-0.5).softmax(-1), positions.expand(q.shape[0], -1, -1, -1).softmax(-1)
+    gate = gating.view(1, -1, 1, 1)
+    weights = (1.0 - torch.sigmoid(gate)) * content + torch.sigmoid(gate) * places
+    weights = weights / weights.sum(dim=-1).unsqueeze(-1)
+    return weights @ v
 
 
 @_spelling.add(_Q, _K, _V, keep(2, 1, 1, "S"))
