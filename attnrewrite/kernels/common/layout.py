@@ -66,8 +66,10 @@ def padded(builder: Builder, node: fx.Node, dim: int, value: float) -> fx.Node:
     """``node`` with one more entry of ``value`` at the end of ``dim``, counted from the last.
 
     Features that are not side by side are laid out so before: padding keeps channels last, and kernels refuse the mask.
+    Nothing that is expanded over its features counts as channels last.
     """
-    node = with_unit_stride(builder, node)
+    if not same(tensor(node).stride()[-1], 0):
+        node = with_unit_stride(builder, node)
     fake = tensor(node)
     shape = [*fake.shape]
     shape[dim] = shape[dim] + 1
