@@ -342,6 +342,15 @@ def renormalized_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @_lookalike(_Q, _K, _V)
+def infinite_sink(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Which takes all of each row."""
+    scores = q @ k.transpose(-2, -1) / 8**0.5
+    highest = scores.amax(-1, keepdim=True)
+    weights = (scores - highest).exp()
+    return weights / (weights.sum(-1, keepdim=True) + (float("inf") - highest).exp()) @ v
+
+
+@_lookalike(_Q, _K, _V)
 def divided_by_another_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Exponentials, divided by their sum over the queries."""
     weights = (q @ k.transpose(-2, -1) / 8**0.5).exp()

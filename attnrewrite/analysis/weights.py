@@ -470,7 +470,7 @@ def _sink_in_denominator(
             return None if found is None else (found, [*nodes, argument])
     if argument.target is aten.rsub.Scalar and len(argument.args) == 2 and not argument.kwargs:
         subtracted, number = argument.args
-        if subtracted is _result_of(maximum) and isinstance(number, (int, float)):
+        if subtracted is _result_of(maximum) and isinstance(number, (int, float)) and math.isfinite(number):
             return float(number), [*nodes, argument]
     return None
 

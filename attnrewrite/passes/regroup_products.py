@@ -10,7 +10,7 @@ Where no kernel takes an attention in the end, the source's form is put back.
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -101,14 +101,14 @@ def regroup_products(view: GraphView, replaced: dict[fx.Node, fx.Node]) -> Regro
     if weights.nodes:
         divisions = [node for node in view.graph.nodes if may_be_renormalized(node)]
         _regroup(divisions, renormalized, weights, view, replaced, result)
-        # What is nearest to the result first: it may be a sum of products with weights that are sums themselves.
-        others = [node for node in reversed(view.graph.nodes) if _may_have_new_form(node)]
+        # Backwards, past the nodes of new forms as well: these may have new forms themselves.
+        others = (node for node in reversed(view.graph.nodes) if not is_erased(node) and _may_have_new_form(node))
         _regroup(others, partial(_new_form, view), weights, view, replaced, result)
     return result
 
 
 def _regroup(
-    nodes: Sequence[fx.Node],
+    nodes: Iterable[fx.Node],
     new_form: Callable[[fx.Node, Builder, Weights, set[fx.Node]], Found | None],
     weights: Weights,
     view: GraphView,

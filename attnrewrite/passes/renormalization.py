@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.scores import bounds_of
+from attnrewrite.analysis.scores import FLOATING, bounds_of
 from attnrewrite.ir.bounds import AROUND_SOFTMAX
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import is_tensor, same, same_shape, tensor
-from attnrewrite.ir.ops import ADD_OPS, CLAMP_OPS, MUL_OPS, is_cast, is_view
+from attnrewrite.ir.ops import ADD_OPS, CLAMP_OPS, MUL_OPS, RESHAPE_OPS, is_cast, is_view
 from attnrewrite.passes.regrouping import Found, Weights
 
 __all__ = ["may_be_renormalized", "renormalized"]
@@ -65,7 +65,9 @@ def renormalized(node: fx.Node, builder: Builder, weights: Weights, softmaxes: s
         total = builder.call(aten.to.dtype, total, tensor(summed.node).dtype)
     for step in summed.steps:
         arguments: Any = step.args
-        total = builder.call(step.target, total, *arguments[1:], **step.kwargs)
+        # What is expanded has no view of fewer dimensions.
+        target: Any = aten.reshape.default if step.target in RESHAPE_OPS else step.target
+        total = builder.call(target, total, *arguments[1:], **step.kwargs)
     return Found(builder.call(aten.div.Tensor, numerator, total), ())
 
 
@@ -102,11 +104,16 @@ def _sum_behind(node: fx.Node) -> _Summed | None:
             node.target in CLAMP_OPS and isinstance(bounds_of(node)[0], (int, float)) and bounds_of(node)[1] is None
         )
         added = node.target in ADD_OPS and len(args) == 2 and isinstance(args[1], (int, float)) and not node.kwargs
-        if not (clamped or added or is_view(node) or is_cast(node)):
+        # A sum of about one may be zero as an integer.
+        if not (clamped or added or is_view(node) or _is_rounding(node)):
             return None
         steps.append(node)
         node = args[0]
     return None
+
+
+def _is_rounding(node: fx.Node) -> bool:
+    return is_cast(node) and tensor(node).dtype in FLOATING
 
 
 def _number(total: float, steps: tuple[fx.Node, ...]) -> float:
@@ -137,7 +144,7 @@ def _known_sum(node: Any, dim: int, weights: Weights, softmaxes: set[fx.Node], d
             return None
         softmaxes.add(node)
         return lambda builder: 1.0
-    if is_cast(node):
+    if _is_rounding(node):
         return _known_sum(args[0], dim, weights, softmaxes, depth + 1)
     if node.target in MUL_OPS and len(args) == 2 and not node.kwargs:
         for source, factor in (args[:2], args[1::-1]):

@@ -19,10 +19,12 @@ from torch import fx
 
 from attnrewrite.analysis.formulas import Formula, negation
 from attnrewrite.analysis.masks import Positions, truth
-from attnrewrite.analysis.values import is_far_below
+from attnrewrite.analysis.values import is_far_below, number_of
 from attnrewrite.ir.axes import Operand
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import tensor
+from attnrewrite.ir.ops import WHERE_OPS
+from attnrewrite.ir.rounding import as_stored
 from attnrewrite.ir.site import AttentionSite, Fill, Zero
 from attnrewrite.kernels.common.layout import lay_out
 
@@ -48,14 +50,15 @@ def with_sink_of_zeroed_keys(site: AttentionSite, gm: fx.GraphModule) -> Attenti
     positions = Positions(site.query_axes, site.key_axes)
     masked, zeroed = (_chosen(each, positions) for each in (fill, zero))
     condition = fill.condition.resolved()
-    if masked is None or masked != zeroed or not set(site.key_axes) <= set(condition.axes):
+    number = _number_of_source(fill)
+    if masked is None or masked != zeroed or number is None or not set(site.key_axes) <= set(condition.axes):
         return site
     builder = Builder(gm, before=site.result, like=site.anchor)
     return replace(
         site,
         mods=(*site.mods[:-1], replace(fill, value=-math.inf)),
         weight_mods=tuple(others),
-        sink=_sink(builder, fill, condition, site),
+        sink=_sink(builder, fill, number, condition, site),
         sink_of_masked=True,
         written=(*site.written, *builder.created),
     )
@@ -67,7 +70,17 @@ def _chosen(mod: Fill | Zero, positions: Positions) -> Formula | None:
     return None if holds is None else negation(holds) if mod.invert else holds
 
 
-def _sink(builder: Builder, fill: Fill, condition: Operand, site: AttentionSite) -> Operand:
+def _number_of_source(fill: Fill) -> float | None:
+    """The number that is filled in, before the dtype of the scores rounds it; None if it is not seen."""
+    node = fill.written_at
+    if node is None:
+        return None
+    place = 2 if fill.invert or node.target not in WHERE_OPS else 1
+    number = number_of(node.args[place])
+    return number if number is not None and as_stored(number, fill.dtype) == fill.value else None
+
+
+def _sink(builder: Builder, fill: Fill, number: float, condition: Operand, site: AttentionSite) -> Operand:
     """The logarithm of what the masked keys of a row add to its sum; minus infinity where there is none."""
     kept = tuple((axis,) for axis in condition.axes if axis not in site.key_axes)
     node = lay_out(builder, condition.node, condition.layout, (*kept, site.key_axes))
@@ -76,5 +89,6 @@ def _sink(builder: Builder, fill: Fill, condition: Operand, site: AttentionSite)
     if fill.invert:
         node = builder.call(aten.logical_not.default, node)
     count = builder.call(aten.sum.dim_IntList, node, [-1])
-    count = builder.call(aten.to.dtype, count, site.softmax_dtype)
-    return Operand(builder.call(aten.add.Tensor, builder.call(aten.log.default, count), fill.value), kept)
+    # Half precision holds neither the number of many keys nor, beside a large number, its logarithm.
+    count = builder.call(aten.to.dtype, count, torch.promote_types(site.softmax_dtype, torch.float32))
+    return Operand(builder.call(aten.add.Tensor, builder.call(aten.log.default, count), number), kept)

@@ -24,6 +24,7 @@ KNOWN: dict[str, Change] = {
     "factor": lambda w, gate: (u := w * gate) / u.sum(-1, keepdim=True),
     "factor and clamp": lambda w, gate: (u := w * gate) / u.sum(-1).clamp(min=0.5).unsqueeze(-1),
     "two factors": lambda w, gate: (u := 2.0 * w * gate) / u.sum(-1, keepdim=True),
+    "viewed": lambda w, gate: (u := w * gate) / u.sum(-1).view(-1).view(*u.shape[:-1], 1),
     "cast": lambda w, gate: (u := w.float().to(w.dtype)) / u.sum(-1, keepdim=True),
 }
 
@@ -31,6 +32,7 @@ UNKNOWN: dict[str, Change] = {
     "over the queries": lambda w, gate: w / w.sum(-2, keepdim=True),
     "factor of keys": lambda w, gate: (u := w * gate[..., :1, :1].expand(w.shape).cumsum(-1)) / u.sum(-1, keepdim=True),
     "another's sum": lambda w, gate: w / (w * w).sum(-1, keepdim=True),
+    "as an integer": lambda w, gate: w / (w.sum(-1, keepdim=True).long() + 0.5),
     "clamped from above": lambda w, gate: w / w.sum(-1, keepdim=True).clamp(0.1, 0.5).square(),
 }
 

@@ -77,16 +77,33 @@ def test_gradients_are_those_of_the_source(spelling: Callable[[float], Callable[
         torch.testing.assert_close(own, expected, rtol=1e-8, atol=1e-10)
 
 
-def test_half_precision_keeps_the_number_in_float32() -> None:
-    """The sink of -10,000 and the logarithm of a count: bfloat16 holds nothing between -9,984 and -10,048."""
-    q, k, v, mask = inputs(-20000.0)
-    call = [each.to(torch.bfloat16) for each in (q, k, v)]
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_the_number_in_float32(dtype: torch.dtype) -> None:
+    """bfloat16 holds nothing between -9,984 and -10,048: neither the number nor what the logarithm of a count adds."""
+    keys, few = 200, 50
+    q, k = (
+        torch.tensor([-100.0, 1.0]).expand(1, 1, 2, 2),
+        torch.stack([torch.full((keys,), 100.0), torch.zeros(keys)], -1),
+    )
+    k[:, 1] = noise(keys, seed=1)
+    call = [each.to(dtype) for each in (q, k[None, None], noise(1, 1, keys, 4, seed=2) + 1)]
+    mask = (torch.arange(keys) >= few).expand(1, 1, 2, keys)
     attention = filled(-10000.0)
     _, result, (row,) = rewritten_and_rows(attention, *call, mask)
+    expected = attention(*(each.double() for each in call), mask)
+    assert row.status == "rewritten" and expected.abs().amax() > 0.1
+    torch.testing.assert_close(result.double(), expected, rtol=1e-2, atol=1e-3)
+
+
+def test_half_precision_counts_more_keys_than_it_holds() -> None:
+    """65,520 is infinite in float16."""
+    keys = 70_000
+    q, k, v = (noise(1, 1, length, 4, seed=length).half() for length in (1, keys, keys))
+    mask = (torch.arange(keys) > 0).expand(1, 1, 1, keys)
+    attention = filled(-10000.0)
+    _, result, (row,) = rewritten_and_rows(attention, q, k, v, mask)
     assert row.status == "rewritten"
-    torch.testing.assert_close(
-        result.double(), attention(*(each.double() for each in call), mask), rtol=2e-2, atol=2e-2
-    )
+    torch.testing.assert_close(result, v[..., :1, :])
 
 
 def test_what_another_mask_zeroes_is_left_alone() -> None:
