@@ -98,6 +98,8 @@ def _sum_behind(node: fx.Node) -> _Summed | None:
             dims = [args[1]] if isinstance(args[1], int) else args[1]
             if not dims or len(dims) != 1 or "dtype" in node.kwargs or not is_tensor(args[0]):
                 return None
+            if not tensor(args[0]).dim():
+                return None  # A tensor without dimensions takes a dim as well.
             kept = bool(args[2]) if len(args) > 2 else bool(node.kwargs.get("keepdim"))
             return _Summed(node, args[0], dims[0] % tensor(args[0]).dim(), kept, tuple(reversed(steps)))
         clamped = (
