@@ -10,11 +10,12 @@ import torch
 from torch import fx
 
 from attnrewrite.ir.bounds import BESIDE_ATTENTION
+from attnrewrite.ir.nodes import is_tensor, tensor
 from attnrewrite.ir.ops import NORM_OPS, PAD_OPS, PIECE_OPS, is_cast, is_pointwise
 from attnrewrite.ir.views import is_layout_op
 from attnrewrite.torch_private import is_erased
 
-__all__ = ["is_piece", "projections_behind"]
+__all__ = ["ROW_WISE", "is_piece", "is_row_wise", "projections_behind", "treats_rows_alike"]
 
 aten = torch.ops.aten
 
@@ -51,3 +52,12 @@ ROW_WISE = NORM_OPS | {aten.linear.default}
 def is_row_wise(node: fx.Node) -> bool:
     """Whether the node is a projection, a norm, a view, a cast or elementwise."""
     return node.target in ROW_WISE or is_layout_op(node) or is_cast(node) or is_pointwise(node)
+
+
+def treats_rows_alike(node: fx.Node) -> bool:
+    """Whether a projection or norm does the same to every row: ``linear`` takes a bias of several rows, too."""
+    args: Any = node.args
+    if node.target is not aten.linear.default:
+        return True
+    weight, biases = args[1], [arg for arg in (*args[2:], *node.kwargs.values()) if is_tensor(arg)]
+    return is_tensor(weight) and tensor(weight).dim() == 2 and all(tensor(bias).dim() == 1 for bias in biases)

@@ -21,6 +21,7 @@ from attnrewrite.ir.bounds import STEPS_OF_SCORES
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import Size, is_tensor, same, same_shape, tensor
 from attnrewrite.ir.ops import ADD_OPS, COPY_OPS, DIV_OPS, MASKED_FILL_OPS, MUL_OPS, SUB_OPS
+from attnrewrite.ir.rounding import as_stored
 from attnrewrite.ir.spans import Span, dim_of, same_span, span_of, taken_from
 
 __all__ = ["applied_to_all"]
@@ -219,7 +220,7 @@ def _arithmetic_step(node: fx.Node, part: _Part) -> tuple[fx.Node, _Step] | None
             return None
         return first, lambda whole: part.builder.call(operator, whole, part.padded(second, outside))
     if isinstance(second, (int, float)) and dtype in (torch.float32, torch.float64):
-        number = float(second)
+        number = as_stored(second, dtype)
         return first, lambda whole: part.builder.call(operator, whole, part.number(number, outside, dtype))
     return None
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.analysis.projections import ROW_WISE, is_piece, is_row_wise, projections_behind
+from attnrewrite.analysis.projections import ROW_WISE, is_piece, is_row_wise, projections_behind, treats_rows_alike
 from attnrewrite.ir.bounds import BESIDE_ATTENTION, SHARED_PROJECTIONS, searching
 from attnrewrite.ir.builder import Builder
 from attnrewrite.ir.nodes import Size, checkpoint_of, is_tensor, product, same, same_shape, tensor
@@ -302,6 +302,8 @@ class _Joining:
             args: Any = first.args
             last = kept[first.target] if first.target in kept else len(args[1])
             if dim >= tensor(first).dim() - last or not all(_same_weights(node, first) for node in nodes):
+                return None
+            if not treats_rows_alike(first):
                 return None
             source = self.of(_sources(nodes, 0), dim)
             if source is None:

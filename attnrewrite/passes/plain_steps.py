@@ -186,7 +186,9 @@ def _added(node: fx.Node, source: fx.Node, builder: Builder) -> fx.Node:
     def added(part: _SumWith) -> fx.Node:
         if isinstance(part.added, fx.Node):
             return part.added if part.sign == 1 else builder.call(aten.neg.default, part.added)
-        return builder.call(aten.full.default, [], part.added * part.sign, dtype=like.dtype, device=like.device)
+        # Filling raises for a number beyond the dtype's range, to which adding makes it infinite.
+        number = as_stored(part.added * part.sign, like.dtype)
+        return builder.call(aten.full.default, [], number, dtype=like.dtype, device=like.device)
 
     chosen = builder.call(aten.where.self, node.args[0], *map(added, sums))
     return builder.call(aten.add.Tensor, source, chosen)

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from attnrewrite.analysis.indices import Repetition, repetition_of
+from attnrewrite.analysis.projections import treats_rows_alike
 from attnrewrite.ir.axes import Axis, Dim, Layout, Operand, axes_of, broadcast, fresh_layout, resolve, shape_of
 from attnrewrite.ir.bounds import BEHIND_KEYS, searching
 from attnrewrite.ir.builder import Builder, Written
@@ -176,7 +177,7 @@ def _step_of_rows(node: fx.Node, layout: Layout) -> _StepBack | None:
     source, weights = args[0], [arg for arg in (*args[1:], *node.kwargs.values()) if isinstance(arg, fx.Node)]
     if not is_tensor(source) or any(not is_tensor(weight) or weight is source for weight in weights):
         return None
-    if projects and tensor(args[1]).dim() != 2:
+    if not treats_rows_alike(node):
         return None
     last = len(layout) - count
     own = (*layout[:last], *fresh_layout(tensor(source).shape[last:]))

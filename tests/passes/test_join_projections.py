@@ -118,6 +118,11 @@ def test_attention_that_is_recognized() -> None:
     assert relative_error(result, function(*inputs)) <= 1e-5
 
 
+def _with_a_bias_of_rows(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo: Tensor, other: Tensor) -> Tensor:
+    rows = other[:5]
+    return torch.cat([F.linear(attended(x[:3], wq, wk, wv), wo, rows), F.linear(F.linear(x[3:], wv), wo, rows)])
+
+
 def _read_by_its_place(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo: Tensor, other: Tensor) -> Tensor:
     """``as_strided`` counts from where the memory of the part begins, in that of a piece of it, too."""
     value = F.linear(x[3:], wv)
@@ -138,6 +143,7 @@ def _read_by_its_place(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo: Tensor
         (_along_the_features, 5),
         (_read_elsewhere, 5),
         (_without_a_gradient, 6),
+        (_with_a_bias_of_rows, 5),
         (_read_by_its_place, 5),
     ],
 )

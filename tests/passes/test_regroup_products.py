@@ -752,6 +752,14 @@ def test_scores_or_a_sum_with_them(step: Callable[..., Tensor], dtype: torch.dty
         torch.testing.assert_close(rewritten(attend)(*inputs), attend(*inputs), rtol=0, atol=limit, equal_nan=True)
 
 
+def test_a_number_beyond_the_range_is_filled_in_as_infinity() -> None:
+    """``full`` raises for it on a GPU, where the sum is minus infinity."""
+    inputs = [each.half() for each in operands(6, 7, 7)]
+    with torch.no_grad(), collect_reports() as graphs:
+        rewritten(lambda q, k, v, keep: _lowered(q @ k.mT, keep).softmax(-1) @ v)(*inputs, torch.ones(6, 7) > 0)
+    assert "aten.full.default([], -inf" in graphs[0].after_code and "1000000000" not in graphs[0].after_code
+
+
 @pytest.mark.parametrize("step", [_lowered, _raised, _two_sums])
 def test_gradients_of_scores_or_a_sum_with_them(step: Callable[..., Tensor]) -> None:
     keep = torch.rand(6, 7, generator=torch.Generator().manual_seed(3)) > 0.4

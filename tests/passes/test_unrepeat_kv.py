@@ -197,6 +197,18 @@ def test_a_parameter_of_each_copy_stays() -> None:
     assert relative_error(result, function(*inputs)) <= 1e-5
 
 
+def test_a_bias_of_each_copy_stays() -> None:
+    """``linear`` takes a bias of several rows."""
+
+    def function(x: Tensor, w: Tensor, own: Tensor) -> Tensor:
+        return attend(x, w, lambda t: F.linear(t[:, [0] * FRAMES], torch.eye(16), own))
+
+    inputs = (X, W, torch.randn(FRAMES, 1, 16))
+    result, code, said = code_of(function, *inputs)
+    assert said == [""] and code.count("aten.index") == 2
+    assert relative_error(result, function(*inputs)) <= 1e-5
+
+
 def test_what_is_read_elsewhere_is_not_computed_twice() -> None:
     def function(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = F.linear(x, w).chunk(3, dim=-1)
