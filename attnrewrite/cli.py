@@ -313,26 +313,29 @@ def bench_exported(models: tuple[str, ...], size: str, repeats: int, path: Path 
 @click.option(
     "--model",
     "models",
-    type=click.Choice(["bert", "llama", "unet"]),
+    metavar="NAME",
     multiple=True,
-    help="Which models to measure; may be repeated (default: all).",
+    help="bert, llama or unet, on a GPU gpt2, t5, clip or gemma2 as well; may be repeated (default: all).",
 )
 @click.option(
     "--size", type=click.Choice(["small", "base"]), default="base", help="One layer, or whole models (default base)."
 )
+@click.option("--device", metavar="DEVICE", default="", help="Default: the GPU if there is one, else the CPU.")
 @click.option("--repeats", type=click.IntRange(min=1), default=5, help="Number of starts of each kind (default 5).")
 @click.option("--json", "path", type=_FILE, help="Write the raw data here.")
-def bench_start(models: tuple[str, ...], size: str, repeats: int, path: Path | None) -> None:
-    """Compare the first call of compiled models, cold and warm, with plain torch.compile, on the CPU.
+def bench_start(models: tuple[str, ...], size: str, device: str, repeats: int, path: Path | None) -> None:
+    """Compare the first call of compiled models, cold and warm, with plain torch.compile.
 
     Each start is a process of its own; a cold one takes up to a minute.
     """
     from attnrewrite.bench.start import print_start_benchmark, run_start_benchmark
+    from attnrewrite.errors import AttnRewriteError
 
     _check_writable(path)
+    place = _usable_device(device)
     try:
-        result = run_start_benchmark(models, repeats, size)
-    except RuntimeError as error:
+        result = run_start_benchmark(models, repeats, size, place)
+    except (AttnRewriteError, RuntimeError) as error:
         raise _BadInput(_in_a_line(error)) from error
     print_start_benchmark(result)
     _write(path, result.save)

@@ -33,7 +33,10 @@ from attnrewrite.bench.pass_times import environment
 from attnrewrite.report.rows import GraphReport
 from attnrewrite.torch_private import tree_leaves, tree_map_only
 
-__all__ = ["WAYS", "ModelsBenchmark", "plot_models", "print_models_benchmark", "run_models_benchmark"]
+__all__ = [
+    *("WAYS", "ModelsBenchmark", "plot_models", "print_models_benchmark", "run_models_benchmark"),
+    *("placed", "wait_for"),
+]
 
 WAYS = ("eager", "torch.compile", "own sdpa", "attnrewrite")
 """How a model is run. Its own sdpa path is compiled by ``torch.compile``."""
@@ -109,8 +112,7 @@ def run_models_benchmark(
             progress.advance(task)
     place = settings.device
     about = {
-        **environment(command),
-        **({"device": torch.cuda.get_device_name(place)} if place.type == "cuda" else {}),
+        **environment(command, place),
         "step": "forward and backward" if settings.training else "forward",
         "mode": settings.mode,
         "seconds": round(time.perf_counter() - start, 1),
@@ -139,10 +141,10 @@ class _Way:
         with _caches_in(self._caches):
             start = time.perf_counter()
             self.step()
-            _wait_for(self._settings.device)
+            wait_for(self._settings.device)
             seconds = time.perf_counter() - start
             self.step()  # With CUDA graphs, which are recorded in the second call.
-        _wait_for(self._settings.device)
+        wait_for(self._settings.device)
         return seconds
 
     def step(self) -> Tensor:
@@ -169,11 +171,11 @@ class _Way:
         return [output, _gradients(self._model)] if self._settings.training else [output]
 
     def milliseconds(self, calls: int) -> float:
-        _wait_for(self._settings.device)
+        wait_for(self._settings.device)
         start = time.perf_counter()
         for _ in range(calls):
             self.step()
-        _wait_for(self._settings.device)
+        wait_for(self._settings.device)
         return 1e3 * (time.perf_counter() - start) / calls
 
     def peak_mib(self) -> float | None:
@@ -181,11 +183,11 @@ class _Way:
         if self._settings.device.type != "cuda":
             return None
         self._model.zero_grad(set_to_none=True)
-        _wait_for(self._settings.device)
+        wait_for(self._settings.device)
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         self.step()
-        _wait_for(self._settings.device)
+        wait_for(self._settings.device)
         return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
 
 
@@ -194,7 +196,7 @@ def _measured(case: ModelCase, settings: Settings) -> dict[str, Any]:
     dtype = settings.dtype or (torch.float32 if settings.device.type == "cpu" else case.half)
     naive, *arguments = case.build()
     naive = naive.to(settings.device, dtype).train(settings.training)
-    inputs = _placed(arguments, settings.device, dtype)
+    inputs = placed(arguments, settings.device, dtype)
     truth = _truth(naive, inputs, settings)
     fused = with_own_sdpa(copy.deepcopy(naive))
     models = dict.fromkeys(WAYS, naive) | {"own sdpa": fused}
@@ -255,14 +257,15 @@ def _truth(model: nn.Module, inputs: _Inputs, settings: Settings) -> list[Tensor
     exact = _Way(
         "eager",
         copy.deepcopy(model).to(wide),
-        _placed(inputs, settings.device, wide),
+        placed(inputs, settings.device, wide),
         settings,
         Path(),
     )
     return exact.result()
 
 
-def _placed(inputs: Sequence[Any], device: torch.device, dtype: torch.dtype) -> _Inputs:
+def placed(inputs: Sequence[Any], device: torch.device, dtype: torch.dtype) -> _Inputs:
+    """Arguments and keyword arguments on the device, those of floating point in the dtype."""
     args, kwargs = tree_map_only(
         Tensor, lambda value: value.to(device, dtype if value.is_floating_point() else None), tuple(inputs)
     )
@@ -285,7 +288,8 @@ def _error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until all that was started on the device is done."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
 

@@ -254,14 +254,21 @@ def print_pass_benchmark(result: PassBenchmark, console: Console | None = None) 
     console.print(f"CPU time of all of it: {cpu[0]:.2f} s and {cpu[1]:.2f} s, {cpu[1] / cpu[0]:.1f} times.")
 
 
-def environment(command: Sequence[str] | None) -> dict[str, Any]:
+def environment(command: Sequence[str] | None, place: torch.device | None = None) -> dict[str, Any]:
+    """What a measurement was made with.
+
+    Args:
+        command: its words; None stands for ``sys.argv``.
+        place: where the tensors lay; default the CPU.
+    """
     commit = _git("rev-parse", "HEAD")
+    processor = f"{_cpu_name()}, {os.cpu_count()} logical cores"
     words = [Path(sys.argv[0]).name, *sys.argv[1:]] if command is None else command
     return {
         "command": shlex.join(words),
         "commit": commit,
         "uncommitted_changes": bool(_git("status", "--porcelain")) if commit else None,
-        "device": f"{_cpu_name()}, {os.cpu_count()} logical cores",
+        "device": torch.cuda.get_device_name(place) if place is not None and place.type == "cuda" else processor,
         "threads": torch.get_num_threads(),
         "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
