@@ -2,8 +2,9 @@
 
 Keys in several parts (:mod:`attnrewrite.passes.split_keys`), sums of attention weights
 (:mod:`attnrewrite.passes.weight_sums`), weights that are divided by a sum that is known
-(:mod:`attnrewrite.passes.renormalization`) and plain steps in another form (:mod:`attnrewrite.passes.plain_steps`)
-get the form in which patterns read attention, before these look at the graph.
+(:mod:`attnrewrite.passes.renormalization`) or is not (:mod:`attnrewrite.passes.divided_weights`), and plain steps in
+another form (:mod:`attnrewrite.passes.plain_steps`) get the form in which patterns read attention, before these look at
+the graph.
 Where no kernel takes an attention in the end, the source's form is put back.
 """
 
@@ -23,6 +24,7 @@ from attnrewrite.ir.nodes import is_tensor, same_shape, tensor
 from attnrewrite.ir.ops import ADD_OPS
 from attnrewrite.ir.products import contraction_of
 from attnrewrite.ir.reason import Reason
+from attnrewrite.passes.divided_weights import divided_after_product, may_be_divided
 from attnrewrite.passes.plain_steps import may_be_plain, plain_step
 from attnrewrite.passes.regrouping import Found, NotRegrouped, Weights, require_one_region
 from attnrewrite.passes.renormalization import may_be_renormalized, renormalized
@@ -101,6 +103,8 @@ def regroup_products(view: GraphView, replaced: dict[fx.Node, fx.Node]) -> Regro
     if weights.nodes:
         divisions = [node for node in view.graph.nodes if may_be_renormalized(node)]
         _regroup(divisions, renormalized, weights, view, replaced, result)
+        quotients = [node for node in view.graph.nodes if may_be_divided(node)]
+        _regroup(quotients, divided_after_product, weights, view, replaced, result)
         # Backwards, past the nodes of new forms as well: these may have new forms themselves.
         others = (node for node in reversed(view.graph.nodes) if not is_erased(node) and _may_have_new_form(node))
         _regroup(others, partial(_new_form, view), weights, view, replaced, result)

@@ -24,7 +24,7 @@ from attnrewrite.ir.nodes import is_tensor, same, same_shape, tensor
 from attnrewrite.ir.ops import ADD_OPS, CLAMP_OPS, MUL_OPS, RESHAPE_OPS, is_cast, is_view
 from attnrewrite.passes.regrouping import Found, Weights
 
-__all__ = ["may_be_renormalized", "renormalized"]
+__all__ = ["Summed", "may_be_renormalized", "number_after", "renormalized", "sum_behind", "with_steps"]
 
 aten = torch.ops.aten
 
@@ -43,7 +43,7 @@ def renormalized(node: fx.Node, builder: Builder, weights: Weights, softmaxes: s
     """
     numerator: Any = node.args[0]
     denominator: Any = node.args[1]
-    summed = _sum_behind(denominator)
+    summed = sum_behind(denominator)
     if summed is None or summed.source is not numerator or not same_shape(tensor(node).shape, tensor(numerator).shape):
         return None
     taking_part: set[fx.Node] = set()
@@ -53,7 +53,7 @@ def renormalized(node: fx.Node, builder: Builder, weights: Weights, softmaxes: s
     softmaxes |= taking_part
     total = known(builder)
     if isinstance(total, (int, float)):
-        total = _number(float(total), summed.steps)
+        total = number_after(float(total), summed.steps)
         if abs(total - 1) < torch.finfo(tensor(node).dtype).eps / 2:
             return Found(builder.call(aten.alias.default, numerator), ())
         return Found(builder.call(aten.div.Tensor, numerator, total), ())
@@ -63,16 +63,22 @@ def renormalized(node: fx.Node, builder: Builder, weights: Weights, softmaxes: s
     total = builder.call(aten.expand.default, total, [*tensor(summed.node).shape])
     if tensor(total).dtype is not tensor(summed.node).dtype:
         total = builder.call(aten.to.dtype, total, tensor(summed.node).dtype)
+    total = with_steps(total, summed, builder)
+    return Found(builder.call(aten.div.Tensor, numerator, total), ())
+
+
+def with_steps(total: fx.Node, summed: Summed, builder: Builder) -> fx.Node:
+    """What is done to the sum, done to ``total``, which has its shape and dtype."""
     for step in summed.steps:
         arguments: Any = step.args
         # What is expanded has no view of fewer dimensions.
         target: Any = aten.reshape.default if step.target in RESHAPE_OPS else step.target
         total = builder.call(target, total, *arguments[1:], **step.kwargs)
-    return Found(builder.call(aten.div.Tensor, numerator, total), ())
+    return total
 
 
 @dataclass(frozen=True)
-class _Summed:
+class Summed:
     """``steps(source.sum(dim))``.
 
     Attributes:
@@ -90,7 +96,8 @@ class _Summed:
     steps: tuple[fx.Node, ...]
 
 
-def _sum_behind(node: fx.Node) -> _Summed | None:
+def sum_behind(node: fx.Node) -> Summed | None:
+    """The node as a sum over one dimension, with steps; None for any other."""
     steps: list[fx.Node] = []
     while is_tensor(node) and node.op == "call_function":
         args: Any = node.args
@@ -101,7 +108,7 @@ def _sum_behind(node: fx.Node) -> _Summed | None:
             if not tensor(args[0]).dim():
                 return None  # A tensor without dimensions takes a dim as well.
             kept = bool(args[2]) if len(args) > 2 else bool(node.kwargs.get("keepdim"))
-            return _Summed(node, args[0], dims[0] % tensor(args[0]).dim(), kept, tuple(reversed(steps)))
+            return Summed(node, args[0], dims[0] % tensor(args[0]).dim(), kept, tuple(reversed(steps)))
         clamped = (
             node.target in CLAMP_OPS and isinstance(bounds_of(node)[0], (int, float)) and bounds_of(node)[1] is None
         )
@@ -118,8 +125,8 @@ def _is_rounding(node: fx.Node) -> bool:
     return is_cast(node) and tensor(node).dtype in FLOATING
 
 
-def _number(total: float, steps: tuple[fx.Node, ...]) -> float:
-    """What the steps make of a sum that is a number."""
+def number_after(total: float, steps: tuple[fx.Node, ...]) -> float:
+    """What the steps make of a sum that is the number ``total``."""
     for step in steps:
         args: Any = step.args
         if step.target in CLAMP_OPS:

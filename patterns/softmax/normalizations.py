@@ -266,6 +266,26 @@ def empty_by_their_maximum(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Ten
     return scores.softmax(-1).masked_fill(empty.unsqueeze(-1), 0.0) @ v
 
 
+@_spelling.add(_Q, _K, _V, keep(2, 1, 1, "S"))
+def masked_weights_over_their_sum(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """AllenNLP's masked_softmax: masked scores are zero, and count beside the small number alone."""
+    weights = ((q @ k.mT * 8**-0.5) * mask).softmax(-1) * mask
+    return (weights / (weights.sum(-1, keepdim=True) + 1e-13)) @ v
+
+
+@_spelling.add(_Q, _K, _V, keep(2, 1, 1, "S"))
+def masked_weights_over_their_sum_after_the_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    weights = (q @ k.mT * 8**-0.5).softmax(-1) * mask
+    return (weights @ v) / weights.sum(-1).clamp(min=1e-9).unsqueeze(-1)
+
+
+@_spelling.add(_Q, _K, _V, learned(4, 1, "S"), keep(2, 1, "L", "S"))
+def gated_weights_over_their_sum(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, mask: Tensor) -> Tensor:
+    scores = (q @ k.mT * 8**-0.5).masked_fill(~mask, torch.finfo(q.dtype).min)
+    weights = (scores.softmax(-1) * gate.sigmoid()).masked_fill(~mask, 0.0)
+    return (weights / (weights.sum(-1, keepdim=True) + 1e-6)) @ v
+
+
 @_spelling.add(_Q, _K, _V, learned(4))
 def head_mask(q: Tensor, k: Tensor, v: Tensor, heads: Tensor) -> Tensor:
     """transformers before 5."""

@@ -67,5 +67,6 @@ def test_a_sum_that_is_known_is_not_computed_from_the_weights(change: Change, ma
 def test_other_sums_are_left_alone(change: Change) -> None:
     function, inputs = attention(change, False), call()
     _, result, (row,) = rewritten_and_rows(function, *inputs)
-    assert row.status == "kept" and "read more than once" in row.reason
+    reasons = ("read more than once", "divided by their sum, and no number")
+    assert row.status == "kept" and any(reason in row.reason for reason in reasons)
     torch.testing.assert_close(result, function(*inputs))
